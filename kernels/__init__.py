@@ -1,0 +1,1 @@
+"""Numerics: quantiser specifications, the reference implementation, and kernels for each device."""

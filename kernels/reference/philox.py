@@ -1,0 +1,84 @@
+"""Philox4x32-10 (Salmon et al., SC 2011) in int64 tensor arithmetic, and the random bits we draw from it.
+
+The key is a 64-bit seed; the counter is (group low, group high, site, stream). One call serves a
+group of 16 elements with 8 bits each, so every element's bits are a pure function of
+(seed, site, flat index): the same on every backend.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+GROUP = 16  # elements served by one Philox call
+ROUNDING_STREAM = 0
+SIGN_STREAM = 1
+MAX_SITE = 2**28 - 1  # linear layers that one seed can serve: 16 draws each in a 32-bit counter word
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+class Draw(IntEnum):
+    """The random things in one linear layer, in the order that numbers their bits.
+
+    dgrad is ``E · W`` (a = E, b = W, contracts ``out``), wgrad is ``Eᵀ · X`` (a = Eᵀ, b = Xᵀ, contracts
+    ``tokens``). ``Draw.X.of(site)`` is the ``site`` argument of :func:`random_bytes` and :func:`random_signs`.
+    """
+
+    DGRAD_SIGNS = 0
+    DGRAD_A = 1
+    DGRAD_B = 2
+    WGRAD_SIGNS = 3
+    WGRAD_A = 4
+    WGRAD_B = 5
+    FPROP_SIGNS = 6
+    FPROP_A = 7
+    FPROP_B = 8
+
+    def of(self, site: int) -> int:
+        """``site · 16 + self``. ``site``: which linear layer of the graph, 0…2^28−1; ValueError outside."""
+        if not 0 <= site <= MAX_SITE:
+            raise ValueError(f"site {site} has no random bits of its own; number the layers 0…{MAX_SITE}")
+        return site * 16 + int(self)
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds. ``counter``: four int64 tensors holding uint32 values; ``key``: two; returns four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1  # int64 wraps; the 64 bits are right
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+def _call(seed: Tensor, group: Tensor, site: int, stream: int) -> Tensor:
+    """Words of each group: int64 ``[groups, 4]``."""
+    seed = seed.reshape(()).to(torch.int64)
+    zero = torch.zeros_like(group)
+    counter = (group & _LOW, (group >> 32) & _LOW, zero + site, zero + stream)
+    return torch.stack(philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW)), dim=-1)
+
+
+def random_bytes(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
+    """One random byte an element of a row-major ``[rows, cols]`` tensor, as int64 in 0…255.
+
+    ``cols`` must be a multiple of 16. ``seed``: int64 scalar tensor. ``site``: 0…2^32−1.
+    """
+    group = torch.arange(rows * (cols // GROUP), device=seed.device)
+    words = _call(seed, group, site, ROUNDING_STREAM)
+    shifts = torch.arange(4, device=seed.device) * 8
+    return ((words.unsqueeze(-1) >> shifts) & 0xFF).reshape(rows, cols)
+
+
+def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
+    """``n`` ≤ 128 random signs ±1 as float32; bit i of the call's 128 bits makes sign i negative when set."""
+    group = torch.zeros(1, dtype=torch.int64, device=seed.device)
+    words = _call(seed, group, site, SIGN_STREAM)
+    bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
+    return (1 - 2 * bits.reshape(-1)[:n]).to(torch.float32)

@@ -1,0 +1,88 @@
+"""Block quantise and dequantise of 2-D tensors along the last (contraction) axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.reference.elements import (
+    e2m1_decode,
+    e2m1_encode,
+    e8m0_decode,
+    e8m0_reciprocal,
+    fp8_encode,
+)
+from quartet.kernels.reference.hadamard import pad_last
+from quartet.kernels.reference.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
+from quartet.kernels.reference.philox import random_bytes
+from quartet.kernels.reference.scales import e8m0_scale
+from quartet.kernels.spec import QuantSpec
+
+
+def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise ``[rows, cols]`` in blocks of ``spec.block`` along the last axis.
+
+    Args:
+        x: any float dtype; computed in fp32. ``cols`` is zero-padded to a multiple of the block.
+        seed: int64 scalar tensor; needed when ``spec.stochastic``.
+        site: which random bits of that seed (0…2^32−1).
+    Returns:
+        codes (uint8 ``[rows, padded/2]``, two E2M1 to a byte, or float8 ``[rows, padded]``),
+        scales (uint8 E8M0 ``[rows, padded/block]``) and, if ``spec.mask``, the packed bits of
+        ``|x/scale| < max`` (uint8 ``[rows, padded/8]``), else an empty uint8 tensor.
+    """
+    if spec.stochastic and seed is None:
+        raise ValueError(f"quantiser '{spec}' rounds stochastically and needs a seed")
+    x = pad_last(x.to(torch.float32), spec.block)
+    rows, cols = x.shape
+    blocks = x.reshape(rows, cols // spec.block, spec.block)
+    scales = e8m0_scale(blocks, spec)
+    scaled = (blocks * e8m0_reciprocal(scales).unsqueeze(-1)).reshape(rows, cols)
+    if spec.rule == "headroom":
+        scaled = scaled * 0.75
+    if spec.element == "e2m1":
+        random = random_bytes(seed, site, rows, cols) if spec.stochastic and seed is not None else None
+        codes = pack_nibbles(e2m1_encode(scaled, random))
+    else:
+        codes = fp8_encode(scaled, spec.element)
+    mask = pack_bits(scaled.abs() < spec.max) if spec.mask else x.new_empty(0, dtype=torch.uint8)
+    return codes, scales, mask
+
+
+def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values ``code · 2^e · gain`` of a quantised tensor, ``[rows, padded]`` of ``dtype``.
+
+    A block whose scale is NaN (byte 255) is NaN throughout.
+    """
+    values = e2m1_decode(unpack_nibbles(codes)) if spec.element == "e2m1" else codes.to(torch.float32)
+    rows, cols = values.shape
+    blocks = values.reshape(rows, cols // spec.block, spec.block) * e8m0_decode(scales).unsqueeze(-1)
+    if spec.gain != 1.0:
+        blocks = blocks * spec.gain
+    return blocks.reshape(rows, cols).to(dtype)
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where the packed bit is set, else 0; ``x [rows, cols]``, ``mask [rows, cols/8]``."""
+    return torch.where(unpack_bits(mask), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: QuantSpec, b_spec: QuantSpec,
+              dtype: torch.dtype = torch.float32) -> Tensor:
+    """``A · Bᵀ`` of two quantised tensors: ``[M, K] × [N, K] → [M, N]`` of ``dtype``.
+
+    The product is of the unscaled values, exact in bf16 and fp32 (fp16 lacks the range, so it is made
+    from fp32), then multiplied by both gains.
+    """
+    compute = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    unscaled = [dequantize(c, s, s_, compute) if s_.gain == 1.0 else dequantize(c, s, _no_gain(s_), compute)
+                for c, s, s_ in ((a, a_scales, a_spec), (b, b_scales, b_spec))]
+    product = unscaled[0] @ unscaled[1].t()
+    gain = a_spec.gain * b_spec.gain
+    return (product * gain if gain != 1.0 else product).to(dtype)
+
+
+def _no_gain(spec: QuantSpec) -> QuantSpec:
+    from dataclasses import replace
+
+    return replace(spec, rule="floor")

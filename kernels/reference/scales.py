@@ -1,0 +1,69 @@
+"""E8M0 scale rules (floor, ceil, headroom, quest) as integers from exponent bits; never log2 or exp2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.reference.elements import E8M0_NAN
+from quartet.kernels.spec import ELEMENT_EMAX, ELEMENT_MAX, QuantSpec
+
+QUEST_CLIP = 2.92247856 / 6.0  # Gaussian-MSE-optimal clip over the largest E2M1 value
+QUEST_FLOOR = 1e-8
+_SQRT2_MANTISSA = 0x3504F4  # first fp32 significand above √2
+_MANTISSA = 0x7FFFFF
+_ONE_BYTE = 127
+
+
+def tree_sum(x: Tensor) -> Tensor:
+    """Sum of the last axis (a power of two long), first half plus second half, repeatedly: a fixed order."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
+def _exponent_and_mantissa(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a non-negative fp32: unbiased floor(log2 x) and the 23 significand bits, subnormals normalised."""
+    small = x < 2.0**-126
+    bits = torch.where(small, x * 2.0**64, x).view(torch.int32)
+    exponent = (bits >> 23) - 127 - torch.where(small, 64, 0)
+    return exponent, bits & _MANTISSA
+
+
+def _quest_byte(blocks: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    n = blocks.shape[-1]
+    huge = amax >= 2.0**60  # the sum of 128 squares stays below 2^128
+    down, up = torch.where(huge, 2.0**-96, 1.0), torch.where(huge, 2.0**96, 1.0)
+    x = blocks * down.unsqueeze(-1)
+    square = tree_sum(x * x) * (1.0 / n)
+    if spec.sigma == "rms":
+        variance = square
+    else:
+        mean = tree_sum(x) * (1.0 / n)
+        floor = square * (1.0 / 16.0) if spec.sigma == "guarded" else torch.zeros_like(square)
+        variance = torch.maximum(square - mean * mean, floor)
+    target = torch.sqrt(variance) * QUEST_CLIP * up + QUEST_FLOOR
+    exponent, mantissa = _exponent_and_mantissa(target)
+    if spec.power == "nearest":
+        exponent = exponent + (mantissa >= _SQRT2_MANTISSA).to(torch.int32)
+    return exponent + 127
+
+
+def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale bytes of fp32 ``[..., block]``: uint8 ``[...]``.
+
+    An all-zero block gets byte 127 (scale 1); a block with a NaN or an infinity gets 255 (NaN).
+    """
+    amax = blocks.abs().amax(-1)
+    if spec.rule == "quest":
+        byte = _quest_byte(blocks, amax, spec)
+    else:
+        exponent, mantissa = _exponent_and_mantissa(amax)
+        byte = exponent - ELEMENT_EMAX[spec.element] + 127
+        if spec.rule == "ceil":
+            significand = ELEMENT_MAX[spec.element] / 2.0 ** ELEMENT_EMAX[spec.element]
+            byte = byte + (mantissa > int((significand - 1.0) * 2**23)).to(torch.int32)
+    byte = byte.clamp(0, 254)
+    byte = torch.where(amax == 0, _ONE_BYTE, byte)
+    return torch.where(torch.isfinite(amax), byte, E8M0_NAN).to(torch.uint8)

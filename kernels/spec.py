@@ -1,0 +1,111 @@
+"""What a quantiser computes, as one frozen value.
+
+A ``QuantSpec`` names an element format, the block that shares a scale, the scale's format and
+rule, and the rounding. It travels through graphs as its string form (``str(spec)``), so a dumped
+graph reads like the recipe that made it; ``QuantSpec.parse`` is the inverse.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+ELEMENTS = ("e2m1", "e4m3", "e5m2")
+SCALES = ("e8m0",)
+RULES = ("floor", "ceil", "headroom", "quest")
+ROUNDINGS = ("nearest", "stochastic")
+SIGMAS = ("centred", "guarded", "rms")
+POWERS = ("floor", "nearest")
+
+ELEMENT_BITS = {"e2m1": 4, "e4m3": 8, "e5m2": 8}
+ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
+ELEMENT_EMAX = {"e2m1": 2, "e4m3": 8, "e5m2": 15}
+
+
+class SpecError(ValueError):
+    """A quantiser that does not exist; the message says what is possible."""
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A block quantiser along the last (contraction) axis of a 2-D tensor.
+
+    Args:
+        element: element format, one of ``ELEMENTS``.
+        block: elements that share one scale (32 for the OCP MX formats).
+        scale: scale format, one of ``SCALES``.
+        rule: how the scale follows from the block, one of ``RULES``.
+        rounding: ``"nearest"`` (ties to even code) or ``"stochastic"``.
+        sigma: block deviation of the ``quest`` rule: ``"centred"`` (as released),
+            ``"guarded"`` (centred, but at least ``mean(x²)/16``) or ``"rms"``.
+        power: how the ``quest`` scale becomes a power of two.
+        mask: also return the 1-bit mask of the elements that were not clipped.
+    """
+
+    element: str = "e2m1"
+    block: int = 32
+    scale: str = "e8m0"
+    rule: str = "ceil"
+    rounding: str = "nearest"
+    sigma: str = "guarded"
+    power: str = "floor"
+    mask: bool = False
+
+    def __post_init__(self) -> None:
+        for field, legal in (
+            ("element", ELEMENTS),
+            ("scale", SCALES),
+            ("rule", RULES),
+            ("rounding", ROUNDINGS),
+            ("sigma", SIGMAS),
+            ("power", POWERS),
+        ):
+            value = getattr(self, field)
+            if value not in legal:
+                raise SpecError(f"quantiser {field} {value!r} does not exist; possible: {', '.join(legal)}")
+        if self.block not in (16, 32, 64, 128):
+            raise SpecError(f"quantiser block {self.block!r} is not possible; use 16, 32, 64 or 128")
+        if self.rule in ("quest", "headroom") and self.element != "e2m1":
+            raise SpecError(f"scale rule {self.rule!r} is defined for e2m1 only, not {self.element}; "
+                            "use 'floor' or 'ceil'")
+        if self.mask and self.rule not in ("quest", "floor"):
+            raise SpecError(f"scale rule {self.rule!r} never clips, so it has no clip mask; use mask=False")
+        if self.rounding == "stochastic" and self.element != "e2m1":
+            raise SpecError(f"stochastic rounding is defined for e2m1 only, not {self.element}")
+
+    @property
+    def bits(self) -> int:
+        """Bits an element's code takes."""
+        return ELEMENT_BITS[self.element]
+
+    @property
+    def max(self) -> float:
+        """Largest finite magnitude of the element format."""
+        return ELEMENT_MAX[self.element]
+
+    @property
+    def gain(self) -> float:
+        """Factor that a GEMM carries for this operand (4/3 for ``headroom``, else 1)."""
+        return 4.0 / 3.0 if self.rule == "headroom" else 1.0
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
+
+    def __str__(self) -> str:
+        rule = f"quest({self.sigma},{self.power})" if self.rule == "quest" else self.rule
+        tail = " mask" if self.mask else ""
+        return f"{self.element}/{self.block} {self.scale} {rule} {self.rounding}{tail}"
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> QuantSpec:
+        """Read ``str(spec)`` back. Raises SpecError with the expected form."""
+        m = re.fullmatch(r"(\w+)/(\d+) (\w+) (\w+)(?:\((\w+),(\w+)\))? (\w+)( mask)?", text)
+        if m is None:
+            raise SpecError(f"cannot read quantiser {text!r}; expected 'element/block scale rule rounding [mask]', "
+                            "for example 'e2m1/32 e8m0 quest(guarded,floor) nearest mask'")
+        element, block, scale, rule, sigma, power, rounding, mask = m.groups()
+        return QuantSpec(element, int(block), scale, rule, rounding,
+                         sigma or QuantSpec.sigma, power or QuantSpec.power, mask is not None)

@@ -1,0 +1,92 @@
+"""Graph ops over the fused CPU kernels, one for each chain of the IR.
+
+    cpu_quantize      hadamard → quantize, optionally with the dequantised operand of the matmul
+    cpu_requantize    dequantize → transpose → hadamard → quantize, from packed codes
+    cpu_dequantize    codes and scales → operand of the matmul
+    cpu_unrotate      × gain → apply_mask → inverse hadamard → first columns
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.cpu import ops as cpu
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir import ceil_to, code_layout, library
+
+_TAIL = ("int rotation, Tensor? signs, str spec, Tensor? seed, int site, bool packed, ScalarType? values) "
+         "-> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"cpu_quantize(Tensor x, {_TAIL}")
+library.define(f"cpu_requantize(Tensor codes, Tensor scales, str in_spec, {_TAIL}")
+library.define("cpu_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
+library.define("cpu_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
+               "ScalarType dtype) -> Tensor")
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+              packed: bool, values: torch.dtype | None) -> Four:
+    return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
+                               packed=packed, values=values)
+
+
+def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                seed: Tensor | None, site: int, packed: bool, values: torch.dtype | None) -> Four:
+    return cpu.requantize(codes, scales, QuantSpec.parse(in_spec), transpose=True, rotation=rotation, signs=signs,
+                          spec=QuantSpec.parse(spec), seed=seed, site=site, packed=packed, values=values)
+
+
+def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, values: torch.dtype | None) -> Four:
+    q = QuantSpec.parse(spec)
+    padded = ceil_to(cols, max(rotation, q.block))
+    dtype, width = code_layout(q, padded)
+    empty = like.new_empty(0, dtype=torch.uint8)
+    return (
+        like.new_empty(rows, width, dtype=dtype) if packed else empty,
+        like.new_empty(rows, padded // q.block, dtype=torch.uint8) if packed else like.new_empty(0, dtype=torch.uint8),
+        like.new_empty(rows, padded // 8, dtype=torch.uint8) if packed and q.mask
+        else like.new_empty(0, dtype=torch.uint8),
+        like.new_empty(rows, padded, dtype=values) if values is not None else like.new_empty(0, dtype=torch.float32),
+    )
+
+
+def _quantize_fake(x, rotation, signs, spec, seed, site, packed, values):
+    return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, values)
+
+
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, packed, values):
+    return _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, values)
+
+
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    return cpu.dequantize(codes, scales, QuantSpec.parse(spec), dtype, gain=False)
+
+
+def _dequantize_fake(codes, scales, spec, dtype):
+    return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+
+
+def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
+              dtype: torch.dtype) -> Tensor:
+    return cpu.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+
+
+def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
+    return x.new_empty(x.shape[0], cols, dtype=dtype)
+
+
+for _name, _impl, _fake in (
+    ("cpu_quantize", _quantize, _quantize_fake),
+    ("cpu_requantize", _requantize, _requantize_fake),
+    ("cpu_dequantize", _dequantize, _dequantize_fake),
+    ("cpu_unrotate", _unrotate, _unrotate_fake),
+):
+    library.impl(_name, _impl, "CPU")
+    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+QUANTIZE = torch.ops.quartet.cpu_quantize.default
+REQUANTIZE = torch.ops.quartet.cpu_requantize.default
+DEQUANTIZE = torch.ops.quartet.cpu_dequantize.default
+UNROTATE = torch.ops.quartet.cpu_unrotate.default

@@ -1,0 +1,127 @@
+"""Helpers over joint graphs: directions, shapes, and inserting nodes that carry the right metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.runtime.compat import detect_fake_mode
+
+aten = torch.ops.aten
+
+FORWARD = "is_forward"
+BACKWARD = "must_be_in_backward"
+_INHERITED = ("seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id", "custom",
+              "autograd_backward", "source_fn_stack")
+
+
+def is_backward(node: Node) -> bool:
+    """Whether autograd made this node. Graphs without a backward carry no tags: all is forward."""
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def val(node: Node) -> torch.Tensor:
+    """The fake tensor of a node."""
+    return node.meta["val"]
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    return tuple(val(node).shape)
+
+
+def fake_mode(graph: Graph) -> Any:
+    """The fake mode under which the graph was traced."""
+    return detect_fake_mode([n.meta["val"] for n in graph.nodes if n.op == "placeholder" and "val" in n.meta])
+
+
+def _fake_args(args: Any) -> Any:
+    return torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+
+
+class Builder:
+    """Inserts call_function nodes before an anchor, in one direction, with metadata of a model node.
+
+    Args:
+        graph: the joint graph.
+        like: node whose module stack, seq_nr, checkpoint tags … the new nodes inherit.
+        before: where they go.
+        backward: direction of the new nodes. A backward node is pinned there: what no tangent reaches
+            would otherwise be hoisted into the forward and its result saved.
+    """
+
+    def __init__(self, graph: Graph, like: Node, before: Node, backward: bool) -> None:
+        self.graph, self.before = graph, before
+        self.mode = fake_mode(graph)
+        self.meta = {k: like.meta[k] for k in _INHERITED if k in like.meta}
+        if backward:
+            for key in ("recompute", "ac_graph_id"):
+                self.meta.pop(key, None)
+        self.meta["partitioner_tag"] = BACKWARD if backward else FORWARD
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self.meta)
+        with self.mode:
+            node.meta["val"] = target(*_fake_args(args), **_fake_args(kwargs))
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        """``node[index]`` of an op with several results."""
+        import operator
+
+        return self(operator.getitem, node, index)
+
+    def transpose(self, node: Node) -> Node:
+        return self(aten.permute.default, node, [1, 0])
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        return node if val(node).dtype == dtype else self(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def columns(self, node: Node, cols: Any) -> Node:
+        """The first ``cols`` columns of a 2-D node."""
+        width = shape(node)[1]
+        if isinstance(width, int) and isinstance(cols, int) and width == cols:
+            return node
+        return self(aten.slice.Tensor, node, 1, 0, self.size(cols))
+
+    def size(self, value: Any) -> Any:
+        """A static size as it is; a symbolic one as the graph node that holds it."""
+        if isinstance(value, int):
+            return value
+        for node in self.graph.nodes:
+            held = node.meta.get("val")
+            if isinstance(held, torch.SymInt) and held.node.expr == value.node.expr:
+                return node
+            if node is self.before:
+                break
+        return self._size_from_tensor(value)
+
+    def _size_from_tensor(self, value: torch.SymInt) -> Node:
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            held = node.meta.get("val")
+            if isinstance(held, torch.Tensor):
+                for dim, size in enumerate(held.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
+                        return self(aten.sym_size.int, node, dim)
+        raise RuntimeError(f"size {value} is not held by any node of the graph")
+
+
+@contextmanager
+def editing(gm: torch.fx.GraphModule) -> Iterator[Graph]:
+    """Edit a graph, then drop dead nodes and recompile."""
+    yield gm.graph
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+
+
+def replace_all(old: Node, new: Node, keep: tuple[Node, ...] = ()) -> None:
+    """Every user of ``old`` reads ``new`` instead, except the nodes in ``keep`` and ``new`` itself."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and user not in keep)

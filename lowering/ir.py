@@ -1,0 +1,132 @@
+"""The quantised IR: seven semantic ops whose implementation is the reference.
+
+``torch.ops.quartet.*`` run on any device as plain PyTorch; that implementation is also their oracle
+and their fallback. Specs travel as strings (``str(QuantSpec)``), so a printed graph reads like the
+recipe. Every op is functional and a pure function of its arguments.
+
+    signs(seed, site, n)                  [n] float32 ±1
+    fixed_signs(signs, device)            [n] float32, given
+    hadamard(x, n, signs, inverse, dtype) [R, C] → [R, ⌈C/n⌉n]
+    quantize(x, spec, seed, site)         [R, C] → codes, scales, mask   (C padded to the block)
+    dequantize(codes, scales, spec, dtype)→ [R, padded]
+    apply_mask(x, mask)                   [R, C], packed bits [R, C/8]
+    scaled_mm(a, a_scales, b, b_scales, a_spec, b_spec, dtype)   [M, K] · [N, K]ᵀ
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+
+library = torch.library.Library("quartet", "DEF")
+
+library.define("signs(Tensor seed, int site, int n) -> Tensor")
+library.define("fixed_signs(int[] signs, Device device) -> Tensor")
+library.define("hadamard(Tensor x, int n, Tensor? signs, bool inverse, ScalarType dtype) -> Tensor")
+library.define("quantize(Tensor x, str spec, Tensor? seed, int site) -> (Tensor, Tensor, Tensor)")
+library.define("dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
+library.define("apply_mask(Tensor x, Tensor mask) -> Tensor")
+library.define("scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, str a_spec, str b_spec, "
+               "ScalarType dtype) -> Tensor")
+
+
+def ceil_to(size, multiple: int):
+    """``size`` (int or SymInt) rounded up, without a guard."""
+    return (size + multiple - 1) // multiple * multiple
+
+
+_FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def code_layout(spec: QuantSpec, padded) -> tuple[torch.dtype, object]:
+    """dtype and last-axis length of the codes of ``padded`` elements."""
+    return (torch.uint8, padded // 2) if spec.element == "e2m1" else (_FLOAT8[spec.element], padded)
+
+
+def _signs(seed: Tensor, site: int, n: int) -> Tensor:
+    return reference.random_signs(seed, site, n)
+
+
+def _signs_fake(seed: Tensor, site: int, n: int) -> Tensor:
+    return seed.new_empty(n, dtype=torch.float32)
+
+
+def _fixed_signs(signs: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(signs, dtype=torch.float32, device=device)
+
+
+def _fixed_signs_fake(signs: list[int], device: torch.device) -> Tensor:
+    return torch.empty(len(signs), dtype=torch.float32, device=device)
+
+
+def _hadamard(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torch.dtype) -> Tensor:
+    return reference.hadamard(x, n, signs, inverse, dtype)
+
+
+def _hadamard_fake(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], ceil_to(x.shape[1], n), dtype=dtype)
+
+
+def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.quantize(x, QuantSpec.parse(spec), seed, site)
+
+
+def _quantize_fake(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = QuantSpec.parse(spec)
+    rows, padded = x.shape[0], ceil_to(x.shape[1], q.block)
+    dtype, width = code_layout(q, padded)
+    mask = x.new_empty(rows, padded // 8, dtype=torch.uint8) if q.mask else x.new_empty(0, dtype=torch.uint8)
+    return x.new_empty(rows, width, dtype=dtype), x.new_empty(rows, padded // q.block, dtype=torch.uint8), mask
+
+
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype)
+
+
+def _dequantize_fake(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    width = codes.shape[1] * (2 if QuantSpec.parse(spec).element == "e2m1" else 1)
+    return codes.new_empty(codes.shape[0], width, dtype=dtype)
+
+
+def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    return reference.apply_mask(reference.pad_last(x, 8), mask[:, : (x.shape[1] + 7) // 8])[:, : x.shape[1]].contiguous()
+
+
+def _apply_mask_fake(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
+               dtype: torch.dtype) -> Tensor:
+    return reference.scaled_mm(a, a_scales, b, b_scales, QuantSpec.parse(a_spec), QuantSpec.parse(b_spec), dtype)
+
+
+def _scaled_mm_fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
+                    dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+for _name, _impl, _fake in (
+    ("signs", _signs, _signs_fake),
+    ("fixed_signs", _fixed_signs, _fixed_signs_fake),
+    ("hadamard", _hadamard, _hadamard_fake),
+    ("quantize", _quantize, _quantize_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+    ("apply_mask", _apply_mask, _apply_mask_fake),
+    ("scaled_mm", _scaled_mm, _scaled_mm_fake),
+):
+    library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+ops = torch.ops.quartet
+SIGNS = ops.signs.default
+FIXED_SIGNS = ops.fixed_signs.default
+HADAMARD = ops.hadamard.default
+QUANTIZE = ops.quantize.default
+DEQUANTIZE = ops.dequantize.default
+APPLY_MASK = ops.apply_mask.default
+SCALED_MM = ops.scaled_mm.default
+SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, QUANTIZE, DEQUANTIZE, APPLY_MASK, SCALED_MM)

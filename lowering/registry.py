@@ -1,0 +1,70 @@
+"""Which kernel computes which piece of the quantised IR, and why another one does not.
+
+A kernel registers for a chain of semantic ops. ``supports`` gives None or the reason it declines; the
+first in ``KERNELS`` that accepts is taken. The reference stands last: it takes everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from quartet.kernels.cpu import ops as cpu
+from quartet.kernels.spec import ELEMENTS, QuantSpec
+
+Supports = Callable[[torch.device, torch.dtype, QuantSpec, int], str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A family of kernels that runs a GEMM's chains on one kind of device.
+
+    Attributes:
+        name: what ``explain`` prints and ``disable_kernels`` takes.
+        supports: (device, compute dtype, quantiser, Hadamard size or 0) → None, or why not.
+    """
+
+    name: str
+    summary: str
+    supports: Supports
+
+
+def _cpp(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    return cpu.unavailable() or cpu.supports(spec, rotation, dtype)
+
+
+def _inductor(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    return None if device.type in ("cpu", "cuda") else f"Inductor has no code generator of ours for {device.type}"
+
+
+KERNELS = (
+    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp),
+    Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
+)
+NAMES = tuple(kernel.name for kernel in KERNELS)
+
+
+def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpec, int], ...],
+           disabled: tuple[str, ...] = ()) -> tuple[Kernel | None, dict[str, str]]:
+    """The first kernel that takes every (quantiser, Hadamard size) of a GEMM, and why others did not."""
+    reasons: dict[str, str] = {}
+    for kernel in KERNELS:
+        reason = f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else next(
+            (r for spec, rotation in specs if (r := kernel.supports(device, dtype, spec, rotation)) is not None), None)
+        if reason is None:
+            return kernel, reasons
+        reasons[kernel.name] = reason
+    return None, reasons
+
+
+def probe(device: torch.device) -> list[tuple[str, str, str | None]]:
+    """(format, kernel, None or the reason it cannot) for every block format and kernel on a device."""
+    rows: list[tuple[str, str, str | None]] = []
+    for element in ELEMENTS:
+        spec = QuantSpec(element=element, rule="ceil")
+        rows += [(f"mx {element}", k.name, k.supports(device, torch.float32, spec, 32)) for k in KERNELS]
+    return rows

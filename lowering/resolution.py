@@ -1,0 +1,81 @@
+"""What a policy decided for one matmul: for each of its three GEMMs a ``Gemm`` or a reason to leave it alone.
+
+Plain data: the policy makes it at the front door, the passes read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quartet.lowering.recipe import ROLES, Gemm, Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decision for one role.
+
+    Args:
+        gemm: what to do, or None to leave this product in the model's dtype.
+        recipe: the recipe that ``gemm`` comes from; None where no recipe applies.
+        reason: which part of the policy decided, in words.
+        rule: index of the deciding rule in ``policy.rules``; None when it was the policy's default.
+    """
+
+    gemm: Gemm | None
+    recipe: Recipe | None
+    reason: str
+    rule: int | None = None
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The decisions for the three GEMMs of one matmul."""
+
+    fprop: Choice
+    dgrad: Choice
+    wgrad: Choice
+
+    def choice(self, role: str) -> Choice:
+        """The decision for ``"fprop"``, ``"dgrad"`` or ``"wgrad"``. Raises ValueError for another name."""
+        if role not in ROLES:
+            raise ValueError(f"a matmul has no role {role!r}; possible: {', '.join(ROLES)}")
+        choice: Choice = getattr(self, role)
+        return choice
+
+    def recipe_for(self, role: str) -> Recipe | None:
+        """The recipe in force for a role, or None."""
+        return self.choice(role).recipe
+
+    @property
+    def quantizes(self) -> bool:
+        return any(self.choice(role).gemm is not None for role in ROLES)
+
+    @property
+    def effective(self) -> Recipe:
+        """The three decisions as one recipe.
+
+        It is named after the recipes that took part (``"quartet+bf16"``, ``"none"`` without any); what is kept
+        for backward follows the recipe of fprop, or else the first that applies; ``skip`` is empty, because the
+        policy has already been asked.
+        """
+        taking_part = list(dict.fromkeys(r for r in map(self.recipe_for, ROLES) if r is not None))
+        lead = taking_part[0] if taking_part else Recipe("none")
+        return Recipe(
+            name="+".join(dict.fromkeys(r.name for r in taking_part)) or "none",
+            summary=lead.summary,
+            paper=lead.paper,
+            fprop=self.fprop.gemm,
+            dgrad=self.dgrad.gemm,
+            wgrad=self.wgrad.gemm,
+            skip=(),
+            keep_weights=lead.keep_weights,
+            recompute=lead.recompute,
+        )
+
+    @property
+    def reason(self) -> str:
+        """The three reasons in one line: one alone if they agree, otherwise each after its role."""
+        reasons = [self.choice(role).reason for role in ROLES]
+        if len(set(reasons)) == 1:
+            return reasons[0]
+        return "; ".join(f"{role}: {reason}" for role, reason in zip(ROLES, reasons, strict=True))

@@ -1,0 +1,84 @@
+"""The op class of a matmul, found by structure: output head, router, or plain linear."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from quartet.lowering.graph import aten, is_backward, shape
+
+_PASS = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
+    aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default,
+    aten.expand.default, aten.clone.default, aten.alias.default, aten.constant_pad_nd.default,
+    aten._to_copy.default, aten.index.Tensor, aten.tanh.default,
+)
+_PASS_NAMES = ("prims.convert_element_type", "aten.mul", "aten.div", "aten.add", "aten.addmm")
+_HEADS = {"lm_head", "output", "head", "embed_out", "score", "classifier", "proj_out", "decoder", "logits", "unembed"}
+_DEPTH = 24
+
+
+def _transparent(node: Node, source: Node) -> bool:
+    """Views, casts, scalar arithmetic and a broadcast bias: what may stand between logits and their softmax."""
+    if node.target in _PASS:
+        return True
+    if not str(node.target).startswith(_PASS_NAMES):
+        return False
+    return all(i is source or len(shape(i)) <= 1 for i in node.all_input_nodes if hasattr(i.meta.get("val"), "shape"))
+
+
+def _reach(node: Node) -> tuple[set[Node], bool]:
+    """Nodes that the values reach unmixed, the first other nodes included, and whether they leave the graph."""
+    seen: set[Node] = set()
+    frontier, leaves = [(node, 0)], False
+    while frontier:
+        at, depth = frontier.pop()
+        for user in at.users:
+            if user in seen or is_backward(user):
+                continue
+            if user.op == "output":
+                leaves = True
+                continue
+            seen.add(user)
+            if depth < _DEPTH and _transparent(user, at):
+                frontier.append((user, depth + 1))
+    return seen, leaves
+
+
+def _softmax_like(reached: set[Node]) -> Node | None:
+    """The first max of a (log-)softmax, decomposed or not, over the reached values."""
+    wanted = ("aten.amax", "aten._log_softmax", "aten._softmax", "prims.prepare_softmax_online", "aten.logsumexp")
+    return next((n for n in reached if str(n.target).startswith(wanted)), None)
+
+
+def _feeds(reached: set[Node], names: tuple[str, ...], depth: int = 8) -> bool:
+    frontier = [(n, 0) for n in reached]
+    seen = set(reached)
+    while frontier:
+        at, d = frontier.pop()
+        if str(at.target).startswith(names):
+            return True
+        if d < depth:
+            for user in at.users:
+                if user not in seen and user.op == "call_function" and not is_backward(user):
+                    seen.add(user)
+                    frontier.append((user, d + 1))
+    return False
+
+
+def op_class_of(node: Node, name: str, weight: Node, graph: Graph) -> str:
+    """``router``: its scores go through softmax or sigmoid into top-k. ``lm_head``: it feeds the loss's
+    log-softmax, or its weight is the embedding's, or it leaves the graph under a head's name. Else ``linear``.
+    """
+    reached, leaves = _reach(node)
+    scores = _softmax_like(reached)
+    if _feeds({node} if scores is None else {scores, *reached}, ("aten.topk", "aten.sort"), 6):
+        return "router"
+    if scores is not None and _feeds({scores}, ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")):
+        return "lm_head"
+    root = weight
+    while root.op == "call_function" and root.all_input_nodes:
+        root = root.all_input_nodes[0]
+    if any(user.target is aten.embedding.default and user.args[0] is root for user in root.users):
+        return "lm_head"
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return "lm_head" if leaves and module in _HEADS else "linear"

@@ -1,0 +1,196 @@
+"""Find every forward product of an activation with a weight, and the dgrad and wgrad that belong to it.
+
+A weight is whatever is computed from parameters alone: a parameter, its transpose, a slice of a fused
+one, its cast under autocast, what a collective gathers of it, a parametrisation of several. A matmul's
+backward products share its ``seq_nr``; dgrad reads the same weight, wgrad the same activation, in
+either orientation: autograd writes gW = Eᵀ·X or gWᵀ = Xᵀ·E by the strides of the operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from quartet.lowering.graph import aten, is_backward, shape, val
+from quartet.lowering.records import MatmulRecord
+from quartet.passes.classify import op_class_of
+from quartet.passes.sites import MatmulSite, Product
+from quartet.passes.state import State
+
+MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+_SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+
+
+def canonical(node: Node) -> tuple[Node, bool]:
+    """Walk up through views that keep a matrix a matrix: (origin, whether ``node`` is its transpose)."""
+    flipped = False
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        source = node.args[0]
+        if "val" not in source.meta or not hasattr(source.meta["val"], "shape"):
+            break
+        before, after = shape(source), shape(node)
+        if node.target in _SAME:
+            pass
+        elif node.target is aten.t.default:
+            flipped = not flipped
+        elif node.target is aten.permute.default and _matrix(before) == 2 and _swaps(node.args[1]):
+            flipped = not flipped
+        elif node.target is aten.transpose.int and _matrix(before) == 2:
+            flipped = not flipped
+        elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
+                             aten.unsqueeze.default) and _same_matrix(before, after):
+            pass
+        else:
+            break
+        node = source
+    return node, flipped
+
+
+def _matrix(size: tuple[Any, ...]) -> int:
+    """2 for a matrix, also one with a leading batch of 1; else 0."""
+    return 2 if len(size) == 2 or (len(size) == 3 and isinstance(size[0], int) and size[0] == 1) else 0
+
+
+def _swaps(order: Any) -> bool:
+    return list(order) in ([1, 0], [0, 2, 1])
+
+
+def _same_matrix(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return _matrix(a) == 2 and _matrix(b) == 2 and str(a[-2:]) == str(b[-2:])
+
+
+def input_index(node: Node) -> int | None:
+    """Index of the dynamo input behind a joint placeholder, through tensor subclasses."""
+    desc = node.meta.get("desc")
+    while desc is not None and not hasattr(desc, "idx"):
+        desc = getattr(desc, "base", None)
+    return getattr(desc, "idx", None)
+
+
+def parameter_origins(state: State) -> dict[Node, str]:
+    """Nodes computed from parameters alone → name of their first parameter."""
+    weights, origin, data = state.config.weights, {}, set()
+    for node in state.gm.graph.nodes:
+        if is_backward(node):
+            continue
+        if node.op == "placeholder":
+            name = weights.get(input_index(node)) if weights else None
+            if name is not None:
+                origin[node] = name
+            else:
+                data.add(node)
+        elif node.op == "call_function":
+            inputs = [i for i in node.all_input_nodes if hasattr(i.meta.get("val"), "shape")]
+            if any(i in data for i in inputs):
+                data.add(node)
+            else:
+                named = [origin[i] for i in inputs if i in origin]
+                if named:
+                    origin[node] = named[0]
+    return origin
+
+
+def find_matmuls(state: State) -> None:
+    """Fill ``state.sites`` and record the matmuls that multiply no weight."""
+    origin = parameter_origins(state)
+    backward: dict[Any, list[Node]] = {}
+    for node in state.gm.graph.nodes:
+        if node.target in MATMULS and is_backward(node):
+            backward.setdefault(node.meta.get("seq_nr"), []).append(node)
+    claimed: set[Node] = set()
+    for node in state.gm.graph.nodes:
+        if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
+            continue
+        site = _site(state, node, origin)
+        if site is None:
+            state.alone.append(_unweighted(node, "fprop", origin))
+            continue
+        _attach_backward(site, backward.get(node.meta.get("seq_nr"), []), claimed)
+        state.sites.append(site)
+    left = [n for nodes in backward.values() for n in nodes if n not in claimed]
+    state.alone.extend(_unweighted(n, "dgrad", origin) for n in left)
+
+
+def _operands(node: Node) -> tuple[Node, Node]:
+    a, b = node.args[-2:] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[:2]
+    assert isinstance(a, Node) and isinstance(b, Node)
+    return a, b
+
+
+def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite | None:
+    a, b = _operands(node)
+    if len(shape(node)) != 2 or (a in origin) == (b in origin):
+        return None
+    if node.target is aten.addmm.default and (node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1):
+        return None
+    flipped = a in origin
+    (p, q), r = shape(a), shape(b)[1]
+    m, n = (r, p) if flipped else (p, r)
+    x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
+    name = origin[w[0]]
+    fqn = name.removesuffix(".weight")
+    op_class = op_class_of(node, name, w[0], state.gm.graph)
+    site = MatmulSite(len(state.sites), fqn, op_class, x, w, m, n, q, val(node).dtype)
+    site.products["fprop"] = Product(node, flipped)
+    return site
+
+
+def _normal(operand: tuple[Node, bool]) -> tuple[Node, bool]:
+    base, flipped = canonical(operand[0])
+    return base, flipped != operand[1]
+
+
+def _attach_backward(site: MatmulSite, candidates: list[Node], claimed: set[Node]) -> None:
+    """Recognise gX = E·W, gXᵀ = Wᵀ·Eᵀ, gW = Eᵀ·X, gWᵀ = Xᵀ·E by the operand they share with the site."""
+    x, w = _normal(site.x), _normal(site.w)
+    for node in candidates:
+        if node in claimed or len(shape(node)) != 2 or node.target is not aten.mm.default:
+            continue
+        u, v = _operands(node)
+        left, right = canonical(u), canonical(v)
+        if right == w:
+            role, flipped, gradient = "dgrad", False, (u, False)
+        elif left == (w[0], not w[1]):
+            role, flipped, gradient = "dgrad", True, (v, True)
+        elif right == x:
+            role, flipped, gradient = "wgrad", False, (u, True)
+        elif left == (x[0], not x[1]):
+            role, flipped, gradient = "wgrad", True, (v, False)
+        else:
+            continue
+        if role in site.products:
+            continue
+        claimed.add(node)
+        site.products[role] = Product(node, flipped)
+        base, base_flipped = canonical(gradient[0])
+        resolved = (base, base_flipped != gradient[1]) if len(shape(base)) == 2 else gradient
+        site.gradient = site.gradient or resolved
+
+
+def _unweighted(node: Node, role: str, origin: dict[Node, str]) -> MatmulRecord:
+    a, b = _operands(node)
+    k = shape(a)[-1]
+    batch = shape(node)[0] if len(shape(node)) == 3 else 1
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    path = next((str(v[0]) for v in reversed(list(stack.values()))), "")
+    grouped = (a in origin) != (b in origin)
+    reason = ("multiplies a batch of weights" if grouped else "no operand is a weight") + f"; batch {batch}"
+    m, n = shape(node)[-2:]
+    return MatmulRecord(site=-1, fqn=module_path(path), op_class="grouped" if grouped else "bmm", role=role,
+                        m=_plain(m), n=_plain(n), k=_plain(k), dtype=str(val(node).dtype).removeprefix("torch."),
+                        recipe=None, kernel=None, reason=reason, saved_bytes=None, notes=())
+
+
+def _plain(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def module_path(path: str) -> str:
+    """A dotted name from how dynamo writes one: ``L['self']._modules['layers']._modules['0'].q`` → ``layers.0.q``."""
+    import re
+
+    text = re.sub(r"^L\[['\"](self|model|fn|mod|s|m)['\"]\]\.?", "", path)
+    text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", "." + text)
+    text = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)
+    return text.strip(".")

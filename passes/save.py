@@ -1,0 +1,27 @@
+"""Decide what fprop leaves behind for backward.
+
+Packed codes, scales and masks are results of opaque ops, which the partitioner never recomputes, and no
+backward node reads the original X: so they are what is kept. With ``recompute="gemm"`` the output of a
+GEMM is not kept either: backward runs it again from the codes, which it has anyway.
+"""
+
+from __future__ import annotations
+
+from torch.utils.checkpoint import CheckpointPolicy
+
+from quartet.lowering import ir
+from quartet.lowering.graph import is_backward
+from quartet.passes.sites import SITE_KEY
+from quartet.passes.state import State, recipe_of
+
+
+def save(state: State) -> None:
+    """Tag the fprop GEMMs whose output backward should compute again."""
+    if not any(is_backward(node) for node in state.gm.graph.nodes):
+        return
+    sites = {site.index: site for site in state.planned()}
+    for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
+        index, role = node.meta[SITE_KEY]
+        choice = state.config.recompute or recipe_of(sites[index]).recompute
+        if role == "fprop" and choice == "gemm" and node.meta.get("recompute") is None:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,86 @@
+"""What the passes know of a matmul: its operands, its backward products, its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.recipe import Gemm, Recipe
+from quartet.lowering.resolution import Resolution
+
+
+SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
+
+
+@dataclass
+class Product:
+    """One of the three GEMMs of a site, as ``A · Bᵀ``.
+
+    ``node`` is the matmul that autograd wrote: the product in normal orientation, or its transpose when
+    ``flipped``. After rotation ``a`` and ``b`` are its 2-D operands with the contraction axis last, ``mm``
+    their product in the model's dtype, and ``source`` the operand of fprop that ``b`` was made from.
+    """
+
+    node: Node
+    flipped: bool = False
+    a: Node | None = None
+    b: Node | None = None
+    mm: Node | None = None
+    source: Node | None = None
+
+
+@dataclass
+class Quantized:
+    """Results of a quantise node: codes, scales and the packed clip mask (None when the spec has none)."""
+
+    codes: Node
+    scales: Node
+    mask: Node | None
+    spec: QuantSpec
+
+
+@dataclass
+class MatmulSite:
+    """A forward matmul of an activation with a weight, and its dgrad and wgrad where they exist.
+
+    Attributes:
+        index: number of the site in the graph; names its random bits.
+        x: node of X and whether it is stored transposed; ``[tokens, in]`` in normal orientation.
+        w: node of W likewise; ``[out, in]`` in normal orientation.
+        m, n, k: tokens, out, in; ints or SymInts.
+        gradient: node of E and whether it is stored transposed; ``[tokens, out]`` in normal orientation.
+        resolution: what the policy decided; recipe: the effective recipe, None when left alone.
+        reasons: role → why it is left alone.
+        x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
+    """
+
+    index: int
+    fqn: str
+    op_class: str
+    x: tuple[Node, bool]
+    w: tuple[Node, bool]
+    m: Any
+    n: Any
+    k: Any
+    dtype: torch.dtype
+    products: dict[str, Product] = field(default_factory=dict)
+    gradient: tuple[Node, bool] | None = None
+    resolution: Resolution | None = None
+    recipe: Recipe | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    x_group: int = -1
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    saved_bytes: int | None = None
+
+    def dims(self, role: str) -> tuple[Any, Any, Any]:
+        """(M, N, K) of a role's GEMM; K is what it contracts."""
+        return {"fprop": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n),
+                "wgrad": (self.n, self.k, self.m)}[role]
+
+    def active(self, role: str) -> Gemm | None:
+        """The GEMM to quantise in this role, where both the graph and the recipe have one."""
+        return getattr(self.recipe, role) if self.recipe is not None and role in self.products else None

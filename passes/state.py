@@ -1,0 +1,91 @@
+"""What flows through the pipeline: the graph, the resolved configuration, the sites found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quartet.lowering.graph import FORWARD, Builder, aten
+from quartet.lowering.recipe import Recipe
+from quartet.lowering.records import MatmulRecord
+from quartet.lowering.resolution import Resolution
+from quartet.passes.sites import MatmulSite
+
+STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
+
+
+class Observer(Protocol):
+    """Watches the pipeline: dumps, logs, tests."""
+
+    def before(self, index: int, name: str, gm: GraphModule) -> None: ...
+
+    def after(self, index: int, name: str, gm: GraphModule, seconds: float) -> None: ...
+
+    def finish(self, records: Sequence[MatmulRecord], gm: GraphModule) -> None: ...
+
+
+@dataclass(frozen=True)
+class Config:
+    """The pipeline's configuration as plain data.
+
+    Attributes:
+        resolve: (op class, FQN, m, n, k) → what the policy decides for the three GEMMs.
+        weights: index of a dynamo input → parameter name, for the inputs that are parameters.
+        strict: a planned matmul that cannot be lowered is an error.
+        disable_passes, disable_kernels: names left out.
+        recompute: overrides the recipes' own choice when not None.
+        stream: added to the seed, so that data-parallel ranks draw different bits.
+        observers: called around every pass.
+    """
+
+    resolve: Callable[[str, str, Any, Any, Any], Resolution]
+    weights: Mapping[int, str] = field(default_factory=dict)
+    strict: bool = False
+    disable_passes: tuple[str, ...] = ()
+    disable_kernels: tuple[str, ...] = ()
+    recompute: str | None = None
+    stream: int = 0
+    observers: tuple[Observer, ...] = ()
+
+
+@dataclass
+class State:
+    """One graph on its way through the passes."""
+
+    gm: GraphModule
+    config: Config
+    sites: list[MatmulSite] = field(default_factory=list)
+    alone: list[MatmulRecord] = field(default_factory=list)
+    seed: Node | None = None
+    kernels: dict[tuple[int, str], str] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def planned(self) -> list[MatmulSite]:
+        """Sites with at least one GEMM to quantise."""
+        return [s for s in self.sites if s.recipe is not None and s.recipe.quantizes]
+
+
+def recipe_of(site: MatmulSite) -> Recipe:
+    """The recipe of a planned site."""
+    assert site.recipe is not None
+    return site.recipe
+
+
+def draw_seed(state: State) -> Node:
+    """The graph's one random draw: an int64 seed from PyTorch's generator, made on first use.
+
+    It carries no checkpoint tag: a seed drawn again in a recomputation would be another one.
+    """
+    if state.seed is None:
+        graph = state.gm.graph
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        build = Builder(graph, like=first, before=first, backward=False)
+        build.meta = {"partitioner_tag": FORWARD}
+        state.seed = build(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=state.device, pin_memory=False)
+        if state.config.stream:
+            state.seed = build(aten.add.Tensor, state.seed, state.config.stream * STREAM_STRIDE % 2**62)
+    return state.seed

@@ -1,0 +1,53 @@
+"""The rules of the IR, checked between all stages. A violation is a bug of ours, never of the user's."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.graph import is_backward
+from quartet.passes.state import State
+
+
+class BrokenGraph(AssertionError):
+    """A pass left the graph in a state that its specification forbids."""
+
+
+def verify(state: State, after: str) -> None:
+    """Raise BrokenGraph naming the pass, the node and the rule."""
+    tagged = any("partitioner_tag" in n.meta for n in state.gm.graph.nodes)
+    for node in state.gm.graph.nodes:
+        if node.op != "call_function" or "quartet" not in str(node.target):
+            continue
+        _require("val" in node.meta, after, node, "a node has a value")
+        _require(not tagged or "partitioner_tag" in node.meta, after, node, "a node has a direction")
+        _require(is_backward(node) or not any(is_backward(i) for i in node.all_input_nodes), after, node,
+                 "a forward node reads no backward node")
+        if node.target is ir.QUANTIZE:
+            spec = QuantSpec.parse(node.args[1])  # type: ignore[arg-type]
+            _require((node.args[2] is not None) == spec.stochastic, after, node, "stochastic quantisers have a seed")
+        if node.target is ir.SCALED_MM:
+            _check_gemm(node, after)
+
+
+def _check_gemm(node: Node, after: str) -> None:
+    a, a_scales, b, b_scales, a_spec, b_spec, _ = node.args
+    for codes, scales, text in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
+        assert isinstance(codes, Node) and isinstance(scales, Node) and isinstance(text, str)
+        spec = QuantSpec.parse(text)
+        wanted = ir.code_layout(spec, 32)[0]
+        _require(codes.meta["val"].dtype is wanted, after, node, f"{spec} has codes of {wanted}")
+        _require(scales.meta["val"].dtype is torch.uint8, after, node, "E8M0 scales are bytes")
+        _require(codes.args[0] is scales.args[0], after, node, "codes and scales come from one quantiser")
+        maker = codes.args[0]
+        _require(isinstance(maker, Node) and maker.target is ir.QUANTIZE and maker.args[1] == text, after, node,
+                 "a GEMM reads an operand in the format its quantiser wrote")
+    depth = [c.meta["val"].shape[1] for c in (a, b) if isinstance(c, Node)]
+    _require(str(depth[0]) == str(depth[1]), after, node, f"both operands contract the same length, not {depth}")
+
+
+def _require(held: bool, after: str, node: Node, rule: str) -> None:
+    if not held:
+        raise BrokenGraph(f"after pass '{after}', node {node.format_node()}: violated '{rule}'")

@@ -1,0 +1,98 @@
+"""The backend that ``torch.compile(model, backend="quartet")`` calls."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quartet import lowering  # noqa: F401  registers the ops
+from quartet.dump import GraphDump
+from quartet.lowering import registry
+from quartet.lowering.records import MatmulRecord
+from quartet.options import Options
+from quartet.passes import pipeline
+from quartet.passes.find_matmuls import module_path
+from quartet.passes.state import Config, Observer
+from quartet.policy import Policy
+from quartet.recipes import resolve
+from quartet.runtime import compat
+from quartet.runtime.streams import data_parallel_stream
+
+log = logging.getLogger("quartet")
+compat.register_log()
+
+
+def quartet(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+            options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile a graph with its matmuls in low precision; everything else is Inductor's.
+
+    Args:
+        gm: what dynamo captured. example_inputs: its inputs; those that are ``nn.Parameter`` are the weights.
+        mode: a mode of torch.compile. options: see :class:`quartet.options.Options`.
+
+    Raises:
+        OptionError, PolicyError: an option or policy that does not exist; the message names the nearest.
+        UnsupportedMatmul: under ``strict=True``, a matmul that the policy quantises and that cannot be.
+    """
+    parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    return compile_graph(gm, example_inputs, parsed)
+
+
+def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
+                  inner_compile: Callable[..., Any] | None = None,
+                  collect: Callable[[list[MatmulRecord]], None] | None = None) -> Callable[..., Any]:
+    """:func:`quartet` with parsed options; ``inner_compile`` replaces Inductor's code generation."""
+    compat.warn_if_untested()
+    step = make_pipeline(gm, example_inputs, options)
+    patches = {**options.inductor, "joint_custom_pre_pass": step}
+    extra = {} if inner_compile is None else {"inner_compile": inner_compile}
+    compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    if step.records:
+        _warn_unmatched(options.policy, step.records)
+    if collect is not None:
+        collect(step.records)
+    return compiled
+
+
+def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> pipeline.Pipeline:
+    """The joint-graph pass for one dynamo graph."""
+    weights = weight_names(gm, example_inputs)
+    stream = data_parallel_stream(example_inputs)
+    observers: tuple[Observer, ...] = ()
+    if options.dump is not None:
+        observers = (GraphDump(options.dump, emit_artifact=compat.emit_artifact),)
+    disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
+    config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
+                    options.recompute, stream, observers)
+    key = repr((options.policy.digest(), sorted(weights.items()), options.strict, disabled, options.disable_kernels,
+                options.recompute, stream, options.dump, torch.__version__, torch.get_num_threads()))
+    return pipeline.Pipeline(config, key, tuple(compat.user_joint_passes()))
+
+
+def quantizes(policy: Policy) -> bool:
+    """Whether any matmul could be quantised under the policy."""
+    chosen = [resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules)]
+    return any(recipe is not None and recipe.quantizes for recipe in chosen)
+
+
+def weight_names(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
+    """Index of each input that is a parameter → its name in the model, as far as dynamo knows it."""
+    names: dict[int, str] = {}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=False)):
+        if isinstance(value, torch.nn.Parameter):
+            arg = node.meta.get("grapharg")
+            source = getattr(getattr(arg, "source", None), "name", None)
+            name = source() if callable(source) else source
+            names[index] = module_path(name) if isinstance(name, str) else node.name
+    return names
+
+
+def _warn_unmatched(policy: Policy, records: Sequence[MatmulRecord]) -> None:
+    sites = [(r.op_class, r.fqn, r.m, r.n, r.k) for r in records if r.role == "fprop"]
+    for unmatched in policy.unmatched(sites):
+        warnings.warn(f"quartet policy: {unmatched}", stacklevel=2)

@@ -1,0 +1,389 @@
+"""Which matmul gets which recipe: a default, and rules of which the last that matches wins.
+
+    policy = Policy("quartet").on("lm_head", None).on("*.down_proj", "bf16", role="wgrad", shape="k >= 4096")
+
+A policy is frozen plain data: it compares, hashes, prints as Python that reads back equal, and goes to and from TOML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+from quartet import policy_toml
+from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe
+from quartet.lowering.resolution import Choice, Resolution
+from quartet.predicate import holds, normalise
+from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resolve, unknown
+
+OP_GROUPS: Mapping[str, tuple[str, ...]] = {"attention": ("attention_qk", "attention_pv")}
+ROLE_ALIASES: Mapping[str, str] = {"forward": "fprop"}
+_RULE_KEYS = ("pattern", "op", "recipe", "role", "shape")
+_POLICY_KEYS = ("default", "rule", "recipe")
+
+Site = tuple[str, str | None, Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: the matmuls that it is about, and the recipe that they get. A condition that is None always holds.
+
+    Args:
+        recipe: name, Recipe, or None to leave the matmul in high precision.
+        fqn: glob over the fully qualified module name (``fnmatch``; without a wildcard it is the exact name).
+        op: op class of ``OP_CLASSES`` or group of ``OP_GROUPS``.
+        roles: the GEMMs that it decides: ``fprop`` (or ``forward``), ``dgrad``, ``wgrad``, several, or None for all.
+        shape: predicate over m, n, k (see ``quartet.predicate``).
+
+    Raises:
+        PolicyError: something that does not exist; names the nearest that does.
+    """
+
+    recipe: str | Recipe | None
+    fqn: str | None = None
+    op: str | None = None
+    roles: str | tuple[str, ...] | None = None
+    shape: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", reference(self.recipe))
+        object.__setattr__(self, "roles", _roles(self.roles))
+        if self.op is not None and self.op not in (*OP_CLASSES, *OP_GROUPS):
+            raise unknown("op class", self.op, (*OP_CLASSES, *OP_GROUPS), ("op",))
+        if self.fqn is not None and (not isinstance(self.fqn, str) or not self.fqn):
+            raise PolicyError(f"a pattern is an op class or a glob over module names, not {self.fqn!r}", ("pattern",))
+        if self.shape is not None:
+            object.__setattr__(self, "shape", normalise(self.shape))
+
+    def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any) -> bool:
+        """Whether the rule is about this matmul. A rule that names neither an op class nor a module leaves the op
+        classes alone that its recipe skips."""
+        return self._names(op_class, fqn) and (self.shape is None or holds(self.shape, m, n, k))
+
+    def _names(self, op_class: str, fqn: str | None) -> bool:
+        if self.op is not None and op_class not in OP_GROUPS.get(self.op, (self.op,)):
+            return False
+        if self.fqn is not None:
+            return bool(fqn) and fnmatchcase(fqn or "", self.fqn)
+        recipe = resolve(self.recipe)
+        return self.op is not None or recipe is None or op_class not in recipe.skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of ``Policy.on`` that make this rule, those at their default left out."""
+        data: dict[str, Any] = {}
+        if self.fqn is not None:
+            plain = self.fqn not in (*OP_CLASSES, *OP_GROUPS) and not self.fqn.startswith("fqn:")
+            data["pattern"] = self.fqn if plain else f"fqn:{self.fqn}"
+        if self.op is not None:
+            data["op"] = self.op
+        data["recipe"] = self.recipe
+        if self.roles != ROLES:
+            data["role"] = self.roles[0] if self.roles is not None and len(self.roles) == 1 else self.roles
+        if self.shape is not None:
+            data["shape"] = self.shape
+        return data
+
+    def call(self, full: bool = False) -> str:
+        """The rule as it is written, ``on('*.down_proj', 'bf16', role='wgrad')``; ``full`` spells out a user's
+        Recipe instead of its name."""
+        data = self.to_dict()
+        first = data.pop("pattern", None) or data.pop("op", None)
+        recipe = data.pop("recipe")
+        value = repr(recipe if full or not isinstance(recipe, Recipe) else recipe.name)
+        head = [f"recipe={value}"] if first is None else [repr(first), value]
+        return f"on({', '.join([*head, *(f'{key}={item!r}' for key, item in data.items())])})"
+
+
+def _roles(roles: object) -> tuple[str, ...]:
+    """Canonical roles: in the order of ROLES, without aliases."""
+    given = ROLES if roles is None else (roles,) if isinstance(roles, str) else roles
+    if not isinstance(given, tuple | list | set | frozenset) or not given:
+        raise PolicyError(f"role is one of {', '.join(ROLES)}, a tuple of them, or None for all, not {roles!r}",
+                          ("role",))
+    named = set()
+    for role in given:
+        if role not in (*ROLES, *ROLE_ALIASES):
+            raise unknown("role", role, (*ROLES, *ROLE_ALIASES), ("role",))
+        named.add(ROLE_ALIASES.get(role, role))
+    return tuple(role for role in ROLES if role in named)
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A rule that matched no matmul: its index, why, and the nearest names that it could have meant."""
+
+    rule: int
+    reason: str
+    nearest: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.reason}; nearest: {', '.join(map(repr, self.nearest))}" if self.nearest else self.reason
+
+
+@dataclass(frozen=True, repr=False)
+class Policy:
+    """A default recipe and rules on top of it, each decided anew for every matmul and role; the last match wins.
+
+    Args:
+        default: recipe name, Recipe, or None to leave everything in high precision that no rule names. The op
+            classes that the recipe skips (``lm_head``, attention…) stay in high precision.
+        rules: normally added with ``on``.
+
+    Raises:
+        PolicyError: unknown recipe, or two different recipes of one name.
+    """
+
+    default: str | Recipe | None = "quartet"
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "default", reference(self.default))
+        except PolicyError as error:
+            raise PolicyError(str(error), ("default",)) from None
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise PolicyError(f"rules are made by Policy.on(…), got {type(rule).__name__} {rule!r}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        own: dict[str, Recipe] = {}
+        for recipe in self._own_recipes():
+            if own.setdefault(recipe.name, recipe) != recipe:
+                raise PolicyError(f"two different recipes of this policy are called {recipe.name!r}; rename one with "
+                                  "dataclasses.replace(recipe, name=…)", ("recipe",))
+
+    def on(self, pattern: str | None = None, recipe: str | Recipe | None | EllipsisType = ..., *,
+           op: str | None = None, role: str | tuple[str, ...] | None = None, shape: str | None = None) -> Policy:
+        """This policy with one more rule, which wins over the earlier ones.
+
+        Args:
+            pattern: an op class (``"lm_head"``), the group ``"attention"``, or a glob over module names
+                (``"*.down_proj"``, ``"layers.0.*"``). ``"fqn:lm_head"`` is the module of that name.
+            recipe: name, Recipe, or None for high precision.
+            op: op class or group; beside a glob both have to match.
+            role: ``"fprop"`` (or ``"forward"``), ``"dgrad"``, ``"wgrad"``, a tuple of them, or None for all.
+            shape: predicate over m (tokens), n (out), k (in) of the matmul, ``"k >= 4096 and n % 32 == 0"``.
+
+        Raises:
+            PolicyError: something that does not exist; names the nearest that does.
+        """
+        if isinstance(recipe, EllipsisType):
+            raise PolicyError(f"on({'' if pattern is None else repr(pattern)}) needs a recipe: one of "
+                              f"{', '.join(recipes())}, a Recipe, or None to leave the matmul in high precision",
+                              ("recipe",))
+        fqn = pattern
+        if isinstance(pattern, str):
+            if pattern in (*OP_CLASSES, *OP_GROUPS):
+                if op not in (None, pattern):
+                    raise PolicyError(f"the rule names two op classes, {pattern!r} and op={op!r}; give one, or "
+                                      f"'fqn:{pattern}' for the module of that name", ("op",))
+                fqn, op = None, pattern
+            else:
+                fqn = pattern.removeprefix("fqn:")
+        return replace(self, rules=(*self.rules, Rule(recipe, fqn, op, role, shape)))
+
+    def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any) -> Resolution:
+        """What happens to one matmul ``[m, k] · [n, k]ᵀ``.
+
+        A backward GEMM that starts from saved codes needs fprop quantised the way its recipe expects. Where the
+        rules part the two, its operand b is quantised from the original tensor, and the reason says so.
+
+        Args:
+            op_class: one of ``OP_CLASSES``.
+            fqn: name of the module, or None if it is not known (then no glob matches).
+            m, n, k: tokens, output and input features; int or symbolic.
+        """
+        if op_class not in OP_CLASSES:
+            raise unknown("op class", op_class, OP_CLASSES)
+        matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k)]
+        choices = {role: self._choose(role, op_class, matching) for role in ROLES}
+        for role in ("dgrad", "wgrad"):
+            choices[role] = _detach(choices[role], choices["fprop"])
+        return Resolution(**choices)
+
+    def _choose(self, role: str, op_class: str, matching: list[tuple[int, Rule]]) -> Choice:
+        i: int | None
+        for i, rule in reversed(matching):
+            if role in (rule.roles or ()):
+                recipe, why = resolve(rule.recipe), f"rule {i}: {rule.call()}"
+                break
+        else:
+            i, recipe = None, resolve(self.default)
+            why = "default None: high precision" if recipe is None else f"default recipe {recipe.name!r}"
+            if recipe is not None and op_class in recipe.skip:
+                why = f"recipe {recipe.name!r} leaves {op_class} in high precision unless a rule names it"
+                recipe = None
+        gemm: Gemm | None = getattr(recipe, role) if recipe is not None else None
+        if recipe is not None and gemm is None:
+            why += f", which leaves {role if recipe.quantizes else 'everything'} in high precision"
+        return Choice(gemm, recipe, why, i)
+
+    def unmatched(self, sites: Iterable[Site]) -> tuple[Unmatched, ...]:
+        """The rules that are about none of the matmuls ``(op_class, fqn, m, n, k)``, for a warning."""
+        sites = list(sites)
+        return tuple(_explain_unmatched(i, rule, sites) for i, rule in enumerate(self.rules)
+                     if not any(rule.matches(*site) for site in sites))
+
+    def digest(self) -> str:
+        """32 hex digits that change with anything the policy says, the content of its recipes included."""
+        def content(recipe: str | Recipe | None) -> Any:
+            found = resolve(recipe)
+            return None if found is None else asdict(found)
+
+        parts = [content(self.default)]
+        parts += [[rule.fqn, rule.op, rule.roles, rule.shape, content(rule.recipe)] for rule in self.rules]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    @classmethod
+    def coerce(cls, value: object) -> Policy:
+        """A policy from whatever a user may pass: a Policy, a recipe name or Recipe, the path of a ``.toml`` file,
+        or the plain data of ``to_dict``. Raises PolicyError."""
+        if isinstance(value, Policy):
+            return value
+        if isinstance(value, Recipe):
+            return cls(value)
+        if isinstance(value, os.PathLike):
+            return cls.from_toml(value)
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if not isinstance(value, str):
+            raise PolicyError("a policy is a Policy, a recipe name, a Recipe, the path of a .toml file or a dict, not "
+                              f"{type(value).__name__} {value!r}")
+        if value.endswith(".toml"):
+            return cls.from_toml(value)
+        if value not in recipes():
+            raise PolicyError(f"unknown policy {value!r}; {did_you_mean(value, recipes())}possible: "
+                              f"{', '.join(recipes())}, or the path of a .toml file")
+        return cls(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: strings, lists and dicts, with a user's recipes in full under ``"recipe"``."""
+        data: dict[str, Any] = {"default": _name(self.default)}
+        rules = [{key: list(item) if isinstance(item, tuple) else _name(item) for key, item in rule.to_dict().items()}
+                 for rule in self.rules]
+        own = {recipe.name: policy_toml.recipe_to_dict(recipe) for recipe in self._own_recipes()}
+        return data | ({"rule": rules} if rules else {}) | ({"recipe": own} if own else {})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """The inverse of ``to_dict``; recipes may also be None or a Recipe. Raises PolicyError with a ``path``."""
+        data = policy_toml.check_table("the policy", data, _POLICY_KEYS)
+        own = {name: _within(("recipe", name), policy_toml.recipe_from_dict, name, table)
+               for name, table in _typed(data, "recipe", Mapping, "a table of recipes").items()}
+
+        def named(recipe: Any) -> Any:
+            return None if recipe == "none" else own.get(recipe, recipe) if isinstance(recipe, str) else recipe
+
+        policy = cls(named(data.get("default", cls.default)))
+        for i, table in enumerate(_typed(data, "rule", list, "a list of rules, [[rule]] in TOML")):
+            rule = dict(_within(("rule", i), policy_toml.check_table, f"rule {i}", table, _RULE_KEYS))
+            if "recipe" in rule:
+                rule["recipe"] = named(rule["recipe"])
+            if isinstance(rule.get("role"), list):
+                rule["role"] = tuple(rule["role"])
+            policy = _within(("rule", i), policy.on, **rule)
+        return policy
+
+    def to_toml(self) -> str:
+        """TOML text; ``Policy.from_toml`` reads it back equal, also where the user's recipes are not registered."""
+        return policy_toml.write(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, source: str | os.PathLike[str]) -> Policy:
+        """Read a policy from TOML text, or from a file: a path object or a string that ends in ``.toml``.
+
+        Raises:
+            PolicyError: no such file, malformed TOML, unknown key or value; with the file and the line.
+        """
+        text, where = source, "the policy text"
+        if not isinstance(source, str) or (source.endswith(".toml") and "\n" not in source):
+            where = os.fspath(source)
+            try:
+                text = Path(where).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PolicyError(f"cannot read policy file {where!r}: {error}") from None
+        text = str(text)
+        data = policy_toml.read(text, where)
+        try:
+            return cls.from_dict(data)
+        except PolicyError as error:
+            line = policy_toml.line_of(text, error.path)
+            raise PolicyError(f"{where}, line {line}: {error}", error.path) from None
+
+    def _own_recipes(self) -> list[Recipe]:
+        used = [self.default, *(rule.recipe for rule in self.rules)]
+        return [recipe for recipe in used if isinstance(recipe, Recipe)]
+
+    def _calls(self, full: bool) -> str:
+        short = self.default.name if isinstance(self.default, Recipe) else self.default
+        head = f"Policy({(self.default if full else short)!r})"
+        return "".join([head, *(f".{rule.call(full)}" for rule in self.rules)])
+
+    def __repr__(self) -> str:
+        return self._calls(full=True)
+
+    def __str__(self) -> str:
+        return self._calls(full=False)
+
+
+def _name(value: Any) -> Any:
+    """How plain data refers to a recipe; other values stay."""
+    return "none" if value is None else value.name if isinstance(value, Recipe) else value
+
+
+def _within(prefix: tuple[str | int, ...], make: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``make(…)``, with the path of its PolicyError extended by ``prefix``."""
+    try:
+        return make(*args, **kwargs)
+    except PolicyError as error:
+        raise error.under(*prefix) from None
+
+
+def _typed(data: Mapping[str, Any], key: str, kind: type, what: str) -> Any:
+    value = data.get(key, kind() if kind is list else {})
+    if not isinstance(value, kind):
+        raise PolicyError(f"{key!r} is {what}, not {type(value).__name__} {value!r}", (key,))
+    return value
+
+
+def _detach(choice: Choice, fprop: Choice) -> Choice:
+    """A backward choice whose saved operand exists, or else starts from the original tensor."""
+    gemm, recipe = choice.gemm, choice.recipe
+    if gemm is None or recipe is None or gemm.b.source != "saved" or recipe.fprop == fprop.gemm:
+        return choice
+    other = "in high precision" if fprop.gemm is None or fprop.recipe is None else f"quantised by {fprop.recipe.name!r}"
+    return replace(choice, gemm=replace(gemm, b=replace(gemm.b, source="original")),
+                   reason=f"{choice.reason}; operand b from the original tensor, because fprop is {other} and "
+                          f"has no saved codes of {recipe.name!r}")
+
+
+def _explain_unmatched(i: int, rule: Rule, sites: list[Site]) -> Unmatched:
+    reason = f"rule {i}: {rule.call()} matches no matmul"
+    named = [site for site in sites if rule._names(site[0], site[1])]
+    if named:
+        return Unmatched(i, f"{reason}: none of the {len(named)} that it names satisfies {rule.shape!r}", ())
+    if rule.fqn is not None and any(fnmatchcase(fqn or "", rule.fqn) for _, fqn, *_ in sites):
+        return Unmatched(i, f"{reason}: no module like {rule.fqn!r} is of op class {rule.op!r}", ())
+    if rule.fqn is None:
+        classes = ", ".join(sorted({op_class for op_class, *_ in sites})) or "none"
+        return Unmatched(i, f"{reason}: op classes in the model: {classes}", ())
+    return Unmatched(i, reason, _nearest_names(rule.fqn, sites))
+
+
+def _nearest_names(glob: str, sites: list[Site]) -> tuple[str, ...]:
+    """Up to three module names, nearest first, one for all layers that differ in numbers only."""
+    score: dict[str, tuple[float, str]] = {}
+    for fqn in (fqn for _, fqn, *_ in sites if fqn):
+        tail = ".".join(fqn.split(".")[-len(glob.strip("*.").split(".")):])
+        ratio = max(SequenceMatcher(None, glob.strip("*.").lower(), name.lower()).ratio() for name in (fqn, tail))
+        score.setdefault(re.sub(r"\d+", "#", fqn), (ratio, fqn))
+    near = sorted((entry for entry in score.values() if entry[0] >= 0.5), key=lambda entry: -entry[0])
+    return tuple(fqn for _, fqn in near[:3])

@@ -1,0 +1,1 @@
+"""What lives from step to step, and everything that PyTorch does not promise to keep."""

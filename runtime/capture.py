@@ -1,0 +1,96 @@
+"""Running a compilation only to look at it: no code is generated and the model's state is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quartet.runtime.compat import compiled_settings, fresh_dynamo
+
+
+class Capture:
+    """An ``inner_compile`` for compile_fx that runs graphs eagerly and counts what forward leaves for backward."""
+
+    def __init__(self) -> None:
+        self.graphs: list[GraphModule] = []
+        self.saved_bytes = 0
+        self.notes: tuple[str, ...] = ()
+
+    def __call__(self, gm: GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        self.graphs.append(gm)
+        if not kwargs.get("is_backward"):
+            self.saved_bytes += saved_bytes(gm)
+            if len(self.graphs) > 1:
+                self.notes = (f"{len(self.graphs)} graphs: the model has graph breaks",)
+        run = gm.forward
+
+        def boxed(args: list[Any]) -> Any:
+            flat = list(args)
+            args.clear()
+            return run(*flat)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+
+def saved_bytes(forward: GraphModule) -> int:
+    """Bytes of the storages that a partitioned forward graph returns and that are not inputs.
+
+    The user's own outputs are counted too when they are kept; views of one storage count once.
+    """
+    output = forward.graph.output_node().args[0]
+    seen: set[Node] = set()
+    total = 0
+    for node in output if isinstance(output, (list, tuple)) else [output]:
+        if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        origin = storage_origin(node)
+        if origin.op == "placeholder" or origin in seen:
+            continue
+        seen.add(origin)
+        size = origin.meta["val"]
+        count = size.numel() * size.element_size()
+        if isinstance(count, int):
+            total += count
+        else:
+            total += int(count.node.hint or 0)
+    return total
+
+
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.permute.default, torch.ops.aten.alias.default,
+          torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.unsqueeze.default,
+          torch.ops.aten.squeeze.dim, torch.ops.aten.expand.default, torch.ops.aten._unsafe_view.default}
+
+
+def storage_origin(node: Node) -> Node:
+    """The node that allocates what ``node`` views."""
+    while node.op == "call_function" and node.target in _VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
+    """(the module itself, mode, options) of a compiled or plain module."""
+    inner = getattr(model, "_orig_mod", model)
+    mode, options = compiled_settings(model)
+    return inner, mode, options
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Put buffers, gradients and the random state back afterwards; compile without touching dynamo's caches."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
+    gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
+    with torch.random.fork_rng(), fresh_dynamo():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for parameter, grad in gradients:
+                parameter.grad = grad

@@ -1,0 +1,113 @@
+"""The only module that imports private PyTorch names.
+
+Each entry of ``PRIVATE`` is (module, name, what it is for). All of them exist in torch 2.11, 2.13 and
+2.15; ``missing()`` says which ones an unknown version lacks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TESTED = ("2.11", "2.13", "2.15")
+
+PRIVATE = (
+    ("torch._inductor.compile_fx", "compile_fx", "Inductor's entry: AOTAutograd, partitioner, code generation"),
+    ("torch._inductor.custom_graph_pass", "CustomGraphPass", "a graph pass with a cache key"),
+    ("torch._inductor", "list_mode_options", "what mode= means as configuration"),
+    ("torch._inductor", "config", "valid option names, and the user's own joint pass"),
+    ("torch._inductor.lowering", "register_lowering", "decomposition of our ops inside Inductor"),
+    ("torch._inductor.lowering", "process_subgraph_nodes", "inlines a traced reference into Inductor's IR"),
+    ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
+    ("torch._subclasses.fake_tensor", "FakeTensorMode", "shapes of inserted nodes"),
+    ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph"),
+    ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
+    ("torch._dynamo.utils", "counters", "cache hits, for tests"),
+)
+
+
+def missing() -> list[str]:
+    """Private names that this PyTorch lacks, as ``module.name (purpose)``."""
+    lacking = []
+    for module, name, purpose in PRIVATE:
+        try:
+            found = hasattr(importlib.import_module(module), name)
+        except ImportError:
+            found = False
+        if not found:
+            lacking.append(f"{module}.{name} ({purpose})")
+    return lacking
+
+
+def _load(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ImportError(
+            f"torch {torch.__version__} has no {module}.{name}, which quartet needs; "
+            f"tested versions: {', '.join(TESTED)}. Missing in all: {'; '.join(missing())}"
+        ) from None
+
+
+compile_fx: Callable[..., Any] = _load("torch._inductor.compile_fx", "compile_fx")
+CustomGraphPass: type = _load("torch._inductor.custom_graph_pass", "CustomGraphPass")
+list_mode_options: Callable[..., dict[str, Any]] = _load("torch._inductor", "list_mode_options")
+inductor_config: Any = importlib.import_module("torch._inductor.config")
+detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
+
+
+def emit_artifact(name: str, text: str) -> None:
+    """Attach a text to torch's structured trace (TORCH_TRACE), where tlparse shows it."""
+    _load("torch._logging", "trace_structured")(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+    )
+
+
+def register_log() -> None:
+    """Let ``TORCH_LOGS="+quartet"`` address our loggers."""
+    registry = importlib.import_module("torch._logging._internal").log_registry
+    if "quartet" not in registry.log_alias_to_log_qnames:
+        registry.register_log("quartet", "quartet")
+
+
+def user_joint_passes() -> list[Any]:
+    """The user's own ``joint_custom_pre_pass`` (a pass, a list of passes, or None) as a list."""
+    own = inductor_config.joint_custom_pre_pass
+    if own is None:
+        return []
+    return list(own) if isinstance(own, (list, tuple)) else [own]
+
+
+_warned = False
+
+
+def warn_if_untested() -> None:
+    """One warning a process on a PyTorch version that the suite never ran on."""
+    global _warned
+    if _warned or ".".join(torch.__version__.split(".")[:2]) in TESTED:
+        return
+    _warned = True
+    warnings.warn(f"torch {torch.__version__} has never been tested with quartet (tested: {', '.join(TESTED)})",
+                  stacklevel=2)
+
+
+def fresh_dynamo() -> Any:
+    """A context in which one more compilation of a code object is never refused as one too many."""
+    config = importlib.import_module("torch._dynamo.config")
+    return config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+
+
+def compiled_settings(model: Any) -> tuple[str | None, dict[str, Any] | None]:
+    """mode and options that ``torch.compile(model, backend="quartet", …)`` was given; Nones for any other model."""
+    backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while backend is not None and not hasattr(backend, "compiler_name"):
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    if getattr(backend, "compiler_name", None) != "quartet":
+        return None, None
+    return backend.kwargs.get("mode"), backend.kwargs.get("options")

@@ -1,0 +1,69 @@
+"""QuantSpec: its string form, what it refuses and how it says so."""
+
+import itertools
+
+import pytest
+
+from quartet.kernels.spec import ELEMENTS, POWERS, ROUNDINGS, RULES, SIGMAS, QuantSpec, SpecError
+
+
+def legal():
+    fields = itertools.product(ELEMENTS, (16, 32, 64, 128), RULES, ROUNDINGS, SIGMAS, POWERS, (False, True))
+    for element, block, rule, rounding, sigma, power, mask in fields:
+        if rule != "quest" and (sigma, power) != (QuantSpec.sigma, QuantSpec.power):
+            continue  # the string names them for quest only
+        try:
+            yield QuantSpec(element, block, "e8m0", rule, rounding, sigma, power, mask)
+        except SpecError:
+            continue
+
+
+def test_every_legal_spec_round_trips():
+    specs = list(legal())
+    assert len(specs) == 4 * ((1 + 1 + 2 + 2 * 6) * 2 + 2 * (2 + 1))  # E2M1 ceil headroom floor quest; FP8 floor ceil
+    assert len({str(s) for s in specs}) == len(specs)
+    for spec in specs:
+        assert QuantSpec.parse(str(spec)) == spec
+
+
+def test_string_form():
+    assert str(QuantSpec(rule="quest", mask=True)) == "e2m1/32 e8m0 quest(guarded,floor) nearest mask"
+    assert str(QuantSpec("e4m3")) == "e4m3/32 e8m0 ceil nearest"
+
+
+def test_properties():
+    assert [QuantSpec(e).bits for e in ELEMENTS] == [4, 8, 8]
+    assert [QuantSpec(e).max for e in ELEMENTS] == [6.0, 448.0, 57344.0]
+    assert QuantSpec(rule="headroom").gain == 4 / 3 and QuantSpec(rule="ceil").gain == 1
+    assert QuantSpec(rounding="stochastic").stochastic and not QuantSpec().stochastic
+    assert hash(QuantSpec()) == hash(QuantSpec())
+
+
+@pytest.mark.parametrize("fields,message", (
+    ({"element": "e3m2"}, "element 'e3m2'.*e2m1, e4m3, e5m2"),
+    ({"block": 24}, "24.*16, 32, 64 or 128"),
+    ({"scale": "e4m3"}, "scale 'e4m3'.*e8m0"),
+    ({"rule": "even"}, "rule 'even'.*floor, ceil, headroom, quest"),
+    ({"rounding": "up"}, "rounding 'up'.*nearest, stochastic"),
+    ({"rule": "quest", "sigma": "max"}, "sigma 'max'.*centred, guarded, rms"),
+    ({"rule": "quest", "power": "ceil"}, "power 'ceil'.*floor, nearest"),
+    ({"rule": "quest", "element": "e4m3"}, "'quest'.*e2m1 only, not e4m3"),
+    ({"rule": "headroom", "element": "e5m2"}, "'headroom'.*e2m1 only, not e5m2"),
+    ({"rule": "ceil", "mask": True}, "'ceil' never clips.*mask=False"),
+    ({"rule": "headroom", "mask": True}, "'headroom' never clips"),
+    ({"element": "e4m3", "rounding": "stochastic"}, "stochastic.*e2m1 only"),
+))
+def test_refusals_name_the_field_and_what_is_possible(fields, message):
+    with pytest.raises(SpecError, match=message):
+        QuantSpec(**fields)
+
+
+@pytest.mark.parametrize("text", ("", "e2m1", "e2m1/32 e8m0 quest(guarded) nearest", "e2m1/32 e8m0 ceil nearest mask1"))
+def test_parse_says_the_expected_form(text):
+    with pytest.raises(SpecError, match="expected 'element/block scale rule rounding"):
+        QuantSpec.parse(text)
+
+
+def test_parse_refuses_what_the_constructor_refuses():
+    with pytest.raises(SpecError, match="'ceil' never clips"):
+        QuantSpec.parse("e2m1/32 e8m0 ceil nearest mask")
