@@ -1,10 +1,11 @@
-"""The quantised IR: seven semantic ops whose implementation is the reference.
+"""The quantised IR: semantic ops whose implementation is the reference.
 
 ``torch.ops.quartet.*`` run on any device as plain PyTorch; that implementation is also their oracle
 and their fallback. Specs travel as strings (``str(QuantSpec)``), so a printed graph reads like the
 recipe. Every op is functional and a pure function of its arguments.
 
     signs(seed, site, n)                  [n] float32 ±1
+    random_bytes(seed, site, rows, cols)  uint8, what a stochastic quantize draws
     fixed_signs(signs, device)            [n] float32, given
     hadamard(x, n, signs, inverse, dtype) [R, C] → [R, ⌈C/n⌉n]
     quantize(x, spec, seed, site)         [R, C] → codes, scales, mask   (C padded to the block)
@@ -22,15 +23,17 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 
 library = torch.library.Library("quartet", "DEF")
+_ANY_STRIDES = (torch.Tag.flexible_layout,)  # Inductor need not realise inputs in a fixed layout
 
-library.define("signs(Tensor seed, int site, int n) -> Tensor")
-library.define("fixed_signs(int[] signs, Device device) -> Tensor")
-library.define("hadamard(Tensor x, int n, Tensor? signs, bool inverse, ScalarType dtype) -> Tensor")
-library.define("quantize(Tensor x, str spec, Tensor? seed, int site) -> (Tensor, Tensor, Tensor)")
-library.define("dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
-library.define("apply_mask(Tensor x, Tensor mask) -> Tensor")
+library.define("signs(Tensor seed, int site, int n) -> Tensor", tags=_ANY_STRIDES)
+library.define("fixed_signs(int[] signs, Device device) -> Tensor", tags=_ANY_STRIDES)
+library.define("random_bytes(Tensor seed, int site, SymInt rows, SymInt cols) -> Tensor", tags=_ANY_STRIDES)
+library.define("hadamard(Tensor x, int n, Tensor? signs, bool inverse, ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
+library.define("quantize(Tensor x, str spec, Tensor? seed, int site) -> (Tensor, Tensor, Tensor)", tags=_ANY_STRIDES)
+library.define("dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
+library.define("apply_mask(Tensor x, Tensor mask) -> Tensor", tags=_ANY_STRIDES)
 library.define("scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, str a_spec, str b_spec, "
-               "ScalarType dtype) -> Tensor")
+               "ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
 
 
 def ceil_to(size, multiple: int):
@@ -52,6 +55,14 @@ def _signs(seed: Tensor, site: int, n: int) -> Tensor:
 
 def _signs_fake(seed: Tensor, site: int, n: int) -> Tensor:
     return seed.new_empty(n, dtype=torch.float32)
+
+
+def _random_bytes(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
+    return reference.random_bytes(seed, site, rows, cols).to(torch.uint8)
+
+
+def _random_bytes_fake(seed: Tensor, site: int, rows, cols) -> Tensor:
+    return seed.new_empty(rows, cols, dtype=torch.uint8)
 
 
 def _fixed_signs(signs: list[int], device: torch.device) -> Tensor:
@@ -111,6 +122,7 @@ def _scaled_mm_fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_
 
 for _name, _impl, _fake in (
     ("signs", _signs, _signs_fake),
+    ("random_bytes", _random_bytes, _random_bytes_fake),
     ("fixed_signs", _fixed_signs, _fixed_signs_fake),
     ("hadamard", _hadamard, _hadamard_fake),
     ("quantize", _quantize, _quantize_fake),

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from quartet import lowering  # noqa: F401  registers the ops
 from quartet.dump import GraphDump
-from quartet.lowering import registry
+from quartet.lowering import inductor, registry
 from quartet.lowering.records import MatmulRecord
 from quartet.options import Options
 from quartet.passes import pipeline
@@ -24,6 +23,7 @@ from quartet.runtime.streams import data_parallel_stream
 
 log = logging.getLogger("quartet")
 compat.register_log()
+inductor.register()
 
 
 def quartet(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,

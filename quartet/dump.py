@@ -20,7 +20,7 @@ from torch import fx
 from quartet.graph_code import op_name, print_graph
 from quartet.lowering.records import MatmulRecord
 from quartet.report import Report, page
-from quartet.svg import dataflow, draw, is_quantized
+from quartet.svg import dataflow, draw, kind_of
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -60,7 +60,7 @@ class _Graph:
     steps: dict[int, _Step] = field(default_factory=dict)
     flow: nx.DiGraph | None = None
     flow_after: str = ""
-    flow_rank: int = -1
+    flow_quantized: int = 0
     finished: bool = False
 
 
@@ -92,7 +92,7 @@ class GraphDump:
         03_quantize.after.py
         03_quantize.diff.txt     operations added and removed, seconds
         matmuls.json             the report as data
-        matmuls.svg              the dataflow between matmuls
+        matmuls.svg              the dataflow between matmuls, after the last pass with the most quantised ones
 
     A failure to write never stops a compilation: it warns once, and ``failed`` is True.
 
@@ -131,9 +131,9 @@ class GraphDump:
         step = graph.steps[index]
         step.seconds, counts = seconds, op_counts(gm)
         step.change = count_diff(step.before, counts)
-        rank = sum(is_quantized(n) for n in gm.graph.nodes if n.op == "call_function")
-        if rank > graph.flow_rank:
-            graph.flow, graph.flow_after, graph.flow_rank = dataflow(gm), name, rank
+        quantized = sum(kind_of(n) == "matmul" for n in gm.graph.nodes if n.op == "call_function")
+        if quantized >= graph.flow_quantized:
+            graph.flow, graph.flow_after, graph.flow_quantized = dataflow(gm), name, quantized
         lines = [f"{index:02d} {name}, {seconds * 1e3:.1f} ms", *(f"{n:+6d} {op}" for op, n in step.change.items())]
         self._text(graph, f"{step.stem}.diff.txt", "\n".join(lines) + "\n")
         self._code(graph, f"{step.stem}.after", f"{graph.name}, after pass {index} {name}", gm)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-OP_MODULE = "quartet.lowering.ir"
+OP_MODULE = "quartet.lowering"
 STAND_IN = 16
 DTYPE_NAMES = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8",
@@ -50,7 +50,7 @@ def module_name(node: fx.Node) -> str:
     if not stack:
         return ""
     name = list(stack.values())[-1][0]
-    name = re.sub(r"^L(\['\w+'\]|__\w+?__)\.?", "", name)
+    name = re.sub(r"^L(\['\w+'\]|__\w+?__)", "", name)
     name = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]", lambda m: f".{m[1] or m[2]}", name)
     return name.strip(".")
 

@@ -48,9 +48,12 @@ def holds(text: str, m: Any, n: Any, k: Any) -> bool:
     """Whether the predicate is certainly true of a matmul.
 
     Args:
-        m, n, k: sizes as int, ``torch.SymInt`` or a sympy expression, or None if unknown. No guard is installed.
+        m, n, k: sizes as int, ``torch.SymInt`` or a sympy expression; anything else (None, text) is an unknown size.
+            No guard is installed.
     """
-    return _truth(_parse(text), {"m": m, "n": n, "k": k}) is True
+    known = {name: size if isinstance(size, int | torch.SymInt | sympy.Expr) else None
+             for name, size in zip(NAMES, (m, n, k), strict=True)}
+    return _truth(_parse(text), known) is True
 
 
 @lru_cache(maxsize=256)
@@ -60,7 +63,7 @@ def _parse(text: str) -> ast.expr:
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise _error(text, error.offset or 1, error.msg) from None
+        raise _error(text, error.offset or len(text) + 1, error.msg) from None
     except (ValueError, MemoryError, RecursionError) as error:
         raise _error(text, 1, str(error) or "too deeply nested") from None
     _check_truth(text, tree)

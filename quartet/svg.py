@@ -7,6 +7,7 @@ the row of its topological generation and writes SVG.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from statistics import mean
@@ -20,10 +21,10 @@ from quartet.report import shorten
 
 MATMULS = frozenset(f"aten.{name}" for name in (
     "mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "_scaled_mm_v2", "_grouped_mm", "_scaled_grouped_mm",
-    "_scaled_grouped_mm_v2")) | {"quartet.scaled_mm"}
-UNDRAWN = frozenset({"quartet.signs"})
+    "_scaled_grouped_mm_v2"))
+UNDRAWN = frozenset({"quartet.signs", "quartet.fixed_signs"})
 MAX_SITES = 40
-BOX, GAP, ROW, MARGIN, TOP = (132, 34), 14, 58, 24, 92
+BOX, GAP, ROW, MARGIN, TOP = (148, 34), 14, 58, 24, 92
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Box:
     backward: bool
 
 
-def is_quantized(node: fx.Node) -> bool:
-    """True for an op of ours."""
-    return op_name(node).startswith("quartet.")
-
-
-def _is_drawn(node: fx.Node) -> bool:
+def kind_of(node: fx.Node) -> str | None:
+    """The ``Box`` kind of a call, or None for one that is not drawn."""
     name = op_name(node)
-    return name in MATMULS or (name.startswith("quartet.") and name not in UNDRAWN)
+    if name in MATMULS:
+        return "alone"
+    if not name.startswith("quartet.") or name in UNDRAWN:
+        return None
+    return "matmul" if name.endswith("mm") else "op"
 
 
 def _site(node: fx.Node) -> object:
@@ -63,7 +64,8 @@ def dataflow(gm: fx.GraphModule, max_sites: int | None = MAX_SITES) -> nx.DiGrap
         reduction. ``graph["sites"]`` and ``graph["drawn_sites"]`` count forward matmuls before and after the limit.
     """
     calls = [n for n in gm.graph.nodes if n.op == "call_function"]
-    matmuls = [n for n in calls if op_name(n) in MATMULS]
+    kinds = {n: kind for n in calls if (kind := kind_of(n)) is not None}
+    matmuls = [n for n, kind in kinds.items() if kind != "op"]
     sites = list(dict.fromkeys(_site(n) for n in [m for m in matmuls if not is_backward(m)] or matmuls))
     kept = set(sites[:max_sites])
     flow = nx.DiGraph(sites=len(sites), drawn_sites=len(kept))
@@ -75,11 +77,10 @@ def dataflow(gm: fx.GraphModule, max_sites: int | None = MAX_SITES) -> nx.DiGrap
         for source in node.all_input_nodes:
             reached |= frontier.get(source, 0)
         nearest = _unimplied(reached, bits, above)
-        if node.op == "call_function" and _is_drawn(node) and (len(kept) == len(sites) or _site(node) in kept):
-            name = op_name(node)
-            kind = "op" if name not in MATMULS else "matmul" if is_quantized(node) else "alone"
-            flow.add_node(node.name, box=Box(name.partition(".")[2], module_name(node),
-                                             describe(_first(node.meta.get("val"))), kind, is_backward(node)))
+        if node in kinds and (len(kept) == len(sites) or _site(node) in kept):
+            value = describe(_first(node.meta.get("val")))
+            flow.add_node(node.name, box=Box(op_name(node).partition(".")[2], module_name(node), value, kinds[node],
+                                             is_backward(node)))
             above[node.name] = 0
             for bit in _bits(nearest):
                 flow.add_edge(bits[bit], node.name)
@@ -94,8 +95,11 @@ def _first(value: object) -> object:
     return value[0] if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor) else value
 
 
-def _bits(mask: int) -> list[int]:
-    return [i for i in range(mask.bit_length()) if mask >> i & 1]
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
 
 def _unimplied(mask: int, names: dict[int, str], above: dict[str, int]) -> int:
@@ -171,7 +175,7 @@ def draw(flow: nx.DiGraph, title: str = "Matmul dataflow") -> str:
             y = (height - row[name] * stretch) if backward else row[name] * stretch
             centre[name] = (left + column * (BOX[0] + GAP) + BOX[0] / 2, TOP + y * ROW + BOX[1] / 2)
         left += (max(columns.values()) + 1) * (BOX[0] + GAP) + 2 * MARGIN
-    wide, high = max(left, 760.0), TOP + height * ROW + BOX[1] + MARGIN
+    wide, high = max(left, 840.0), TOP + height * ROW + BOX[1] + MARGIN
     out = [f'<svg class="dataflow" xmlns="http://www.w3.org/2000/svg" width="{wide:.0f}" height="{high:.0f}" '
            f'viewBox="0 0 {wide:.0f} {high:.0f}" role="img"><title>{escape(title)}</title><style>{STYLE}</style>']
     note = "" if flow.graph["drawn_sites"] == flow.graph["sites"] else (
@@ -188,10 +192,10 @@ def _legend() -> list[str]:
     entries = (("forward", "forward, quantised"), ("backward", "backward, quantised"),
                ("forward alone", "matmul left alone"), ("forward op", "rotate, quantise, …"))
     for i, (style, text) in enumerate(entries):
-        x, radius = MARGIN + i * 150, 7 if "op" in style else 3
+        x, radius = MARGIN + i * 165, 7 if "op" in style else 3
         out.append(f'<rect class="{style}" x="{x}" y="42" width="22" height="14" rx="{radius}"/>'
                    f'<text x="{x + 28}" y="53">{text}</text>')
-    x = MARGIN + len(entries) * 150
+    x = MARGIN + len(entries) * 165
     return [*out, f'<path class="saved" d="M{x} 49h24"/><text x="{x + 30}" y="53">kept for backward</text>']
 
 

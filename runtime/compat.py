@@ -111,3 +111,30 @@ def compiled_settings(model: Any) -> tuple[str | None, dict[str, Any] | None]:
     if getattr(backend, "compiler_name", None) != "quartet":
         return None, None
     return backend.kwargs.get("mode"), backend.kwargs.get("options")
+
+
+def trace(function: Callable[..., Any], inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+    """aten graph of ``function`` on fake inputs, decomposed as far as Inductor wants."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    decompositions = _load("torch._inductor.decomposition", "select_decomp_table")()
+    with detect_fake_mode(inputs):
+        return make_fx(function, decomposition_table=decompositions)(*inputs)
+
+
+def register_inductor_lowering(op: Any, lower: Callable[[torch.fx.Node, tuple[Any, ...]], Any]) -> None:
+    """``lower(node, operands)`` gives Inductor's IR for ``op``; it stays a fallback for everybody else."""
+    virtualized = _load("torch._inductor.virtualized", "V")
+
+    def lowering(*operands: Any) -> Any:
+        return lower(virtualized.graph.current_node, operands)
+
+    _load("torch._inductor.lowering", "register_lowering")(op, type_promotion_kind=None)(lowering)
+
+
+def inline_into_inductor(gm: torch.fx.GraphModule, operands: list[Any], realize: bool = False) -> Any:
+    """Run an aten graph through the lowering that is in progress; ``realize`` stores its result in memory."""
+    result = _load("torch._inductor.lowering", "process_subgraph_nodes")(gm, operands)
+    if realize:
+        result.realize()
+    return result

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG, _UNSIGNED, _FLOAT = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float)
 _ROTATION = (_INT, _POINTER)  # size, signs
-_OUTPUT = (_INT, _POINTER, _UNSIGNED, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT)  # spec, seed, site, 4 out, ...
+# spec, seed, site; codes, scales, mask, values and their type; threads
+_OUTPUT = (_INT, _POINTER, _UNSIGNED, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT)
 _SIGNATURES = {
     "rotate_quantize": (_POINTER, _INT, _LONG, _LONG, _LONG, _LONG, *_ROTATION, *_OUTPUT),
     "requantize": (_POINTER, _POINTER, _INT, _FLOAT, _LONG, _LONG, _INT, *_ROTATION, *_OUTPUT),
@@ -34,6 +36,11 @@ _SIGNATURES = {
 class _Kernels:
     """The four C functions, with their signatures set once."""
 
+    rotate_quantize: Callable[..., None]
+    requantize: Callable[..., None]
+    dequantize: Callable[..., None]
+    mask_rotate: Callable[..., None]
+
     def __init__(self) -> None:
         shared = ctypes.CDLL(str(library()))
         for name, signature in _SIGNATURES.items():
@@ -42,7 +49,7 @@ class _Kernels:
             setattr(self, name, function)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernels() -> _Kernels:
     try:
         return _Kernels()
@@ -50,7 +57,7 @@ def _kernels() -> _Kernels:
         raise BuildError(f"cannot load the compiled CPU kernels: {error}; delete the kernel cache folder") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable() -> str | None:
     """None when the kernels are built and loaded (building them the first time), else the reason, warned about once."""
     try:
@@ -62,7 +69,7 @@ def unavailable() -> str | None:
 
 
 def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
-    """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why not."""
+    """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
     if spec.element != "e2m1":
         return f"the fused CPU kernels encode e2m1, not {spec.element}"
     if rotation != 0 and rotation not in SIZES:
@@ -89,7 +96,7 @@ def rotate_quantize(x: Tensor, *, rotation: int, signs: Tensor | None, spec: Qua
         ValueError: what :func:`supports` declines, a tensor of another device or shape, or a missing seed.
     """
     _check(spec, rotation, x.dtype)
-    if x.dim() != 2 or x.device.type != "cpu":
+    if x.dim() != 2 or not x.is_cpu:
         raise ValueError(f"rotate_quantize needs a 2-D CPU tensor, got {list(x.shape)} on {x.device}; "
                          "flatten the leading axes with x.reshape(-1, x.shape[-1])")
     rows, cols = x.shape
@@ -131,10 +138,13 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, *, transpose: 
 
 def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32,
                gain: bool = True) -> Tensor:
-    """Values ``[R, Kp]`` of ``dtype``: ``code · 2^e``, times ``spec.gain`` if ``gain``. Shapes as :func:`requantize`."""
+    """Values ``[R, Kp]`` of ``dtype``: ``code · 2^e``, times ``spec.gain`` if ``gain``.
+
+    Shapes and errors as :func:`requantize`.
+    """
     _check(spec, 0, dtype)
     rows, cols = _quantized_shape("dequantize", codes, scales, spec)
-    values = torch.empty((rows, cols), dtype=dtype)
+    values = torch.empty(rows, cols, dtype=dtype)
     if rows and cols:
         _kernels().dequantize(codes.data_ptr(), scales.data_ptr(), spec.block, spec.gain if gain else 1.0, rows * cols,
                               values.data_ptr(), _TYPES[dtype], torch.get_num_threads())
@@ -154,7 +164,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     """
     _check(QuantSpec(), rotation, x.dtype)
     _check(QuantSpec(), rotation, dtype)
-    if x.dim() != 2 or x.device.type != "cpu" or not 0 <= cols <= x.shape[1]:
+    if x.dim() != 2 or not x.is_cpu or not 0 <= cols <= x.shape[1]:
         raise ValueError(f"mask_rotate needs a 2-D CPU tensor and cols from 0 to its width, got {list(x.shape)} on "
                          f"{x.device} and cols={cols}")
     rows, width = x.shape
@@ -168,7 +178,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     if x.stride(1) != 1:
         x = x.contiguous()
     rotate, keep = _rotation(rotation, signs)
-    out = torch.empty((rows, cols), dtype=dtype)
+    out = torch.empty(rows, cols, dtype=dtype)
     if rows and cols:
         _kernels().mask_rotate(x.data_ptr(), _TYPES[x.dtype], x.stride(0), rows, width, gain, mask_pointer, width // 8,
                                *rotate, out.data_ptr(), cols, _TYPES[dtype], torch.get_num_threads())
@@ -185,14 +195,14 @@ def _rotation(n: int, signs: Tensor | None) -> tuple[tuple[int, int | None], Ten
     """C arguments, and the tensor to keep alive during the call."""
     if n == 0 or signs is None:
         return (n, None), None
-    if signs.numel() != n or signs.device.type != "cpu":
+    if signs.numel() != n or not signs.is_cpu:
         raise ValueError(f"rotation of size {n} needs {n} signs on the CPU, got {list(signs.shape)} on {signs.device}")
     if signs.dtype != torch.float32 or not signs.is_contiguous():
         signs = signs.to(torch.float32).contiguous()
     return (n, signs.data_ptr()), signs
 
 
-@lru_cache(maxsize=None)
+@cache
 def _spec_word(spec: QuantSpec) -> int:
     return (spec.block | RULES.index(spec.rule) << 8 | SIGMAS.index(spec.sigma) << 10
             | (spec.power == "nearest") << 12 | spec.stochastic << 13 | spec.mask << 14)
@@ -203,7 +213,7 @@ def _seed(spec: QuantSpec, seed: Tensor | None) -> int | None:
         return None
     if seed is None:
         raise ValueError(f"quantiser '{spec}' rounds stochastically and needs a seed")
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device.type != "cpu":
+    if seed.dtype != torch.int64 or seed.numel() != 1 or not seed.is_cpu:
         raise ValueError(f"a seed is one int64 on the CPU, got {_name(seed.dtype)} {list(seed.shape)} on {seed.device}")
     return seed.data_ptr()
 
@@ -212,19 +222,27 @@ def _outputs(rows: int, cols: int, rotation: int, spec: QuantSpec, packed: bool,
              ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int | None, ...]]:
     group = max(rotation, spec.block)
     padded = -(-cols // group) * group
-    byte = torch.uint8
-    codes = torch.empty((rows, padded // 2) if packed else 0, dtype=byte)
-    scales = torch.empty((rows, padded // spec.block) if packed else 0, dtype=byte)
-    mask = torch.empty((rows, padded // 8) if spec.mask else 0, dtype=byte)
+    codes_at = scales_at = mask_at = values_at = None
+    kind = 0
+    if packed:
+        codes = torch.empty(rows, padded // 2, dtype=torch.uint8)
+        scales = torch.empty(rows, padded // spec.block, dtype=torch.uint8)
+        codes_at, scales_at = codes.data_ptr(), scales.data_ptr()
+    else:
+        codes, scales = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+    if spec.mask:
+        mask = torch.empty(rows, padded // 8, dtype=torch.uint8)
+        mask_at = mask.data_ptr()
+    else:
+        mask = torch.empty(0, dtype=torch.uint8)
     if values is None:
-        out, kind = torch.empty(0), 0
+        out = torch.empty(0)
     elif values in _TYPES:
-        out, kind = torch.empty((rows, padded), dtype=values), _TYPES[values]
+        out = torch.empty(rows, padded, dtype=values)
+        values_at, kind = out.data_ptr(), _TYPES[values]
     else:
         raise ValueError(supports(spec, rotation, values))
-    return (codes, scales, mask, out), (
-        codes.data_ptr() if packed else None, scales.data_ptr() if packed else None,
-        mask.data_ptr() if spec.mask else None, out.data_ptr() if values is not None else None, kind)
+    return (codes, scales, mask, out), (codes_at, scales_at, mask_at, values_at, kind)
 
 
 def _quantized_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[int, int]:
@@ -233,7 +251,7 @@ def _quantized_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) 
         cols = 2 * half
         if (spec.element == "e2m1" and cols % spec.block == 0 and scales.shape == (rows, cols // spec.block)
                 and codes.dtype == scales.dtype == torch.uint8 and codes.is_contiguous() and scales.is_contiguous()
-                and codes.device.type == scales.device.type == "cpu"):
+                and codes.is_cpu and scales.is_cpu):
             return rows, cols
     raise ValueError(
         f"{what} of '{spec}' needs contiguous CPU uint8 codes [R, K/2] and scales [R, K/{spec.block}] of e2m1, got "

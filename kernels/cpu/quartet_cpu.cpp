@@ -148,6 +148,18 @@ INLINE F e8m0_decode(I byte) {
   return (F)(byte == 255 ? I{} + 0x7FC00000 : bits);
 }
 
+// The same for one byte, from a table.
+struct Powers {
+  float of[256];
+  Powers() {
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+      const uint32_t bits = byte == 0 ? 1u << 22 : byte == 255 ? 0x7FC00000u : byte << 23;
+      std::memcpy(&of[byte], &bits, 4);
+    }
+  }
+};
+const Powers POWERS;
+
 // 16 consecutive codes of one row: 8 bytes to 16 lanes.
 INLINE U unpack16(const uint8_t* p) {
   const uint32_t a = load<uint32_t>(p), b = load<uint32_t>(p + 4);
@@ -401,7 +413,7 @@ struct Grid {
   int64_t units;    // groups a row, the last one padded
   bool down_lanes;  // lanes are consecutive rows (adjacent in memory), else consecutive groups
 
-  static constexpr int64_t STRIP = QSTRIP;  // tiles side by side before the next group: whole cache lines, few pages
+  static constexpr int64_t STRIP = 4;  // tiles side by side before the next group: whole cache lines, few pages
 
   int64_t row_tiles() const { return (rows + LANES - 1) / LANES; }
   int64_t tiles() const { return down_lanes ? units * row_tiles() : (rows * units + LANES - 1) / LANES; }
@@ -421,6 +433,9 @@ struct Grid {
     const int64_t left = cols - col;
     return (int)(left < 0 ? 0 : left < group ? left : group);
   }
+
+  // All 16 groups are of one row and need no padding.
+  bool inside(const Tile& tile) const { return tile.count == LANES && tile.col + LANES * group <= cols; }
 
   // Row and first column of every lane of a tile whose lanes are consecutive groups; widths beyond `count` are 0.
   struct Places {
@@ -454,7 +469,7 @@ template <class T> void load_rows(const Source& s, const Grid& grid, const Tile&
   alignas(64) E spill[LANES][MAX_GROUP];
   const E* from[LANES];
   const int group = grid.group;
-  if (s.col_stride == 1 && tile.count == LANES && tile.col + LANES * group <= grid.cols) {
+  if (s.col_stride == 1 && grid.inside(tile)) {
     for (int l = 0; l < LANES; ++l) from[l] = (const E*)s.data + tile.row * s.row_stride + tile.col + l * group;
   } else {
     const Grid::Places at = grid.places(tile);
@@ -473,7 +488,10 @@ template <class T> void load_rows(const Source& s, const Grid& grid, const Tile&
   for (int q = 0; q < group; q += 16) {
     F v[LANES];
 #pragma GCC unroll 16
-    for (int l = 0; l < LANES; ++l) v[l] = T::read(from[l] + q);
+    for (int l = 0; l < LANES; ++l) {
+      v[l] = T::read(from[l] + q);
+      __builtin_prefetch(from[l] + q + 2 * LANES * group);
+    }
     transpose16(v);
 #pragma GCC unroll 16
     for (int l = 0; l < LANES; ++l) out[q + l] = v[l];
@@ -486,7 +504,7 @@ template <class T> void load_columns(const Source& s, const Grid& grid, const Ti
   const E* p = (const E*)s.data + tile.row + tile.col * s.col_stride;
   if (tile.count == LANES) {
     for (int j = 0; j < width; ++j, p += s.col_stride) {
-      QPF
+      __builtin_prefetch(p + grid.group * s.col_stride);
       out[j] = T::read(p);
     }
   } else {
@@ -499,11 +517,34 @@ template <class T> void load_columns(const Source& s, const Grid& grid, const Ti
   for (int j = width; j < grid.group; ++j) out[j] = F{};
 }
 
+INLINE void decode_lanes(U words, F scale, float gain, F* out) {
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) out[j] = e2m1_decode((words >> (4 * j)) & 15) * scale * splat(gain);
+}
+
 void load_packed_rows(const Source& s, const Grid& grid, const Tile& tile, F* out) {
+  const int group = grid.group;
+  alignas(64) int32_t byte[LANES];
+  if (group >= 32 && grid.inside(tile)) {
+    const uint8_t* p = (const uint8_t*)s.data + tile.row * s.row_stride + tile.col / 2;
+    const uint8_t* scales = s.scales + tile.row * s.scale_stride;
+    for (int c = 0; c < group; c += 32) {
+      alignas(64) uint8_t runs[4][4][16];
+      for (int l = 0; l < LANES; ++l) std::memcpy(runs[l % 4][l / 4], p + (l * group + c) / 2, 16);
+      F v[4] = {load<F>(runs[0]), load<F>(runs[1]), load<F>(runs[2]), load<F>(runs[3])};
+      transpose4(v);
+      for (int half = 0; half < 2; ++half) {
+        for (int l = 0; l < LANES; ++l) byte[l] = scales[(tile.col + l * group + c + 16 * half) >> s.block_log2];
+        const F scale = e8m0_decode(load<I>(byte));
+        decode_lanes((U)v[2 * half], scale, s.gain, out + c + 16 * half);
+        decode_lanes((U)v[2 * half + 1], scale, s.gain, out + c + 16 * half + 8);
+      }
+    }
+    return;
+  }
   const Grid::Places at = grid.places(tile);
-  for (int c = 0; c < grid.group; c += 16) {
+  for (int c = 0; c < group; c += 16) {
     alignas(64) uint32_t low[LANES] = {}, high[LANES] = {};
-    alignas(64) int32_t byte[LANES];
     for (int l = 0; l < LANES; ++l) {
       byte[l] = 127;
       if (c >= at.width[l]) continue;
@@ -511,12 +552,9 @@ void load_packed_rows(const Source& s, const Grid& grid, const Tile& tile, F* ou
       low[l] = load<uint32_t>(p), high[l] = load<uint32_t>(p + 4);
       byte[l] = s.scales[at.row[l] * s.scale_stride + ((at.col[l] + c) >> s.block_log2)];
     }
-    const U a = load<U>(low), b = load<U>(high);
-    const F scale = e8m0_decode(load<I>(byte)), gain = splat(s.gain);
-    for (int j = 0; j < 8; ++j) {
-      out[c + j] = e2m1_decode((a >> (4 * j)) & 15) * scale * gain;
-      out[c + j + 8] = e2m1_decode((b >> (4 * j)) & 15) * scale * gain;
-    }
+    const F scale = e8m0_decode(load<I>(byte));
+    decode_lanes(load<U>(low), scale, s.gain, out + c);
+    decode_lanes(load<U>(high), scale, s.gain, out + c + 8);
   }
 }
 
@@ -524,8 +562,10 @@ void load_packed_columns(const Source& s, const Grid& grid, const Tile& tile, F*
   const int width = grid.width(tile.col);
   const uint8_t* p = (const uint8_t*)s.data + tile.row / 2 + tile.col * s.row_stride;
   const uint8_t* scale = s.scales + (tile.row >> s.block_log2) + tile.col * s.scale_stride;
-  for (int j = 0; j < width; ++j, p += s.row_stride, scale += s.scale_stride)
-    out[j] = e2m1_decode(unpack16(p)) * e8m0_decode(I{} + *scale) * splat(s.gain);
+  for (int j = 0; j < width; ++j, p += s.row_stride, scale += s.scale_stride) {
+    __builtin_prefetch(p + grid.group * s.row_stride);
+    out[j] = e2m1_decode(unpack16(p)) * splat(POWERS.of[*scale]) * splat(s.gain);
+  }
   for (int j = width; j < grid.group; ++j) out[j] = F{};
 }
 
@@ -541,7 +581,10 @@ template <class T> void store_runs(F* x, int group, void* out, const int64_t* of
     transpose16(v);
     if (!width) {
 #pragma GCC unroll 16
-      for (int l = 0; l < LANES; ++l) T::write((E*)out + offset[l] + q, v[l]);
+      for (int l = 0; l < LANES; ++l) {
+        T::write((E*)out + offset[l] + q, v[l]);
+        __builtin_prefetch((E*)out + offset[l] + q + group, 1);
+      }
       continue;
     }
     E few[LANES][16];
@@ -714,36 +757,44 @@ void mask_rotate(const Source& source, const Grid& grid, int n, const float* sig
   const StoreRuns store_out = store_of(type);
   parallel(grid.tiles(), grid.rows * grid.cols, threads, [&](int64_t begin, int64_t end) {
     F x[MAX_GROUP];
+    Grid::Places at;
     int width[LANES];
     int64_t offset[LANES];
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile = grid.tile(t);
-      const Grid::Places at = grid.places(tile);
+      const bool inside = grid.inside(tile) && tile.col + LANES * n <= keep;
       source.load(source, grid, tile, x);
+      if (inside) {
+        for (int l = 0; l < LANES; ++l) offset[l] = tile.row * keep + tile.col + l * n;
+      } else {
+        at = grid.places(tile);
+        for (int l = 0; l < LANES; ++l) {
+          const int64_t left = l < tile.count ? keep - at.col[l] : 0;
+          width[l] = (int)(left < 0 ? 0 : left < n ? left : n);
+          offset[l] = at.row[l] * keep + at.col[l];
+        }
+      }
       for (int c = 0; c < n; c += 16) {
         alignas(64) uint32_t word[LANES];
-        for (int l = 0; l < LANES; ++l) {
-          const int left = at.width[l] - c;
-          word[l] = left <= 0 ? 0 : left < 16 ? (1u << left) - 1 : 0xFFFF;
-          if (mask && left > 0) {
-            const uint8_t* p = mask + at.row[l] * mask_stride + (at.col[l] + c) / 8;
-            word[l] &= left > 8 ? load<uint16_t>(p) : *p;
+        if (inside && mask) {
+          const uint8_t* p = mask + tile.row * mask_stride + (tile.col + c) / 8;
+          for (int l = 0; l < LANES; ++l) word[l] = load<uint16_t>(p + l * n / 8);
+        } else {
+          for (int l = 0; l < LANES; ++l) {
+            const int left = inside ? n : at.width[l] - c;
+            word[l] = left <= 0 ? 0 : left < 16 ? (1u << left) - 1 : 0xFFFF;
+            if (mask && left > 0) {
+              const uint8_t* p = mask + at.row[l] * mask_stride + (at.col[l] + c) / 8;
+              word[l] &= left > 8 ? load<uint16_t>(p) : *p;
+            }
           }
         }
         const U bits = load<U>(word);
 #pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j)
-          x[c + j] = (F)((U)(x[c + j] * splat(gain)) & (U)((bits & (1u << j)) != 0));
+        for (int j = 0; j < 16; ++j) x[c + j] = (F)((U)(x[c + j] * splat(gain)) & (U)((bits & (1u << j)) != 0));
       }
       rotate(x, nullptr, signs);
-      bool whole = true;
-      for (int l = 0; l < LANES; ++l) {
-        const int64_t left = l < tile.count ? keep - at.col[l] : 0;
-        width[l] = (int)(left < 0 ? 0 : left < n ? left : n);
-        offset[l] = at.row[l] * keep + at.col[l];
-        whole &= width[l] == n;
-      }
-      store_out(x, n, out, offset, whole ? nullptr : width);
+      store_out(x, n, out, offset, inside ? nullptr : width);
     }
   });
 }
@@ -756,8 +807,10 @@ Loader loader_of(int type, bool columns) {
   return type == FLOAT32 ? load_rows<Float32> : type == BFLOAT16 ? load_rows<BFloat16> : load_rows<Float16>;
 }
 
-Grid grid_of(int64_t rows, int64_t cols, int n, int block, bool down_lanes) {
+// `dense`: rows follow each other without a gap. Then, if none is padded, they are one long row.
+Grid grid_of(int64_t rows, int64_t cols, int n, int block, bool down_lanes, bool dense) {
   const int group = n > block ? n : block;
+  if (dense && !down_lanes && cols % group == 0) cols *= rows, rows = 1;
   return {rows, cols, group, (cols + group - 1) / group, down_lanes};
 }
 
@@ -774,7 +827,8 @@ void quartet_rotate_quantize(const void* x, int type, int64_t row_stride, int64_
   const Spec spec = spec_of(spec_word);
   const bool columns = row_stride == 1 && col_stride != 1 && rows > 1;
   const Source source = {x, row_stride, col_stride, nullptr, 0, 0, 1.f, loader_of(type, columns)};
-  quantize(source, grid_of(rows, cols, n, spec.block, columns), n, signs, spec, seed ? (uint64_t)*seed : 0, site,
+  const bool dense = col_stride == 1 && row_stride == cols;
+  quantize(source, grid_of(rows, cols, n, spec.block, columns, dense), n, signs, spec, seed ? (uint64_t)*seed : 0, site,
            {codes, scales, mask, values, values_type}, threads);
 }
 
@@ -785,16 +839,18 @@ void quartet_requantize(const uint8_t* in_codes, const uint8_t* in_scales, int i
   const Spec spec = spec_of(spec_word);
   const Source source = {in_codes, in_cols / 2, 1, in_scales, in_cols / in_block, __builtin_ctz((unsigned)in_block), gain,
                          transpose ? load_packed_columns : load_packed_rows};
-  const Grid grid = grid_of(transpose ? in_cols : in_rows, transpose ? in_rows : in_cols, n, spec.block, transpose != 0);
+  const Grid grid = transpose ? grid_of(in_cols, in_rows, n, spec.block, true, false)
+                              : grid_of(in_rows, in_cols, n, spec.block, false, true);
   quantize(source, grid, n, signs, spec, seed ? (uint64_t)*seed : 0, site, {codes, scales, mask, values, values_type},
            threads);
 }
 
 void quartet_dequantize(const uint8_t* codes, const uint8_t* scales, int block, float gain, int64_t elements,
                         void* values, int type, int threads) {
+  const int block_log2 = __builtin_ctz((unsigned)block);
   parallel(elements / 16, elements, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const F v = e2m1_decode(unpack16(codes + 8 * i)) * e8m0_decode(I{} + scales[16 * i / block]) * splat(gain);
+      const F v = e2m1_decode(unpack16(codes + 8 * i)) * splat(POWERS.of[scales[16 * i >> block_log2]]) * splat(gain);
       if (type == FLOAT32) Float32::write((float*)values + 16 * i, v);
       else if (type == BFLOAT16) BFloat16::write((uint16_t*)values + 16 * i, v);
       else Float16::write((uint16_t*)values + 16 * i, v);
@@ -810,7 +866,8 @@ void quartet_mask_rotate(const void* x, int type, int64_t row_stride, int64_t ro
     return run(x, row_stride, rows, cols, gain, mask, mask_stride, out, keep, out_type, threads);
   }
   const Source source = {x, row_stride, 1, nullptr, 0, 0, 1.f, loader_of(type, false)};
-  mask_rotate(source, grid_of(rows, cols, n, 16, false), n, signs, gain, mask, mask_stride, out, keep, out_type,
-              threads);
+  const bool dense = row_stride == cols && keep == cols;
+  const Grid grid = grid_of(rows, cols, n, 16, false, dense);
+  mask_rotate(source, grid, n, signs, gain, mask, mask_stride, out, dense ? grid.cols : keep, out_type, threads);
 }
 }

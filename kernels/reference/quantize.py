@@ -19,13 +19,15 @@ from quartet.kernels.reference.scales import e8m0_scale
 from quartet.kernels.spec import QuantSpec
 
 
-def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0,
+             random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise ``[rows, cols]`` in blocks of ``spec.block`` along the last axis.
 
     Args:
         x: any float dtype; computed in fp32. ``cols`` is zero-padded to a multiple of the block.
         seed: int64 scalar tensor; needed when ``spec.stochastic``.
         site: which random bits of that seed (0…2^32−1).
+        random: those bytes, int64 ``[rows, padded]``, where the caller has them already.
     Returns:
         codes (uint8 ``[rows, padded/2]``, two E2M1 to a byte, or float8 ``[rows, padded]``),
         scales (uint8 E8M0 ``[rows, padded/block]``) and, if ``spec.mask``, the packed bits of
@@ -41,7 +43,8 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
     if spec.rule == "headroom":
         scaled = scaled * 0.75
     if spec.element == "e2m1":
-        random = random_bytes(seed, site, rows, cols) if spec.stochastic and seed is not None else None
+        if spec.stochastic and random is None and seed is not None:
+            random = random_bytes(seed, site, rows, cols)
         codes = pack_nibbles(e2m1_encode(scaled, random))
     else:
         codes = fp8_encode(scaled, spec.element)

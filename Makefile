@@ -1,0 +1,43 @@
+# make demo                 train a small Llama with backend="quartet" beside plain Inductor (a few minutes on two cores)
+# make test                 the test suite
+# make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
+# make lint | bench         ruff and mypy | the step benchmark on a CPU
+
+PYTHON ?= python3
+TORCH  ?=
+VENV   ?= .venv$(addprefix -,$(TORCH))
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ROOMS  := passes lowering kernels runtime
+TYPED  := $(VENV)/typed/quartet# the package as mypy has to see it: the rooms inside quartet/
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
+
+.PHONY: install demo test lint bench clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.[test,demo]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/train_llama.py --out demo-out $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/quartet/* $(addprefix $(CURDIR)/,$(ROOMS)) $(TYPED)
+	cd $(dir $(TYPED)) && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info demo-out bench-out

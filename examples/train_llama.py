@@ -1,0 +1,255 @@
+"""Train a small Llama on text with ``torch.compile(backend="quartet")``, beside plain Inductor.
+
+    python examples/train_llama.py --out demo-out
+    python examples/train_llama.py --size demo --policy fp8 --steps 200 --no-compare
+
+Both runs start from the same weights and see the same bytes in the same order. At the end: both validation losses,
+what happened to each matmul, the bytes kept for backward, and in ``--out`` the loss curves, the graphs and a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on CUDA
+
+import torch
+import torch.nn as nn
+from corpus import Corpus, read_corpus
+from llama import PRESETS, Llama, LlamaConfig
+from measure import saved_for_backward
+from outcome import median, plot, show, write_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+BASELINE = "inductor"
+VALIDATION_BATCHES = 64
+
+
+@dataclass
+class Run:
+    """One model in training: what it learned and how long it took."""
+
+    name: str
+    model: Llama
+    compiled: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    first_step: float = math.nan
+    validation: float = math.nan
+    saved_bytes: int = 0
+
+    def step(self, tokens: Tensor, targets: Tensor, lr: float) -> float:
+        """One update; the loss in nats a byte. The first call compiles, and is timed apart."""
+        start = time.perf_counter()
+        loss = self.compiled(tokens, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        elapsed = time.perf_counter() - start
+        if math.isnan(self.first_step):
+            self.first_step = elapsed
+        else:
+            self.seconds.append(elapsed)
+        return self.losses[-1]
+
+    def validate(self, corpus: Corpus, args: argparse.Namespace) -> None:
+        """Mean loss over fixed batches, through the compiled training graph: the forward is the trained one,
+        quantisation included, and nothing is compiled again."""
+        losses = []
+        for i in range(VALIDATION_BATCHES):
+            losses.append(self.compiled(*on_device(corpus, "validation", args, i)).item())
+        self.validation = sum(losses) / len(losses)
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = list(state["losses"])
+
+
+def on_device(corpus: Corpus, split: str, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
+    tokens, targets = corpus.batch(split, args.seed, step, args.batch, args.seq)
+    return tokens.to(args.device), targets.to(args.device)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a cosine down to a tenth of the peak."""
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW(.9, .95) with weight decay .1 on matrices and none on norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def sizes(args: argparse.Namespace) -> LlamaConfig:
+    config = PRESETS[args.size]
+    if args.dim:
+        config = replace(config, dim=args.dim, heads=max(1, args.dim // 64), ffn=3 * args.dim)
+    return replace(config, layers=args.layers) if args.layers else config
+
+
+def make_runs(args: argparse.Namespace, config: LlamaConfig) -> list[Run]:
+    """The run in low precision and, to compare, the same weights under plain Inductor."""
+    model = Llama(config, args.seq).to(args.device)
+    twin = copy.deepcopy(model)
+    inductor = dict(torch._inductor.list_mode_options(args.compile_mode)) if args.compile_mode else {}
+    options = {**inductor, **quartet_options(args), "dump": str(args.out / "graphs")}
+    compiled = torch.compile(model, backend=args.backend, options=options if args.backend == "quartet" else None)
+    runs = [Run(args.backend, model, compiled, adamw(model, args.lr))]
+    if args.compare:
+        runs.append(Run(BASELINE, twin, torch.compile(twin, mode=args.compile_mode), adamw(twin, args.lr)))
+    return runs
+
+
+def quartet_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"policy": args.policy} if args.policy else {}
+
+
+def save_checkpoint(path: Path, step: int, runs: list[Run], described: dict[str, Any]) -> None:
+    """Everything that the next step depends on, written whole or not at all."""
+    state = {"step": step, "described": described, "rng": torch.get_rng_state(), "runs": {r.name: r.state() for r in runs}}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path, runs: list[Run], described: dict[str, Any]) -> int:
+    """Restore the runs and the random generators; the number of steps already done.
+
+    Raises:
+        ValueError: the checkpoint is of a run with other settings, or lacks one of the runs.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    other = [f"{k} {state['described'].get(k)!r} there, {v!r} here" for k, v in described.items()
+             if state["described"].get(k) != v]
+    if other:
+        raise ValueError(f"{path} continues another run: {'; '.join(other)}; resume with the settings it was made with")
+    for run in runs:
+        if run.name not in state["runs"]:
+            raise ValueError(f"{path} holds no run {run.name!r}, only {', '.join(state['runs'])}; "
+                             "make it with --compare, or resume with --no-compare")
+        run.load(state["runs"][run.name])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return int(state["step"])
+
+
+def standing(run: Run, tokens: int) -> str:
+    """Loss and speed of a run for the progress bar."""
+    speed = f" {tokens / median(run.seconds[-20:]):.0f} tokens/s" if run.seconds else ""
+    return f"{run.name} {run.losses[-1]:.3f} nats/byte{speed}"
+
+
+def train(runs: list[Run], corpus: Corpus, args: argparse.Namespace, described: dict[str, Any],
+          console: Console) -> None:
+    """All steps from the checkpoint, or from the first, to ``--stop-at``; the runs take turns on each batch."""
+    first = load_checkpoint(args.resume, runs, described) if args.resume else 0
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=args.stop_at, completed=first)
+        for step in range(first, args.stop_at):
+            batch = on_device(corpus, "train", args, step)
+            for run in runs:
+                run.step(*batch, learning_rate(step, args.steps, args.lr))
+            line = " · ".join(standing(run, args.batch * args.seq) for run in runs)
+            progress.update(task, advance=1, description=line)
+            if step == first or (step + 1) % max(1, args.steps // 10) == 0:
+                progress.console.print(f"step {step + 1:5d}  {line}", highlight=False)
+            done = step + 1
+            if args.checkpoint and (done == args.stop_at or done % args.checkpoint_every == 0):
+                save_checkpoint(args.checkpoint, done, runs, described)
+
+
+def explain_matmuls(args: argparse.Namespace, run: Run, batch: tuple[Tensor, Tensor], console: Console) -> Any:
+    """The table "matmul → kernel, or why not" on the console and as HTML."""
+    import quartet
+
+    report = quartet.explain(run.model, *batch, options=quartet_options(args))
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    (args.out / "explain.html").write_text(report.to_html(), encoding="utf-8")
+    return report.to_dict()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=PRESETS, default="small", help="tiny .1M, small 3.5M, demo 28M parameters")
+    parser.add_argument("--dim", type=int, help="width, with heads of 64 and a feed-forward of 3 times it")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--steps", type=int, default=500, help="length of the learning-rate schedule")
+    parser.add_argument("--stop-at", type=int, metavar="STEP", help="end earlier than the schedule")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--seq", type=int, default=64, help="bytes a sequence")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--policy", help="recipe name or .toml file; default: quartet's own")
+    parser.add_argument("--backend", default="quartet", help="torch.compile backend to train with")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile-mode", help="a mode of torch.compile, for both runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, metavar="FILE", help="text to learn; default: Python's standard library")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="where to save, every --checkpoint-every steps")
+    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue a checkpoint, bit for bit")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="train the baseline too")
+    args = parser.parse_args(argv)
+    args.stop_at = min(args.stop_at or args.steps, args.steps)
+    if args.backend == BASELINE:
+        args.compare = False
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(args.seed)
+    config, corpus = sizes(args), read_corpus(args.data)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    described = {"model": asdict(config), "train_bytes": len(corpus.train)} | {
+        key: getattr(args, key) for key in ("steps", "batch", "seq", "lr", "policy", "seed", "compile_mode")}
+    runs = make_runs(args, config)
+    console.print(f"{sum(p.numel() for p in runs[0].model.parameters()):,} parameters, "
+                  f"{len(corpus.train):,} bytes of {corpus.source}, {args.batch} × {args.seq} bytes a step", highlight=False)
+    train(runs, corpus, args, described, console)
+    batch = on_device(corpus, "train", args, args.stop_at)
+    for run in runs:
+        run.validate(corpus, args)
+        run.saved_bytes = saved_for_backward(run.compiled, run.model, *batch)
+    matmuls = explain_matmuls(args, runs[0], batch, console) if args.backend == "quartet" else None
+    show(runs, console)
+    plot(runs, args.out / "loss.png")
+    return write_json(args.out / "result.json", runs, described | {"device": args.device, "matmuls": matmuls})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The ``quartet`` command: output, exit status, and errors that name the nearest legal value."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import quartet.explain  # noqa: F401  the fixture replaces its function
+from quartet.cli import describe_recipe, main
+from quartet.lowering import registry
+from quartet.lowering.recipe import Rotation
+from quartet.lowering.records import MatmulRecord
+from quartet.recipes import recipes
+from quartet.report import Report
+
+EXAMPLE = '''
+import torch
+
+import quartet.explain  # noqa: F401  the fixture replaces its function
+
+class Double(torch.nn.Module):
+    def forward(self, x, scale=2):
+        return x * scale
+
+SIZE = 3
+
+def make():
+    return Double(), (torch.ones(SIZE),)
+
+def named():
+    return Double(), {"x": torch.ones(SIZE), "scale": 4}
+
+def wrong():
+    return Double()
+'''
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """A folder with ``an_example_model.py`` as the working directory."""
+    (tmp_path / "an_example_model.py").write_text(EXAMPLE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    yield tmp_path
+    sys.modules.pop("an_example_model", None)
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    """Replaces the compilation by a recorder; returns the calls it saw."""
+    calls = []
+
+    def explain(model, *args, options=None, **kwargs):
+        calls.append((model(*args, **kwargs), options))
+        return Report([MatmulRecord(0, "lm_head", "lm_head", "fprop", 1, 2, 3, "float32", reason="skipped")])
+
+    monkeypatch.setattr(sys.modules["quartet.explain"], "explain", explain)
+    return calls
+
+
+def fails(capsys, *argv: str) -> str:
+    """The message of a command that has to exit with 2."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("quartet: ")
+    return captured.err
+
+
+def test_recipes_lists_each_with_its_paper(capsys):
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    for recipe in recipes().values():
+        assert recipe.name in out and recipe.summary in out and recipe.paper in out
+
+
+def test_recipe_in_full_names_every_operand(capsys):
+    assert main(["recipes", "quartet"]) == 0
+    out = capsys.readouterr().out
+    recipe = recipes()["quartet"]
+    assert all(equation in out for equation in ("Y = X · Wᵀ", "gX = E · W", "gW = Eᵀ · X"))
+    assert out.count(str(recipe.fprop.a.spec)) == 2
+    assert out.count(str(recipe.dgrad.a.spec)) == 4
+    assert out.count("from the saved codes of fprop") == 2
+    assert "H32\n" in out and out.count("H32 with fresh random signs") == 2
+
+
+def test_recipe_that_leaves_roles_alone_says_so():
+    forward_only = recipes()["quartet"].only({"fprop"})
+    fixed = replace(forward_only, recompute="gemm", keep_weights=False,
+                    fprop=replace(forward_only.fprop, rotation=Rotation(16, (1, -1) * 8)))
+    text = describe_recipe(fixed)
+    assert text.count("in the model's dtype") == 2
+    assert "H16 with fixed signs +-+-+-+-+-+-+-+-" in text
+    assert "quantised again in backward" in text and "computed again in backward" in text
+
+
+def test_unknown_recipe_names_the_nearest(capsys):
+    assert "did you mean 'quartet-paper'?" in fails(capsys, "recipes", "quartet-papr")
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert "did you mean 'doctor'?" in fails(capsys, "docter")
+
+
+def test_unknown_option_names_the_nearest(capsys):
+    assert "did you mean '--policy'?" in fails(capsys, "explain", "a:b", "--polici=fp8")
+
+
+def test_no_command_shows_the_usage(capsys):
+    assert "usage: quartet" in fails(capsys)
+
+
+def test_explain_prints_and_writes(example, explained, capsys):
+    argv = ["explain", "an_example_model:make", "--policy", "quartet", "--html", "a.html", "--json", "a.json",
+            "--dump", "graphs"]
+    assert main(argv) == 0
+    assert "lm_head" in capsys.readouterr().out
+    assert "lm_head" in (example / "a.html").read_text()
+    assert json.loads((example / "a.json").read_text())["matmuls"][0]["reason"] == "skipped"
+    (result, options), = explained
+    assert torch.equal(result, torch.full((3,), 2.0)) and options == {"policy": "quartet", "dump": "graphs"}
+
+
+def test_explain_passes_a_dict_as_keywords(example, explained):
+    assert main(["explain", "an_example_model:named"]) == 0
+    assert torch.equal(explained[0][0], torch.full((3,), 4.0)) and explained[0][1] == {}
+
+
+@pytest.mark.parametrize("target, message", [
+    ("an_example_model", "is not MODULE:FACTORY"),
+    ("an_exmple_model:make", "did you mean 'an_example_model'?"),
+    ("an_example_model:mak", "did you mean 'make'?"),
+    ("an_example_model:SIZE", "'SIZE' is not a function but int"),
+    ("an_example_model:wrong", "returned Double; expected (model, inputs)"),
+])
+def test_explain_refuses_a_wrong_target(example, explained, capsys, target, message):
+    assert message in fails(capsys, "explain", target)
+    assert explained == []
+
+
+def test_explain_refuses_an_unknown_policy_before_it_builds_the_model(example, explained, capsys):
+    assert "quartet-paper" in fails(capsys, "explain", "an_example_model:make", "--policy", "quartet-papr")
+    assert "an_example_model" not in sys.modules
+
+
+def test_explain_refuses_a_missing_folder_before_it_compiles(example, explained, capsys):
+    assert "does not exist; make it first" in fails(capsys, "explain", "an_example_model:make", "--html", "no/a.html")
+    assert explained == []
+
+
+def test_an_import_error_inside_the_module_is_not_a_usage_error(example):
+    (example / "an_example_broken.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        main(["explain", "an_example_broken:make"])
+
+
+def test_doctor_shows_versions_compilers_and_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "probe", lambda device: [
+        ("mxfp4", "first", None), ("mxfp4", "second", "needs sm_100"), ("mxfp8", "first", "block 16 only")])
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "g++" in out and "nvcc" in out and "cpu (" in out
+    assert "no: needs sm_100" in out and "no: block 16 only" in out
+    assert out.count("mxfp4") == out.count("mxfp8") >= 1
+
+
+@pytest.mark.parametrize("probe, message", [
+    (lambda device: [("mxfp4", "only", "not here")], "no: not here"),
+    (lambda device: 1 // 0, "probing failed: ZeroDivisionError"),
+])
+def test_doctor_reports_a_device_without_kernels_by_its_status(monkeypatch, capsys, probe, message):
+    monkeypatch.setattr(registry, "probe", probe)
+    assert main(["doctor"]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_doctor_says_what_a_missing_compiler_is_for(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(registry, "probe", lambda device: [("mxfp4", "only", None)])
+    main(["doctor"])
+    assert "missing (building CUTLASS kernels needs it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, status", [(["recipes"], 0), (["recipe"], 2)])
+def test_the_package_runs_as_a_module(monkeypatch, capsys, argv, status):
+    monkeypatch.setattr(sys, "argv", ["quartet", *argv])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("quartet", run_name="__main__")
+    assert exit.value.code == status
+    assert ("quartet-paper" if status == 0 else "did you mean 'recipes'?") in "".join(capsys.readouterr())
