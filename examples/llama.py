@@ -28,9 +28,10 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
+            unit = 2 * self.heads
             raise ValueError(
                 f"dim {self.dim} over {self.heads} heads gives no even head size; "
-                f"use a dim that is a multiple of {2 * self.heads}, for example {self.dim + -self.dim % (2 * self.heads)}"
+                f"use a dim that is a multiple of {unit}, for example {self.dim + -self.dim % unit}"
             )
 
 

@@ -36,7 +36,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
     """One column a run and, with a baseline, one that compares."""
     rows = [
         ("validation loss, nats a byte", [r.validation for r in runs], "{:.4f}", "gap {:+.4f}"),
-        ("first step, with compilation unless cached, s", [r.first_step for r in runs], "{:.1f}", "× {:.2f}"),
+        ("first step, with compilation unless cached, s", [r.first_step for r in runs], "{:.1f}", ""),
         ("step after it, median, ms", [1e3 * median(r.seconds) for r in runs], "{:.1f}", "× {:.2f}"),
         ("kept for backward, MB", [r.saved_bytes / 1e6 for r in runs], "{:.2f}", "× {:.2f}"),
     ]
@@ -95,7 +95,6 @@ def write_json(path: Path, runs: Sequence[Run], described: dict[str, Any]) -> di
         a, b = runs
         result["comparison"] = {
             "validation_gap": a.validation - b.validation,
-            "first_step_ratio": a.first_step / b.first_step,
             "step_ratio": median(a.seconds) / median(b.seconds),
             "saved_ratio": a.saved_bytes / b.saved_bytes,
         }

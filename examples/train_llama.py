@@ -1,7 +1,7 @@
 """Train a small Llama on text with ``torch.compile(backend="quartet")``, beside plain Inductor.
 
     python examples/train_llama.py --out demo-out
-    python examples/train_llama.py --size demo --policy fp8 --steps 200 --no-compare
+    python examples/train_llama.py --size demo --policy quartet-paper --steps 200 --no-compare
 
 Both runs start from the same weights and see the same bytes in the same order. At the end: both validation losses,
 what happened to each matmul, the bytes kept for backward, and in ``--out`` the loss curves, the graphs and a JSON file.
@@ -133,9 +133,11 @@ def quartet_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def save_checkpoint(path: Path, step: int, runs: list[Run], described: dict[str, Any]) -> None:
     """Everything that the next step depends on, written whole or not at all."""
-    state = {"step": step, "described": described, "rng": torch.get_rng_state(), "runs": {r.name: r.state() for r in runs}}
+    state = {"step": step, "described": described, "rng": torch.get_rng_state(),
+             "runs": {run.name: run.state() for run in runs}}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    path = path.with_name(path.name.replace("{step}", str(step)))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
@@ -216,7 +218,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-mode", help="a mode of torch.compile, for both runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, metavar="FILE", help="text to learn; default: Python's standard library")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="where to save, every --checkpoint-every steps")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+                        help="save here every --checkpoint-every steps; '{step}' in the name becomes their number")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue a checkpoint, bit for bit")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
@@ -238,8 +241,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     described = {"model": asdict(config), "train_bytes": len(corpus.train)} | {
         key: getattr(args, key) for key in ("steps", "batch", "seq", "lr", "policy", "seed", "compile_mode")}
     runs = make_runs(args, config)
-    console.print(f"{sum(p.numel() for p in runs[0].model.parameters()):,} parameters, "
-                  f"{len(corpus.train):,} bytes of {corpus.source}, {args.batch} × {args.seq} bytes a step", highlight=False)
+    parameters = sum(p.numel() for p in runs[0].model.parameters())
+    console.print(f"{parameters:,} parameters, {args.batch} × {args.seq} bytes a step\n"
+                  f"{len(corpus.train):,} bytes of {corpus.source}", highlight=False)
     train(runs, corpus, args, described, console)
     batch = on_device(corpus, "train", args, args.stop_at)
     for run in runs:

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import cpu_ops, ir
-from quartet.lowering.graph import Builder, aten, is_backward, shape, val
+from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, keep_as, shape, val
 
 
 def lower(graph: torch.fx.Graph, gemms: list[Node], accepts: Callable[[QuantSpec, int, torch.dtype], bool]) -> None:
@@ -29,12 +29,18 @@ def lower(graph: torch.fx.Graph, gemms: list[Node], accepts: Callable[[QuantSpec
         for codes in (gemm.args[0], gemm.args[2]):
             quantizer = _direct(codes, gemm)
             if quantizer is not None:
-                wanted[quantizer] = val(gemm).dtype
+                wanted[quantizer] = operand_dtype(gemm)
     chosen = set(gemms)
     fused = {node: _quantizer(graph, node, wanted.get(node), chosen)
              for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE) if _acceptable(node, accepts)}
     for gemm in gemms:
         _gemm(graph, gemm, fused)
+
+
+def operand_dtype(gemm: Node) -> torch.dtype:
+    """dtype of the dequantised operands: the model's, but fp32 for fp16, whose range is shorter than E8M0's."""
+    dtype = val(gemm).dtype
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def _acceptable(node: Node, accepts: Callable[[QuantSpec, int, torch.dtype], bool]) -> bool:
@@ -48,7 +54,8 @@ def _acceptable(node: Node, accepts: Callable[[QuantSpec, int, torch.dtype], boo
 def _direct(codes: Any, gemm: Node) -> Node | None:
     """The quantiser that can hand its dequantised values straight to ``gemm``; None when it must read codes."""
     quantizer = codes.args[0]
-    if is_backward(quantizer) != is_backward(gemm) or gemm.meta.get("recompute") != quantizer.meta.get("recompute"):
+    again = gemm.meta.get("recompute") in RECOMPUTED and quantizer.meta.get("recompute") not in RECOMPUTED
+    if is_backward(quantizer) != is_backward(gemm) or again:
         return None
     return quantizer
 
@@ -62,7 +69,6 @@ def _quantizer(graph: torch.fx.Graph, node: Node, values: torch.dtype | None, ge
         x, rotation, signs = x.args[0], x.args[1], x.args[2]  # type: ignore[assignment]
     assert isinstance(x, Node)
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-    build.meta.update({k: v for k, v in node.meta.items() if k in ("recompute", "ac_graph_id")})
     packed = any(_direct(item, user) is None if user in gemms else True for item in node.users for user in item.users)
     tail = (rotation, signs, spec, seed, site, packed, values)
     stored = _stored(x)
@@ -86,28 +92,28 @@ def _stored(x: Node) -> Node | None:
 
 def _gemm(graph: torch.fx.Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
-    build.meta.update({k: v for k, v in gemm.meta.items() if k in ("recompute", "ac_graph_id")})
     results = {codes: items for items in fused.values() for codes in items[:1]}
-    a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
-    operands = []
+    a, a_scales, b, b_scales, a_spec, b_spec, out_dtype = gemm.args
+    operands, dtype = [], operand_dtype(gemm)
     for codes, scales, spec in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
         made = results.get(codes)  # type: ignore[arg-type]
         if made is not None and _direct(codes, gemm) is not None and val(made[3]).dim() == 2 and val(made[3]).dtype == dtype:
             operands.append(made[3])
         else:
             operands.append(build(cpu_ops.DEQUANTIZE, codes, scales, spec, dtype))
-    out = build(aten.mm.default, operands[0], build.transpose(operands[1]))
+    out = keep_as(build(aten.mm.default, operands[0], build.transpose(operands[1])), gemm)
     gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
     out.meta["quartet_kernel"] = "cpp"
     chain = _epilogue(gemm)
     if chain is None:
-        gemm.replace_all_uses_with(build(aten.mul.Tensor, out, gain) if gain != 1.0 else out)
+        out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
+        gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
         return
     mask, unrotate, last = chain
     at = Builder(graph, like=last, before=last, backward=is_backward(last))
     cols = shape(last)[1]
-    rotation, signs, dtype = (unrotate.args[1], unrotate.args[2], unrotate.args[4]) if unrotate else (0, None, dtype)
-    last.replace_all_uses_with(at(cpu_ops.UNROTATE, out, mask, rotation, signs, gain, at.size(cols), dtype))
+    rotation, signs, out_dtype = (unrotate.args[1], unrotate.args[2], unrotate.args[4]) if unrotate else (0, None, out_dtype)
+    last.replace_all_uses_with(at(cpu_ops.UNROTATE, out, mask, rotation, signs, gain, at.size(cols), out_dtype))
 
 
 def _epilogue(gemm: Node) -> tuple[Node | None, Node | None, Node] | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.cpu import ops as cpu
+from quartet.kernels.reference.philox import random_signs_of_int
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to, code_layout, library
 
@@ -24,6 +25,10 @@ library.define("cpu_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs
                "ScalarType dtype) -> Tensor")
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _signs(seed: Tensor, site: int, n: int) -> Tensor:
+    return random_signs_of_int(int(seed), site, n)
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
@@ -85,6 +90,8 @@ for _name, _impl, _fake in (
 ):
     library.impl(_name, _impl, "CPU")
     torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+library.impl("signs", _signs, "CPU")  # 130 one-element tensor ops otherwise
 
 QUANTIZE = torch.ops.quartet.cpu_quantize.default
 REQUANTIZE = torch.ops.quartet.cpu_requantize.default

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.runtime.compat import detect_fake_mode
 
@@ -17,6 +18,17 @@ FORWARD = "is_forward"
 BACKWARD = "must_be_in_backward"
 _INHERITED = ("seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id", "custom",
               "autograd_backward", "source_fn_stack")
+
+
+SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def keep_as(node: Node, like: Node) -> Node:
+    """Give ``node``, which computes what ``like`` did, its place in the user's activation checkpointing."""
+    if "recompute" in like.meta and not is_backward(node):
+        node.meta["recompute"] = like.meta["recompute"]
+    return node
 
 
 def is_backward(node: Node) -> bool:
@@ -49,6 +61,7 @@ class Builder:
         graph: the joint graph.
         like: node whose module stack, seq_nr, checkpoint tags … the new nodes inherit.
         before: where they go.
+            The choice to save its result is not inherited but left to :func:`keep_as`: it stands for one node.
         backward: direction of the new nodes. A backward node is pinned there: what no tangent reaches
             would otherwise be hoisted into the forward and its result saved.
     """
@@ -60,6 +73,8 @@ class Builder:
         if backward:
             for key in ("recompute", "ac_graph_id"):
                 self.meta.pop(key, None)
+        if self.meta.get("recompute") in SAVED:
+            self.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         self.meta["partitioner_tag"] = BACKWARD if backward else FORWARD
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from quartet.lowering.graph import Builder, aten, editing, is_backward, shape
+from quartet.lowering.graph import Builder, aten, editing, is_backward, keep_as, shape
 from quartet.passes.state import State
 
 
@@ -23,5 +23,5 @@ def _to_mm(state: State, node: Node) -> None:
         build.meta["partitioner_tag"] = node.meta["partitioner_tag"]
     a, b = node.args[0], node.args[1]
     assert isinstance(a, Node) and isinstance(b, Node)
-    mm = build(aten.mm.default, build(aten.squeeze.dim, a, 0), build(aten.squeeze.dim, b, 0))
+    mm = keep_as(build(aten.mm.default, build(aten.squeeze.dim, a, 0), build(aten.squeeze.dim, b, 0)), node)
     node.replace_all_uses_with(build(aten.unsqueeze.default, mm, 0))

@@ -65,6 +65,14 @@ def _feeds(reached: set[Node], names: tuple[str, ...], depth: int = 8) -> bool:
     return False
 
 
+def embeds(weight: Node) -> bool:
+    """Whether the weight is (computed from) the table of an embedding."""
+    root = weight
+    while root.op == "call_function" and root.all_input_nodes:
+        root = root.all_input_nodes[0]
+    return any(user.target is aten.embedding.default and user.args[0] is root for user in root.users)
+
+
 def op_class_of(node: Node, name: str, weight: Node, graph: Graph) -> str:
     """``router``: its scores go through softmax or sigmoid into top-k. ``lm_head``: it feeds the loss's
     log-softmax, or its weight is the embedding's, or it leaves the graph under a head's name. Else ``linear``.
@@ -75,10 +83,7 @@ def op_class_of(node: Node, name: str, weight: Node, graph: Graph) -> str:
         return "router"
     if scores is not None and _feeds({scores}, ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")):
         return "lm_head"
-    root = weight
-    while root.op == "call_function" and root.all_input_nodes:
-        root = root.all_input_nodes[0]
-    if any(user.target is aten.embedding.default and user.args[0] is root for user in root.users):
+    if embeds(weight):
         return "lm_head"
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     return "lm_head" if leaves and module in _HEADS else "linear"

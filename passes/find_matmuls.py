@@ -8,13 +8,14 @@ either orientation: autograd writes gW = Eᵀ·X or gWᵀ = Xᵀ·E by the strid
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch.fx import Node
 
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.records import MatmulRecord
-from quartet.passes.classify import op_class_of
+from quartet.passes.classify import embeds, op_class_of
 from quartet.passes.sites import MatmulSite, Product
 from quartet.passes.state import State
 
@@ -60,9 +61,12 @@ def _same_matrix(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return _matrix(a) == 2 and _matrix(b) == 2 and str(a[-2:]) == str(b[-2:])
 
 
-def input_index(node: Node) -> int | None:
-    """Index of the dynamo input behind a joint placeholder, through tensor subclasses."""
+def input_index(node: Node, position: int) -> int | None:
+    """Index of the dynamo input behind a joint placeholder, through tensor subclasses; in the body of a region,
+    which does not describe its inputs, their ``position``."""
     desc = node.meta.get("desc")
+    if desc is None:
+        return position
     while desc is not None and not hasattr(desc, "idx"):
         desc = getattr(desc, "base", None)
     return getattr(desc, "idx", None)
@@ -71,6 +75,8 @@ def input_index(node: Node) -> int | None:
 def parameter_origins(state: State) -> dict[Node, str]:
     """Nodes computed from parameters alone → name of their first parameter."""
     weights, origin, data = state.config.weights, {}, set()
+    described = any("desc" in node.meta for node in state.gm.graph.find_nodes(op="placeholder"))
+    position = itertools.count()
     for node in state.gm.graph.nodes:
         if is_backward(node):
             continue
@@ -81,7 +87,7 @@ def parameter_origins(state: State) -> dict[Node, str]:
             else:
                 data.add(node)
         elif node.op == "call_function":
-            inputs = [i for i in node.all_input_nodes if hasattr(i.meta.get("val"), "shape")]
+            inputs = [i for i in node.all_input_nodes if _holds_tensors(i)]
             if any(i in data for i in inputs):
                 data.add(node)
             else:
@@ -89,6 +95,12 @@ def parameter_origins(state: State) -> dict[Node, str]:
                 if named:
                     origin[node] = named[0]
     return origin
+
+
+def _holds_tensors(node: Node) -> bool:
+    """True of a tensor or several (a split); a size alone does not make a weight into data."""
+    value = node.meta.get("val")
+    return hasattr(value, "shape") or isinstance(value, (list, tuple))
 
 
 def find_matmuls(state: State) -> None:
@@ -100,6 +112,8 @@ def find_matmuls(state: State) -> None:
             backward.setdefault(node.meta.get("seq_nr"), []).append(node)
     claimed: set[Node] = set()
     for node in state.gm.graph.nodes:
+        if node.op == "call_function" and "grouped_mm" in str(node.target):
+            state.alone.extend(_grouped(node))
         if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
             continue
         site = _site(state, node, origin)
@@ -129,8 +143,8 @@ def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite | Non
     m, n = (r, p) if flipped else (p, r)
     x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
     name = origin[w[0]]
-    fqn = name.removesuffix(".weight")
     op_class = op_class_of(node, name, w[0], state.gm.graph)
+    fqn = (_module_of(node) if embeds(w[0]) else "") or _module_name(name)
     site = MatmulSite(len(state.sites), fqn, op_class, x, w, m, n, q, val(node).dtype)
     site.products["fprop"] = Product(node, flipped)
     return site
@@ -170,16 +184,45 @@ def _attach_backward(site: MatmulSite, candidates: list[Node], claimed: set[Node
 
 def _unweighted(node: Node, role: str, origin: dict[Node, str]) -> MatmulRecord:
     a, b = _operands(node)
-    k = shape(a)[-1]
     batch = shape(node)[0] if len(shape(node)) == 3 else 1
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    path = next((str(v[0]) for v in reversed(list(stack.values()))), "")
     grouped = (a in origin) != (b in origin)
     reason = ("multiplies a batch of weights" if grouped else "no operand is a weight") + f"; batch {batch}"
     m, n = shape(node)[-2:]
-    return MatmulRecord(site=-1, fqn=module_path(path), op_class="grouped" if grouped else "bmm", role=role,
-                        m=_plain(m), n=_plain(n), k=_plain(k), dtype=str(val(node).dtype).removeprefix("torch."),
-                        recipe=None, kernel=None, reason=reason, saved_bytes=None, notes=())
+    return _alone(node, "grouped" if grouped else "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+
+
+def _grouped(node: Node) -> list[MatmulRecord]:
+    """Records of a grouped product of tokens ``[S, in]`` with expert weights ``[E, in, out]``, or of its gradients.
+
+    The gradients are ops of the same kind (``aten._grouped_mm``: a 3-D result is wgrad's) or one op with both.
+    """
+    a, b = (shape(i) for i in node.all_input_nodes[:2])
+    made = node.meta["val"]
+    if isinstance(made, (tuple, list)):
+        sizes = {"dgrad": (a[0], a[1], b[-1]), "wgrad": (a[1], b[-1], a[0])}
+        made = made[0]
+    else:
+        m, n = tuple(made.shape)[-2:]
+        sizes = {"fprop" if not is_backward(node) else "wgrad" if made.dim() == 3 else "dgrad": (m, n, a[-1])}
+    return [_alone(node, "grouped", role, mnk, made.dtype, "multiplies groups of weights; no kernel of ours does")
+            for role, mnk in sizes.items()]
+
+
+def _alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], dtype: Any, reason: str) -> MatmulRecord:
+    m, n, k = map(_plain, mnk)
+    return MatmulRecord(site=-1, fqn=_module_of(node), op_class=op_class, role=role, m=m, n=n, k=k,
+                        dtype=str(dtype).removeprefix("torch."), reason=reason)
+
+
+def _module_of(node: Node) -> str:
+    """Name of the innermost module that computes ``node``."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return module_path(next((str(v[0]) for v in reversed(list(stack.values()))), ""))
+
+
+def _module_name(parameter: str) -> str:
+    """``layers.0.q`` of its weight, also of a parametrised one; other parameters keep their own name."""
+    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", parameter).removesuffix(".weight")
 
 
 def _plain(size: Any) -> int | str:
@@ -188,8 +231,6 @@ def _plain(size: Any) -> int | str:
 
 def module_path(path: str) -> str:
     """A dotted name from how dynamo writes one: ``L['self']._modules['layers']._modules['0'].q`` → ``layers.0.q``."""
-    import re
-
     text = re.sub(r"^L\[['\"](self|model|fn|mod|s|m)['\"]\]\.?", "", path)
     text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", "." + text)
     text = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)

@@ -6,9 +6,11 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import Graph
@@ -31,10 +33,16 @@ from quartet.runtime.compat import CustomGraphPass
 log = logging.getLogger("quartet")
 
 Pass = Callable[[State], None]
+Signature = tuple[str, ...]
 PASSES: tuple[Pass, ...] = (canonicalize, find_matmuls, plan, rotate, quantize, share, save, lower)
 REQUIRED = ("canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
 OPTIONAL = tuple(n for n in NAMES if n not in ("find_matmuls", "plan", "rotate", "quantize"))
+
+
+def signature(values: Iterable[Any]) -> Signature:
+    """Shape and dtype of each input of a graph, as text."""
+    return tuple(f"{tuple(v.shape)} {v.dtype}" if isinstance(v, torch.Tensor) else str(v) for v in values)
 
 
 class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
@@ -44,11 +52,15 @@ class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
         config: the resolved configuration.
         key: everything that the result depends on beyond the graph and this package's source, as text.
         earlier: the user's own passes, run first.
+        regions: for the body of each ``nested_compile_region``, whose graph does not say which inputs are
+            parameters: signature → parameter name by input.
     """
 
-    def __init__(self, config: Config, key: str, earlier: tuple = ()) -> None:
-        self.config, self.key, self.earlier = config, key, earlier
+    def __init__(self, config: Config, key: str, earlier: tuple = (),
+                 regions: Mapping[Signature, Mapping[int, str]] | None = None) -> None:
+        self.config, self.key, self.earlier, self.regions = config, key, earlier, regions or {}
         self.records: list[MatmulRecord] = []
+        self._bodies: set[Signature] = set()
 
     def __call__(self, graph: Graph) -> None:
         for other in self.earlier:
@@ -56,11 +68,31 @@ class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
         gm = graph.owning_module
         if gm is None:
             gm = torch.fx.GraphModule(torch.nn.Module(), graph)
-        self.records += run(gm, self.config)
+        config = self._config_of(graph)
+        if config is not None:
+            self.records += run(gm, config)
 
-    def uuid(self) -> str:
-        """Cache key: source of the package, configuration, and the earlier passes' own keys."""
-        others = [p.uuid() for p in self.earlier]
+    def _config_of(self, graph: Graph) -> Config | None:
+        """The configuration for this graph; None for a piece of a region whose joint graph we have had."""
+        inputs = graph.find_nodes(op="placeholder")
+        if not self.regions or any("desc" in node.meta for node in inputs):
+            return self.config
+        primals = [node for node in inputs if not node.name.startswith("tangents")]
+        body = signature(node.meta.get("val") for node in primals)
+        if body not in self.regions or (len(primals) == len(inputs) and body in self._bodies):
+            return None
+        if len(primals) < len(inputs):
+            self._bodies.add(body)
+        return replace(self.config, weights=self.regions[body])
+
+    def uuid(self) -> str | None:
+        """Cache key: source of the package, configuration, and the earlier passes' own keys.
+
+        None, which keeps the graph out of the caches, when an earlier pass has no key.
+        """
+        others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.earlier]
+        if None in others:
+            return None
         return hashlib.sha256(repr((source_digest(), self.key, others)).encode()).hexdigest()
 
 
@@ -132,6 +164,8 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
     recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
     depth = site.dims(role)[2]
     notes = (f"k padded to {-(-depth // 32) * 32}",) if kernel and isinstance(depth, int) and depth % 32 else ()
+    if kernel and role in site.remarks:
+        notes += (site.remarks[role],)
     return MatmulRecord(
         site=site.index, fqn=site.fqn, op_class=site.op_class, role=role, m=m, n=n, k=k,
         dtype=str(site.dtype).removeprefix("torch."), recipe=recipe.name if recipe is not None else None, kernel=kernel,

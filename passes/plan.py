@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from quartet.lowering.graph import aten, shape, val
 from quartet.lowering.recipe import ROLES
+from quartet.lowering.resolution import Choice
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State
 
@@ -40,10 +41,16 @@ def plan(state: State) -> None:
             site.reasons = {role: obstacle for role in ROLES}
             continue
         site.reasons = {role: resolution.choice(role).reason for role in ROLES if resolution.choice(role).gemm is None}
+        site.remarks = {role: resolution.choice(role).reason for role in ROLES if _altered(resolution.choice(role), role)}
         site.recipe = resolution.effective if resolution.quantizes else None
         if site.recipe is not None:
             key = (value_key(site.x[0]), site.x[1], site.recipe.fprop, site.recipe.wgrad)
             site.x_group = groups.setdefault(key, site.index)
+
+
+def _altered(choice: Choice, role: str) -> bool:
+    """Whether the policy had to change the recipe's GEMM, such as a saved operand that does not exist."""
+    return choice.gemm is not None and choice.recipe is not None and choice.gemm != getattr(choice.recipe, role)
 
 
 def _obstacle(site: MatmulSite) -> str | None:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from quartet.kernels.reference.philox import Draw
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.graph import Builder, editing, replace_all, shape, val
+from quartet.lowering.graph import Builder, editing, keep_as, replace_all, shape, val
 from quartet.lowering.recipe import Gemm
 from quartet.passes.sites import SITE_KEY, MatmulSite, Product, Quantized
 from quartet.passes.state import State, draw_seed, recipe_of
@@ -48,6 +48,7 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     qa = quantize_node(state, build, a, gemm.a.spec, bits[0])
     qb = quantize_node(state, build, b, gemm.b.spec, bits[1])
     out = build(ir.SCALED_MM, qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype)
+    keep_as(out, product.node)
     out.meta[SITE_KEY] = (site.index, role)
     if not backward:
         site.quantized = {"x": qa, "w": qb}

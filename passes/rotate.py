@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from quartet.kernels.reference.philox import Draw
 from quartet.lowering import ir
-from quartet.lowering.graph import Builder, aten, editing, shape, val
+from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
 from quartet.lowering.recipe import Rotation
 from quartet.passes.sites import MatmulSite, Product
 from quartet.passes.state import State, draw_seed, recipe_of
@@ -52,7 +52,7 @@ def _rotated(build: Builder, x: Node, rotation: Rotation | None, signs: Node | N
 
 def _product(build: Builder, site: MatmulSite, product: Product, a: Node, b: Node) -> Node:
     common = torch.promote_types(a.meta["val"].dtype, b.meta["val"].dtype)
-    mm = build(aten.mm.default, build.cast(a, common), build.transpose(build.cast(b, common)))
+    mm = keep_as(build(aten.mm.default, build.cast(a, common), build.transpose(build.cast(b, common))), product.node)
     product.a, product.b, product.mm = a, b, build.cast(mm, site.dtype)
     return product.mm
 

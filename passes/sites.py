@@ -55,6 +55,7 @@ class MatmulSite:
         gradient: node of E and whether it is stored transposed; ``[tokens, out]`` in normal orientation.
         resolution: what the policy decided; recipe: the effective recipe, None when left alone.
         reasons: role → why it is left alone.
+        remarks: role → how its GEMM differs from the recipe's.
         x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
     """
 
@@ -72,6 +73,7 @@ class MatmulSite:
     resolution: Resolution | None = None
     recipe: Recipe | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
     x_group: int = -1
     quantized: dict[str, Quantized] = field(default_factory=dict)
     saved_bytes: int | None = None

@@ -70,7 +70,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                     options.recompute, stream, observers)
     key = repr((options.policy.digest(), sorted(weights.items()), options.strict, disabled, options.disable_kernels,
                 options.recompute, stream, options.dump, torch.__version__, torch.get_num_threads()))
-    return pipeline.Pipeline(config, key, tuple(compat.user_joint_passes()))
+    earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
+    return pipeline.Pipeline(config, key, tuple(earlier))
 
 
 def quantizes(policy: Policy) -> bool:

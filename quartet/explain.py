@@ -42,4 +42,6 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)
-    return Report(records, saved_bytes_total=capture.saved_bytes, notes=capture.notes)
+    device = next((str(t.device) for t in (*inner.parameters(), *inner.buffers())), "cpu")
+    return Report(records, saved_bytes_total=capture.saved_bytes, device=device, policy=str(parsed.policy),
+                  notes=capture.notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ PRIVATE = (
     ("torch._inductor.lowering", "register_lowering", "decomposition of our ops inside Inductor"),
     ("torch._inductor.lowering", "process_subgraph_nodes", "inlines a traced reference into Inductor's IR"),
     ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
-    ("torch._subclasses.fake_tensor", "FakeTensorMode", "shapes of inserted nodes"),
-    ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph"),
+    ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
+    ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
     ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
+    ("torch._logging._internal", "log_registry", "a name for our loggers in TORCH_LOGS"),
+    ("torch._dynamo", "config", "explain() compiles once more without using up the limits of recompilation"),
+    ("torch._dynamo.config", "recompile_limit", "the limit for one piece of code"),
+    ("torch._dynamo.config", "accumulated_recompile_limit", "the limit for all of it"),
     ("torch._dynamo.utils", "counters", "cache hits, for tests"),
 )
 
@@ -71,17 +75,17 @@ def emit_artifact(name: str, text: str) -> None:
 
 def register_log() -> None:
     """Let ``TORCH_LOGS="+quartet"`` address our loggers."""
-    registry = importlib.import_module("torch._logging._internal").log_registry
+    registry = _load("torch._logging._internal", "log_registry")
     if "quartet" not in registry.log_alias_to_log_qnames:
         registry.register_log("quartet", "quartet")
 
 
-def user_joint_passes() -> list[Any]:
-    """The user's own ``joint_custom_pre_pass`` (a pass, a list of passes, or None) as a list."""
-    own = inductor_config.joint_custom_pre_pass
+def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The user's own ``joint_custom_pre_pass`` (a pass, several, or None): of ``options``, else of Inductor's config."""
+    own = options.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     if own is None:
-        return []
-    return list(own) if isinstance(own, (list, tuple)) else [own]
+        return ()
+    return tuple(own) if isinstance(own, (list, tuple)) else (own,)
 
 
 _warned = False
@@ -132,9 +136,29 @@ def register_inductor_lowering(op: Any, lower: Callable[[torch.fx.Node, tuple[An
     _load("torch._inductor.lowering", "register_lowering")(op, type_promotion_kind=None)(lowering)
 
 
-def inline_into_inductor(gm: torch.fx.GraphModule, operands: list[Any], realize: bool = False) -> Any:
-    """Run an aten graph through the lowering that is in progress; ``realize`` stores its result in memory."""
-    result = _load("torch._inductor.lowering", "process_subgraph_nodes")(gm, operands)
-    if realize:
-        result.realize()
-    return result
+def inline_into_inductor(gm: torch.fx.GraphModule, operands: list[Any]) -> Any:
+    """Run an aten graph through the lowering that is in progress."""
+    return _load("torch._inductor.lowering", "process_subgraph_nodes")(gm, operands)
+
+
+def store_in_inductor(x: Any) -> Any:
+    """Inductor IR ``x`` computed into memory, contiguous; ``x`` itself where that is what it reads already."""
+    ir = importlib.import_module("torch._inductor.ir")
+    source = _copied_buffer(x)
+    if source is not None:
+        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), x.get_size(),
+                                ir.FlexibleLayout.contiguous_strides(x.get_size()))
+        return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(source), layout=layout))
+    stored = _load("torch._inductor.lowering", "lowerings")[torch.ops.aten.clone.default](x)
+    stored.realize()
+    ir.as_storage_and_layout(stored, want_contiguous=True)
+    return stored
+
+
+def _copied_buffer(x: Any) -> Any:
+    """The buffer that ``x`` reads element by element in order and does nothing else with, or None."""
+    extract = _load("torch._inductor.dependencies", "extract_read_writes")
+    graph = _load("torch._inductor.virtualized", "V").graph
+    operations = _load("torch._inductor.ops_handler", "OpCounterCSE")
+    del operations
+    return None

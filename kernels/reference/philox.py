@@ -8,6 +8,7 @@ group of 16 elements with 8 bits each, so every element's bits are a pure functi
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ MAX_SITE = 2**28 - 1  # linear layers that one seed can serve: 16 draws each in 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+
+Word = TypeVar("Word", Tensor, int)
 
 
 class Draw(IntEnum):
@@ -46,8 +49,8 @@ class Draw(IntEnum):
         return site * 16 + int(self)
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds. ``counter``: four int64 tensors holding uint32 values; ``key``: two; returns four words."""
+def philox4x32(counter: tuple[Word, ...], key: tuple[Word, Word]) -> tuple[Word, ...]:
+    """Ten rounds. ``counter``: four uint32 words, int64 tensors or Python ints; ``key``: two; returns four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -82,3 +85,10 @@ def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
     words = _call(seed, group, site, SIGN_STREAM)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
     return (1 - 2 * bits.reshape(-1)[:n]).to(torch.float32)
+
+
+def random_signs_of_int(seed: int, site: int, n: int) -> Tensor:
+    """:func:`random_signs` of a seed whose value is at hand, in Python integers: about 100 tensor ops fewer."""
+    words = philox4x32((0, 0, site, SIGN_STREAM), (seed & _LOW, (seed >> 32) & _LOW))
+    bits = sum(word << (32 * i) for i, word in enumerate(words))
+    return torch.tensor([-1.0 if bits >> i & 1 else 1.0 for i in range(n)])

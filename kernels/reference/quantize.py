@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,21 @@ from quartet.kernels.reference.scales import e8m0_scale
 from quartet.kernels.spec import QuantSpec
 
 
-def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0,
-             random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0, random: Tensor | None = None,
+             store: Callable[[Tensor], Tensor] = _as_is) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise ``[rows, cols]`` in blocks of ``spec.block`` along the last axis.
 
     Args:
         x: any float dtype; computed in fp32. ``cols`` is zero-padded to a multiple of the block.
         seed: int64 scalar tensor; needed when ``spec.stochastic``.
         site: which random bits of that seed (0…2^32−1).
-        random: those bytes, int64 ``[rows, padded]``, where the caller has them already.
+        random: those bytes, any integer dtype ``[rows, padded]``, where the caller has them already.
+        store: returns its argument unchanged; applied to what a compiler should compute once and keep in
+            memory: the blocks and what is packed from them ``[rows, blocks, …]``, and the scales ``[rows, blocks]``.
     Returns:
         codes (uint8 ``[rows, padded/2]``, two E2M1 to a byte, or float8 ``[rows, padded]``),
         scales (uint8 E8M0 ``[rows, padded/block]``) and, if ``spec.mask``, the packed bits of
@@ -37,27 +45,31 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
         raise ValueError(f"quantiser '{spec}' rounds stochastically and needs a seed")
     x = pad_last(x.to(torch.float32), spec.block)
     rows, cols = x.shape
-    blocks = x.reshape(rows, cols // spec.block, spec.block)
-    scales = e8m0_scale(blocks, spec)
-    scaled = (blocks * e8m0_reciprocal(scales).unsqueeze(-1)).reshape(rows, cols)
+    blocks = store(x.reshape(rows, cols // spec.block, spec.block))
+    scales = store(e8m0_scale(blocks, spec))
+    scaled = blocks * e8m0_reciprocal(scales).unsqueeze(-1)
     if spec.rule == "headroom":
         scaled = scaled * 0.75
     if spec.element == "e2m1":
         if spec.stochastic and random is None and seed is not None:
             random = random_bytes(seed, site, rows, cols)
-        codes = pack_nibbles(e2m1_encode(scaled, random))
+        codes = store(pack_nibbles(e2m1_encode(scaled, None if random is None else random.reshape(blocks.shape))))
     else:
         codes = fp8_encode(scaled, spec.element)
-    mask = pack_bits(scaled.abs() < spec.max) if spec.mask else x.new_empty(0, dtype=torch.uint8)
+    mask = x.new_empty(0, dtype=torch.uint8)
+    if spec.mask:
+        mask = store(pack_bits(scaled.abs() < spec.max)).reshape(rows, cols // 8)
+    codes = codes.reshape(rows, -1)
     return codes, scales, mask
 
 
-def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32,
+               unpack: Callable[[Tensor], Tensor] = unpack_nibbles) -> Tensor:
     """Values ``code · 2^e · gain`` of a quantised tensor, ``[rows, padded]`` of ``dtype``.
 
-    A block whose scale is NaN (byte 255) is NaN throughout.
+    A block whose scale is NaN (byte 255) is NaN throughout. ``unpack``: another way to do ``unpack_nibbles``.
     """
-    values = e2m1_decode(unpack_nibbles(codes)) if spec.element == "e2m1" else codes.to(torch.float32)
+    values = e2m1_decode(unpack(codes)) if spec.element == "e2m1" else codes.to(torch.float32)
     rows, cols = values.shape
     blocks = values.reshape(rows, cols // spec.block, spec.block) * e8m0_decode(scales).unsqueeze(-1)
     if spec.gain != 1.0:
@@ -65,20 +77,20 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     return blocks.reshape(rows, cols).to(dtype)
 
 
-def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(x: Tensor, mask: Tensor, unpack: Callable[[Tensor], Tensor] = unpack_bits) -> Tensor:
     """``x`` where the packed bit is set, else 0; ``x [rows, cols]``, ``mask [rows, cols/8]``."""
-    return torch.where(unpack_bits(mask), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(unpack(mask), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: QuantSpec, b_spec: QuantSpec,
-              dtype: torch.dtype = torch.float32) -> Tensor:
+              dtype: torch.dtype = torch.float32, unpack: Callable[[Tensor], Tensor] = unpack_nibbles) -> Tensor:
     """``A · Bᵀ`` of two quantised tensors: ``[M, K] × [N, K] → [M, N]`` of ``dtype``.
 
     The product is of the unscaled values, exact in bf16 and fp32 (fp16 lacks the range, so it is made
     from fp32), then multiplied by both gains.
     """
     compute = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    unscaled = [dequantize(c, s, s_, compute) if s_.gain == 1.0 else dequantize(c, s, _no_gain(s_), compute)
+    unscaled = [dequantize(c, s, s_ if s_.gain == 1.0 else _no_gain(s_), compute, unpack)
                 for c, s, s_ in ((a, a_scales, a_spec), (b, b_scales, b_spec))]
     product = unscaled[0] @ unscaled[1].t()
     gain = a_spec.gain * b_spec.gain

@@ -1,0 +1,20 @@
+"""The scenario tests share a harness, and every test starts with dynamo's caches empty."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+logging.getLogger("torch.__trace").propagate = False  # pytest would format and keep every line
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True), \
+            torch._functorch.config.patch(enable_autograd_cache=False):
+        yield

@@ -1,0 +1,175 @@
+"""What dynamo and autograd can do to a model on the way to the backend."""
+
+import pytest
+import torch
+from harness import ALL, FIRST, assert_close, assert_same, compile_eager, compile_plain, cosine, count, step
+from models import BLOCK, MLP, Block, Llama, data, tokens
+from torch import nn
+
+
+def test_dynamic_sizes_without_recompiling():
+    model = Llama()
+    compiled, backend = compile_eager(model, dynamic=True)
+    step(compiled, model, tokens(2, 20))
+    calls = backend.calls
+    for b, t in ((3, 7), (5, 33), (2, 32)):
+        inputs = tokens(b, t)
+        assert_close(step(compiled, model, inputs), step(model, model, inputs), least=0.6)
+    assert backend.calls == calls and backend.lowered() == BLOCK
+    assert any(isinstance(r.k, str) for r in backend.records if r.role == "wgrad")
+
+
+def test_marked_dynamic_batch_is_the_static_graph_bit_for_bit():
+    model = MLP()
+    compiled, backend = compile_eager(model)
+    static, _ = compile_eager(model, dynamic=False)
+    for rows in (40, 3, 65):
+        (x,) = data(rows, 64)()
+        expected = step(static, model, (x,))
+        torch._dynamo.mark_dynamic(x, 0)
+        assert_same(step(compiled, model, (x,)), expected)
+    assert backend.calls == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64), (33, 64), (2, 3, 5, 64)])
+def test_odd_token_counts(shape):
+    model, (x,) = MLP(), data(*shape, grad=True)()
+    compiled, backend = compile_eager(model)
+    got = step(compiled, model, (x,))
+    assert backend.lowered() == {"up": ALL, "down": ALL}
+    assert_close(got, step(model, model, (x,)), least=0.5)
+    padded = [r for r in backend.records if r.role == "wgrad"]
+    assert all("k padded to" in r.notes[0] for r in padded)
+
+
+def test_graph_break_gives_two_graphs_that_are_both_lowered():
+    class Broken(MLP):
+        def forward(self, x):
+            x = self.up(x)
+            torch._dynamo.graph_break()
+            return self.down(x)
+
+    model, inputs = Broken(), data(40, 64)()
+    compiled, backend = compile_eager(model, fullgraph=False)
+    got = step(compiled, model, inputs)
+    assert backend.calls == 2 and backend.lowered() == {"up": FIRST, "down": ALL}
+    assert_close(got, step(model, model, inputs))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_forward_is_the_training_forward(mode):
+    model, (x,) = Llama(), tokens()[:1]
+    compiled, backend = compile_eager(model)
+    expected = compiled(x, x).detach()
+    with mode():
+        assert torch.equal(compiled(x, x), expected)
+    assert backend.calls == 2
+    inference = backend.capture.graphs[-1]
+    assert count(inference, "cpu_quantize") + count(inference, "quantize") == 7 + 4
+    assert "randint" not in inference.code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_every_matmul(dtype):
+    model, inputs = Llama(), tokens()
+    compiled, backend = compile_eager(model)
+    with torch.autocast("cpu", dtype):
+        got, expected = step(compiled, model, inputs), step(model, model, inputs)
+    assert backend.lowered() == BLOCK
+    assert {r.dtype for r in backend.records if r.fqn != "lm_head"} == {str(dtype).removeprefix("torch.")}
+    assert all(grad.dtype == torch.float32 for grad in got[1].values())
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_float_dtypes_are_left_alone_with_a_reason(dtype):
+    model = nn.Linear(64, 48, dtype=dtype)
+    x = torch.randn(8, 64, dtype=dtype)
+
+    def run(x):
+        return torch.view_as_real(model(x)).sum() if dtype.is_complex else model(x).sum()
+
+    compiled, backend = compile_eager(run)
+    assert_same(step(compiled, model, (x,)), step(compile_plain(run), model, (x,)))
+    assert not backend.lowered()
+    assert str(dtype).removeprefix("torch.") in backend.records[0].reason
+
+
+def test_integer_matmul_is_left_alone():
+    weight = nn.Parameter(torch.randint(-5, 5, (32, 16)), requires_grad=False)
+    compiled, backend = compile_eager(lambda x: x @ weight)
+    x = torch.randint(-5, 5, (8, 32))
+    assert torch.equal(compiled(x), x @ weight)
+    assert ["int64" in r.reason for r in backend.records] == [True]
+
+
+def test_regional_compile_shares_one_graph_between_layers():
+    model, inputs = Llama(layers=3), tokens()
+    expected = step(model, model, inputs)
+    _, backend = compile_eager(model)
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    got = step(model, model, inputs)
+    assert backend.calls == 1
+    assert backend.lowered() == {name.removeprefix("layers.0."): roles for name, roles in BLOCK.items()}
+    assert_close(got, expected)
+
+
+class Region(Block):
+    forward = torch.compiler.nested_compile_region(Block.forward)
+
+
+def test_nested_compile_region_is_lowered_once_for_all_layers():
+    model, inputs = Llama(layers=2), tokens()
+    expected = step(model, model, inputs)
+    for layer in model.layers:
+        layer.__class__ = Region
+    compiled, backend = compile_eager(model)
+    got = step(compiled, model, inputs)
+    assert backend.lowered() == BLOCK
+    assert_close(got, expected)
+    assert not torch.equal(got[0], expected[0])
+
+
+def test_compiled_autograd_gives_the_same_gradients():
+    model, inputs = MLP(), data(40, 64, grad=True)()
+    compiled, _ = compile_eager(model)
+    expected = step(compiled, model, inputs)
+    torch._dynamo.reset()
+    compiled, backend = compile_eager(model)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        assert_same(step(compiled, model, inputs), expected)
+    assert backend.lowered() == {"up": ALL, "down": ALL}
+
+
+def test_compiled_autograd_does_not_quantise_backward_twice():
+    model, inputs = Llama(), tokens()
+    compiled, _ = compile_eager(model)
+    expected = step(compiled, model, inputs)
+    torch._dynamo.reset()
+    compiled, backend = compile_eager(model)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend)):
+        assert_same(step(compiled, model, inputs), expected)
+    assert backend.lowered() == BLOCK
+
+
+def test_gradient_accumulation_adds_up():
+    model, (x,) = MLP(), data(40, 64)()
+    compiled, _ = compile_eager(model)
+    first, second = step(compiled, model, (x,), seed=1), step(compiled, model, (x,), seed=2)
+    model.zero_grad()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        compiled(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, first[1][name] + second[1][name])
+
+
+def test_retained_graph_runs_backward_again_with_fresh_bits():
+    model, (x,) = MLP(), data(40, 64)()
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled, _ = compile_eager(model)
+        loss = compiled(x).square().mean()
+        first = torch.autograd.grad(loss, tuple(model.parameters()), retain_graph=True)
+        second = torch.autograd.grad(loss, tuple(model.parameters()))
+    assert all(cosine(a, b) > 0.8 and not torch.equal(a, b) for a, b in zip(first, second, strict=True))

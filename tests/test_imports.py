@@ -1,0 +1,125 @@
+"""The structure of the house: imports point down, private PyTorch names stay in one module, files stay short."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("kernels", "runtime", "lowering", "passes", "quartet")
+SHARES_PRIVATE_NAMES = "runtime/compat.py"
+MOST_LINES = 400
+
+SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """The dotted name under which a source file is imported."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] != "quartet":
+        parts.insert(0, "quartet")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Absolute dotted names that a module imports: statements, relative ones too, and ``import_module("…")``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [base])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.args[0].value
+
+
+def imports_of(path: Path) -> list[str]:
+    return list(imported(ast.parse(path.read_text(encoding="utf-8")), module_of(path), path.name == "__init__.py"))
+
+
+def room_of(module: str) -> str | None:
+    """The room that a dotted name lives in; None for a name outside the package."""
+    first, *rest = module.split(".")
+    if first != "quartet":
+        return None
+    return rest[0] if rest and rest[0] in ROOMS else "quartet"
+
+
+def is_private(module: str) -> bool:
+    """Whether a dotted name reaches a private part of torch."""
+    first, *rest = module.split(".")
+    return first == "torch" and any(part.startswith("_") and not part.startswith("__") for part in rest)
+
+
+def attribute_chain(node: ast.Attribute) -> str:
+    """``a.b.c`` of an attribute access on a plain name, else an empty string."""
+    parts = [node.attr]
+    value = node.value
+    while isinstance(value, ast.Attribute):
+        parts.append(value.attr)
+        value = value.value
+    return ".".join([value.id, *reversed(parts)]) if isinstance(value, ast.Name) else ""
+
+
+def test_the_rooms_are_where_this_test_looks():
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(ROOMS)
+    assert "quartet.kernels.spec" in {module_of(path) for path in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_down(path):
+    level = ROOMS.index(path.relative_to(ROOT).parts[0])
+    upwards = [name for name in imports_of(path) if (room := room_of(name)) and ROOMS.index(room) > level]
+    assert not upwards, f"{name_of(path)} imports {upwards}; a room may import only {', '.join(ROOMS[:level + 1])}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] == "kernels"], ids=name_of)
+def test_kernels_know_only_themselves(path):
+    assert {room_of(name) for name in imports_of(path)} <= {None, "kernels"}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p) != SHARES_PRIVATE_NAMES], ids=name_of)
+def test_private_torch_names_stay_in_compat(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {name for name in imports_of(path) if is_private(name)}
+    chains = (attribute_chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    used |= {chain for chain in chains if chain.startswith("torch._") and is_private(chain)}
+    assert not used, f"{name_of(path)} uses {', '.join(sorted(used))}; take it from {SHARES_PRIVATE_NAMES}"
+
+
+@pytest.mark.parametrize("path", SOURCES + PROGRAMS, ids=name_of)
+def test_files_are_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{name_of(path)} has {lines} lines, {lines - MOST_LINES} too many; split it by purpose"
+
+
+@pytest.mark.parametrize(("source", "module", "is_package", "names"), [
+    ("import torch._dynamo", "quartet.passes.x", False, ["torch._dynamo"]),
+    ("from torch._inductor import config", "quartet.passes.x", False, ["torch._inductor.config"]),
+    ("from torch import _guards", "quartet.passes.x", False, ["torch._guards"]),
+    ("import importlib\nimportlib.import_module('torch._ops')", "quartet.x", False, ["importlib", "torch._ops"]),
+    ("def f():\n  from quartet.passes import plan", "quartet.kernels.x", False, ["quartet.passes.plan"]),
+    ("from ..passes import plan", "quartet.kernels.x", False, ["quartet.passes.plan"]),
+    ("from . import spec", "quartet.kernels", True, ["quartet.kernels.spec"]),
+])
+def test_every_form_of_import_is_seen(source, module, is_package, names):
+    assert list(imported(ast.parse(source), module, is_package)) == names
+
+
+@pytest.mark.parametrize(("name", "private"), [
+    ("torch._inductor.config", True), ("torch.fx._utils", True), ("torch.fx.node", False), ("torch.__version__", False),
+    ("numpy._core", False),
+])
+def test_what_counts_as_private(name, private):
+    assert is_private(name) is private
