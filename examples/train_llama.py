@@ -91,8 +91,8 @@ def on_device(corpus: Corpus, split: str, args: argparse.Namespace, step: int) -
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth, then a cosine down to a tenth of the peak."""
-    warm_up = max(1, steps // 20)
+    """Linear warm-up over the first tenth, then a cosine down to a tenth of the peak."""
+    warm_up = max(1, steps // 10)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
@@ -207,7 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=PRESETS, default="small", help="tiny .1M, small 3.5M, demo 28M parameters")
     parser.add_argument("--dim", type=int, help="width, with heads of 64 and a feed-forward of 3 times it")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--steps", type=int, default=500, help="length of the learning-rate schedule")
+    parser.add_argument("--steps", type=int, default=400, help="length of the learning-rate schedule")
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="end earlier than the schedule")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--seq", type=int, default=64, help="bytes a sequence")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.records import MatmulRecord
@@ -61,12 +61,18 @@ def _same_matrix(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return _matrix(a) == 2 and _matrix(b) == 2 and str(a[-2:]) == str(b[-2:])
 
 
-def input_index(node: Node, position: int) -> int | None:
-    """Index of the dynamo input behind a joint placeholder, through tensor subclasses; in the body of a region,
-    which does not describe its inputs, their ``position``."""
-    desc = node.meta.get("desc")
-    if desc is None:
-        return position
+def input_indices(graph: Graph) -> dict[Node, int | None]:
+    """Placeholder → index of the dynamo input behind it, through tensor subclasses.
+
+    The body of a region describes no input: there it is the position.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    if not any("desc" in node.meta for node in inputs):
+        return {node: position for position, node in enumerate(inputs)}
+    return {node: _described_index(node.meta.get("desc")) for node in inputs}
+
+
+def _described_index(desc: Any) -> int | None:
     while desc is not None and not hasattr(desc, "idx"):
         desc = getattr(desc, "base", None)
     return getattr(desc, "idx", None)
@@ -75,18 +81,15 @@ def input_index(node: Node, position: int) -> int | None:
 def parameter_origins(state: State) -> dict[Node, str]:
     """Nodes computed from parameters alone → name of their first parameter."""
     weights, origin, data = state.config.weights, {}, set()
-    described = any("desc" in node.meta for node in state.gm.graph.find_nodes(op="placeholder"))
-    position = itertools.count()
+    index = input_indices(state.gm.graph)
     for node in state.gm.graph.nodes:
-        if is_backward(node):
-            continue
         if node.op == "placeholder":
-            name = weights.get(input_index(node)) if weights else None
+            name = weights.get(index[node])  # type: ignore[call-overload]
             if name is not None:
                 origin[node] = name
             else:
                 data.add(node)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not is_backward(node):
             inputs = [i for i in node.all_input_nodes if _holds_tensors(i)]
             if any(i in data for i in inputs):
                 data.add(node)

@@ -60,7 +60,7 @@ class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
                  regions: Mapping[Signature, Mapping[int, str]] | None = None) -> None:
         self.config, self.key, self.earlier, self.regions = config, key, earlier, regions or {}
         self.records: list[MatmulRecord] = []
-        self._bodies: set[Signature] = set()
+        self._bodies: set[Signature] = set()  # joint graphs of regions; what comes after them are their parts
 
     def __call__(self, graph: Graph) -> None:
         for other in self.earlier:
@@ -75,15 +75,15 @@ class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
     def _config_of(self, graph: Graph) -> Config | None:
         """The configuration for this graph; None for a piece of a region whose joint graph we have had."""
         inputs = graph.find_nodes(op="placeholder")
-        if not self.regions or any("desc" in node.meta for node in inputs):
+        if any("desc" in node.meta for node in inputs):
             return self.config
         primals = [node for node in inputs if not node.name.startswith("tangents")]
         body = signature(node.meta.get("val") for node in primals)
-        if body not in self.regions or (len(primals) == len(inputs) and body in self._bodies):
-            return None
-        if len(primals) < len(inputs):
+        if body in self.regions and len(primals) < len(inputs):
             self._bodies.add(body)
-        return replace(self.config, weights=self.regions[body])
+        elif self._bodies:
+            return None
+        return replace(self.config, weights=self.regions.get(body, {}))
 
     def uuid(self) -> str | None:
         """Cache key: source of the package, configuration, and the earlier passes' own keys.

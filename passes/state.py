@@ -14,6 +14,7 @@ from quartet.lowering.recipe import Recipe
 from quartet.lowering.records import MatmulRecord
 from quartet.lowering.resolution import Resolution
 from quartet.passes.sites import MatmulSite
+from quartet.runtime.streams import SEED
 
 STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
 
@@ -85,7 +86,7 @@ def draw_seed(state: State) -> Node:
         first = next(n for n in graph.nodes if n.op != "placeholder")
         build = Builder(graph, like=first, before=first, backward=False)
         build.meta = {"partitioner_tag": FORWARD}
-        state.seed = build(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=state.device, pin_memory=False)
+        state.seed = build(SEED, state.device)
         if state.config.stream:
             state.seed = build(aten.add.Tensor, state.seed, state.config.stream * STREAM_STRIDE % 2**62)
     return state.seed

@@ -68,10 +68,11 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
     config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers)
-    key = repr((options.policy.digest(), sorted(weights.items()), options.strict, disabled, options.disable_kernels,
+    regions = region_weights(gm, weights)
+    key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled, options.disable_kernels,
                 options.recompute, stream, options.dump, torch.__version__, torch.get_num_threads()))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
-    return pipeline.Pipeline(config, key, tuple(earlier))
+    return pipeline.Pipeline(config, key, tuple(earlier), regions)
 
 
 def quantizes(policy: Policy) -> bool:
@@ -91,6 +92,22 @@ def weight_names(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dic
             name = source() if callable(source) else source
             names[index] = module_path(name) if isinstance(name, str) else node.name
     return names
+
+
+def region_weights(gm: torch.fx.GraphModule, weights: Mapping[int, str]) -> dict[pipeline.Signature, dict[int, str]]:
+    """Signature of each ``nested_compile_region`` → parameter name by its input, as its first call has them.
+
+    Where calls of one signature disagree, an input is a parameter only if it is one in all of them.
+    """
+    names = {node: weights[i] for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in weights}
+    found: dict[pipeline.Signature, dict[int, str]] = {}
+    for call in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+        operands = call.args[2:]
+        body = pipeline.signature(o.meta.get("example_value") if isinstance(o, torch.fx.Node) else o for o in operands)
+        own = {i: names[o] for i, o in enumerate(operands) if o in names}
+        known = found.setdefault(body, own)
+        found[body] = {i: name for i, name in known.items() if i in own}
+    return found
 
 
 def _warn_unmatched(policy: Policy, records: Sequence[MatmulRecord]) -> None:

@@ -10,6 +10,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,6 +23,10 @@ PRIVATE = (
     ("torch._inductor", "config", "valid option names, and the user's own joint pass"),
     ("torch._inductor.lowering", "register_lowering", "decomposition of our ops inside Inductor"),
     ("torch._inductor.lowering", "process_subgraph_nodes", "inlines a traced reference into Inductor's IR"),
+    ("torch._inductor.lowering", "lowerings", "Inductor's own copy of a tensor"),
+    ("torch._inductor.dependencies", "extract_read_writes", "what a piece of Inductor's IR reads"),
+    ("torch._inductor.ops_handler", "OpCounterCSE", "what it does besides reading"),
+    ("torch._inductor", "ir", "buffers and layouts of Inductor's IR"),
     ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
     ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
@@ -137,17 +142,22 @@ def register_inductor_lowering(op: Any, lower: Callable[[torch.fx.Node, tuple[An
 
 
 def inline_into_inductor(gm: torch.fx.GraphModule, operands: list[Any]) -> Any:
-    """Run an aten graph through the lowering that is in progress."""
-    return _load("torch._inductor.lowering", "process_subgraph_nodes")(gm, operands)
+    """Run an aten graph through the lowering that is in progress; the layout of its results stays open."""
+    copy = torch.fx.GraphModule(gm, torch.fx.Graph())
+    results = copy.graph.graph_copy(gm.graph, {})
+    copy.graph.output(results)
+    for result in results if isinstance(results, (list, tuple)) else [results]:
+        result.meta.pop("val", None)  # else Inductor stores it with these strides
+    return _load("torch._inductor.lowering", "process_subgraph_nodes")(copy, operands)
 
 
 def store_in_inductor(x: Any) -> Any:
-    """Inductor IR ``x`` computed into memory, contiguous; ``x`` itself where that is what it reads already."""
-    ir = importlib.import_module("torch._inductor.ir")
+    """Inductor IR ``x`` computed into a contiguous buffer; no second one where ``x`` only reads such a buffer."""
+    ir = _load("torch._inductor", "ir")
     source = _copied_buffer(x)
     if source is not None:
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), x.get_size(),
-                                ir.FlexibleLayout.contiguous_strides(x.get_size()))
+        strides = ir.FlexibleLayout.contiguous_strides(x.get_size())
+        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), x.get_size(), strides)
         return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(source), layout=layout))
     stored = _load("torch._inductor.lowering", "lowerings")[torch.ops.aten.clone.default](x)
     stored.realize()
@@ -156,9 +166,20 @@ def store_in_inductor(x: Any) -> Any:
 
 
 def _copied_buffer(x: Any) -> Any:
-    """The buffer that ``x`` reads element by element in order and does nothing else with, or None."""
-    extract = _load("torch._inductor.dependencies", "extract_read_writes")
-    graph = _load("torch._inductor.virtualized", "V").graph
-    operations = _load("torch._inductor.ops_handler", "OpCounterCSE")
-    del operations
-    return None
+    """The buffer whose elements ``x`` is, in order and from the first, or None."""
+    ir, virtualized = _load("torch._inductor", "ir"), _load("torch._inductor.virtualized", "V")
+    load, size, sizes = x.make_loader(), x.get_size(), virtualized.graph.sizevars
+    with patch.object(ir.FlexibleLayout, "allow_indexing", True):
+        traced = _load("torch._inductor.dependencies", "extract_read_writes")(load, size)
+    counter = _load("torch._inductor.ops_handler", "OpCounterCSE")(virtualized.MockHandler())
+    variables = iter(traced.range_vars)
+    index = [0 if s == 1 else next(variables) for s in size]
+    with virtualized.set_ops_handler(counter), patch.object(ir.FlexibleLayout, "allow_indexing", True):
+        load(index)
+    if counter.getvalue().used_ops != {"load"}:
+        return None
+    (read,) = traced.reads
+    in_order = sum(i * stride for i, stride in zip(index, ir.FlexibleLayout.contiguous_strides(size), strict=True))
+    buffer = virtualized.graph.try_get_buffer(read.name)
+    plain = isinstance(buffer, ir.ComputedBuffer) and isinstance(buffer.layout, ir.FixedLayout)
+    return buffer if plain and sizes.simplify_with_ranges(read.index - in_order, traced.var_ranges) == 0 else None

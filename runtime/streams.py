@@ -1,4 +1,4 @@
-"""Which random stream a rank draws from."""
+"""Where the random bits of a step come from: one seed a graph from PyTorch's generator, and a stream a rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.fx.node import has_side_effect
+
+library = torch.library.Library("quartet", "FRAGMENT")
+library.define("seed(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def draw(device: torch.device) -> torch.Tensor:
+    """``quartet::seed``: int64 ``[1]``, uniform in 0…2^62−1, from the device's generator as ``torch.randint`` draws."""
+    return torch.randint(0, 2**62, [1], dtype=torch.int64, device=device)
+
+
+library.impl("seed", draw, "CompositeExplicitAutograd")
+torch.library.register_fake("quartet::seed", lambda device: torch.empty(1, dtype=torch.int64, device=device), lib=library)
+# Drawing is a side effect of the forward. The partitioner would otherwise move it into backward, where the bits
+# would depend on what else drew in between and a retained graph would not replay them.
+SEED = has_side_effect(torch.ops.quartet.seed.default)
 
 
 def data_parallel_stream(inputs: Sequence[Any]) -> int:

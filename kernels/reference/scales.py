@@ -27,7 +27,7 @@ def _exponent_and_mantissa(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of a non-negative fp32: unbiased floor(log2 x) and the 23 significand bits, subnormals normalised."""
     small = x < 2.0**-126
     bits = torch.where(small, x * 2.0**64, x).view(torch.int32)
-    exponent = (bits >> 23) - 127 - torch.where(small, 64, 0)
+    exponent = (bits >> 23) - 127 - small.to(torch.int32) * 64
     return exponent, bits & _MANTISSA
 
 

@@ -1,0 +1,74 @@
+"""The compiled graph computes what the reference computes, and its gradient is unbiased."""
+
+import pytest
+import torch
+from harness import compile_eager, loss_of, step
+from models import MLP, data
+from torch import nn
+from torch.nn import functional as F
+
+from quartet.kernels.reference.hadamard import hadamard
+from quartet.kernels.reference.linear import FORWARD, QuartetLinear, linear_forward
+from quartet.kernels.reference.quantize import apply_mask, dequantize
+
+
+class ExactBackward(torch.autograd.Function):
+    """The quantised forward with its own gradient in high precision: what the stochastic backward estimates."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        y, xq, wq = linear_forward(x, w)
+        ctx.save_for_backward(*xq, *wq)
+        ctx.width = x.shape[1]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        *xq, x_mask, w_codes, w_scales, w_mask = ctx.saved_tensors
+        x, w = dequantize(*xq, FORWARD), dequantize(w_codes, w_scales, FORWARD)
+
+        def unrotate(g, mask):
+            return hadamard(apply_mask(g, mask), 32, inverse=True)[:, : ctx.width]
+
+        return unrotate(grad @ w, x_mask), unrotate(grad.t() @ x, w_mask)
+
+
+def drawn_seed(value):
+    torch.manual_seed(value)
+    return torch.randint(0, 2**62, [1])
+
+
+@pytest.mark.parametrize("kernels", [(), ("cpp",)])
+@pytest.mark.parametrize(("rows", "width", "out"), [(64, 64, 32), (33, 80, 50)])
+def test_compiled_linear_is_the_reference_bit_for_bit(rows, width, out, kernels):
+    layer, (x,) = nn.Linear(width, out), data(rows, width, grad=True)()
+    compiled, _ = compile_eager(lambda x: layer(x), disable_kernels=kernels, fallback_random=True)
+    torch.manual_seed(3)
+    y = compiled(x)
+    grad = torch.randn(rows, out, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(11)
+    gx, gw = torch.autograd.grad(y, (x, layer.weight), grad)
+    xr, wr = x.detach().requires_grad_(), layer.weight.detach().requires_grad_()
+    expected = QuartetLinear.apply(xr, wr, drawn_seed(11), 0)
+    assert torch.equal(y, expected + layer.bias)
+    expected.backward(grad)
+    assert torch.equal(gx, xr.grad) and torch.equal(gw, wr.grad)
+
+
+def test_mean_of_stochastic_gradients_approaches_the_exact_one():
+    model, (x,) = MLP(64, 64, 32), data(32, 64, grad=True)()
+    hidden = F.gelu(ExactBackward.apply(x, model.up.weight) + model.up.bias)
+    loss_of(ExactBackward.apply(hidden, model.down.weight)).backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters()} | {"input0": x.grad.clone()}
+
+    compiled, _ = compile_eager(model)
+    total = {name: torch.zeros_like(g) for name, g in exact.items()}
+    errors = {name: {} for name in exact}
+    for k in range(1, 257):
+        for name, grad in step(compiled, model, (x,), seed=k)[1].items():
+            total[name] += grad
+            if k in (16, 64, 256):
+                errors[name][k] = float((total[name] / k - exact[name]).norm() / exact[name].norm())
+    for name, by_k in errors.items():
+        assert by_k[256] < 0.06, (name, by_k)
+        assert 1.5 < by_k[16] / by_k[64] < 2.7 and 1.5 < by_k[64] / by_k[256] < 2.7, (name, by_k)
