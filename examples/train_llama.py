@@ -211,7 +211,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="end earlier than the schedule")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--seq", type=int, default=64, help="bytes a sequence")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--policy", help="recipe name or .toml file; default: quartet's own")
     parser.add_argument("--backend", default="quartet", help="torch.compile backend to train with")
     parser.add_argument("--device", default="cpu")

@@ -32,7 +32,12 @@ def keep_as(node: Node, like: Node) -> Node:
 
 
 def is_backward(node: Node) -> bool:
-    """Whether autograd made this node. Graphs without a backward carry no tags: all is forward."""
+    """Whether autograd made this node. Graphs without a backward carry no tags: all is forward.
+
+    Inputs go by their name, as in the partitioner: in a region's graph autograd tags those that it has touched.
+    """
+    if node.op == "placeholder":
+        return node.name.startswith("tangents")
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from quartet.lowering.records import MatmulRecord
 from quartet.lowering.recipe import ROLES
+from quartet.lowering.records import MatmulRecord
 from quartet.passes.canonicalize import canonicalize
 from quartet.passes.find_matmuls import find_matmuls
 from quartet.passes.lower import lower

@@ -40,8 +40,9 @@ def plan(state: State) -> None:
                     f"m={site.m} n={site.n} k={site.k}, {site.dtype}) cannot be quantised: {obstacle}")
             site.reasons = {role: obstacle for role in ROLES}
             continue
-        site.reasons = {role: resolution.choice(role).reason for role in ROLES if resolution.choice(role).gemm is None}
-        site.remarks = {role: resolution.choice(role).reason for role in ROLES if _altered(resolution.choice(role), role)}
+        choices = {role: resolution.choice(role) for role in ROLES}
+        site.reasons = {role: choice.reason for role, choice in choices.items() if choice.gemm is None}
+        site.remarks = {role: choice.reason for role, choice in choices.items() if _altered(choice, role)}
         site.recipe = resolution.effective if resolution.quantizes else None
         if site.recipe is not None:
             key = (value_key(site.x[0]), site.x[1], site.recipe.fprop, site.recipe.wgrad)

@@ -12,7 +12,6 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe import Gemm, Recipe
 from quartet.lowering.resolution import Resolution
 
-
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
 
 

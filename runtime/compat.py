@@ -86,7 +86,7 @@ def register_log() -> None:
 
 
 def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The user's own ``joint_custom_pre_pass`` (a pass, several, or None): of ``options``, else of Inductor's config."""
+    """The user's own ``joint_custom_pre_pass`` (a pass, several or None): of ``options``, else of Inductor's config."""
     own = options.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     if own is None:
         return ()

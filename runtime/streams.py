@@ -18,7 +18,8 @@ def draw(device: torch.device) -> torch.Tensor:
 
 
 library.impl("seed", draw, "CompositeExplicitAutograd")
-torch.library.register_fake("quartet::seed", lambda device: torch.empty(1, dtype=torch.int64, device=device), lib=library)
+torch.library.register_fake("quartet::seed", lambda device: torch.empty(1, dtype=torch.int64, device=device),
+                            lib=library)
 # Drawing is a side effect of the forward. The partitioner would otherwise move it into backward, where the bits
 # would depend on what else drew in between and a retained graph would not replay them.
 SEED = has_side_effect(torch.ops.quartet.seed.default)

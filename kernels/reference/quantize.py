@@ -35,7 +35,8 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
         site: which random bits of that seed (0…2^32−1).
         random: those bytes, any integer dtype ``[rows, padded]``, where the caller has them already.
         store: returns its argument unchanged; applied to what a compiler should compute once and keep in
-            memory: the blocks and what is packed from them ``[rows, blocks, …]``, and the scales ``[rows, blocks]``.
+            memory: the blocks and what is packed from them ``[rows, blocks, …]``, and the scales and their
+            reciprocals ``[rows, blocks]``.
     Returns:
         codes (uint8 ``[rows, padded/2]``, two E2M1 to a byte, or float8 ``[rows, padded]``),
         scales (uint8 E8M0 ``[rows, padded/block]``) and, if ``spec.mask``, the packed bits of
@@ -47,7 +48,7 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
     rows, cols = x.shape
     blocks = store(x.reshape(rows, cols // spec.block, spec.block))
     scales = store(e8m0_scale(blocks, spec))
-    scaled = blocks * e8m0_reciprocal(scales).unsqueeze(-1)
+    scaled = blocks * store(e8m0_reciprocal(scales)).unsqueeze(-1)
     if spec.rule == "headroom":
         scaled = scaled * 0.75
     if spec.element == "e2m1":

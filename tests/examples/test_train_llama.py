@@ -70,4 +70,4 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken, tmp_path):
     done = train(tmp_path, "--data", str(unbroken / "text.txt"), "--no-compare", "--lr", "0.1",
                  "--resume", str(unbroken / "at-10.pt"), check=False)
     assert done.returncode != 0
-    assert "lr 0.003 there, 0.1 here" in done.stderr
+    assert "lr 0.001 there, 0.1 here" in done.stderr

@@ -1,7 +1,6 @@
 """Which matmuls are found and lowered, whatever form a model writes them in; and that gradients stay good."""
 
 import pytest
-import torch
 from harness import assert_close, assert_same, compile_eager, compile_plain, step
 from models import CASES
 

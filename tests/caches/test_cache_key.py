@@ -1,0 +1,118 @@
+"""``Pipeline.uuid()``: equal for equal work, different when anything that shapes the graph differs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import quartet
+from quartet.backend import make_pipeline
+from quartet.options import Options
+from quartet.passes import pipeline
+from quartet.policy import Policy
+
+MINE = replace(quartet.recipes()["quartet"], name="mine")
+
+
+def key(options=None, weight_is_parameter=True, name="w"):
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder(name)
+    graph.output(graph.call_function(torch.mm, (x, w)))
+    weight = torch.randn(64, 64)
+    inputs = [torch.randn(32, 64), torch.nn.Parameter(weight) if weight_is_parameter else weight]
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    return make_pipeline(gm, inputs, options or Options()).uuid()
+
+
+def test_equal_work_has_an_equal_key():
+    assert key() == key(Options()) == key(Options(Policy("quartet")))
+    assert key(Options(Policy(MINE))) == key(Options(Policy(replace(MINE))))
+
+
+@pytest.mark.parametrize("options", [
+    Options(Policy("quartet-paper")),
+    Options(Policy().on("*.down_proj", None)),
+    Options(Policy(MINE)),
+    Options(strict=True),
+    Options(recompute="gemm"),
+    Options(recompute="none"),
+    Options(disable_passes=("share",)),
+    Options(disable_kernels=("cpp",)),
+    Options(dump="graphs"),
+], ids=repr)
+def test_every_option_is_in_the_key(options):
+    assert key(options) != key()
+
+
+def test_the_content_of_a_recipe_counts_and_not_its_name():
+    assert key(Options(Policy(MINE))) != key(Options(Policy(replace(MINE, keep_weights=False))))
+
+
+def test_which_inputs_are_parameters_and_their_names_are_in_the_key():
+    assert len({key(), key(weight_is_parameter=False), key(name="v")}) == 3
+
+
+def test_threads_and_the_version_of_torch_are_in_the_key(monkeypatch):
+    before = key()
+    with monkeypatch.context() as changed:
+        changed.setattr(torch, "get_num_threads", lambda: 77)
+        assert key() != before
+    with monkeypatch.context() as changed:
+        changed.setattr(torch, "__version__", "2.13.9")
+        assert key() != before
+    assert key() == before
+
+
+def test_the_random_stream_of_a_rank_is_in_the_key(monkeypatch):
+    before = key()
+    monkeypatch.setattr("quartet.backend.data_parallel_stream", lambda inputs: 3)
+    assert key() != before
+
+
+class Own(CustomGraphPass):
+    """A user's pass."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, graph):
+        pass
+
+    def uuid(self):
+        return self.name
+
+
+def test_a_users_own_pass_is_in_the_key():
+    keys = [key(Options(inductor={"joint_custom_pre_pass": own})) for own in (None, Own("a"), Own("b"), Own("b"))]
+    assert keys[0] == key() and len(set(keys)) == 3 and keys[2] == keys[3]
+
+
+ROOT = Path(pipeline.__file__).parents[1]
+SOURCES = ["passes/share.py", "passes/pipeline.py", "lowering/ir.py", "lowering/inductor.py", "runtime/compat.py",
+           "kernels/reference/quantize.py", "kernels/spec.py", *(
+               str(path.relative_to(ROOT)) for path in sorted((ROOT / "kernels/cpu").glob("*.cpp")))]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_edited_source_file_changes_the_key(monkeypatch, source):
+    before, edited, read = key(), (ROOT / source).resolve(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"\n" * (path.resolve() == edited))
+    pipeline.source_digest.cache_clear()
+    try:
+        assert key() != before
+    finally:
+        monkeypatch.undo()
+        pipeline.source_digest.cache_clear()
+    assert key() == before
+
+
+def test_the_key_of_a_process_is_computed_from_files_once(monkeypatch):
+    before = key()
+
+    def refuse(path):
+        raise AssertionError(f"read {path} again")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert key() == before

@@ -1,0 +1,192 @@
+"""Semantic ops inside Inductor: bit-equal to the reference, inlined, fused with what is around them."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from quartet.backend import compile_graph
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import inductor
+from quartet.options import Options
+
+ops = torch.ops.quartet
+QUEST = QuantSpec(rule="quest", mask=True)
+HEADROOM = QuantSpec(rule="headroom", rounding="stochastic")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered(tmp_path_factory):
+    """The lowerings, and no code from an earlier run."""
+    inductor.register()
+    with fresh_cache(dir=str(tmp_path_factory.mktemp("inductor"))):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+
+
+def awkward(rows, cols, dtype=torch.float32):
+    """Gaussian blocks of many magnitudes, and among them zeros, ties, huge and tiny values, NaN and infinities."""
+    g = torch.Generator().manual_seed(rows * 1009 + cols)
+    x = torch.randn(rows, cols, generator=g) * torch.exp2(torch.randint(-30, 30, (rows, 1), generator=g).float())
+    x[0] = 0
+    x[1] = torch.tensor([0.25, -0.75, 1.25, 2.5, -5.0, 6.0, 7.0, -0.0]).repeat(cols // 8 + 1)[:cols]
+    x[2] *= 2.0**60
+    x[3] *= 2.0**-110
+    x[4, 3], x[4, -1] = float("nan"), float("inf")
+    return x.to(dtype)
+
+
+def same(got, expected):
+    """Equal bit for bit, any NaN being as good as another."""
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    got, expected = got.contiguous(), expected.contiguous()
+    if got.is_floating_point():
+        nan = got.float().isnan()
+        assert torch.equal(nan, expected.float().isnan())
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+        got, expected = (t.view(integer).masked_fill(nan, 0) for t in (got, expected))
+    assert torch.equal(got, expected), f"{int((got != expected).sum())} of {got.numel()} differ"
+
+
+def compiled(function, *args):
+    """Results and generated code; none of the ops with a decomposition may be called from it."""
+    results, codes = run_and_get_code(torch.compile(function, fullgraph=True), *args)
+    code = "\n".join(codes)
+    called = set(re.findall(r"torch\.ops\.quartet\.(\w+)", code_lines(code)))
+    assert called <= {"random_bytes"}, called
+    return results, code
+
+
+def code_lines(code):
+    return "\n".join(line for line in code.splitlines() if not line.lstrip().startswith("#"))
+
+
+def kernel_calls(code):
+    return re.findall(r"^\s+(cpp_fused\w*)\(", code, re.MULTILINE)
+
+
+def agree(function, *args):
+    results, code = compiled(function, *args)
+    expected = function(*args)
+    for got, want in zip(results, expected, strict=True):
+        same(got, want)
+    return code
+
+
+def test_hadamard():
+    def rotate(x, xt, signs):
+        return (ops.hadamard(x, 16, None, False, torch.float32),
+                ops.hadamard(xt.t(), 32, signs[:32], False, torch.bfloat16),
+                ops.hadamard(x, 64, signs[:64], True, torch.float32),
+                ops.hadamard(x.to(torch.bfloat16), 128, signs, False, torch.float32))
+
+    signs = torch.randint(0, 2, (128,), generator=torch.Generator().manual_seed(1)).float() * 2 - 1
+    agree(rotate, awkward(6, 200), awkward(100, 8), signs)
+
+
+@pytest.mark.parametrize("spec", (QUEST, QuantSpec(rule="quest", sigma="centred", power="nearest", block=64),
+                                  QuantSpec(rule="floor", mask=True, block=16)), ids=str)
+def test_quantize(spec):
+    agree(lambda x: ops.quantize(x, str(spec), None, 0), awkward(9, 136))
+
+
+def test_quantize_float8_from_bfloat16():
+    specs = [str(QuantSpec("e4m3")), str(QuantSpec("e5m2", rule="floor", mask=True))]
+    agree(lambda x: [r for s in specs for r in ops.quantize(x, s, None, 0)], awkward(9, 136, torch.bfloat16))
+
+
+def test_stochastic_quantize_draws_the_bits_of_the_reference():
+    seed = torch.tensor(987654321)
+    code = agree(lambda x, seed: ops.quantize(x, str(HEADROOM), seed, 5), awkward(9, 100), seed)
+    assert "quartet.random_bytes" in code
+
+
+def test_dequantize_mask_and_product():
+    x, w = torch.randn(9, 96), torch.randn(7, 96)
+    (a, a_scales, mask), (b, b_scales, _) = (reference.quantize(t, QUEST) for t in (x, w))
+    c, c_scales, _ = reference.quantize(w, QuantSpec("e4m3"))
+    e4m3 = str(QuantSpec("e4m3"))
+    a_scales[1, 1] = 255
+
+    def read(a, a_scales, b, b_scales, c, c_scales, x, mask):
+        return (ops.dequantize(a, a_scales, str(QUEST), torch.float32),
+                ops.dequantize(b, b_scales, str(HEADROOM), torch.bfloat16),
+                ops.dequantize(c, c_scales, e4m3, torch.float32),
+                ops.apply_mask(x, mask), ops.apply_mask(x[:, :70].contiguous(), mask),
+                ops.scaled_mm(a, a_scales, b, b_scales, str(QUEST), str(HEADROOM), torch.float32),
+                ops.scaled_mm(a, a_scales, c, c_scales, str(QUEST), e4m3, torch.bfloat16))
+
+    agree(read, a, a_scales, b, b_scales, c, c_scales, x, mask)
+
+
+def test_rotation_and_quantiser_take_any_number_of_tokens():
+    def operand(x):
+        return ops.quantize(ops.hadamard(x, 32, None, False, torch.float32), str(QUEST), None, 0)
+
+    counter = CompileCounterWithBackend("inductor")
+    run = torch.compile(operand, backend=counter, dynamic=True)
+    for rows in (10, 33):
+        x = awkward(rows, 100)
+        for got, want in zip(run(x), operand(x), strict=True):
+            same(got, want)
+    assert counter.frame_count == 1
+
+
+def test_neighbours_fuse():
+    """relu is computed where the quantiser reads its input, and the rotated operand is stored only once."""
+    spec = str(QuantSpec(rule="floor"))
+    code = agree(lambda x: ops.quantize(x.relu(), spec, None, 0), awkward(16, 64))
+    assert len(kernel_calls(code)) == 1
+    loops = code.split("#pragma omp for") if "#pragma omp for" in code else code.split("for(int64_t x0=")
+    reading = [loop for loop in loops[1:] if "in_ptr0 +" in loop or "in_ptr0[" in loop]
+    assert len(reading) == 1 and ("clamp_min" in reading[0] or "relu" in reading[0] or "max" in reading[0])
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(96, 40, bias=False)
+
+    def forward(self, x):
+        return self.layer(x).relu()
+
+
+def interpreted(gm, example_inputs, **kwargs):
+    """An ``inner_compile`` that runs the graph op by op: semantic ops are the reference there."""
+
+    def run(args):
+        flat = list(args)
+        args.clear()
+        return torch.fx.Interpreter(gm).run(*flat)
+
+    run._boxed_call = True
+    return run
+
+
+def test_one_training_step_equals_the_interpreted_graph():
+    torch.manual_seed(0)
+    model, x = Mlp(), torch.randn(24, 96)
+    options = Options(disable_kernels=("cpp",), inductor={"fallback_random": True})
+    steps = []
+    for inner in (interpreted, None):
+        torch._dynamo.reset()
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        step = torch.compile(model, backend=lambda g, e, inner=inner: compile_graph(g, e, options, inner_compile=inner))
+        torch.manual_seed(1)
+        y = step(leaf)
+        (y * y).sum().backward()
+        steps.append((y.detach(), leaf.grad, model.layer.weight.grad.clone()))
+    for got, want in zip(steps[1], steps[0], strict=True):
+        same(got, want)
+    exact = model(x)
+    error = (steps[1][0] - exact).norm() / exact.norm()
+    assert 0.01 < error < 0.5, "the layer was not quantised"
