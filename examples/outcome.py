@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from train_llama import Run
 
-SMOOTHING = 0.95
+SMOOTHING = 0.9
 
 
 def median(values: Sequence[float]) -> float:

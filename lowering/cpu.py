@@ -97,8 +97,9 @@ def _gemm(graph: torch.fx.Graph, gemm: Node, fused: dict[Node, list[Node]]) -> N
     operands, dtype = [], operand_dtype(gemm)
     for codes, scales, spec in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
         made = results.get(codes)  # type: ignore[arg-type]
-        if made is not None and _direct(codes, gemm) is not None and val(made[3]).dim() == 2 and val(made[3]).dtype == dtype:
-            operands.append(made[3])
+        values = made[3] if made is not None and _direct(codes, gemm) is not None else None
+        if values is not None and val(values).dim() == 2 and val(values).dtype == dtype:
+            operands.append(values)
         else:
             operands.append(build(cpu_ops.DEQUANTIZE, codes, scales, spec, dtype))
     out = keep_as(build(aten.mm.default, operands[0], build.transpose(operands[1])), gemm)
@@ -112,7 +113,8 @@ def _gemm(graph: torch.fx.Graph, gemm: Node, fused: dict[Node, list[Node]]) -> N
     mask, unrotate, last = chain
     at = Builder(graph, like=last, before=last, backward=is_backward(last))
     cols = shape(last)[1]
-    rotation, signs, out_dtype = (unrotate.args[1], unrotate.args[2], unrotate.args[4]) if unrotate else (0, None, out_dtype)
+    rotation, signs = (unrotate.args[1], unrotate.args[2]) if unrotate else (0, None)
+    out_dtype = unrotate.args[4] if unrotate else out_dtype
     last.replace_all_uses_with(at(cpu_ops.UNROTATE, out, mask, rotation, signs, gain, at.size(cols), out_dtype))
 
 

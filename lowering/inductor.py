@@ -13,6 +13,7 @@ process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,5 +132,5 @@ def _inline(op: Any, node: Node, operands: tuple[Any, ...]) -> Any:
 def register() -> None:
     """Teach Inductor the decompositions of the semantic ops."""
     for op in _DECOMPOSITIONS:
-        compat.register_inductor_lowering(op, lambda node, operands, op=op: _inline(op, node, operands))
+        compat.register_inductor_lowering(op, partial(_inline, op))
     compat.register_inductor_lowering(_store.default, lambda node, operands: compat.store_in_inductor(*operands))

@@ -16,6 +16,8 @@ recipe. Every op is functional and a pure function of its arguments.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def ceil_to(size, multiple: int):
 _FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-def code_layout(spec: QuantSpec, padded) -> tuple[torch.dtype, object]:
+def code_layout(spec: QuantSpec, padded: Any) -> tuple[torch.dtype, Any]:
     """dtype and last-axis length of the codes of ``padded`` elements."""
     return (torch.uint8, padded // 2) if spec.element == "e2m1" else (_FLOAT8[spec.element], padded)
 
@@ -103,7 +105,8 @@ def _dequantize_fake(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtyp
 
 
 def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    return reference.apply_mask(reference.pad_last(x, 8), mask[:, : (x.shape[1] + 7) // 8])[:, : x.shape[1]].contiguous()
+    cols = x.shape[1]
+    return reference.apply_mask(reference.pad_last(x, 8), mask[:, : (cols + 7) // 8])[:, :cols].contiguous()
 
 
 def _apply_mask_fake(x: Tensor, mask: Tensor) -> Tensor:

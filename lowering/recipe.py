@@ -11,6 +11,7 @@ nothing in the spine knows a recipe by name.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.spec import QuantSpec, SpecError
@@ -36,7 +37,8 @@ class Rotation:
             raise SpecError(f"Hadamard size {self.n} is not possible; use one of {SIZES}")
         if isinstance(self.signs, str):
             if self.signs not in ("none", "random"):
-                raise SpecError(f"rotation signs {self.signs!r} do not exist; possible: 'none', 'random' or a tuple of ±1")
+                raise SpecError(f"rotation signs {self.signs!r} do not exist; "
+                                "possible: 'none', 'random' or a tuple of ±1")
         elif len(self.signs) != self.n or any(s not in (1, -1) for s in self.signs):
             raise SpecError(f"fixed rotation signs must be {self.n} values of ±1, got {len(self.signs)}")
 
@@ -81,8 +83,8 @@ class Recipe:
         name: what a policy calls it; summary and paper are for the reader.
         skip: op classes that the recipe leaves alone unless a rule names them.
         keep_weights: True keeps the packed weight for backward, False quantises it again there.
-        recompute: op FQN-independent choice of the save pass: ``"none"``, or ``"gemm"`` to run the
-            fprop GEMM again in backward from the saved codes instead of keeping its output.
+        recompute: ``"gemm"`` runs the fprop GEMM again in backward from the saved codes, where backward
+            needs its output; ``"none"`` keeps that output.
     """
 
     name: str
@@ -101,8 +103,8 @@ class Recipe:
         for role in ("dgrad", "wgrad"):
             gemm: Gemm | None = getattr(self, role)
             if gemm is not None and gemm.b.source == "saved" and self.fprop is None:
-                raise SpecError(f"recipe {self.name!r}: {role} reads the saved codes of fprop, but fprop is not quantised; "
-                                "quantise fprop too or set source='original'")
+                raise SpecError(f"recipe {self.name!r}: {role} reads the saved codes of fprop, but fprop is not "
+                                "quantised; quantise fprop too or set source='original'")
         for role in ROLES:
             gemm = getattr(self, role)
             if gemm is not None and gemm.a.source == "saved":
@@ -111,7 +113,8 @@ class Recipe:
 
     def only(self, roles: frozenset[str] | set[str]) -> Recipe:
         """The same recipe with the other roles left in the model's dtype."""
-        return replace(self, **{role: None for role in ROLES if role not in roles})
+        left_alone: dict[str, Any] = {role: None for role in ROLES if role not in roles}
+        return replace(self, **left_alone)
 
     @property
     def quantizes(self) -> bool:

@@ -84,7 +84,8 @@ def parameter_origins(state: State) -> dict[Node, str]:
     index = input_indices(state.gm.graph)
     for node in state.gm.graph.nodes:
         if node.op == "placeholder":
-            name = weights.get(index[node])  # type: ignore[call-overload]
+            position = index[node]
+            name = None if position is None else weights.get(position)
             if name is not None:
                 origin[node] = name
             else:
@@ -234,7 +235,7 @@ def _plain(size: Any) -> int | str:
 
 def module_path(path: str) -> str:
     """A dotted name from how dynamo writes one: ``L['self']._modules['layers']._modules['0'].q`` → ``layers.0.q``."""
-    text = re.sub(r"^L\[['\"](self|model|fn|mod|s|m)['\"]\]\.?", "", path)
+    text = re.sub(r"^L\[['\"](self|model|fn|mod|s|m)['\"]\](\.__self__)?\.?", "", path)
     text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", "." + text)
     text = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)
     return text.strip(".")

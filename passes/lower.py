@@ -36,10 +36,12 @@ def lower(state: State) -> None:
 
 def _specs(gemm: Node) -> tuple[tuple[QuantSpec, int], ...]:
     """(quantiser, Hadamard size before it) of both operands."""
-    specs = []
+    specs: list[tuple[QuantSpec, int]] = []
     for codes, text in ((gemm.args[0], gemm.args[4]), (gemm.args[2], gemm.args[5])):
         assert isinstance(codes, Node) and isinstance(codes.args[0], Node) and isinstance(text, str)
         made_from = codes.args[0].args[0]
-        rotated = isinstance(made_from, Node) and made_from.target is ir.HADAMARD
-        specs.append((QuantSpec.parse(text), made_from.args[1] if rotated else 0))  # type: ignore[union-attr]
-    return tuple(specs)  # type: ignore[return-value]
+        rotation = 0
+        if isinstance(made_from, Node) and made_from.target is ir.HADAMARD:
+            rotation = int(made_from.args[1])  # type: ignore[arg-type]
+        specs.append((QuantSpec.parse(text), rotation))
+    return tuple(specs)

@@ -45,7 +45,7 @@ def signature(values: Iterable[Any]) -> Signature:
     return tuple(f"{tuple(v.shape)} {v.dtype}" if isinstance(v, torch.Tensor) else str(v) for v in values)
 
 
-class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
+class Pipeline(CustomGraphPass):
     """Runs ``PASSES`` over a joint (or inference) graph, in place.
 
     Args:
@@ -90,7 +90,7 @@ class Pipeline(CustomGraphPass):  # type: ignore[misc, valid-type]
 
         None, which keeps the graph out of the caches, when an earlier pass has no key.
         """
-        others = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.earlier]
+        others: list[Any] = [getattr(p, "uuid", lambda: None)() for p in self.earlier]
         if None in others:
             return None
         return hashlib.sha256(repr((source_digest(), self.key, others)).encode()).hexdigest()
@@ -104,7 +104,7 @@ def source_digest() -> str:
     import quartet.runtime
 
     digest = hashlib.sha256()
-    rooms = [Path(m.__file__).parent for m in (quartet.kernels, quartet.lowering, quartet.runtime)]
+    rooms = [Path(str(m.__file__)).parent for m in (quartet.kernels, quartet.lowering, quartet.runtime)]
     for room in (Path(__file__).parent, *rooms):
         for path in sorted(p for p in room.rglob("*") if p.suffix in (".py", ".cpp")):
             digest.update(path.name.encode() + path.read_bytes())
@@ -163,7 +163,9 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
     kernel = state.kernels.get((site.index, role))
     recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
     depth = site.dims(role)[2]
-    notes = (f"k padded to {-(-depth // 32) * 32}",) if kernel and isinstance(depth, int) and depth % 32 else ()
+    notes: tuple[str, ...] = ()
+    if kernel and isinstance(depth, int) and depth % 32:
+        notes = (f"k padded to {-(-depth // 32) * 32}",)
     if kernel and role in site.remarks:
         notes += (site.remarks[role],)
     return MatmulRecord(

@@ -67,7 +67,8 @@ def _obstacle(site: MatmulSite) -> str | None:
 def value_key(node: Node) -> Any:
     """Equal for nodes that are the same view or cast of the same node."""
     if node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], Node):
-        return (str(node.target), value_key(node.args[0]), str(node.args[1:]), str(shape(node)) if _tensor(node) else "")
+        size = str(shape(node)) if _tensor(node) else ""
+        return (str(node.target), value_key(node.args[0]), str(node.args[1:]), size)
     return node
 
 

@@ -26,7 +26,7 @@ def verify(state: State, after: str) -> None:
         _require(is_backward(node) or not any(is_backward(i) for i in node.all_input_nodes), after, node,
                  "a forward node reads no backward node")
         if node.target is ir.QUANTIZE:
-            spec = QuantSpec.parse(node.args[1])  # type: ignore[arg-type]
+            spec = QuantSpec.parse(str(node.args[1]))
             _require((node.args[2] is not None) == spec.stochastic, after, node, "stochastic quantisers have a seed")
         if node.target is ir.SCALED_MM:
             _check_gemm(node, after)

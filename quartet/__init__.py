@@ -7,5 +7,5 @@ from quartet.policy import Policy, Rule
 from quartet.recipes import PolicyError, recipes, register
 
 __version__ = "0.1.0"
-__all__ = ["Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "SpecError", "explain",
-           "recipes", "register"]
+__all__ = ["Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "SpecError",
+           "explain", "recipes", "register"]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from quartet.runtime.compat import OperatorBase, OpOverload
+
 OP_MODULE = "quartet.lowering"
 STAND_IN = 16
 DTYPE_NAMES = {
@@ -63,14 +65,14 @@ def is_backward(node: fx.Node) -> bool:
 def op_name(node: fx.Node) -> str:
     """``"aten.mm"``, ``"quartet.quantize"``, ``"operator.getitem"``: the operation without its overload."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target.overloadpacket)
     return str(target) if isinstance(target, str) else _callable(target)[1].removeprefix("torch.ops.")
 
 
 def _callable(target: Any) -> tuple[str, str]:
     """The module to import for a call target, and its expression."""
-    if isinstance(target, torch._ops.OperatorBase):
+    if isinstance(target, OperatorBase):
         name = str(target)
         home = OP_MODULE if name.startswith("quartet.") else "torch"
         return home, f"torch.ops.{name}" if "." in name else f"torch.ops.higher_order.{name}"
@@ -128,7 +130,7 @@ class _Printer:
             return f"torch.device({str(arg)!r})"
         if isinstance(arg, (torch.dtype, torch.layout, torch.memory_format)):
             return str(arg)
-        if isinstance(arg, torch._ops.OperatorBase) or inspect.isbuiltin(arg) or inspect.isfunction(arg):
+        if isinstance(arg, OperatorBase) or inspect.isbuiltin(arg) or inspect.isfunction(arg):
             return self.name_of(arg)
         self.obstacles.append(f"an argument of type {type(arg).__qualname__}: {str(arg)[:80]}")
         return repr(str(arg))

@@ -61,6 +61,7 @@ _BUILT_IN: Mapping[str, Recipe] = {
             fprop=_same("e2m1/32 e8m0 quest(guarded,floor) nearest mask", Rotation(32)),
             dgrad=_QUARTET_BACKWARD,
             wgrad=_QUARTET_BACKWARD,
+            recompute="gemm",
         ),
         Recipe(
             name="quartet-paper",
@@ -69,6 +70,7 @@ _BUILT_IN: Mapping[str, Recipe] = {
             fprop=_same("e2m1/32 e8m0 quest(centred,floor) nearest mask", Rotation(32)),
             dgrad=_QUARTET_BACKWARD,
             wgrad=_QUARTET_BACKWARD,
+            recompute="gemm",
         ),
         Recipe(name="bf16", summary="rewrites nothing: every product stays in the model's dtype", skip=()),
     )

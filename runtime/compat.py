@@ -29,6 +29,8 @@ PRIVATE = (
     ("torch._inductor", "ir", "buffers and layouts of Inductor's IR"),
     ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
     ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
+    ("torch._ops", "OpOverload", "tells an operator of a printed graph from a function"),
+    ("torch._ops", "OperatorBase", "the same for higher-order operators"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
     ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
     ("torch._logging._internal", "log_registry", "a name for our loggers in TORCH_LOGS"),
@@ -65,6 +67,8 @@ def _load(module: str, name: str) -> Any:
 compile_fx: Callable[..., Any] = _load("torch._inductor.compile_fx", "compile_fx")
 CustomGraphPass: type = _load("torch._inductor.custom_graph_pass", "CustomGraphPass")
 list_mode_options: Callable[..., dict[str, Any]] = _load("torch._inductor", "list_mode_options")
+OpOverload: Any = _load("torch._ops", "OpOverload")
+OperatorBase: Any = _load("torch._ops", "OperatorBase")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
 
@@ -147,7 +151,7 @@ def inline_into_inductor(gm: torch.fx.GraphModule, operands: list[Any]) -> Any:
     results = copy.graph.graph_copy(gm.graph, {})
     copy.graph.output(results)
     for result in results if isinstance(results, (list, tuple)) else [results]:
-        result.meta.pop("val", None)  # else Inductor stores it with these strides
+        result.meta["val"] = None  # else Inductor stores it with these strides; 2.11 wants the key
     return _load("torch._inductor.lowering", "process_subgraph_nodes")(copy, operands)
 
 

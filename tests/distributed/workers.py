@@ -11,7 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
-    ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module,
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
 )
 from torch.nn.functional import linear, relu, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
@@ -62,7 +66,7 @@ class MLP(nn.Module):
 class Deep(nn.Module):
     """Not nn.Sequential: dynamo runs the forward of PyTorch's own containers in eager when a graph starts there."""
 
-    def __init__(self, width=WIDTH, layers=3):
+    def __init__(self, width=WIDTH, layers=2):
         super().__init__()
         self.layers = nn.ModuleList(MLP(width) for _ in range(layers))
 
@@ -142,7 +146,7 @@ def ddp(rank, folder):
         found["whole"] = gradients(model, torch.compile(wrapped, backend=backend), x)
     found["whole lowered"] = backend.lowered()
 
-    deep = seeded(lambda: Deep(256))
+    deep = seeded(lambda: Deep(256, 3))
     wrapped, backend = DistributedDataParallel(deep, bucket_cap_mb=1), Backend()
     compiled, x = torch.compile(wrapped, backend=backend), data(rank, 32, 256)
     found["split"] = gradients(deep, compiled, x)

@@ -60,8 +60,8 @@ def whisper():
         encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=VOCABULARY, num_mel_bins=16, max_source_positions=TOKENS,
         max_target_positions=TOKENS, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         dropout=0.0)
-    features = torch.randn(2, 16, 2 * TOKENS)
-    return transformers.WhisperForConditionalGeneration(config), {"input_features": features, "labels": text()["labels"]}
+    inputs = {"input_features": torch.randn(2, 16, 2 * TOKENS), "labels": text()["labels"]}
+    return transformers.WhisperForConditionalGeneration(config), inputs
 
 
 ZOO = {

@@ -27,10 +27,10 @@ WAYS = {
     "quartet": quantised("quartet"),
 }
 SAMPLES = {"nn.Linear": 3, "nn.Bilinear": 2, "nn.LSTMCell": 2, "nn.MultiheadAttention": 2}
-REFUSED = {"nn.FractionalMaxPool2d", "nn.FractionalMaxPool3d", "nn.KLDivLoss", "nn.CTCLoss"}  # with an error, by PyTorch
+REFUSED = {"nn.FractionalMaxPool2d", "nn.FractionalMaxPool3d", "nn.KLDivLoss", "nn.CTCLoss"}  # with an error
 QUANTISED = {"nn.Linear", "nn.GRUCell", "nn.LSTMCell", "nn.RNN", "nn.GRU", "nn.LSTM", "nn.MultiheadAttention",
              "nn.TransformerEncoderLayer", "nn.TransformerDecoderLayer", "nn.TransformerEncoder",
-             "nn.Transformer"}  # not nn.RNNCell: its first sample is one row, which Inductor multiplies without a matmul
+             "nn.Transformer"}  # not nn.RNNCell: its first sample is one row, for Inductor not a matmul
 BROKEN = {"nn.GaussianNLLLoss"}  # by dynamo, into graphs without a tensor operation
 
 

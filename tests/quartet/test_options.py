@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from quartet.runtime.compat import inductor_config, list_mode_options
 
 from quartet.options import KEYS, OptionError, Options
 from quartet.policy import Policy
 from quartet.recipes import PolicyError
+from quartet.runtime.compat import inductor_config, list_mode_options
 
 PASSES, KERNELS = ("rotate", "quantize", "share"), ("triton.scaled_mm", "cpu.linear")
 

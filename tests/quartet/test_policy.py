@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quartet.kernels.spec import POWERS, SIGMAS, QuantSpec
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Operand, Recipe, Rotation
 from quartet.lowering.resolution import Choice, Resolution
-
 from quartet.options import KEYS
 from quartet.policy import OP_GROUPS, Policy, PolicyError, Rule
 from quartet.policy_toml import line_of

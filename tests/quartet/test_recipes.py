@@ -4,9 +4,9 @@ import importlib
 from dataclasses import replace
 
 import pytest
+
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Operand, Recipe, Rotation
-
 from quartet.recipes import PolicyError, recipes, reference, register, resolve
 
 catalogue = importlib.import_module("quartet.recipes")
