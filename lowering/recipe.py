@@ -83,8 +83,8 @@ class Recipe:
         name: what a policy calls it; summary and paper are for the reader.
         skip: op classes that the recipe leaves alone unless a rule names them.
         keep_weights: True keeps the packed weight for backward, False quantises it again there.
-        recompute: ``"gemm"`` runs the fprop GEMM again in backward from the saved codes, where backward
-            needs its output; ``"none"`` keeps that output.
+        recompute: ``"gemm"`` runs the fprop GEMM again in backward where its output is needed and the codes of
+            both operands are kept anyway; ``"none"`` keeps that output.
     """
 
     name: str

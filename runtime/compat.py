@@ -10,7 +10,6 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -24,9 +23,7 @@ PRIVATE = (
     ("torch._inductor.lowering", "register_lowering", "decomposition of our ops inside Inductor"),
     ("torch._inductor.lowering", "process_subgraph_nodes", "inlines a traced reference into Inductor's IR"),
     ("torch._inductor.lowering", "lowerings", "Inductor's own copy of a tensor"),
-    ("torch._inductor.dependencies", "extract_read_writes", "what a piece of Inductor's IR reads"),
-    ("torch._inductor.ops_handler", "OpCounterCSE", "what it does besides reading"),
-    ("torch._inductor", "ir", "buffers and layouts of Inductor's IR"),
+    ("torch._inductor", "ir", "fixes the layout of that copy"),
     ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
     ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
     ("torch._ops", "OpOverload", "tells an operator of a printed graph from a function"),
@@ -156,34 +153,8 @@ def inline_into_inductor(gm: torch.fx.GraphModule, operands: list[Any]) -> Any:
 
 
 def store_in_inductor(x: Any) -> Any:
-    """Inductor IR ``x`` computed into a contiguous buffer; no second one where ``x`` only reads such a buffer."""
-    ir = _load("torch._inductor", "ir")
-    source = _copied_buffer(x)
-    if source is not None:
-        strides = ir.FlexibleLayout.contiguous_strides(x.get_size())
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), x.get_size(), strides)
-        return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(source), layout=layout))
+    """Inductor IR ``x`` computed into a contiguous buffer of its own."""
     stored = _load("torch._inductor.lowering", "lowerings")[torch.ops.aten.clone.default](x)
     stored.realize()
-    ir.as_storage_and_layout(stored, want_contiguous=True)
+    _load("torch._inductor", "ir").as_storage_and_layout(stored, want_contiguous=True)
     return stored
-
-
-def _copied_buffer(x: Any) -> Any:
-    """The buffer whose elements ``x`` is, in order and from the first, or None."""
-    ir, virtualized = _load("torch._inductor", "ir"), _load("torch._inductor.virtualized", "V")
-    load, size, sizes = x.make_loader(), x.get_size(), virtualized.graph.sizevars
-    with patch.object(ir.FlexibleLayout, "allow_indexing", True):
-        traced = _load("torch._inductor.dependencies", "extract_read_writes")(load, size)
-    counter = _load("torch._inductor.ops_handler", "OpCounterCSE")(virtualized.MockHandler())
-    variables = iter(traced.range_vars)
-    index = [0 if s == 1 else next(variables) for s in size]
-    with virtualized.set_ops_handler(counter), patch.object(ir.FlexibleLayout, "allow_indexing", True):
-        load(index)
-    if counter.getvalue().used_ops != {"load"}:
-        return None
-    (read,) = traced.reads
-    in_order = sum(i * stride for i, stride in zip(index, ir.FlexibleLayout.contiguous_strides(size), strict=True))
-    buffer = virtualized.graph.try_get_buffer(read.name)
-    plain = isinstance(buffer, ir.ComputedBuffer) and isinstance(buffer.layout, ir.FixedLayout)
-    return buffer if plain and sizes.simplify_with_ranges(read.index - in_order, traced.var_ranges) == 0 else None

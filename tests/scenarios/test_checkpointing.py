@@ -75,7 +75,7 @@ def test_outside_of_the_compiled_region():
 
 
 def test_recomputing_the_gemm_saves_bytes_and_changes_no_bit():
-    expected, without = run(plain)
-    got, backend = run(plain, recompute="gemm")
+    expected, without = run(plain, recompute="none")
+    got, backend = run(plain)  # the recipe's own choice is "gemm"
     assert_same(got, expected)
     assert backend.capture.saved_bytes < 0.8 * without.capture.saved_bytes

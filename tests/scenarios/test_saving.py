@@ -20,7 +20,7 @@ def kept(backend):
 
 def test_projections_of_one_input_share_its_quantised_form():
     model = Block()
-    compiled, backend = compile_eager(model, disable_kernels=["cpp"])
+    compiled, backend = compile_eager(model, disable_kernels=["cpp"], recompute="none")
     step(compiled, model, data(2, 20, 64, grad=True)())
     (forward,), (backward,) = backend.forwards(), backend.backwards()
     assert count(forward, "quantize") == 7 + 4  # weights; inputs of q k v, o, gate up, down
@@ -69,7 +69,7 @@ def test_codes_scales_and_masks_are_kept_and_the_inputs_are_not():
 def test_weights_quantised_again_in_backward_take_no_memory():
     recipe = replace(recipes()["quartet"], name="lean", keep_weights=False)
     model, inputs = MLP(64, 96, 64), data(2, 20, 64, grad=True)()
-    compiled, with_weights = compile_eager(model)
+    compiled, with_weights = compile_eager(model, recompute="none")
     expected = step(compiled, model, inputs)
     compiled, backend = compile_eager(model, recipe)
     assert_same(step(compiled, model, inputs), expected)
