@@ -60,7 +60,7 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
     mask = x.new_empty(0, dtype=torch.uint8)
     if spec.mask:
         mask = store(pack_bits(scaled.abs() < spec.max)).reshape(rows, cols // 8)
-    codes = codes.reshape(rows, -1)
+    codes = codes.flatten(1)
     return codes, scales, mask
 
 

@@ -95,8 +95,9 @@ def trained(request):
     torch.manual_seed(0)
     model, inputs = ZOO[request.param]()
     model.train()
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
     state = {name: (t.dtype, t.clone()) for name, t in model.state_dict().items()}
     loss = step(model, inputs)
     eager = (loss, gradients(model))
