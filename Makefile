@@ -24,7 +24,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable '.[test,demo]'
 	touch $@
 
-# Passive: threads that spin while they wait slow a step tenfold when anything else runs on the machine.
 demo: $(STAMP)
 	$(BIN)/python examples/train_llama.py --out demo-out $(ARGS)
 
