@@ -1,9 +1,11 @@
-"""Real text that every Python has: the sources of its own standard library, as bytes."""
+"""Real text that every Python has: the sources of its own standard library, and of what is installed, as bytes."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 VALIDATION_PERCENT = 10
+MOST_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,45 @@ def read_corpus(file: Path | None = None) -> Corpus:
             held_out = _percentile(relative.as_posix()) >= 100 - VALIDATION_PERCENT
             (validation if held_out else train).extend(path.read_bytes())
     return Corpus(_tensor(train), _tensor(validation), f"the Python sources under {root}")
+
+
+def read_packages(train_bytes: int, validation_bytes: int) -> Corpus:
+    """The ``.py`` files of the standard library and of the installed packages, until both splits are full.
+
+    Files come in the order of their path's hash and fall into the splits as in ``read_corpus``. A file that is there
+    twice counts once, one of more than 256 KiB (tables, mostly) not at all.
+
+    Args:
+        train_bytes, validation_bytes: sizes of the splits; smaller where less is installed.
+    """
+    splits, wanted = (bytearray(), bytearray()), (train_bytes, validation_bytes)
+    seen: set[bytes] = set()
+    for name, path in sorted(_installed(), key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+        held_out = int(_percentile(name) >= 100 - VALIDATION_PERCENT)
+        if len(splits[held_out]) >= wanted[held_out]:
+            continue
+        try:
+            text = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        except OSError:
+            continue
+        digest = hashlib.sha256(text).digest()
+        if digest not in seen:
+            seen.add(digest)
+            splits[held_out].extend(text)
+    train, validation = (_tensor(split[:size]) for split, size in zip(splits, wanted, strict=True))
+    return Corpus(train, validation, "the Python sources installed here")
+
+
+def _installed() -> Iterator[tuple[str, Path]]:
+    """(path below its root, path) of every ``.py`` file of the library and the packages."""
+    library = sysconfig.get_path("stdlib")
+    for root in sorted({library, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(name for name in folders if name not in ("site-packages", "dist-packages"))
+            for file in sorted(files):
+                if file.endswith(".py"):
+                    path = Path(folder, file)
+                    yield path.relative_to(root).as_posix(), path
 
 
 def _percentile(name: str) -> int:

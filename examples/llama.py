@@ -1,6 +1,6 @@
 """A Llama-style language model over bytes: RMSNorm, rotary positions, causal attention, SwiGLU.
 
-No biases, an untied output head, a vocabulary of 256 byte values. Nothing here knows about low precision:
+No biases, an untied output head, by default a vocabulary of 256 byte values. Nothing here knows about low precision:
 the same file trains under any ``torch.compile`` backend.
 """
 
@@ -18,13 +18,15 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes: ``dim`` features in the residual stream, ``ffn`` in the feed-forward, ``dim / heads`` a head."""
+    """Sizes: ``dim`` features in the residual stream, ``ffn`` in the feed-forward, ``dim / heads`` a head, and
+    ``vocabulary`` tokens."""
 
     dim: int
     layers: int
     heads: int
     ffn: int
     rope_base: float = 10000.0
+    vocabulary: int = VOCABULARY
 
     def __post_init__(self) -> None:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -101,7 +103,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """``model(tokens, targets)`` is the mean cross-entropy in nats a byte, a scalar.
+    """``model(tokens, targets)`` is the mean cross-entropy in nats a token, a scalar.
 
     Args:
         config: the sizes.
@@ -110,10 +112,10 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, length: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, config.dim)
+        self.embedding = nn.Embedding(config.vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.lm_head = nn.Linear(config.dim, VOCABULARY, bias=False)
+        self.lm_head = nn.Linear(config.dim, config.vocabulary, bias=False)
         cos, sin = rotary_table(length, config.dim // config.heads, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -128,7 +130,7 @@ class Llama(nn.Module):
                 weight.normal_(std=0.02 / (2 * layers) ** 0.5 if residual else 0.02)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Scores of the next byte, [batch, length, 256]."""
+        """Scores of the next token, [batch, length, vocabulary]."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)

@@ -33,12 +33,12 @@ _traced: dict[Any, GraphModule] = {}
 ir.library.define("store(Tensor x) -> Tensor", tags=(torch.Tag.flexible_layout,))
 ir.library.impl("store", lambda x: x.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd")
 torch.library.register_fake("quartet::store", lambda x: x.new_empty(x.shape), lib=ir.library)
-_store = torch.ops.quartet.store
+store = torch.ops.quartet.store.default
 
 
 def _store_blocks(x: Tensor) -> Tensor:
     """Keep ``[rows, blocks, block]`` in memory with its last axis first; keep anything else as it is."""
-    return _store(x.permute(2, 0, 1)).permute(1, 2, 0) if x.ndim == 3 else _store(x)
+    return store(x.permute(2, 0, 1)).permute(1, 2, 0) if x.ndim == 3 else store(x)
 
 
 def hadamard(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torch.dtype) -> Tensor:
@@ -48,7 +48,7 @@ def hadamard(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torc
     """
     x = reference.pad_last(x.to(torch.float32), n)
     rows, cols = x.shape
-    y = _store(x.reshape(rows, cols // n, n).permute(2, 0, 1))
+    y = store(x.reshape(rows, cols // n, n).permute(2, 0, 1))
     across = None if signs is None else signs.reshape(n, 1, 1)
     if across is not None and not inverse:
         y = y * across
@@ -65,7 +65,7 @@ def hadamard(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torc
             y = y * (1.0 / n**0.5)
             if across is not None and inverse:
                 y = y * across.reshape(y.shape[0], *(2,) * levels, 1, 1, 1)
-        y = _store(y)
+        y = store(y)
     return y.reshape(n, rows, cols // n).permute(1, 2, 0).reshape(rows, cols).to(dtype)
 
 
@@ -76,7 +76,7 @@ def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Ten
     if seed is not None:
         bits = torch.ops.quartet.random_bytes(seed, site, x.shape[0], ir.ceil_to(x.shape[1], q.block))
     codes, scales, mask = reference.quantize(x, q, seed, site, bits, _store_blocks)
-    return _store(codes), scales, _store(mask) if q.mask else mask
+    return store(codes), scales, store(mask) if q.mask else mask
 
 
 def _fields(packed: Tensor, width: int) -> Tensor:
@@ -133,4 +133,4 @@ def register() -> None:
     """Teach Inductor the decompositions of the semantic ops."""
     for op in _DECOMPOSITIONS:
         compat.register_inductor_lowering(op, partial(_inline, op))
-    compat.register_inductor_lowering(_store.default, lambda node, operands: compat.store_in_inductor(*operands))
+    compat.register_inductor_lowering(store, lambda node, operands: compat.store_in_inductor(*operands))

@@ -8,10 +8,12 @@ recipe. Every op is functional and a pure function of its arguments.
     random_bytes(seed, site, rows, cols)  uint8, what a stochastic quantize draws
     fixed_signs(signs, device)            [n] float32, given
     hadamard(x, n, signs, inverse, dtype) [R, C] → [R, ⌈C/n⌉n]
-    quantize(x, spec, seed, site)         [R, C] → codes, scales, mask   (C padded to the block)
+    quantize(x, spec, seed, site)         [R, C] → codes, scales, mask   (C padded to the block, where there are blocks)
     dequantize(codes, scales, spec, dtype)→ [R, padded]
     apply_mask(x, mask)                   [R, C], packed bits [R, C/8]
     scaled_mm(a, a_scales, b, b_scales, a_spec, b_spec, dtype)   [M, K] · [N, K]ᵀ
+
+The codes that a scaled_mm reads are those of a quantize or, where one scale is the whole tensor's, their transpose.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
@@ -49,6 +52,13 @@ _FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 def code_layout(spec: QuantSpec, padded: Any) -> tuple[torch.dtype, Any]:
     """dtype and last-axis length of the codes of ``padded`` elements."""
     return (torch.uint8, padded // 2) if spec.element == "e2m1" else (_FLOAT8[spec.element], padded)
+
+
+def scale_layout(spec: QuantSpec, rows: Any, padded: Any) -> tuple[torch.dtype, tuple[Any, Any]]:
+    """dtype and shape of the scales of ``[rows, padded]`` elements."""
+    if spec.blocked:
+        return torch.uint8, (rows, padded // spec.block)
+    return torch.float32, (1 if spec.block == "tensor" else rows, 1)
 
 
 def _signs(seed: Tensor, site: int, n: int) -> Tensor:
@@ -89,14 +99,15 @@ def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Ten
 
 def _quantize_fake(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
     q = QuantSpec.parse(spec)
-    rows, padded = x.shape[0], ceil_to(x.shape[1], q.block)
+    rows, padded = x.shape[0], ceil_to(x.shape[1], q.multiple)
     dtype, width = code_layout(q, padded)
+    scale_dtype, scale_shape = scale_layout(q, rows, padded)
     mask = x.new_empty(rows, padded // 8, dtype=torch.uint8) if q.mask else x.new_empty(0, dtype=torch.uint8)
-    return x.new_empty(rows, width, dtype=dtype), x.new_empty(rows, padded // q.block, dtype=torch.uint8), mask
+    return x.new_empty(rows, width, dtype=dtype), x.new_empty(scale_shape, dtype=scale_dtype), mask
 
 
 def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype)
+    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype).contiguous()
 
 
 def _dequantize_fake(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
@@ -145,3 +156,11 @@ DEQUANTIZE = ops.dequantize.default
 APPLY_MASK = ops.apply_mask.default
 SCALED_MM = ops.scaled_mm.default
 SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, QUANTIZE, DEQUANTIZE, APPLY_MASK, SCALED_MM)
+
+
+def quantizer_of(codes: Node) -> tuple[Node, bool]:
+    """The node whose first result is an operand of a scaled_mm, and whether the operand is its transpose."""
+    flipped = codes.target is torch.ops.aten.permute.default
+    item = codes.args[0] if flipped else codes
+    assert isinstance(item, Node) and isinstance(item.args[0], Node)
+    return item.args[0], flipped

@@ -10,11 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.fx import Graph, Node
 
 from quartet.kernels.cpu import ops as cpu
-from quartet.kernels.spec import ELEMENTS, QuantSpec
+from quartet.kernels.spec import ELEMENTS, WHOLES, QuantSpec
+from quartet.lowering import cpu as cpu_lowering
+from quartet.lowering import fp8
 
 Supports = Callable[[torch.device, torch.dtype, QuantSpec, int], str | None]
+SupportsPair = Callable[[QuantSpec, QuantSpec], str | None]
+Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
+Lower = Callable[[Graph, list[Node], Accepts], None]
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,17 @@ class Kernel:
     Attributes:
         name: what ``explain`` prints and ``disable_kernels`` takes.
         supports: (device, compute dtype, quantiser, Hadamard size or 0) → None, or why not.
+        lower: (graph, its scaled_mm nodes, what it accepts) → rewrites them; None leaves the semantic ops as they are.
+        supports_pair: (quantiser of A, of B), each of them supported → None, or why not the two together.
+        align: what the kernel pads the contraction axis to a multiple of.
     """
 
     name: str
     summary: str
     supports: Supports
+    lower: Lower | None = None
+    supports_pair: SupportsPair = lambda a, b: None
+    align: int = 1
 
 
 def _cpp(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -37,24 +49,31 @@ def _cpp(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: in
     return cpu.unavailable() or cpu.supports(spec, rotation, dtype)
 
 
+def _cublaslt(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    return fp8.unavailable(device) or fp8.supports(spec, dtype)
+
+
 def _inductor(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     return None if device.type in ("cpu", "cuda") else f"Inductor has no code generator of ours for {device.type}"
 
 
 KERNELS = (
-    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp),
+    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
+    Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,
+           fp8.ALIGN),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
 )
 NAMES = tuple(kernel.name for kernel in KERNELS)
 
 
-def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpec, int], ...],
+def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
            disabled: tuple[str, ...] = ()) -> tuple[Kernel | None, dict[str, str]]:
     """The first kernel that takes every (quantiser, Hadamard size) of a GEMM, and why others did not."""
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
         reason = f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else next(
-            (r for spec, rotation in specs if (r := kernel.supports(device, dtype, spec, rotation)) is not None), None)
+            (r for spec, rotation in specs if (r := kernel.supports(device, dtype, spec, rotation)) is not None),
+            kernel.supports_pair(*(spec for spec, _ in specs)))
         if reason is None:
             return kernel, reasons
         reasons[kernel.name] = reason
@@ -62,9 +81,12 @@ def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpe
 
 
 def probe(device: torch.device) -> list[tuple[str, str, str | None]]:
-    """(format, kernel, None or the reason it cannot) for every block format and kernel on a device."""
+    """(format, kernel, None or the reason it cannot) for every format and kernel on a device."""
     rows: list[tuple[str, str, str | None]] = []
     for element in ELEMENTS:
         spec = QuantSpec(element=element, rule="ceil")
         rows += [(f"mx {element}", k.name, k.supports(device, torch.float32, spec, 32)) for k in KERNELS]
+    for block in WHOLES:
+        spec = QuantSpec(element="e4m3", block=block, scale="fp32", rule="amax")
+        rows += [(f"fp8 a {block}", k.name, k.supports(device, torch.bfloat16, spec, 0)) for k in KERNELS]
     return rows

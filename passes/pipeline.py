@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
+from quartet.lowering import registry
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.canonicalize import canonicalize
@@ -158,14 +159,24 @@ def _records(state: State) -> list[MatmulRecord]:
     return rows + state.alone
 
 
+def _multiple(site: MatmulSite, role: str, kernel: str | None) -> int:
+    """What the contraction axis of a GEMM is padded to a multiple of; all candidates are powers of two."""
+    gemm = site.active(role)
+    if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
+        return 1
+    rotation = gemm.rotation.n if gemm.rotation is not None else 1
+    align = next((k.align for k in registry.KERNELS if k.name == kernel), 1)
+    return max(gemm.a.spec.multiple, gemm.b.spec.multiple, rotation, align)
+
+
 def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
     m, n, k = (size if isinstance(size, int) else str(size) for size in site.dims(role))
     kernel = state.kernels.get((site.index, role))
     recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
-    depth = site.dims(role)[2]
+    depth, multiple = site.dims(role)[2], _multiple(site, role, kernel)
     notes: tuple[str, ...] = ()
-    if kernel and isinstance(depth, int) and depth % 32:
-        notes = (f"k padded to {-(-depth // 32) * 32}",)
+    if kernel and isinstance(depth, int) and depth % multiple:
+        notes = (f"k padded to {-(-depth // multiple) * multiple}",)
     if kernel and role in site.remarks:
         notes += (site.remarks[role],)
     return MatmulRecord(

@@ -33,8 +33,9 @@ def rotate(state: State) -> None:
                     _backward(state, site, role)
 
 
-def _normal(build: Builder, operand: tuple[Node, bool]) -> Node:
-    return build.transpose(operand[0]) if operand[1] else operand[0]
+def _normal(state: State, build: Builder, operand: tuple[Node, bool]) -> Node:
+    node = state.current(operand[0])
+    return build.transpose(node) if operand[1] else node
 
 
 def _signs(state: State, build: Builder, site: MatmulSite, role: str, rotation: Rotation) -> Node | None:
@@ -62,14 +63,14 @@ def _fprop(state: State, site: MatmulSite) -> None:
     assert gemm is not None
     build = Builder(state.gm.graph, like=product.node, before=product.node, backward=False)
     signs = _signs(state, build, site, "fprop", gemm.rotation) if gemm.rotation else None
-    a = _rotated(build, _normal(build, site.x), gemm.rotation, signs)
-    b = _rotated(build, _normal(build, site.w), gemm.rotation, signs)
+    a = _rotated(build, _normal(state, build, site.x), gemm.rotation, signs)
+    b = _rotated(build, _normal(state, build, site.w), gemm.rotation, signs)
     out = _product(build, site, product, a, b)
     if product.flipped:
         out = build.transpose(out)
     if product.node.target is aten.addmm.default:
         out = build(aten.add.Tensor, out, product.node.args[0])
-    product.node.replace_all_uses_with(out)
+    state.replace(product.node, out)
 
 
 def _backward(state: State, site: MatmulSite, role: str) -> None:
@@ -77,17 +78,17 @@ def _backward(state: State, site: MatmulSite, role: str) -> None:
     gemm, forward = getattr(recipe, role), recipe.fprop
     build = Builder(state.gm.graph, like=product.node, before=product.node, backward=True)
     assert site.gradient is not None
-    e = _normal(build, site.gradient)
+    e = _normal(state, build, site.gradient)
     operand, width = (site.w, site.k) if role == "dgrad" else (site.x, site.k)
     undo = None
     if gemm.b.source == "saved":
         made = site.products["fprop"]
-        product.source = made.b if role == "dgrad" else made.a
+        kept = made.b if role == "dgrad" else made.a
+        assert kept is not None
+        source = product.source = state.current(kept)
         undo = forward.rotation if forward is not None else None
-        source = product.source
     else:
-        source = _normal(build, operand)
-    assert source is not None
+        source = _normal(state, build, operand)
     rotation = gemm.rotation
     signs = _signs(state, build, site, role, rotation) if rotation else None
     a = _rotated(build, e if role == "dgrad" else build.transpose(e), rotation, signs)
@@ -100,4 +101,4 @@ def _backward(state: State, site: MatmulSite, role: str) -> None:
     if product.flipped:
         out = build.transpose(out)
     assert str(shape(out)) == str(shape(product.node)), (shape(out), shape(product.node))
-    product.node.replace_all_uses_with(out)
+    state.replace(product.node, out)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.lowering.graph import FORWARD, Builder, aten
+from quartet.lowering.graph import FORWARD, Builder, aten, replace_all
 from quartet.lowering.recipe import Recipe
 from quartet.lowering.records import MatmulRecord
 from quartet.lowering.resolution import Resolution
@@ -63,7 +63,19 @@ class State:
     alone: list[MatmulRecord] = field(default_factory=list)
     seed: Node | None = None
     kernels: dict[tuple[int, str], str] = field(default_factory=dict)
+    replaced: dict[Node, Node] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Every user of ``old`` reads ``new`` instead, and so does who asks for :meth:`current`."""
+        replace_all(old, new)
+        self.replaced[old] = new
+
+    def current(self, node: Node) -> Node:
+        """What stands for ``node`` now: a product can be the operand of another one, and both are rewritten."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
 
     def planned(self) -> list[MatmulSite]:
         """Sites with at least one GEMM to quantise."""

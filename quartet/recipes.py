@@ -50,6 +50,8 @@ def _from_saved(spec: str, rotation: Rotation | None = None) -> Gemm:
 
 
 _QUARTET_BACKWARD = _from_saved("e2m1/32 e8m0 headroom stochastic", Rotation(32, "random"))
+_FP8_TENSOR = "e4m3/tensor fp32 amax nearest"
+_FP8_ROW = "e4m3/row fp32 amax_pow2 nearest"
 
 _BUILT_IN: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -73,6 +75,22 @@ _BUILT_IN: Mapping[str, Recipe] = {
             recompute="gemm",
         ),
         Recipe(name="bf16", summary="rewrites nothing: every product stays in the model's dtype", skip=()),
+        Recipe(
+            name="fp8",
+            summary="E4M3 with one scale a tensor from its current maximum; backward reads the codes of forward",
+            paper="FP8 Formats for Deep Learning, arXiv 2209.05433",
+            fprop=_same(_FP8_TENSOR),
+            dgrad=_from_saved(_FP8_TENSOR),
+            wgrad=_from_saved(_FP8_TENSOR),
+        ),
+        Recipe(
+            name="fp8-rowwise",
+            summary="E4M3 with a power-of-two scale for each row of every operand, each quantised from the original",
+            paper="TorchAO, arXiv 2507.16099",
+            fprop=_same(_FP8_ROW),
+            dgrad=_same(_FP8_ROW),
+            wgrad=_same(_FP8_ROW),
+        ),
     )
 }
 _registered: dict[str, Recipe] = {}

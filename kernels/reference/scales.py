@@ -1,4 +1,4 @@
-"""E8M0 scale rules (floor, ceil, headroom, quest) as integers from exponent bits; never log2 or exp2."""
+"""Scale rules: E8M0 (floor, ceil, headroom, quest) as integers from exponent bits, never log2 or exp2; fp32 (amax)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ QUEST_FLOOR = 1e-8
 _SQRT2_MANTISSA = 0x3504F4  # first fp32 significand above √2
 _MANTISSA = 0x7FFFFF
 _ONE_BYTE = 127
+_LARGEST_MULTIPLIER = 2.0**126  # its reciprocal is a normal number
+_SIGN_AND_EXPONENT = -(1 << 23)
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -67,3 +69,24 @@ def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
     byte = byte.clamp(0, 254)
     byte = torch.where(amax == 0, _ONE_BYTE, byte)
     return torch.where(torch.isfinite(amax), byte, E8M0_NAN).to(torch.uint8)
+
+
+def fp32_scale(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(multiplier, scale) of a row or a tensor: codes are ``x · multiplier``, values ``code · scale``.
+
+    multiplier = max / amax, correctly rounded to fp32, at most 2^126, and 1 where amax is 0; ``amax_pow2`` clears its
+    significand. scale = 1 / multiplier, correctly rounded. A NaN or an infinity makes both NaN. Both quotients go
+    through float64, which rounds to the same fp32 number: compiled code divides fp32 only approximately on a GPU.
+
+    Returns:
+        fp32 ``[1, 1]`` or ``[rows, 1]`` of ``x [rows, cols]``, which has at least one element.
+    """
+    axes = (0, 1) if spec.block == "tensor" else (1,)
+    amax = x.abs().amax(axes, keepdim=True).to(torch.float32)
+    multiplier = amax.to(torch.float64).reciprocal() * ELEMENT_MAX[spec.element]
+    multiplier = multiplier.clamp(max=_LARGEST_MULTIPLIER).to(torch.float32)
+    if spec.rule == "amax_pow2":
+        multiplier = (multiplier.view(torch.int32) & _SIGN_AND_EXPONENT).view(torch.float32)
+    multiplier = torch.where(amax == 0, 1.0, multiplier)
+    multiplier = torch.where(amax < float("inf"), multiplier, float("nan"))
+    return multiplier, multiplier.to(torch.float64).reciprocal().to(torch.float32)

@@ -1,0 +1,150 @@
+"""Device functions on a block that one thread owns whole: a tuple of N vectors, element i of many blocks each.
+
+Butterflies and sums along a block are then plain additions between the tuple's members, in the order that
+``quartet.kernels.reference`` pins, with no exchange between threads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quartet.kernels.triton.memory import INTERPRETED, load4
+
+
+@triton.jit
+def _stage(x, N: tl.constexpr, S: tl.constexpr):
+    y = ()
+    for i in tl.static_range(N):
+        if i & S == 0:
+            y = y + (x[i] + x[i + S],)
+        else:
+            y = y + (x[i - S] - x[i],)
+    return y
+
+
+@triton.jit
+def hadamard(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, INVERSE: tl.constexpr):
+    """Butterflies with strides ROTATION/2 … 1, one multiplication by 1/√ROTATION, signs before (after if INVERSE)."""
+    if SIGNED and not INVERSE:
+        x = _signed_stage(x, signs, N, ROTATION)
+    elif ROTATION > 0:
+        x = _stage(x, N, ROTATION // 2)
+    if ROTATION == 128:
+        x = _stage(x, N, 32)
+    if ROTATION >= 64:
+        x = _stage(x, N, 16)
+    if ROTATION >= 32:
+        x = _stage(x, N, 8)
+    if ROTATION >= 16:
+        x = _stage(_stage(_stage(x, N, 4), N, 2), N, 1)
+        scale: tl.constexpr = _inverse_root(ROTATION)
+        y = ()
+        for i in tl.static_range(N):
+            y = y + (x[i] * scale,)
+        x = y
+    if SIGNED and INVERSE:
+        x = _apply_signs(x, signs, N, ROTATION)
+    return x
+
+
+@triton.constexpr_function
+def _inverse_root(n):
+    return float(n) ** -0.5
+
+
+@triton.jit
+def _load_signs(signs, like, ROTATION: tl.constexpr):
+    s = ()
+    if INTERPRETED:
+        for i in tl.static_range(ROTATION):
+            s = s + (tl.load(signs + i),)
+    else:
+        for h in tl.static_range(ROTATION // 4):
+            words = load4(signs.to(tl.int64) + h * 16 + tl.zeros_like(like).to(tl.int64), tl.zeros_like(like) == 0.0)
+            for k in tl.static_range(4):
+                s = s + (words[k].to(tl.float32, bitcast=True),)
+    return s
+
+
+@triton.jit
+def _signed_stage(x, signs, N: tl.constexpr, ROTATION: tl.constexpr):
+    """Signs and the first stage: a product with ±1 is exact, so it may ride in a multiply-add."""
+    S: tl.constexpr = ROTATION // 2
+    s = _load_signs(signs, x[0], ROTATION)
+    y = ()
+    for i in tl.static_range(N):
+        if i & S == 0:
+            y = y + (tl.fma(x[i + S], s[(i + S) % ROTATION], x[i] * s[i % ROTATION]),)
+        else:
+            y = y + (tl.fma(x[i], -s[i % ROTATION], x[i - S] * s[(i - S) % ROTATION]),)
+    return y
+
+
+@triton.jit
+def _apply_signs(x, signs, N: tl.constexpr, ROTATION: tl.constexpr):
+    s = _load_signs(signs, x[0], ROTATION)
+    y = ()
+    for i in tl.static_range(N):
+        y = y + (x[i] * s[i % ROTATION],)
+    return y
+
+
+@triton.jit
+def _fold(x, H: tl.constexpr):
+    y = ()
+    for i in tl.static_range(H):
+        y = y + (x[i] + x[i + H],)
+    return y
+
+
+@triton.jit
+def tree_sum(x, N: tl.constexpr):
+    """Sum of N vectors, first half plus second half, repeatedly."""
+    if N == 128:
+        x = _fold(x, 64)
+    if N >= 64:
+        x = _fold(x, 32)
+    if N >= 32:
+        x = _fold(x, 16)
+    return _fold(_fold(_fold(_fold(x, 8), 4), 2), 1)[0]
+
+
+@triton.jit
+def squares(x, N: tl.constexpr):
+    y = ()
+    for i in tl.static_range(N):
+        y = y + (x[i] * x[i],)
+    return y
+
+
+@triton.jit
+def scaled(x, by, N: tl.constexpr):
+    y = ()
+    for i in tl.static_range(N):
+        y = y + (x[i] * by,)
+    return y
+
+
+@triton.jit
+def amax_bits(x, N: tl.constexpr):
+    """Bits of the largest magnitude, int32: in the order of the numbers, with infinity and NaN on top."""
+    if INTERPRETED:
+        m = x[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        for i in tl.static_range(1, N):
+            m = tl.maximum(m, x[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        return m
+    else:
+        m = tl.abs(x[0])
+        for i in tl.static_range(1, N):
+            m = tl.maximum(m, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
+        return m.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def all_zero(x, N: tl.constexpr):
+    """Whether all N are ±0."""
+    bits = x[0].to(tl.int32, bitcast=True)
+    for i in tl.static_range(1, N):
+        bits = bits | x[i].to(tl.int32, bitcast=True)
+    return (bits & 0x7FFFFFFF) == 0

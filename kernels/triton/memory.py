@@ -1,0 +1,195 @@
+"""Wide loads and stores of thread-owned data.
+
+Written as inline PTX, because Triton would spread a tile over the threads for the sake of its loads and then move it
+back, and because its search for such layouts takes minutes on kernels of several hundred vectors. The
+interpreter takes the plain form.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def columns8(tile):
+    """The eight columns of a ``[B, 8]`` tile."""
+    B: tl.constexpr = tile.shape[0]
+    even, odd = tl.split(tl.reshape(tile, (B, 4, 2)))
+    a, c = tl.split(tl.reshape(even, (B, 2, 2)))
+    b, d = tl.split(tl.reshape(odd, (B, 2, 2)))
+    x0, x4 = tl.split(a)
+    x2, x6 = tl.split(c)
+    x1, x5 = tl.split(b)
+    x3, x7 = tl.split(d)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def tile4(x):
+    """``[B, 4]`` of four vectors."""
+    joined = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    return tl.reshape(joined, (x[0].shape[0], 4))
+
+
+@triton.jit
+def tile8(x):
+    """``[B, 8]`` of eight vectors."""
+    joined = tl.join(tile4((x[0], x[2], x[4], x[6])), tile4((x[1], x[3], x[5], x[7])))
+    return tl.reshape(joined, (x[0].shape[0], 8))
+
+
+@triton.jit
+def tile16(x):
+    """``[B, 16]`` of sixteen vectors."""
+    even = tile8((x[0], x[2], x[4], x[6], x[8], x[10], x[12], x[14]))
+    odd = tile8((x[1], x[3], x[5], x[7], x[9], x[11], x[13], x[15]))
+    return tl.reshape(tl.join(even, odd), (x[0].shape[0], 16))
+
+
+@triton.jit
+def opaque(tile):
+    """An int32 tile as it is: what it is made of stays in the threads that made it, and only the whole changes place."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load4(pointers, valid):
+    """Four vectors of 32-bit words at each 16-byte aligned pointer, 0 where not ``valid``; never in the interpreter."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $5, 0;
+        mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+        @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""", "=&r,=&r,=&r,=&r,l,r", [pointers.to(tl.int64), valid.to(tl.int32)],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1)
+
+
+@triton.jit
+def store4(pointers, x, valid):
+    """Four int32 vectors to the four words at each 16-byte aligned int32 pointer."""
+    if INTERPRETED:
+        tl.store(pointers[:, None] + tl.arange(0, 4)[None, :], tile4(x), mask=valid[:, None])
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $6, 0;
+            @p st.global.v4.b32 [$1], {$2, $3, $4, $5};
+            mov.b32 $0, 0;
+            }""", "=r,l,r,r,r,r,r", [pointers.to(tl.int64), x[0], x[1], x[2], x[3], valid.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_element(pointers, valid):
+    """One element of a 16- or 32-bit float type at each pointer, as fp32, 0 where not ``valid``."""
+    if INTERPRETED or pointers.dtype.element_ty.primitive_bitwidth != 16:
+        return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+    else:
+        bits = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b16 half;
+            setp.ne.b32 p, $2, 0;
+            mov.b16 half, 0;
+            @p ld.global.b16 half, [$1];
+            cvt.u32.u16 $0, half;
+            }""", "=r,l,r", [pointers.to(tl.int64), valid.to(tl.int32)], dtype=tl.uint32, is_pure=True, pack=1)
+        return half_to_float(bits, pointers.dtype.element_ty)
+
+
+@triton.jit
+def load_word(pointers, valid):
+    """One 32-bit word at each int32 pointer, 0 where not ``valid``."""
+    if INTERPRETED:
+        return tl.load(pointers, mask=valid, other=0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "=&r,l,r",
+            [pointers.to(tl.int64), valid.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def load_byte(pointers, valid):
+    """One byte at each uint8 pointer as int32, 0 where not ``valid``."""
+    if INTERPRETED:
+        return tl.load(pointers, mask=valid, other=0).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }", "=&r,l,r",
+            [pointers.to(tl.int64), valid.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def half_to_float(bits, TYPE: tl.constexpr):
+    """fp32 of the bfloat16 or float16 in the low half of uint32 words."""
+    if TYPE == tl.bfloat16:
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_blocks(pointer, offsets, valid, limit, N: tl.constexpr, WIDE: tl.constexpr):
+    """N contiguous elements at each offset, in fp32: N vectors; element i is 0 where not ``valid`` or ``i >= limit``.
+
+    WIDE: offsets are multiples of 16 bytes, and no valid block reaches its limit.
+    """
+    x = ()
+    if WIDE and not INTERPRETED:
+        TYPE: tl.constexpr = pointer.dtype.element_ty
+        for h in tl.static_range(N * TYPE.primitive_bitwidth // 128):
+            words = load4(pointer + offsets + h * (128 // TYPE.primitive_bitwidth), valid)
+            for k in tl.static_range(4):
+                if TYPE.primitive_bitwidth == 32:
+                    x = x + (words[k].to(tl.float32, bitcast=True),)
+                elif TYPE == tl.bfloat16:
+                    x = x + ((words[k] << 16).to(tl.float32, bitcast=True),
+                             (words[k] & 0xFFFF0000).to(tl.float32, bitcast=True))
+                else:
+                    x = x + (half_to_float(words[k], TYPE), half_to_float(words[k] >> 16, TYPE))
+    else:
+        for h in tl.static_range(N // 8):
+            at = h * 8 + tl.arange(0, 8)[None, :]
+            x = x + columns8(tl.load(pointer + offsets[:, None] + at, mask=valid[:, None] & (at < limit[:, None]),
+                                     other=0.0).to(tl.float32))
+    return x
+
+
+@triton.jit
+def _pair(a, b, TYPE: tl.constexpr):
+    """int32 of two fp32 rounded to a 16-bit type, ``a`` in the low half."""
+    if TYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32, is_pure=True,
+                                         pack=1)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32, is_pure=True,
+                                         pack=1)
+
+
+@triton.jit
+def store_blocks(pointer, offsets, x, valid, limit, N: tl.constexpr, WIDE: tl.constexpr):
+    """The N fp32 vectors as elements of the pointer's type; the mirror of :func:`load_blocks`.
+
+    What 64 bytes a thread would write in pieces goes through shared memory instead and leaves in whole lines.
+    """
+    TYPE: tl.constexpr = pointer.dtype.element_ty
+    if WIDE and not INTERPRETED:
+        words = ()
+        if TYPE.primitive_bitwidth == 32:
+            for i in tl.static_range(N):
+                words = words + (x[i].to(tl.int32, bitcast=True),)
+        else:
+            for i in tl.static_range(N // 2):
+                words = words + (_pair(x[2 * i], x[2 * i + 1], TYPE),)
+        target = (pointer + offsets).to(tl.pointer_type(tl.int32), bitcast=True)
+        for h in tl.static_range(N * TYPE.primitive_bitwidth // 512):
+            tl.store(target[:, None] + h * 16 + tl.arange(0, 16)[None, :],
+                     opaque(tile16(words[h * 16:h * 16 + 16])), mask=valid[:, None])
+    else:
+        for i in tl.static_range(N):
+            tl.store(pointer + offsets + i, x[i].to(TYPE), mask=valid & (i < limit))

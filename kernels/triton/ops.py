@@ -1,0 +1,301 @@
+"""Python face of the Triton kernels: tensors in, tensors out, bit-equal to the chains of ``quartet.kernels.reference``.
+
+Supported are e2m1 elements in blocks of 32, 64 or 128 after a Hadamard of any size or none, on float32, bfloat16 and
+float16 tensors of one GPU; :func:`supports` says so. Every launch goes to the tensors' device and its current stream,
+and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quartet.kernels.reference.hadamard import SIZES
+from quartet.kernels.spec import QuantSpec
+from quartet.kernels.triton import columns, rows
+from quartet.kernels.triton.fold import table
+from quartet.kernels.triton.memory import INTERPRETED
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW_LIMIT = 1024  # units of a row that one program folds in the same read
+
+
+@dataclass(frozen=True)
+class Chain:
+    """hadamard → quantize of one operand.
+
+    Args:
+        spec: the quantiser. rotation: Hadamard size, or 0 for none. signs: float32 ``[rotation]``, or None.
+        seed: int64 scalar tensor, needed when ``spec.stochastic``. site: 0…2^32−1.
+    """
+
+    spec: QuantSpec
+    rotation: int = 0
+    signs: Tensor | None = None
+    seed: Tensor | None = None
+    site: int = 0
+
+    @property
+    def unit(self) -> int:
+        """Elements that one thread owns: what a Hadamard or a scale spans."""
+        return max(32, self.rotation, self.spec.block)
+
+
+def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
+    """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
+    if spec.element != "e2m1" or spec.scale != "e8m0":
+        return f"the Triton quantisers write e2m1 with e8m0 scales, not {spec.element} with {spec.scale}"
+    if spec.block not in (32, 64, 128):
+        return f"the Triton quantisers take blocks of 32, 64 and 128, not {spec.block}"
+    if rotation != 0 and rotation not in SIZES:
+        return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
+    if dtype not in DTYPES:
+        return f"the Triton quantisers read and write float32, bfloat16 and float16, not {_name(dtype)}"
+    return None
+
+
+def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``quantize(hadamard(x, …), …)`` along the last axis, in one read of ``x``.
+
+    Args:
+        x: ``[R, K]`` float32, bfloat16 or float16 on a GPU, any strides.
+        packed: return codes, scales and mask. folded: return E4M3 values and row scales.
+    Returns:
+        codes uint8 ``[R, Kp/2]``, scales uint8 ``[R, Kp/block]``, mask uint8 ``[R, Kp/8]`` if ``spec.mask``, values
+        float8_e4m3fn ``[R, Kp]`` and row scales float32 ``[R, 1]`` with ``values · row scale = code · 2^e``
+        (see :func:`fold`); Kp = K rounded up to a multiple of max(rotation, block). What was not asked for is ``[0]``.
+    Raises:
+        ValueError: what :func:`supports` declines, a tensor of another device or shape, or a missing seed.
+    """
+    _check(x, chain)
+    if x.stride(1) != 1 and x.stride(0) == 1 and x.shape[0] > 1:
+        codes, scales, mask = _columns(x.t(), None, chain)[1]
+        values, row_scales = fold(codes, scales, chain.spec) if folded else (_none(x), _none(x))
+        return codes, scales, mask, values, row_scales
+    n, (r, k) = chain.unit, x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    units = triton.cdiv(k, n)
+    whole = units <= ROW_LIMIT
+    out = _Packed(x, r, units * n, chain.spec, packed or (folded and not whole))
+    fold_here = folded and whole
+    values = x.new_empty((r, units * n) if fold_here else 0, dtype=torch.float8_e4m3fn)
+    row_scales = x.new_empty((r, 1) if fold_here else 0, dtype=torch.float32)
+    if x.numel():
+        lanes = triton.next_power_of_2(units) if fold_here else min(triton.next_power_of_2(units), 128)
+        per_program = max(1, 128 // lanes)
+        grid = (triton.cdiv(r, per_program), 1 if fold_here else triton.cdiv(units, lanes))
+        with _on(x):
+            rows.quantize_rows[grid](
+                x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
+                values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device),
+                r, k, x.stride(0), units, chain.site, **_constants(chain), MASK=chain.spec.mask and out.wanted,
+                PACKED=out.wanted, FOLD=fold_here, WIDE=_wide(x, n), R=per_program, L=lanes,
+                num_warps=_warps(per_program * lanes), enable_fp_fusion=False)
+    if folded and not whole:
+        values, row_scales = fold(out.codes, out.scales, chain.spec)
+    return out.codes, out.scales, out.mask, values, row_scales
+
+
+def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales of ``x`` quantised along its rows, and of ``x.t()`` along its: one read of ``x`` ``[R, K]``.
+
+    Returns:
+        codes uint8 ``[R, Kp/2]``, scales uint8 ``[R, Kp/block]``; codes uint8 ``[K, Rp/2]``, scales uint8
+        ``[K, Rp/block]``. Errors as :func:`quantize`.
+    """
+    _check(x, along_rows)
+    _check(x, along_columns)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (codes, scales, _), (t_codes, t_scales, _) = _columns(x, along_rows, along_columns)
+    return codes, scales, t_codes, t_scales
+
+
+def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the transpose of a quantised tensor: ``quantize(hadamard(v.t()))``, ``v = dequantize(codes)``.
+
+    Args:
+        codes, scales: uint8 ``[R, K/2]`` and ``[R, K/in_spec.block]``, contiguous; ``in_spec`` has no gain.
+    Returns:
+        codes uint8 ``[K, Rp/2]`` and scales uint8 ``[K, Rp/block]``. Errors as :func:`quantize`.
+    """
+    r, half = _packed_shape("requantize", codes, scales, in_spec)
+    if in_spec.gain != 1.0:
+        raise ValueError(f"requantize reads codes without a gain, and '{in_spec}' has {in_spec.gain:.3f}; dequantize first")
+    _check(codes, chain, any_dtype=True)
+    n = chain.unit
+    height = triton.cdiv(r, n)
+    out = _Packed(codes, half * 2, height * n, chain.spec, True)
+    if codes.numel():
+        lanes, words = 32, half // 4
+        with _on(codes):
+            columns.requantize_columns[(height, triton.cdiv(words, lanes))](
+                codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, r,
+                words, chain.site,
+                IN_BLOCK=in_spec.block, **_constants(chain), B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
+    return out.codes, out.scales
+
+
+def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """E4M3 values and power-of-two row scales of packed rows: ``values · row scale = code · 2^e``.
+
+    Exact where a row's blocks span at most fifteen powers of two; blocks further below the row's largest are
+    rounded to the E4M3 grid and counted in :func:`inexact_blocks`. A row of zeros has a scale of no meaning.
+
+    Args:
+        codes, scales: uint8 ``[R, K/2]`` and ``[R, K/block]``, contiguous.
+    Returns:
+        float8_e4m3fn ``[R, K]`` and float32 ``[R, 1]``.
+    """
+    r, half = _packed_shape("fold", codes, scales, spec)
+    values = codes.new_empty(r, half * 2, dtype=torch.float8_e4m3fn)
+    row_scales = codes.new_empty(r, 1, dtype=torch.float32)
+    if codes.numel():
+        units = half // 16
+        lanes = min(triton.next_power_of_2(units), 512)
+        per_program = max(1, 128 // lanes)
+        with _on(codes):
+            rows.fold_rows[(triton.cdiv(r, per_program),)](
+                codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
+                table(codes.device), r, units, PER_SCALE=spec.block // 32, R=per_program, L=lanes,
+                num_warps=_warps(per_program * lanes), enable_fp_fusion=False)
+    return values, row_scales
+
+
+def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor | None, gain: float, cols: int,
+                dtype: torch.dtype) -> Tensor:
+    """``hadamard(apply_mask(x · gain, mask), rotation, signs, inverse=True, dtype)[:, :cols]``.
+
+    Args:
+        x: ``[R, Kp]`` float32, bfloat16 or float16; Kp a multiple of max(32, rotation). mask: uint8 ``[R, Kp/8]``, or
+            None. signs: float32 ``[rotation]`` applied after the transform, or None.
+        gain: one fp32 multiplication before everything else. cols: at most Kp.
+    Returns:
+        ``[R, cols]`` of ``dtype``, rounded to nearest even.
+    """
+    n = max(32, rotation)
+    r, width = x.shape if x.dim() == 2 else (0, 1)
+    if x.dim() != 2 or x.dtype not in DTYPES or dtype not in DTYPES or width % n or not 0 <= cols <= width:
+        raise ValueError(f"mask_rotate needs a 2-D tensor of a width divisible by {n} and cols from 0 to it, got "
+                         f"{_name(x.dtype)} {list(x.shape)} on {x.device}, cols={cols}, dtype={_name(dtype)}")
+    if mask is not None and (mask.shape != (r, width // 8) or mask.dtype != torch.uint8 or not mask.is_contiguous()):
+        raise ValueError(f"the mask of x {list(x.shape)} must be contiguous uint8 [{r}, {width // 8}], got "
+                         f"{_name(mask.dtype)} {list(mask.shape)}")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_empty(r, cols, dtype=dtype)
+    if out.numel():
+        units = width // n
+        lanes = min(128, triton.next_power_of_2(units))
+        with _on(x):
+            rows.unrotate_rows[(r, triton.cdiv(units, lanes))](
+                x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain,
+                N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
+                WIDE=_wide(x, n) and cols == width, B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
+    return out
+
+
+@cache
+def inexact_blocks(device: torch.device) -> Tensor:
+    """int64 counter, on ``device``, of the blocks of 32 that a fold had to round since the process started."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+class _Packed:
+    """Result tensors of a packed quantiser, empty where not wanted."""
+
+    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, wanted: bool) -> None:
+        def empty(*shape: int) -> Tensor:
+            return like.new_empty(shape if wanted else 0, dtype=torch.uint8)
+
+        self.wanted = wanted
+        self.codes, self.scales = empty(r, padded // 2), empty(r, padded // spec.block)
+        self.mask = empty(r, padded // 8) if spec.mask else _none(like)
+
+
+def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    n, (r, k) = chain.unit, x.shape
+    rn = n if along_rows is None else along_rows.unit
+    row_spec = chain.spec if along_rows is None else along_rows.spec
+    height, units = triton.cdiv(r, n), triton.cdiv(k, rn)
+    mine = _Packed(x, k, height * n, chain.spec, True)
+    theirs = _Packed(x, r, units * rn, row_spec, along_rows is not None)
+    if x.numel():
+        lanes = max(128, rn)
+        other = along_rows or chain
+        with _on(x):
+            columns.quantize_both[(height, triton.cdiv(k, lanes))](
+                x, r, k, x.stride(0),
+                other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales, theirs.mask.view(torch.int32),
+                other.site,
+                chain.signs, chain.seed, mine.codes.view(torch.int32), mine.scales, mine.mask.view(torch.int32),
+                chain.site,
+                ROWS=along_rows is not None, **_constants(other, row=True), RM=row_spec.mask, **_constants(chain),
+                MASK=chain.spec.mask, WIDE=_wide(x, rn), B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
+    return (theirs.codes, theirs.scales, theirs.mask), (mine.codes, mine.scales, mine.mask)
+
+
+def _constants(chain: Chain, row: bool = False) -> dict[str, Any]:
+    spec = chain.spec
+    values = (chain.unit, chain.rotation, chain.signs is not None, spec.block, spec.rule, spec.sigma, spec.power,
+              spec.stochastic)
+    names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR") if row else
+             ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC"))
+    return dict(zip(names, values, strict=True))
+
+
+def _wide(x: Tensor, n: int) -> bool:
+    """Whether units of n elements can be read 16 bytes at a time."""
+    size = x.element_size()
+    return x.shape[1] % n == 0 and x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
+
+
+def _warps(lanes: int) -> int:
+    return max(1, min(16, lanes // 32))
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """The tensor's device as the current one; in Triton's interpreter that may be the CPU."""
+    if x.is_cuda:
+        return torch.cuda.device(x.device)
+    if INTERPRETED.value:
+        return nullcontext()
+    raise ValueError(f"the Triton kernels run on a GPU, and the tensor {list(x.shape)} is on {x.device}")
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.uint8)
+
+
+def _check(x: Tensor, chain: Chain, any_dtype: bool = False) -> None:
+    reason = supports(chain.spec, chain.rotation, torch.float32 if any_dtype else x.dtype)
+    if reason is not None:
+        raise ValueError(reason)
+    if x.dim() != 2:
+        raise ValueError(f"the Triton quantisers need a 2-D tensor, got {list(x.shape)}; flatten the leading axes with "
+                         "x.reshape(-1, x.shape[-1])")
+    for what, value, size in (("signs", chain.signs, chain.rotation), ("seed", chain.seed, 1)):
+        if value is not None and (value.device != x.device or value.numel() != size):
+            raise ValueError(f"{what} must have {size} elements on {x.device}, got {list(value.shape)} on {value.device}")
+    if chain.spec.stochastic and chain.seed is None:
+        raise ValueError(f"quantiser '{chain.spec}' rounds stochastically and needs a seed")
+
+
+def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[int, int]:
+    if codes.dim() == 2:
+        r, half = codes.shape
+        if (spec.element == "e2m1" and half * 2 % spec.block == 0 and scales.shape == (r, half * 2 // spec.block)
+                and codes.dtype == scales.dtype == torch.uint8 and codes.is_contiguous() and scales.is_contiguous()
+                and codes.device == scales.device):
+            return r, half
+    raise ValueError(
+        f"{what} of '{spec}' needs contiguous uint8 codes [R, K/2] and scales [R, K/{spec.block}] of e2m1 on one device, "
+        f"got {_name(codes.dtype)} {list(codes.shape)} and {_name(scales.dtype)} {list(scales.shape)} on {codes.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,149 @@
+"""Triton kernels along rows: hadamard → quantize → pack and fold; fold of packed rows; mask → inverse hadamard."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quartet.kernels.triton.blocks import hadamard
+from quartet.kernels.triton.fold import is_zero, lookup, row_byte, row_scale_byte, store_folded
+from quartet.kernels.triton.memory import INTERPRETED, load4, load_blocks, load_word, store4, store_blocks
+from quartet.kernels.triton.quantizer import encode, power_of_two, random_words, reciprocal, scale_byte
+
+
+@triton.jit
+def quantize_unit(x, signs, seed, site, group, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr,
+                  BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr,
+                  STOCHASTIC: tl.constexpr, MASK: tl.constexpr):
+    """Nibble words, mask words and scale bytes of units of N elements; ``group``: index of their first 16."""
+    x = hadamard(x, signs, N, ROTATION, SIGNED, False)
+    scales, inverse = (), ()
+    for b in tl.static_range(N // BLOCK):
+        byte = scale_byte(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, RULE, SIGMA, POWER)
+        scales = scales + (byte,)
+        if RULE == "headroom":
+            inverse = inverse + (reciprocal(byte) * 0.75,)
+        else:
+            inverse = inverse + (reciprocal(byte),)
+    random = ()
+    if STOCHASTIC:
+        random = random_words(tl.load(seed), site, group, N)
+    packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, RULE == "quest" or RULE == "floor", MASK)
+    return packed, masks, scales
+
+
+@triton.jit
+def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, unit, valid, N: tl.constexpr,
+               BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """Write what :func:`quantize_unit` made of flat unit ``unit``."""
+    for w in tl.static_range(N // 32):
+        store4(code_words + unit * (N // 8) + w * 4, packed[w * 4:w * 4 + 4], valid)
+    for b in tl.static_range(N // BLOCK):
+        tl.store(scale_bytes + unit * (N // BLOCK) + b, scales[b].to(tl.uint8), mask=valid)
+    if MASK:
+        for w in tl.static_range(N // 32):
+            tl.store(mask_words + unit * (N // 32) + w, masks[w], mask=valid)
+
+
+@triton.jit
+def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_words, row_scales, inexact, lut,
+                  rows, cols, row_stride, units, site,
+                  N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
+                  RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  MASK: tl.constexpr, PACKED: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
+                  R: tl.constexpr, L: tl.constexpr):
+    """R rows by L units of N elements; with FOLD, L units are the whole row."""
+    lane = tl.arange(0, R * L)
+    row = (tl.program_id(0).to(tl.int64) * R + lane // L)
+    column = tl.program_id(1) * L + lane % L
+    valid = (row < rows) & (column < units)
+    values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
+    unit = row * units + column
+    packed, masks, scales = quantize_unit(values, signs, seed, site, unit * (N // 16), N, ROTATION, SIGNED, BLOCK, RULE,
+                                          SIGMA, POWER, STOCHASTIC, MASK)
+    if PACKED:
+        store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, unit, valid, N, BLOCK, MASK)
+    if FOLD:
+        top = row_byte(scales[0], is_zero(packed[0:4]))
+        for w in tl.static_range(1, N // 32):
+            top = tl.maximum(top, row_byte(scales[w * 32 // BLOCK], is_zero(packed[w * 4:w * 4 + 4])))
+        top = tl.max(tl.reshape(tl.where(valid, top, 0), (R, L)), 1)
+        scale = row_scale_byte(top)
+        here = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+        tl.store(row_scales + here, power_of_two(scale), mask=here < rows)
+        scale = tl.reshape(tl.broadcast_to(scale[:, None], (R, L)), (R * L,))
+        lost = tl.zeros_like(lane)
+        for w in tl.static_range(N // 32):
+            words = packed[w * 4:w * 4 + 4]
+            low, high, far = lookup(lut, scales[w * 32 // BLOCK], scale)
+            lost += (far & valid & ~is_zero(words)).to(tl.int32)
+            store_folded(value_words + unit * (N // 4) + w * 8, words, low, high, valid)
+        total = tl.sum(lost)
+        if total > 0:
+            tl.atomic_add(inexact, total.to(tl.int64))
+
+
+@triton.jit
+def fold_rows(code_words, scale_bytes, value_words, row_scales, inexact, lut, rows, units,
+              PER_SCALE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """E4M3 bytes and row scales of packed rows of ``units`` · 32 elements; PER_SCALE · 32 elements share a scale."""
+    lane = tl.arange(0, R * L)
+    row = tl.program_id(0).to(tl.int64) * R + lane // L
+    top = tl.zeros_like(lane)
+    for start in range(0, units, L):
+        byte, words, _, _ = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, units, PER_SCALE)
+        top = tl.maximum(top, row_byte(byte, is_zero(words)))
+    scale = row_scale_byte(tl.max(tl.reshape(top, (R, L)), 1))
+    here = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    tl.store(row_scales + here, power_of_two(scale), mask=here < rows)
+    scale = tl.reshape(tl.broadcast_to(scale[:, None], (R, L)), (R * L,))
+    lost = tl.zeros_like(lane)
+    for start in range(0, units, L):
+        byte, words, unit, valid = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, units, PER_SCALE)
+        low, high, far = lookup(lut, byte, scale)
+        lost += (far & ~is_zero(words)).to(tl.int32)
+        store_folded(value_words + unit * 8, words, low, high, valid)
+    total = tl.sum(lost)
+    if total > 0:
+        tl.atomic_add(inexact, total.to(tl.int64))
+
+
+@triton.jit
+def _packed_unit(code_words, scale_bytes, row, column, rows, units, PER_SCALE: tl.constexpr):
+    valid = (row < rows) & (column < units)
+    unit = row * units + column
+    byte = tl.load(scale_bytes + unit // PER_SCALE, mask=valid, other=0).to(tl.int32)
+    words = ()
+    if INTERPRETED:
+        for k in tl.static_range(4):
+            words = words + (tl.load(code_words + unit * 4 + k, mask=valid, other=0),)
+    else:
+        raw = load4(code_words + unit * 4, valid)
+        for k in tl.static_range(4):
+            words = words + (raw[k].to(tl.int32, bitcast=True),)
+    return byte, words, unit, valid
+
+
+@triton.jit
+def unrotate_rows(x, mask_words, signs, out, rows, cols, row_stride, units, gain,
+                  N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, MASK: tl.constexpr,
+                  GAIN: tl.constexpr, WIDE: tl.constexpr, B: tl.constexpr):
+    """``hadamard(mask · x · gain, inverse)`` of B units of N elements, the first ``cols`` of each row."""
+    column = tl.program_id(1) * B + tl.arange(0, B)
+    row = tl.program_id(0).to(tl.int64)
+    valid = column < units
+    values = load_blocks(x + row * row_stride, column * N, valid, tl.full((B,), N, tl.int32), N, WIDE)
+    y = ()
+    for w in tl.static_range(N // 32):
+        bits = column
+        if MASK:
+            bits = load_word(mask_words + (row * units + column) * (N // 32) + w, valid)
+        for i in tl.static_range(32):
+            v = values[w * 32 + i]
+            if GAIN:
+                v = v * gain
+            if MASK:
+                v = tl.where((bits >> i) & 1 == 1, v, 0.0)
+            y = y + (v,)
+    y = hadamard(y, signs, N, ROTATION, SIGNED, True)
+    store_blocks(out + row * cols, column * N, y, valid, cols - column * N, N, WIDE)

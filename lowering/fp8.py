@@ -1,0 +1,155 @@
+"""Lower GEMMs of FP8 operands with one scale a tensor or a row to the FP8 tensor cores, through ``aten._scaled_mm``.
+
+A quantise becomes the aten ops of the reference, in the graph: there Inductor fuses the largest magnitude and the cast
+with what computes the operand, and the partitioner is free to keep the codes or to compute them again. The scales are
+``store``d: inlined into the cast, their division would be done for every element. The product
+wants A row-major, B column-major, K and N in multiples of 16: codes that lie otherwise are transposed by one
+``aten.clone`` each, and padded with zeros.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.graph import BACKWARD, Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.inductor import store
+from quartet.runtime import compat
+
+ALIGN = 16
+FAST_ACCUMULATION = True
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None where a device has FP8 tensor cores that ``_scaled_mm`` drives, else why not."""
+    if device.type != "cuda":
+        return f"FP8 tensor cores are on NVIDIA GPUs, not on {device.type}"
+    if torch.version.hip is not None:
+        return "written for NVIDIA's FP8 formats; this PyTorch is built for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*capability)
+    return None
+
+
+def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
+    """None when ``_scaled_mm`` multiplies operands of this format into ``dtype``, else why not."""
+    if spec.blocked:
+        return f"multiplies FP8 operands with one scale a row or a tensor, not a scale every {spec.block} elements"
+    if spec.block == "row" and dtype is not torch.bfloat16:
+        return f"with a scale a row the product is bfloat16, not {_name(dtype)}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the product is bfloat16, float16 or float32, not {_name(dtype)}"
+    return None
+
+
+def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
+    """None when the two formats multiply, else why not."""
+    if a.element == b.element == "e5m2":
+        return "the tensor cores have no product of e5m2 and e5m2; make one operand e4m3"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def lower(graph: Graph, gemms: list[Node], accepts: Callable[[QuantSpec, int, torch.dtype], bool]) -> None:
+    """Rewrite the chosen scaled_mm nodes, and the quantise nodes of their operands wherever those are read."""
+    operands = [codes for gemm in gemms for codes in (gemm.args[0], gemm.args[2]) if isinstance(codes, Node)]
+    for quantizer in dict.fromkeys(ir.quantizer_of(codes)[0] for codes in operands):
+        _quantize(graph, quantizer)
+    copies: dict[Node, Node] = {}
+    for gemm in gemms:
+        _gemm(graph, gemm, copies)
+
+
+def _quantize(graph: Graph, node: Node) -> None:
+    """The reference's aten ops in place of a quantise node."""
+    x, spec = node.args[:2]
+    assert isinstance(x, Node) and isinstance(spec, str)
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+
+    def quantize(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return reference.quantize(t, QuantSpec.parse(spec), store=store)
+
+    results = inline(build, compat.trace(quantize, [val(x)]), [x])
+    for item in list(node.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+
+def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list[Node]:
+    """Copy a traced graph of aten ops to where ``build`` inserts; returns its results."""
+    copied: dict[Node, Node] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = map_arg((node.args, node.kwargs), copied.__getitem__)
+            copied[node] = build(node.target, *args, **kwargs)
+    return [copied[node] for node in gm.graph.output_node().args[0]]  # type: ignore[index]
+
+
+def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
+    build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
+    a, a_scales, b, b_scales, _, _, dtype = gemm.args
+    a, b = row_major(build, a, copies), row_major(build, b, copies)
+    out = keep_as(scaled_mm(build, a, a_scales, b, b_scales, dtype), gemm)
+    out.meta["quartet_kernel"] = "cublaslt"
+    gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))
+
+
+def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
+    """``codes`` with rows one after another: as they are, or one copy, shared by what reads it in backward."""
+    if [str(s) for s in val(codes).stride()] == [str(shape(codes)[1]), "1"]:
+        return codes
+    backward = build.meta["partitioner_tag"] == BACKWARD
+    copy = copies.get(codes) if backward else None
+    if copy is None:
+        copy = build(aten.clone.default, codes, memory_format=torch.contiguous_format)
+        if backward:
+            copies[codes] = copy
+    return copy
+
+
+def scaled_mm(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any) -> Node:
+    """``A · Bᵀ`` of row-major FP8 codes: ``[M, K] × [N, K] → [M, N rounded up to 16]`` of ``dtype``.
+
+    Scales are fp32, ``[1, 1]`` of a tensor or ``[M, 1]`` and ``[N, 1]`` of rows. With one of each the tensor's is
+    repeated for every row.
+    """
+    rows = tuple(shape(s)[0] for s in (a_scales, b_scales))
+    if any(not isinstance(r, int) or r != 1 for r in rows):
+        a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
+        b_scales = build.transpose(_padded(build, b_scales, rows=True, cols=False))
+    a, b = _padded(build, a, rows=False, cols=True), _padded(build, b, rows=True, cols=True)
+    return build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype,
+                 FAST_ACCUMULATION)
+
+
+def _per_row(build: Builder, codes: Node, scales: Node) -> Node:
+    if str(shape(scales)[0]) == str(shape(codes)[0]):
+        return scales
+    every = build(aten.expand.default, scales, [build.size(shape(codes)[0]), 1])
+    return build(aten.clone.default, every, memory_format=torch.contiguous_format)
+
+
+def _padded(build: Builder, x: Node, rows: bool, cols: bool) -> Node:
+    """Zeros below and to the right, as far as the next multiple of 16."""
+    below, right = (_missing(build, size) if wanted else 0 for size, wanted in zip(shape(x), (rows, cols), strict=True))
+    return x if below == right == 0 else build(aten.constant_pad_nd.default, x, [0, right, 0, below])
+
+
+def _missing(build: Builder, size: Any) -> Any:
+    """How much ``size`` lacks to a multiple of 16; for a symbolic one the node that computes it."""
+    if isinstance(size, int):
+        return -size % ALIGN
+    held = build.size(size)
+    tiles = build(operator.floordiv, build(operator.add, held, ALIGN - 1), ALIGN)
+    return build(operator.sub, build(operator.mul, tiles, ALIGN), held)
