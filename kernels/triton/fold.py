@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.reference.elements import E2M1_VALUES
-from quartet.kernels.triton.memory import INTERPRETED, tile8
+from quartet.kernels.triton.memory import INTERPRETED, store4
 
 TOP = 6
 _LOWEST = -24  # below, every element is 0
@@ -82,10 +82,10 @@ def _bytes(nibbles, low, high):
 @triton.jit
 def store_folded(pointers, words, low, high, valid):
     """The 32 E4M3 bytes of four words of E2M1 nibbles, to the eight words at each int32 pointer."""
-    folded = ()
-    for w in tl.static_range(4):
-        folded = folded + (_bytes(words[w], low, high), _bytes(words[w] >> 16, low, high))
-    tl.store(pointers[:, None] + tl.arange(0, 8)[None, :], tile8(folded), mask=valid[:, None])
+    for h in tl.static_range(2):
+        first, second = words[2 * h], words[2 * h + 1]
+        store4(pointers + 4 * h, (_bytes(first, low, high), _bytes(first >> 16, low, high),
+                                  _bytes(second, low, high), _bytes(second >> 16, low, high)), valid)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Written as inline PTX, because Triton would spread a tile over the threads for the sake of its loads and then move it
 back, and because its search for such layouts takes minutes on kernels of several hundred vectors. The
-interpreter takes the plain form.
+interpreter takes the plain form. ``load4`` and ``load_byte`` may read what the same thread has stored.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def load4(pointers, valid):
         mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
         @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
         }""", "=&r,=&r,=&r,=&r,l,r", [pointers.to(tl.int64), valid.to(tl.int32)],
-        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1)
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False, pack=1)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def load_byte(pointers, valid):
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }", "=&r,l,r",
-            [pointers.to(tl.int64), valid.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1)
+            [pointers.to(tl.int64), valid.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from quartet.kernels.triton.fold import table
 from quartet.kernels.triton.memory import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROW_LIMIT = 1024  # units of a row that one program folds in the same read
+WARP = 32
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,21 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
     n, (r, k) = chain.unit, x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     units = triton.cdiv(k, n)
-    whole = units <= ROW_LIMIT
-    out = _Packed(x, r, units * n, chain.spec, packed or (folded and not whole))
-    fold_here = folded and whole
-    values = x.new_empty((r, units * n) if fold_here else 0, dtype=torch.float8_e4m3fn)
-    row_scales = x.new_empty((r, 1) if fold_here else 0, dtype=torch.float32)
+    out = _Packed(x, r, units * n, chain.spec, True)
+    values = x.new_empty((r, units * n) if folded else 0, dtype=torch.float8_e4m3fn)
+    row_scales = x.new_empty((r, 1) if folded else 0, dtype=torch.float32)
     if x.numel():
-        lanes = triton.next_power_of_2(units) if fold_here else min(triton.next_power_of_2(units), 128)
-        per_program = max(1, 128 // lanes)
-        grid = (triton.cdiv(r, per_program), 1 if fold_here else triton.cdiv(units, lanes))
+        lanes = min(triton.next_power_of_2(units), WARP)
+        per_program = WARP // lanes
+        grid = (triton.cdiv(r, per_program), 1 if folded else triton.cdiv(units, lanes))
         with _on(x):
             rows.quantize_rows[grid](
                 x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
                 values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device),
-                r, k, x.stride(0), units, chain.site, **_constants(chain), MASK=chain.spec.mask and out.wanted,
-                PACKED=out.wanted, FOLD=fold_here, WIDE=_wide(x, n), R=per_program, L=lanes,
-                num_warps=_warps(per_program * lanes), enable_fp_fusion=False)
-    if folded and not whole:
-        values, row_scales = fold(out.codes, out.scales, chain.spec)
+                r, k, x.stride(0), units, chain.site, **_constants(chain), MASK=chain.spec.mask, FOLD=folded,
+                WIDE=_wide(x, n), R=per_program, L=lanes, num_warps=1, enable_fp_fusion=False)
+    if not packed:
+        return _none(x), _none(x), _none(x), values, row_scales
     return out.codes, out.scales, out.mask, values, row_scales
 
 

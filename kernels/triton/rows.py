@@ -7,7 +7,7 @@ import triton.language as tl
 
 from quartet.kernels.triton.blocks import hadamard
 from quartet.kernels.triton.fold import is_zero, lookup, row_byte, row_scale_byte, store_folded
-from quartet.kernels.triton.memory import INTERPRETED, load4, load_blocks, load_word, store4, store_blocks
+from quartet.kernels.triton.memory import INTERPRETED, load4, load_blocks, load_byte, load_word, store4, store_blocks
 from quartet.kernels.triton.quantizer import encode, power_of_two, random_words, reciprocal, scale_byte
 
 
@@ -50,37 +50,44 @@ def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_wor
                   rows, cols, row_stride, units, site,
                   N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                   RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  MASK: tl.constexpr, PACKED: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
-                  R: tl.constexpr, L: tl.constexpr):
-    """R rows by L units of N elements; with FOLD, L units are the whole row."""
+                  MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """R rows, L units of N elements of each: all of the row with FOLD, else L units from the second grid axis on.
+
+    FOLD reads what the program has just written back from the cache, once the row's largest scale is known.
+    """
     lane = tl.arange(0, R * L)
-    row = (tl.program_id(0).to(tl.int64) * R + lane // L)
-    column = tl.program_id(1) * L + lane % L
+    row = tl.program_id(0).to(tl.int64) * R + lane // L
+    if FOLD:
+        top = tl.zeros_like(lane)
+        for start in range(0, units, L):
+            top = tl.maximum(top, _quantize_row_units(
+                x, signs, seed, code_words, scale_bytes, mask_words, row, start + lane % L, rows, cols, row_stride,
+                units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, WIDE))
+        tl.debug_barrier()
+        _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows,
+                    units * (N // 32), BLOCK // 32, R, L)
+    else:
+        _quantize_row_units(x, signs, seed, code_words, scale_bytes, mask_words, row, tl.program_id(1) * L + lane % L,
+                            rows, cols, row_stride, units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
+                            STOCHASTIC, MASK, WIDE)
+
+
+@triton.jit
+def _quantize_row_units(x, signs, seed, code_words, scale_bytes, mask_words, row, column, rows, cols, row_stride, units,
+                        site, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
+                        RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                        MASK: tl.constexpr, WIDE: tl.constexpr):
+    """Quantise and store one unit a lane; returns the largest scale byte of its blocks that are neither zero nor NaN."""
     valid = (row < rows) & (column < units)
     values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
     unit = row * units + column
     packed, masks, scales = quantize_unit(values, signs, seed, site, unit * (N // 16), N, ROTATION, SIGNED, BLOCK, RULE,
                                           SIGMA, POWER, STOCHASTIC, MASK)
-    if PACKED:
-        store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, unit, valid, N, BLOCK, MASK)
-    if FOLD:
-        top = row_byte(scales[0], is_zero(packed[0:4]))
-        for w in tl.static_range(1, N // 32):
-            top = tl.maximum(top, row_byte(scales[w * 32 // BLOCK], is_zero(packed[w * 4:w * 4 + 4])))
-        top = tl.max(tl.reshape(tl.where(valid, top, 0), (R, L)), 1)
-        scale = row_scale_byte(top)
-        here = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-        tl.store(row_scales + here, power_of_two(scale), mask=here < rows)
-        scale = tl.reshape(tl.broadcast_to(scale[:, None], (R, L)), (R * L,))
-        lost = tl.zeros_like(lane)
-        for w in tl.static_range(N // 32):
-            words = packed[w * 4:w * 4 + 4]
-            low, high, far = lookup(lut, scales[w * 32 // BLOCK], scale)
-            lost += (far & valid & ~is_zero(words)).to(tl.int32)
-            store_folded(value_words + unit * (N // 4) + w * 8, words, low, high, valid)
-        total = tl.sum(lost)
-        if total > 0:
-            tl.atomic_add(inexact, total.to(tl.int64))
+    store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, unit, valid, N, BLOCK, MASK)
+    top = row_byte(scales[0], is_zero(packed[0:4]))
+    for w in tl.static_range(1, N // 32):
+        top = tl.maximum(top, row_byte(scales[w * 32 // BLOCK], is_zero(packed[w * 4:w * 4 + 4])))
+    return tl.where(valid, top, 0)
 
 
 @triton.jit
@@ -93,6 +100,14 @@ def fold_rows(code_words, scale_bytes, value_words, row_scales, inexact, lut, ro
     for start in range(0, units, L):
         byte, words, _, _ = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, units, PER_SCALE)
         top = tl.maximum(top, row_byte(byte, is_zero(words)))
+    _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, units, PER_SCALE,
+                R, L)
+
+
+@triton.jit
+def _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, units,
+                PER_SCALE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """Write the E4M3 bytes and scales of rows of ``units`` · 32 packed elements whose largest byte is in ``top``."""
     scale = row_scale_byte(tl.max(tl.reshape(top, (R, L)), 1))
     here = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     tl.store(row_scales + here, power_of_two(scale), mask=here < rows)
@@ -110,9 +125,9 @@ def fold_rows(code_words, scale_bytes, value_words, row_scales, inexact, lut, ro
 
 @triton.jit
 def _packed_unit(code_words, scale_bytes, row, column, rows, units, PER_SCALE: tl.constexpr):
+    """Scale byte, four words of nibbles, flat index and validity of one block of 32 a lane."""
     valid = (row < rows) & (column < units)
     unit = row * units + column
-    byte = tl.load(scale_bytes + unit // PER_SCALE, mask=valid, other=0).to(tl.int32)
     words = ()
     if INTERPRETED:
         for k in tl.static_range(4):
@@ -121,7 +136,7 @@ def _packed_unit(code_words, scale_bytes, row, column, rows, units, PER_SCALE: t
         raw = load4(code_words + unit * 4, valid)
         for k in tl.static_range(4):
             words = words + (raw[k].to(tl.int32, bitcast=True),)
-    return byte, words, unit, valid
+    return load_byte(scale_bytes + unit // PER_SCALE, valid), words, unit, valid
 
 
 @triton.jit
