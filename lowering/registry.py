@@ -15,11 +15,11 @@ from torch.fx import Graph, Node
 from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.spec import ELEMENTS, WHOLES, QuantSpec
 from quartet.lowering import cpu as cpu_lowering
-from quartet.lowering import fp8
+from quartet.lowering import cuda, fp8
+from quartet.lowering.chains import Accepts
 
 Supports = Callable[[torch.device, torch.dtype, QuantSpec, int], str | None]
 SupportsPair = Callable[[QuantSpec, QuantSpec], str | None]
-Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
 Lower = Callable[[Graph, list[Node], Accepts], None]
 
 
@@ -59,8 +59,12 @@ def _inductor(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotatio
 
 KERNELS = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
+    Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
+           cuda.lower_fold),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,
            fp8.ALIGN),
+    Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
+           cuda.lower_plain),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
 )
 NAMES = tuple(kernel.name for kernel in KERNELS)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.triton.memory import load_blocks, load_byte, load_element, load_word
-from quartet.kernels.triton.rows import quantize_unit, store_unit
+from quartet.kernels.triton.rows import quantize_unit, store_unit, value_of
 
 
 @triton.jit
@@ -73,15 +73,8 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
     for c in range(8):
         values = ()
         for i in tl.static_range(N):
-            values = values + (_value(nibbles[i] << (28 - 4 * c)) * scales[i],)
+            values = values + (value_of(nibbles[i] << (28 - 4 * c)) * scales[i],)
         unit = (j * 8 + c).to(tl.int64) * height + tl.program_id(0)
         packed, masks, made = quantize_unit(values, signs, seed, site, unit * (N // 16), N, ROTATION, SIGNED, BLOCK,
                                             RULE, SIGMA, POWER, STOCHASTIC, False)
         store_unit(packed, masks, made, out_codes, out_scale_bytes, out_codes, unit, inside, N, BLOCK, False)
-
-
-@triton.jit
-def _value(top_nibble):
-    """fp32 of the E2M1 code in bits 31…28: moved to the float's sign and low exponent it is the value · 2^-126."""
-    bits = (top_nibble >> 6) & -2118123520  # 0x81C00000: the sign, and the code as bits 24…22
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37

@@ -164,6 +164,29 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
     return values, row_scales
 
 
+def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """``code · 2^e`` without the spec's gain, ``[R, K]`` of ``dtype``; arguments as :func:`fold`."""
+    r, half = _packed_shape("dequantize", codes, scales, spec)
+    if dtype not in DTYPES:
+        raise ValueError(f"dequantize writes float32, bfloat16 and float16, not {_name(dtype)}")
+    out = codes.new_empty(r, half * 2, dtype=dtype)
+    if codes.numel():
+        blocks, lanes = codes.numel() // 16, 128
+        with _on(codes):
+            rows.dequantize_rows[(triton.cdiv(blocks, lanes),)](
+                codes.view(torch.int32), scales, out, blocks, PER_SCALE=spec.block // 32, B=lanes,
+                num_warps=_warps(lanes), enable_fp_fusion=False)
+    return out
+
+
+def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
+    """``reference.random_signs`` in one launch: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
+    out = seed.new_empty(n, dtype=torch.float32)
+    with _on(seed):
+        rows.draw_signs[(1,)](seed, out, site, n, N=128, num_warps=4)
+    return out
+
+
 def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor | None, gain: float, cols: int,
                 dtype: torch.dtype) -> Tensor:
     """``hadamard(apply_mask(x · gain, mask), rotation, signs, inverse=True, dtype)[:, :cols]``.

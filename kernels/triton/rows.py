@@ -5,10 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quartet.kernels.reference import philox
 from quartet.kernels.triton.blocks import hadamard
 from quartet.kernels.triton.fold import is_zero, lookup, row_byte, row_scale_byte, store_folded
 from quartet.kernels.triton.memory import INTERPRETED, load4, load_blocks, load_byte, load_word, store4, store_blocks
 from quartet.kernels.triton.quantizer import encode, power_of_two, random_words, reciprocal, scale_byte
+
+SIGN_STREAM = tl.constexpr(philox.SIGN_STREAM)
 
 
 @triton.jit
@@ -162,3 +165,32 @@ def unrotate_rows(x, mask_words, signs, out, rows, cols, row_stride, units, gain
             y = y + (v,)
     y = hadamard(y, signs, N, ROTATION, SIGNED, True)
     store_blocks(out + row * cols, column * N, y, valid, cols - column * N, N, WIDE)
+
+
+@triton.jit
+def dequantize_rows(code_words, scale_bytes, out, blocks, PER_SCALE: tl.constexpr, B: tl.constexpr):
+    """``code · 2^e`` of B blocks of 32."""
+    block = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    byte, words, _, valid = _packed_unit(code_words, scale_bytes, tl.zeros_like(block), block, 1, blocks, PER_SCALE)
+    scale = power_of_two(byte)
+    values = ()
+    for i in tl.static_range(32):
+        values = values + (value_of(words[i // 8] << (28 - 4 * (i % 8))) * scale,)
+    store_blocks(out, block * 32, values, valid, tl.full((B,), 32, tl.int32), 32, True)
+
+
+@triton.jit
+def value_of(top_nibble):
+    """fp32 of the E2M1 code in bits 31…28: moved to the float's sign and low exponent it is the value · 2^-126."""
+    bits = (top_nibble >> 6) & -2118123520  # 0x81C00000: the sign, and the code as bits 24…22
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def draw_signs(seed, out, site, n, N: tl.constexpr):
+    """Sign i is negative where bit i of the Philox call of the sign stream is set."""
+    i = tl.arange(0, N)
+    zero = tl.zeros_like(i).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero, zero, zero + site, zero + SIGN_STREAM)
+    word = tl.where(i < 64, tl.where(i < 32, w0, w1), tl.where(i < 96, w2, w3))
+    tl.store(out + i, tl.where((word >> (i % 32).to(tl.uint32)) & 1 == 1, -1.0, 1.0), mask=i < n)

@@ -1,0 +1,129 @@
+"""The chains of semantic ops that a fused kernel replaces: what leads to a quantise, and what follows a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.graph import RECOMPUTED, aten, is_backward, val
+
+Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
+
+
+@dataclass(frozen=True)
+class Source:
+    """hadamard → quantize, or quantize alone.
+
+    Args:
+        x: what is rotated and quantised. rotation: Hadamard size, 0 for none. signs: its signs' node, or None.
+        spec, seed, site: the quantiser's own arguments.
+    """
+
+    x: Node
+    rotation: int
+    signs: Node | None
+    spec: str
+    seed: Node | None
+    site: int
+
+    @staticmethod
+    def of(quantizer: Node) -> Source:
+        x, spec, seed, site = quantizer.args
+        rotation, signs = 0, None
+        assert isinstance(x, Node)
+        if x.target is ir.HADAMARD:
+            x, rotation, signs = x.args[0], x.args[1], x.args[2]  # type: ignore[assignment]
+        return Source(x, rotation, signs, spec, seed, site)  # type: ignore[arg-type]
+
+    @property
+    def tail(self) -> tuple[Any, ...]:
+        """The arguments that every fused quantiser takes after its input."""
+        return self.rotation, self.signs, self.spec, self.seed, self.site
+
+    @property
+    def stored(self) -> Node | None:
+        """The dequantize behind a transpose: its packed codes can be read directly."""
+        source = self.transposed
+        if source is not None and source.target is ir.DEQUANTIZE and val(source.args[0]).dtype is torch.uint8:  # type: ignore[arg-type]
+            return source
+        return None
+
+    @property
+    def transposed(self) -> Node | None:
+        """What ``x`` is the transpose of, if it is one."""
+        source = self.x.args[0] if self.x.target is aten.permute.default else None
+        return source if isinstance(source, Node) else None
+
+
+def accepted(graph: Graph, gemms: list[Node], accepts: Accepts) -> list[Node]:
+    """The quantise nodes, in order, whose chains a kernel family takes and that no other family's product reads."""
+    nodes, chosen = [], set(gemms)
+    for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE):
+        source = Source.of(node)
+        readers = {user for item in node.users for user in item.users if user.target is ir.SCALED_MM}
+        if readers <= chosen and accepts(QuantSpec.parse(source.spec), source.rotation, val(source.x).dtype):
+            nodes.append(node)
+    return nodes
+
+
+def direct(codes: Any, gemm: Node) -> Node | None:
+    """The quantiser that can hand its values straight to ``gemm``; None when it must read stored codes."""
+    quantizer = codes.args[0]
+    again = gemm.meta.get("recompute") in RECOMPUTED and quantizer.meta.get("recompute") not in RECOMPUTED
+    if is_backward(quantizer) != is_backward(gemm) or again:
+        return None
+    return quantizer
+
+
+def is_stored(quantizer: Node, gemms: set[Node]) -> bool:
+    """Whether anything but a product of the same direction reads the quantiser's results."""
+    return any(direct(item, user) is None if user in gemms else True for item in quantizer.users for user in item.users)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """apply_mask → inverse hadamard → first columns after a product, each the only reader of the last.
+
+    Args:
+        mask: packed bits, or None. rotation, signs: of the inverse Hadamard, 0 and None without one.
+        dtype: of the result. last: the node whose value it is.
+    """
+
+    mask: Node | None
+    rotation: int
+    signs: Node | None
+    dtype: torch.dtype
+    last: Node
+
+    @staticmethod
+    def of(gemm: Node) -> Epilogue | None:
+        """What follows ``gemm``, or None where nothing does that a kernel could take."""
+        mask = unrotate = None
+        last = gemm
+        user = _only_user(last)
+        if user is not None and user.target is ir.APPLY_MASK:
+            mask, last = user.args[1], user
+            user = _only_user(last)
+        if user is not None and user.target is ir.HADAMARD and user.args[3]:
+            unrotate, last = user, user
+            user = _only_user(last)
+        if last is not gemm and user is not None and user.target is aten.slice.Tensor and user.args[1:3] == (1, 0):
+            last = user
+        if last is gemm:
+            return None
+        width = val(gemm).shape[1]
+        if mask is not None and (not isinstance(width, int) or val(mask).shape[1] * 8 != width):  # type: ignore[arg-type]
+            return None
+        rotation, signs = (unrotate.args[1], unrotate.args[2]) if unrotate else (0, None)
+        dtype = unrotate.args[4] if unrotate else gemm.args[6]
+        return Epilogue(mask, rotation, signs, dtype, last)  # type: ignore[arg-type]
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

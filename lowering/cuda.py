@@ -1,0 +1,165 @@
+"""Lower the quantised IR to the Triton quantisers and FP8 tensor cores, or to plain matmuls where there are none.
+
+An MXFP4 operand is exact as E4M3 with a power-of-two scale a row, so ``_scaled_mm`` of two of them is the MXFP4
+product. What is quantised and multiplied in the same direction arrives folded from its quantiser; what was kept for
+backward is folded from its codes. A gradient that dgrad and wgrad quantise along different axes is read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import cuda_ops, fp8
+from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, is_stored
+from quartet.lowering.cpu import operand_dtype
+from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
+
+Operand = tuple[Node, Node]
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None where the Triton kernels run, else why not."""
+    if device.type != "cuda":
+        return f"runs on a GPU, not on {device.type}"
+    if torch.version.hip is not None:
+        return "the Triton quantisers hold NVIDIA instructions; this PyTorch is built for ROCm"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed ({error}); it comes with PyTorch's CUDA builds"
+    return None
+
+
+def supports(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the Triton quantisers take the chain, else why not."""
+    reason = unavailable(device)
+    if reason is None:
+        from quartet.kernels.triton import ops
+
+        reason = ops.supports(spec, rotation, dtype)
+    return reason
+
+
+def supports_fold(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
+    if dtype is not torch.bfloat16:
+        return f"the FP8 product with a scale a row is bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return fp8.unavailable(device) or supports(device, dtype, spec, rotation)
+
+
+class Lowering:
+    """One graph's rewrite.
+
+    Args:
+        fold: multiply E4M3 operands on FP8 tensor cores, else dequantised ones with ``mm``.
+    """
+
+    def __init__(self, graph: Graph, gemms: list[Node], accepts: Accepts, fold: bool) -> None:
+        self.graph, self.gemms, self.fold = graph, gemms, fold
+        self.wanted = {direct(codes, gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
+        self.operands: dict[tuple[Node, bool], Operand] = {}  # (codes, backward) → E4M3 values and row scales
+        quantizers = accepted(graph, gemms, accepts)
+        for rows, columns in self._pairs(quantizers) if fold else ():
+            self._quantize_both(rows, columns)
+            quantizers = [node for node in quantizers if node not in (rows, columns)]
+        for node in quantizers:
+            self._quantize(node)
+        for gemm in gemms:
+            self._gemm(gemm)
+
+    def _pairs(self, quantizers: list[Node]) -> list[tuple[Node, Node]]:
+        """Quantisers of a tensor and of its transpose that only products of their own direction read."""
+        chosen = set(self.gemms)
+        alone = [node for node in quantizers if node in self.wanted and not is_stored(node, chosen)]
+        along_rows = {(Source.of(node).x, is_backward(node)): node for node in reversed(alone)}
+        pairs = []
+        for node in alone:
+            source = Source.of(node)
+            of = source.transposed
+            other = along_rows.pop((of, is_backward(node)), None) if of is not None and not source.stored else None
+            if other is not None:
+                pairs.append((other, node))
+        return pairs
+
+    def _quantize_both(self, rows: Node, columns: Node) -> None:
+        first = next(node for node in self.graph.nodes if node in (rows, columns))
+        build = Builder(self.graph, like=first, before=first, backward=is_backward(first))
+        sources = [self._at(build, Source.of(node), first) for node in (rows, columns)]
+        op = build(cuda_ops.QUANTIZE_BOTH, sources[0].x, *sources[0].tail, *sources[1].tail)
+        for index, node in enumerate((rows, columns)):
+            codes = next(item for item in node.users if item.args[1] == 0)
+            self.operands[codes, is_backward(node)] = build.item(op, 2 * index), build.item(op, 2 * index + 1)
+
+    def _at(self, build: Builder, source: Source, place: Node) -> Source:
+        """``source`` with signs that are there before ``place``."""
+        if source.signs is None or source.signs < place:
+            return source
+        signs = build(source.signs.target, *source.signs.args)  # type: ignore[arg-type]
+        return Source(source.x, source.rotation, signs, source.spec, source.seed, source.site)
+
+    def _quantize(self, node: Node) -> None:
+        """Replace hadamard → quantize by one fused op."""
+        source = Source.of(node)
+        build = Builder(self.graph, like=node, before=node, backward=is_backward(node))
+        folded = self.fold and node in self.wanted
+        tail = (*source.tail, not folded or is_stored(node, set(self.gemms)), folded)
+        stored = source.stored
+        if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
+            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail)
+        else:
+            op = build(cuda_ops.QUANTIZE, source.x, *tail)
+        results = [build.item(op, i) for i in range(5)]
+        if folded:
+            self.operands[results[0], is_backward(node)] = results[3], results[4]
+        for item in list(node.users):
+            item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+    def _gemm(self, gemm: Node) -> None:
+        build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
+        a, a_scales, b, b_scales, a_spec, b_spec, _ = gemm.args
+        sides = ((a, a_scales, a_spec), (b, b_scales, b_spec))
+        if self.fold:
+            left, right = (self._operand(build, gemm, *side) for side in sides)
+            out = fp8.scaled_mm(build, *left, *right, val(gemm).dtype)
+        else:
+            left, right = (build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides)  # type: ignore[assignment]
+            out = build(aten.mm.default, left, build.transpose(right))  # type: ignore[arg-type]
+        out = keep_as(out, gemm)
+        out.meta["quartet_kernel"] = "triton-fp8" if self.fold else "triton"
+        gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
+        follows = Epilogue.of(gemm)
+        width = shape(out)[1]
+        if follows is None or not isinstance(width, int) or width % max(32, follows.rotation):
+            out = build.columns(out, shape(gemm)[1])
+            out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
+            gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
+            return
+        last = follows.last
+        at = Builder(self.graph, like=last, before=last, backward=is_backward(last))
+        last.replace_all_uses_with(at(cuda_ops.UNROTATE, out, follows.mask, follows.rotation, follows.signs, gain,
+                                      at.size(shape(last)[1]), follows.dtype))
+
+    def _operand(self, build: Builder, gemm: Node, codes: Any, scales: Any, spec: Any) -> Operand:
+        """E4M3 values and row scales of a product's operand, folded at most once in each direction."""
+        key = codes, is_backward(gemm)
+        if key in self.operands and direct(codes, gemm) is not None:
+            return self.operands[key]
+        folded = build(cuda_ops.FOLD, codes, scales, spec)
+        operand = build.item(folded, 0), build.item(folded, 1)
+        if key[1]:
+            self.operands[key] = operand
+        return operand
+
+
+def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes to products on FP8 tensor cores, and the chains around them."""
+    Lowering(graph, gemms, accepts, fold=True)
+
+
+def lower_plain(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes to products in the model's dtype, and the chains around them."""
+    Lowering(graph, gemms, accepts, fold=False)

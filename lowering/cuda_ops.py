@@ -1,0 +1,160 @@
+"""Graph ops over the Triton kernels, one for each chain of the IR.
+
+    cuda_quantize       hadamard → quantize: packed results, and the FP8 operand of the matmul
+    cuda_quantize_both  the same of a tensor and of its transpose, from one read: two FP8 operands
+    cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand
+    cuda_fold           codes and scales → FP8 operand
+    cuda_dequantize     codes and scales → operand in another dtype
+    cuda_unrotate       × gain → apply_mask → inverse hadamard → first columns
+
+An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir import ceil_to, library
+
+_CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
+_OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
+library.define(f"cuda_quantize(Tensor x, {_CHAIN}, bool packed, bool folded) "
+               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define(f"cuda_quantize_both(Tensor x, {_CHAIN}, {_OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}, bool packed, bool folded) "
+               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define("cuda_fold(Tensor codes, Tensor scales, str spec) -> (Tensor, Tensor)")
+library.define("cuda_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
+library.define("cuda_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
+               "ScalarType dtype) -> Tensor")
+
+Two = tuple[Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int):  # type: ignore[no-untyped-def]
+    from quartet.kernels.triton.ops import Chain
+
+    return Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
+
+
+def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int, packed: bool,
+              folded: bool) -> Five:
+    from quartet.kernels.triton import ops
+
+    return ops.quantize(x, _chain(rotation, signs, spec, seed, site), packed=packed, folded=folded)
+
+
+def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                   t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int) -> Four:
+    from quartet.kernels.triton import ops
+
+    rows, columns = _chain(rotation, signs, spec, seed, site), _chain(t_rotation, t_signs, t_spec, t_seed, t_site)
+    codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
+    return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec)
+
+
+def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                seed: Tensor | None, site: int, packed: bool, folded: bool) -> Five:
+    from quartet.kernels.triton import ops
+
+    chain = _chain(rotation, signs, spec, seed, site)
+    codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain)
+    none = codes.new_empty(0)
+    values, row_scales = ops.fold(codes, scales, chain.spec) if folded else (none, none)
+    return (codes, scales, none, values, row_scales) if packed else (none, none, none, values, row_scales)
+
+
+def _fold(codes: Tensor, scales: Tensor, spec: str) -> Two:
+    from quartet.kernels.triton import ops
+
+    return ops.fold(codes, scales, QuantSpec.parse(spec))
+
+
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    from quartet.kernels.triton import ops
+
+    return ops.dequantize(codes, scales, QuantSpec.parse(spec), dtype)
+
+
+def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
+              dtype: torch.dtype) -> Tensor:
+    from quartet.kernels.triton import ops
+
+    return ops.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+
+
+def _signs(seed: Tensor, site: int, n: int) -> Tensor:
+    from quartet.kernels.triton import ops
+
+    return ops.random_signs(seed, site, n)
+
+
+def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, folded: bool) -> Five:
+    q = QuantSpec.parse(spec)
+    padded = ceil_to(cols, max(32, rotation, q.block))
+    none = like.new_empty(0, dtype=torch.uint8)
+    values, row_scales = _operand(like, rows, padded) if folded else (none, none)
+    if not packed:
+        return none, none, none, values, row_scales
+    return (
+        like.new_empty(rows, padded // 2, dtype=torch.uint8),
+        like.new_empty(rows, padded // q.block, dtype=torch.uint8),
+        like.new_empty(rows, padded // 8, dtype=torch.uint8) if q.mask else none,
+        values,
+        row_scales,
+    )
+
+
+def _operand(like: Tensor, rows, cols) -> Two:
+    return like.new_empty(rows, cols, dtype=torch.float8_e4m3fn), like.new_empty(rows, 1, dtype=torch.float32)
+
+
+def _quantize_fake(x, rotation, signs, spec, seed, site, packed, folded):
+    return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded)
+
+
+def _quantize_both_fake(x, rotation, signs, spec, seed, site, t_rotation, t_signs, t_spec, t_seed, t_site):
+    rows, cols = x.shape
+    return (*_outputs(x, rows, cols, rotation, spec, False, True)[3:],
+            *_outputs(x, cols, rows, t_rotation, t_spec, False, True)[3:])
+
+
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, packed, folded):
+    return _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, folded)
+
+
+def _fold_fake(codes, scales, spec):
+    return _operand(codes, codes.shape[0], codes.shape[1] * 2)
+
+
+def _dequantize_fake(codes, scales, spec, dtype):
+    return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+
+
+def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
+    return x.new_empty(x.shape[0], cols, dtype=dtype)
+
+
+for _name, _impl, _fake in (
+    ("cuda_quantize", _quantize, _quantize_fake),
+    ("cuda_quantize_both", _quantize_both, _quantize_both_fake),
+    ("cuda_requantize", _requantize, _requantize_fake),
+    ("cuda_fold", _fold, _fold_fake),
+    ("cuda_dequantize", _dequantize, _dequantize_fake),
+    ("cuda_unrotate", _unrotate, _unrotate_fake),
+):
+    library.impl(_name, _impl, "CUDA")
+    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+library.impl("signs", _signs, "CUDA")  # 130 launches otherwise
+
+QUANTIZE = torch.ops.quartet.cuda_quantize.default
+QUANTIZE_BOTH = torch.ops.quartet.cuda_quantize_both.default
+REQUANTIZE = torch.ops.quartet.cuda_requantize.default
+FOLD = torch.ops.quartet.cuda_fold.default
+DEQUANTIZE = torch.ops.quartet.cuda_dequantize.default
+UNROTATE = torch.ops.quartet.cuda_unrotate.default

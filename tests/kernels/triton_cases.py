@@ -1,0 +1,198 @@
+"""The Triton kernels on CPU tensors in Triton's interpreter, which has to be asked for before Triton is imported.
+
+Run as ``TRITON_INTERPRET=1 python triton_cases.py``: one JSON line for each case, with how it differs from the
+reference. Tensors are fp32, since the interpreter rounds bfloat16 its own way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+import triton_expected as expected
+
+from quartet.kernels import reference as ref
+from quartet.kernels.spec import QuantSpec
+from quartet.kernels.triton import ops
+from quartet.kernels.triton.ops import Chain
+
+CPU = torch.device("cpu")
+SEED = torch.tensor(-8_765_432_109_876)
+LAST_SITE = 2**32 - 1
+QUEST = QuantSpec(rule="quest", mask=True)
+STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
+
+CASES: dict[str, Callable[[], list[str]]] = {}
+
+
+def case(name: str, function: Callable[..., list[str]], *arguments: object) -> None:
+    CASES[name] = lambda: function(*arguments)
+
+
+def chain(spec: QuantSpec, rotation: int = 0, signed: bool = False, site: int = 77) -> Chain:
+    return Chain(spec, rotation, ref.random_signs(SEED, 5, rotation) if signed else None, SEED, site)
+
+
+def inexact() -> int:
+    return int(ops.inexact_blocks(CPU))
+
+
+def check_rows(x: torch.Tensor, c: Chain) -> list[str]:
+    """Codes, scales, mask, fold and counter of one call."""
+    before = inexact()
+    *packed, values, row_scales = ops.quantize(x, c, packed=True, folded=True)
+    wanted = expected.quantize(x, c)
+    lines = expected.quantized_difference("row", tuple(packed), wanted, c.spec)
+    return lines + expected.fold_difference("row", (values, row_scales), packed[0], packed[1], c.spec,
+                                            inexact() - before)
+
+
+def check_unfolded(x: torch.Tensor, c: Chain) -> list[str]:
+    *packed, values, row_scales = ops.quantize(x, c, packed=True, folded=False)
+    lines = expected.quantized_difference("row", tuple(packed), expected.quantize(x, c), c.spec)
+    return lines + [f"{what} of {t.numel()} elements was not asked for" for what, t in
+                    (("values", values), ("row scales", row_scales)) if t.numel()]
+
+
+def check_both(x: torch.Tensor, along_rows: Chain, along_columns: Chain) -> list[str]:
+    codes, scales, t_codes, t_scales = ops.quantize_both(x, along_rows, along_columns)
+    return (expected.quantized_difference("row", (codes, scales), expected.quantize(x, along_rows), along_rows.spec)
+            + expected.quantized_difference("column", (t_codes, t_scales), expected.quantize(x.t(), along_columns),
+                                            along_columns.spec))
+
+
+def check_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain) -> list[str]:
+    codes, scales, _ = ref.quantize(x, spec)
+    return expected.quantized_difference("column", ops.requantize(codes, scales, spec, c),
+                                         expected.requantize(codes, scales, spec, c), c.spec)
+
+
+def check_fold(x: torch.Tensor, spec: QuantSpec) -> list[str]:
+    codes, scales, _ = ref.quantize(x, spec)
+    before = inexact()
+    folded = ops.fold(codes, scales, spec)
+    return expected.fold_difference("packed row", folded, codes, scales, spec, inexact() - before)
+
+
+def check_counter() -> list[str]:
+    """That the spread rows do have blocks that do not fold, so that the other cases count something."""
+    codes, scales, _ = ref.quantize(expected.spread(), QUEST)
+    return [] if expected.fold(codes, scales, QUEST)[2] > 10 else ["every block of the spread rows folds"]
+
+
+def check_mask_rotate(cols: int, rotation: int, signed: bool, masked: bool, gain: float) -> list[str]:
+    n = max(32, rotation)
+    width = -(-cols // n) * n
+    x = expected.data(6, width, seed=2)
+    mask = torch.randint(0, 256, (6, width // 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    signs = ref.random_signs(SEED, 6, rotation) if signed else None
+    arguments = (x, mask if masked else None)
+    got = ops.mask_rotate(*arguments, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=torch.float32)
+    return expected.difference("values", got, expected.mask_rotate(*arguments, rotation, signs, gain, cols,
+                                                                   torch.float32))
+
+
+def check_empty(rows: int, cols: int) -> list[str]:
+    x = torch.empty(rows, cols)
+    lines = check_unfolded(x, chain(QUEST, 32)) + check_both(x, chain(STOCHASTIC), chain(STOCHASTIC))
+    codes, scales, _, values, row_scales = ops.quantize(x, chain(QUEST, 32), packed=True, folded=True)
+    lines += expected.difference("values", values, torch.empty(rows, codes.shape[1] * 2, dtype=torch.float8_e4m3fn))
+    lines += [] if row_scales.shape == (rows, 1) else [f"row scales {list(row_scales.shape)}"]
+    lines += expected.quantized_difference("column", ops.requantize(codes, scales, QUEST, chain(STOCHASTIC, 32)),
+                                           expected.requantize(codes, scales, QUEST, chain(STOCHASTIC, 32)), STOCHASTIC)
+    rotated = ops.mask_rotate(x, None, rotation=0, signs=None, gain=2.0, cols=cols, dtype=x.dtype)
+    return lines + expected.difference("rotated", rotated, x)
+
+
+for sigma in ("guarded", "centred", "rms"):
+    for power in ("floor", "nearest"):
+        case(f"rows-quest-{sigma}-{power}", check_rows, expected.data(5, 96),
+             chain(QuantSpec(rule="quest", sigma=sigma, power=power, mask=True), 32 * (sigma != "rms")))
+for rule in ("ceil", "floor", "headroom", "quest"):
+    case(f"rows-{rule}-stochastic", check_rows, expected.data(6, 80),
+         chain(QuantSpec(rule=rule, rounding="stochastic", mask=rule in ("floor", "quest")), site=LAST_SITE))
+for rule in ("ceil", "floor", "headroom"):
+    case(f"rows-{rule}-nearest", check_rows, expected.data(5, 70), chain(QuantSpec(rule=rule, mask=rule == "floor")))
+for rotation in (16, 32, 64, 128):
+    for signed in (False, True):
+        case(f"rows-rotation-{rotation}{'-signed' * signed}", check_rows, expected.data(5, 130),
+             chain(QuantSpec(rule="headroom", rounding="stochastic" if signed else "nearest"), rotation, signed))
+for block in (64, 128):
+    case(f"rows-block-{block}", check_rows, expected.data(3, 150), chain(QuantSpec(block=block, rule="quest", mask=True), 32))
+for name, x in expected.edges().items():
+    case(f"rows-{name}-quest", check_rows, x, chain(QUEST))
+    case(f"rows-{name}-headroom", check_rows, x, chain(STOCHASTIC))
+for sigma in ("centred", "rms"):
+    case(f"rows-huge-quest-{sigma}", check_rows, expected.edges()["huge"], chain(QuantSpec(rule="quest", sigma=sigma)))
+case("rows-ties-ceil", check_rows, expected.edges()["ties"], chain(QuantSpec(rule="ceil")))
+case("rows-tops-ceil", check_rows, expected.edges()["tops"], chain(QuantSpec(rule="ceil", rounding="stochastic")))
+case("rows-tops-floor", check_rows, expected.edges()["tops"], chain(QuantSpec(rule="floor", mask=True)))
+for name, spec in (("quest", QUEST), ("headroom", STOCHASTIC)):
+    case(f"rows-broken-{name}", check_rows, expected.broken(), chain(spec))
+    case(f"rows-broken-rotated-{name}", check_rows, expected.broken(), chain(spec, 32, True))
+case("rows-spread", check_rows, expected.spread(), chain(QUEST))
+case("rows-one-row", check_rows, expected.data(1, 64), chain(STOCHASTIC, 32, True))
+case("rows-one-element", check_rows, expected.data(1, 1), chain(QUEST, 32))
+case("rows-one-column", check_rows, expected.data(70, 1), chain(QUEST))
+case("rows-several-programs", check_unfolded, expected.data(2, 32 * 37 + 5), chain(STOCHASTIC))
+case("rows-loop", check_rows, expected.data(2, 32 * 37 + 5), chain(QUEST))
+case("rows-sliced", check_unfolded, expected.data(9, 100)[::2, 3:90], chain(QUEST, 32))
+case("rows-strided", check_unfolded, expected.data(5, 150)[:, ::2], chain(QUEST))
+case("rows-repeated", check_unfolded, expected.data(1, 64).expand(4, 64), chain(STOCHASTIC))
+case("columns-quest", check_rows, expected.data(70, 9).t(), chain(QUEST, 32))
+case("columns-stochastic", check_unfolded, expected.data(33, 33).t(), chain(STOCHASTIC, 32, True, LAST_SITE))
+case("columns-rotation-64", check_unfolded, expected.data(100, 5).t(), chain(STOCHASTIC, 64, True))
+case("columns-rotation-128", check_unfolded, expected.data(130, 3).t(), chain(QuantSpec(rule="floor", mask=True), 128))
+case("columns-sliced", check_unfolded, expected.data(80, 20)[5:70:2, 3:15].t(), chain(QUEST))
+case("columns-broken", check_unfolded, expected.broken().t().contiguous().t(), chain(QUEST))
+case("both-stochastic", check_both, expected.data(40, 70), chain(STOCHASTIC, 32, True), chain(STOCHASTIC, 32, True, 9))
+case("both-nearest", check_both, expected.data(33, 33), chain(QuantSpec(rule="headroom")), chain(QuantSpec(rule="ceil"), 32))
+case("both-units", check_both, expected.data(20, 140), chain(STOCHASTIC, 64, True), chain(QUEST, 32))
+case("both-tall-unit", check_both, expected.data(70, 40), chain(QUEST), chain(STOCHASTIC, 64, True))
+case("both-several-programs", check_both, expected.data(33, 300), chain(QUEST, 32), chain(STOCHASTIC, 32, True))
+case("both-transposed", check_both, expected.data(70, 40).t(), chain(QUEST, 32), chain(STOCHASTIC, 32, True))
+case("requantize-stochastic", check_requantize, expected.data(40, 64), QUEST, chain(STOCHASTIC, 32, True))
+case("requantize-nearest", check_requantize, expected.data(5, 320), QuantSpec(), chain(QuantSpec(rule="headroom")))
+case("requantize-block-64", check_requantize, expected.data(70, 128), QuantSpec(block=64), chain(QUEST, 64, True))
+case("requantize-broken", check_requantize, expected.broken(), QUEST, chain(STOCHASTIC))
+case("requantize-huge", check_requantize, expected.edges()["huge"], QuantSpec(), chain(QUEST))
+case("requantize-tiny", check_requantize, expected.edges()["tiny"], QuantSpec(), chain(QuantSpec()))
+case("fold", check_fold, expected.data(9, 160), QUEST)
+case("fold-headroom", check_fold, expected.data(5, 64), QuantSpec(rule="headroom"))
+case("fold-block-128", check_fold, expected.data(5, 256), QuantSpec(block=128))
+case("fold-spread", check_fold, expected.spread(), QUEST)
+case("fold-spread-block-64", check_fold, expected.spread(), QuantSpec(block=64))
+case("fold-counts", check_counter)
+case("fold-broken", check_fold, expected.broken(), QUEST)
+case("fold-huge", check_fold, expected.edges()["huge"], QuantSpec())
+case("fold-tiny", check_fold, expected.edges()["tiny"], QuantSpec())
+case("fold-loop", check_fold, expected.data(2, 32 * 515), QuantSpec())
+case("mask-rotate-32", check_mask_rotate, 90, 32, False, True, 1.7777)
+case("mask-rotate-64-signed", check_mask_rotate, 100, 64, True, True, 4 / 3)
+case("mask-rotate-128-signed", check_mask_rotate, 256, 128, True, False, 1.0)
+case("mask-rotate-none", check_mask_rotate, 64, 0, False, True, 1.0)
+case("mask-rotate-16", check_mask_rotate, 32, 16, True, False, 0.5)
+case("empty-rows", check_empty, 0, 64)
+case("empty-columns", check_empty, 3, 0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, run in CASES.items():
+        start = time.perf_counter()
+        try:
+            lines = run()
+        except Exception:
+            lines = traceback.format_exc().splitlines()
+        seconds = round(time.perf_counter() - start, 3)
+        print(json.dumps({"case": name, "differences": lines, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    if not ops.INTERPRETED.value:
+        sys.exit("set TRITON_INTERPRET=1: without it Triton compiles for a GPU")
+    main()
