@@ -49,14 +49,16 @@ def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: 
     """``torch.compile`` of a prepared model, static shapes, one graph.
 
     Args:
-        column: ``bf16``, one of ``TORCHAO``, or else the name of a recipe or ``.toml`` file for our backend.
+        column: ``bf16``, one of ``TORCHAO``, or else the name of a recipe or ``.toml`` file for our backend, with
+            ``:none`` or ``:gemm`` after it for the backend's option ``recompute``.
         compiler: the torch.compile backend of the peers.
         policy: for our backend instead of the name; anything that its option ``policy`` takes.
     """
     torch._dynamo.config.recompile_limit = 64  # several models share the code of nn.Module.__call__
     if column == BASELINE or column in TORCHAO:
         return torch.compile(model, backend=compiler, dynamic=False, fullgraph=True)
-    options = {"policy": column if policy is None else policy}
+    name, _, recompute = column.partition(":")
+    options = {"policy": name if policy is None else policy} | ({"recompute": recompute} if recompute else {})
     return torch.compile(model, backend=our_backend(), options=options, dynamic=False, fullgraph=True)
 
 

@@ -156,8 +156,13 @@ class Lowering:
 
 
 def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes to products on FP8 tensor cores, and the chains around them."""
-    Lowering(graph, gemms, accepts, fold=True)
+    """Rewrite the chosen scaled_mm nodes to products on FP8 tensor cores, and the chains around them.
+
+    ``accepts`` asks for the product's dtype; what leads to an operand may be of any that the quantisers read.
+    """
+    from quartet.kernels.triton import ops
+
+    Lowering(graph, gemms, lambda *chain: ops.supports(*chain) is None, fold=True)
 
 
 def lower_plain(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

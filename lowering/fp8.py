@@ -1,16 +1,15 @@
 """Lower GEMMs of FP8 operands with one scale a tensor or a row to the FP8 tensor cores, through ``aten._scaled_mm``.
 
-A quantise becomes the aten ops of the reference, in the graph: there Inductor fuses the largest magnitude and the cast
-with what computes the operand, and the partitioner is free to keep the codes or to compute them again. The scales are
-``store``d: inlined into the cast, their division would be done for every element. The product
-wants A row-major, B column-major, K and N in multiples of 16: codes that lie otherwise are transposed by one
-``aten.clone`` each, and padded with zeros.
+A scale becomes the aten ops of the reference, in the graph: there Inductor fuses the largest magnitude with what
+computes the operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the
+other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the rows
+of a transposed tensor that are quantised. The product wants A row-major, B column-major, K and N in multiples of 16:
+codes that lie otherwise are copied, and padded with zeros.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +18,12 @@ from torch.fx.node import map_arg
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir
+from quartet.lowering import fp8_ops
+from quartet.lowering.chains import Accepts, Source, accepted
 from quartet.lowering.graph import BACKWARD, Builder, aten, is_backward, keep_as, shape, val
 from quartet.lowering.inductor import store
 from quartet.runtime import compat
+from quartet.runtime.devices import absent
 
 ALIGN = 16
 FAST_ACCUMULATION = True
@@ -34,6 +35,9 @@ def unavailable(device: torch.device) -> str | None:
         return f"FP8 tensor cores are on NVIDIA GPUs, not on {device.type}"
     if torch.version.hip is not None:
         return "written for NVIDIA's FP8 formats; this PyTorch is built for ROCm"
+    missing = absent(device)
+    if missing is not None:
+        return missing
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*capability)
@@ -62,14 +66,36 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def lower(graph: Graph, gemms: list[Node], accepts: Callable[[QuantSpec, int, torch.dtype], bool]) -> None:
-    """Rewrite the chosen scaled_mm nodes, and the quantise nodes of their operands wherever those are read."""
-    operands = [codes for gemm in gemms for codes in (gemm.args[0], gemm.args[2]) if isinstance(codes, Node)]
-    for quantizer in dict.fromkeys(ir.quantizer_of(codes)[0] for codes in operands):
-        _quantize(graph, quantizer)
+def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes, and the quantise nodes that no other family's product reads."""
     copies: dict[Node, Node] = {}
+    for quantizer in accepted(graph, gemms, accepts):
+        source = Source.of(quantizer)
+        if QuantSpec.parse(source.spec).block == "tensor" or source.transposed is not None:
+            _cast(graph, quantizer)
+        else:
+            _quantize(graph, quantizer)
     for gemm in gemms:
         _gemm(graph, gemm, copies)
+
+
+def _cast(graph: Graph, node: Node) -> None:
+    """A quantise as its scale in aten ops, and one cast for the codes and for their transpose."""
+    x, text = node.args[:2]
+    assert isinstance(x, Node) and isinstance(text, str)
+    spec = QuantSpec.parse(text)
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+    multiplier, scale = inline(build, compat.trace(lambda t: reference.fp32_scale(t, spec), [val(x)]), [x])
+    items = {item.args[1]: item for item in node.users}
+    flipped = [user for user in items[0].users if user.target is aten.permute.default]
+    plain = any(user not in flipped for user in items[0].users)
+    both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
+    codes, transposed = build.item(both, 0), build.item(both, 1)
+    for user in flipped:
+        user.replace_all_uses_with(transposed)
+    items[0].replace_all_uses_with(codes)
+    if 1 in items:
+        items[1].replace_all_uses_with(scale)
 
 
 def _quantize(graph: Graph, node: Node) -> None:
@@ -112,7 +138,7 @@ def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
     backward = build.meta["partitioner_tag"] == BACKWARD
     copy = copies.get(codes) if backward else None
     if copy is None:
-        copy = build(aten.clone.default, codes, memory_format=torch.contiguous_format)
+        copy = build(fp8_ops.ROW_MAJOR, codes)
         if backward:
             copies[codes] = copy
     return copy

@@ -46,12 +46,12 @@ def ceil_to(size, multiple: int):
     return (size + multiple - 1) // multiple * multiple
 
 
-_FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def code_layout(spec: QuantSpec, padded: Any) -> tuple[torch.dtype, Any]:
     """dtype and last-axis length of the codes of ``padded`` elements."""
-    return (torch.uint8, padded // 2) if spec.element == "e2m1" else (_FLOAT8[spec.element], padded)
+    return (torch.uint8, padded // 2) if spec.element == "e2m1" else (FLOAT8[spec.element], padded)
 
 
 def scale_layout(spec: QuantSpec, rows: Any, padded: Any) -> tuple[torch.dtype, tuple[Any, Any]]:

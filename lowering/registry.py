@@ -17,6 +17,7 @@ from quartet.kernels.spec import ELEMENTS, WHOLES, QuantSpec
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering import cuda, fp8
 from quartet.lowering.chains import Accepts
+from quartet.runtime.devices import absent
 
 Supports = Callable[[torch.device, torch.dtype, QuantSpec, int], str | None]
 SupportsPair = Callable[[QuantSpec, QuantSpec], str | None]
@@ -73,6 +74,9 @@ NAMES = tuple(kernel.name for kernel in KERNELS)
 def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
            disabled: tuple[str, ...] = ()) -> tuple[Kernel | None, dict[str, str]]:
     """The first kernel that takes every (quantiser, Hadamard size) of a GEMM, and why others did not."""
+    missing = absent(device)
+    if missing is not None:
+        return None, dict.fromkeys(NAMES, missing)
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
         reason = f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else next(
@@ -85,12 +89,10 @@ def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpe
 
 
 def probe(device: torch.device) -> list[tuple[str, str, str | None]]:
-    """(format, kernel, None or the reason it cannot) for every format and kernel on a device."""
-    rows: list[tuple[str, str, str | None]] = []
-    for element in ELEMENTS:
-        spec = QuantSpec(element=element, rule="ceil")
-        rows += [(f"mx {element}", k.name, k.supports(device, torch.float32, spec, 32)) for k in KERNELS]
-    for block in WHOLES:
-        spec = QuantSpec(element="e4m3", block=block, scale="fp32", rule="amax")
-        rows += [(f"fp8 a {block}", k.name, k.supports(device, torch.bfloat16, spec, 0)) for k in KERNELS]
-    return rows
+    """(format, kernel, None or the reason it cannot) for every format and kernel on a device, for bfloat16 models."""
+    formats = [(f"mx {element}", QuantSpec(element=element, rule="ceil"), 32) for element in ELEMENTS]
+    formats += [(f"fp8 a {block}", QuantSpec(element="e4m3", block=block, scale="fp32", rule="amax"), 0)
+                for block in WHOLES]
+    missing = absent(device)
+    return [(name, k.name, missing or k.supports(device, torch.bfloat16, spec, rotation))
+            for name, spec, rotation in formats for k in KERNELS]

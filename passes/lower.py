@@ -19,18 +19,21 @@ from quartet.passes.state import State
 
 
 def lower(state: State) -> None:
-    """Choose a kernel for every scaled_mm and hand each kernel family its share of the graph."""
-    chosen: dict[str, list[Node]] = {}
+    """Choose a kernel for every scaled_mm and hand each kernel family its share of the graph, device by device."""
+    chosen: dict[tuple[registry.Kernel, torch.device], list[Node]] = {}
     for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
         specs = _chain(node.args[0], node.args[4]), _chain(node.args[2], node.args[5])
-        kernel, _ = registry.choose(state.device, val(node).dtype, specs, state.config.disable_kernels)
-        name = kernel.name if kernel is not None else "reference"
-        state.kernels[node.meta[SITE_KEY]] = name
-        chosen.setdefault(name, []).append(node)
-    for kernel in registry.KERNELS:
-        if kernel.lower is not None and kernel.name in chosen:
+        device, gemm = val(node).device, node.meta[SITE_KEY]
+        kernel, reasons = registry.choose(device, val(node).dtype, specs, state.config.disable_kernels)
+        if kernel is None:
+            state.declined[gemm] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            continue
+        state.kernels[gemm] = kernel.name
+        chosen.setdefault((kernel, device), []).append(node)
+    for (kernel, device), nodes in chosen.items():
+        if kernel.lower is not None:
             with editing(state.gm) as graph:
-                kernel.lower(graph, chosen[kernel.name], partial(_accepts, state.device, kernel))
+                kernel.lower(graph, nodes, partial(_accepts, device, kernel))
 
 
 def _accepts(device: torch.device, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:

@@ -89,8 +89,10 @@ class Pipeline(CustomGraphPass):
     def uuid(self) -> str | None:
         """Cache key: source of the package, configuration, and the earlier passes' own keys.
 
-        None, which keeps the graph out of the caches, when an earlier pass has no key.
+        None, which keeps the graph out of the caches, when somebody observes the passes or an earlier one has no key.
         """
+        if self.config.observers:
+            return None
         others: list[Any] = [getattr(p, "uuid", lambda: None)() for p in self.earlier]
         if None in others:
             return None
@@ -114,7 +116,7 @@ def source_digest() -> str:
 
 def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
     """All enabled passes over one graph; returns a record for every matmul and role."""
-    state = State(gm, config, device=_device(gm))
+    state = State(gm, config)
     for index, step in enumerate(p for p in PASSES if p.__name__ not in config.disable_passes):
         name = step.__name__
         for observer in config.observers:
@@ -136,13 +138,6 @@ def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
     for observer in config.observers:
         observer.finish(records, gm)
     return records
-
-
-def _device(gm: torch.fx.GraphModule) -> torch.device:
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            return node.meta["val"].device
-    return torch.device("cpu")
 
 
 def _ops(gm: torch.fx.GraphModule) -> Counter[str]:
@@ -177,6 +172,8 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
     notes: tuple[str, ...] = ()
     if kernel and isinstance(depth, int) and depth % multiple:
         notes = (f"k padded to {-(-depth // multiple) * multiple}",)
+    if (site.index, role) in state.declined:
+        notes += (f"no kernel took it ({state.declined[site.index, role]})",)
     if kernel and role in site.remarks:
         notes += (site.remarks[role],)
     return MatmulRecord(

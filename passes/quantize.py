@@ -78,7 +78,7 @@ def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: 
     if spec.commutes_with_transpose and x.target is aten.permute.default:
         assert isinstance(x.args[0], Node)
         return _transposed(build, quantize_node(state, build, x.args[0], spec, bits))
-    seed = draw_seed(state) if spec.stochastic else None
+    seed = draw_seed(state, val(x).device) if spec.stochastic else None
     node = build(ir.QUANTIZE, x, str(spec), seed, bits if spec.stochastic else 0)
     codes, scales = build.item(node, 0), build.item(node, 1)
     return Quantized(codes, scales, build.item(node, 2) if spec.mask else None, spec)

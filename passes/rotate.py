@@ -44,7 +44,7 @@ def _signs(state: State, build: Builder, site: MatmulSite, role: str, rotation: 
     if isinstance(rotation.signs, tuple):
         return build(ir.FIXED_SIGNS, list(rotation.signs), val(site.x[0]).device)
     owner = site.x_group if role == "wgrad" else site.index
-    return build(ir.SIGNS, draw_seed(state), SIGN_DRAWS[role].of(owner), rotation.n)
+    return build(ir.SIGNS, draw_seed(state, val(site.x[0]).device), SIGN_DRAWS[role].of(owner), rotation.n)
 
 
 def _rotated(build: Builder, x: Node, rotation: Rotation | None, signs: Node | None) -> Node:

@@ -61,10 +61,10 @@ class State:
     config: Config
     sites: list[MatmulSite] = field(default_factory=list)
     alone: list[MatmulRecord] = field(default_factory=list)
-    seed: Node | None = None
+    seeds: dict[torch.device, Node] = field(default_factory=dict)
     kernels: dict[tuple[int, str], str] = field(default_factory=dict)
+    declined: dict[tuple[int, str], str] = field(default_factory=dict)
     replaced: dict[Node, Node] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def replace(self, old: Node, new: Node) -> None:
         """Every user of ``old`` reads ``new`` instead, and so does who asks for :meth:`current`."""
@@ -88,17 +88,18 @@ def recipe_of(site: MatmulSite) -> Recipe:
     return site.recipe
 
 
-def draw_seed(state: State) -> Node:
-    """The graph's one random draw: an int64 seed from PyTorch's generator, made on first use.
+def draw_seed(state: State, device: torch.device) -> Node:
+    """The graph's one random draw on a device: an int64 seed from PyTorch's generator, made on first use.
 
     It carries no checkpoint tag: a seed drawn again in a recomputation would be another one.
     """
-    if state.seed is None:
+    if device not in state.seeds:
         graph = state.gm.graph
         first = next(n for n in graph.nodes if n.op != "placeholder")
         build = Builder(graph, like=first, before=first, backward=False)
         build.meta = {"partitioner_tag": FORWARD}
-        state.seed = build(SEED, state.device)
+        seed = build(SEED, device)
         if state.config.stream:
-            state.seed = build(aten.add.Tensor, state.seed, state.config.stream * STREAM_STRIDE % 2**62)
-    return state.seed
+            seed = build(aten.add.Tensor, seed, state.config.stream * STREAM_STRIDE % 2**62)
+        state.seeds[device] = seed
+    return state.seeds[device]

@@ -33,19 +33,20 @@ def verify(state: State, after: str) -> None:
 
 def _check_gemm(node: Node, after: str) -> None:
     a, a_scales, b, b_scales, a_spec, b_spec, _ = node.args
+    depths = []
     for codes, scales, text in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
         assert isinstance(codes, Node) and isinstance(scales, Node) and isinstance(text, str)
         spec = QuantSpec.parse(text)
-        wanted = ir.code_layout(spec, 32)[0], ir.scale_layout(spec, 32, 32)[0]
-        _require(codes.meta["val"].dtype is wanted[0], after, node, f"{spec} has codes of {wanted[0]}")
-        _require(scales.meta["val"].dtype is wanted[1], after, node, f"{spec} has scales of {wanted[1]}")
+        (code, width), (scale, _) = ir.code_layout(spec, 32), ir.scale_layout(spec, 32, 32)
+        _require(codes.meta["val"].dtype is code, after, node, f"{spec} has codes of {code}")
+        _require(scales.meta["val"].dtype is scale, after, node, f"{spec} has scales of {scale}")
+        depths.append(str(codes.meta["val"].shape[1] * (32 // width)))
         maker, flipped = ir.quantizer_of(codes)
         _require(maker is scales.args[0], after, node, "codes and scales come from one quantiser")
         _require(not flipped or spec.commutes_with_transpose, after, node, f"codes of {spec} cannot be transposed")
         _require(maker.target is ir.QUANTIZE and maker.args[1] == text, after, node,
                  "a GEMM reads an operand in the format its quantiser wrote")
-    depth = [c.meta["val"].shape[1] for c in (a, b) if isinstance(c, Node)]
-    _require(str(depth[0]) == str(depth[1]), after, node, f"both operands contract the same length, not {depth}")
+    _require(depths[0] == depths[1], after, node, f"both operands contract the same length, not {depths}")
 
 
 def _require(held: bool, after: str, node: Node, rule: str) -> None:

@@ -5,7 +5,8 @@ from quartet.kernels.spec import QuantSpec, SpecError
 from quartet.lowering.recipe import Gemm, Operand, Recipe, Rotation
 from quartet.policy import Policy, Rule
 from quartet.recipes import PolicyError, recipes, register
+from quartet.statistics import statistics
 
 __version__ = "0.1.0"
 __all__ = ["Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "SpecError",
-           "explain", "recipes", "register"]
+           "explain", "recipes", "register", "statistics"]

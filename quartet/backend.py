@@ -70,7 +70,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                     options.recompute, stream, observers)
     regions = region_weights(gm, weights)
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
-                options.disable_kernels, options.recompute, stream, options.dump, torch.__version__,
+                options.disable_kernels, options.recompute, stream, torch.__version__,
                 torch.get_num_threads()))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), regions)

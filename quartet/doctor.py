@@ -58,10 +58,12 @@ def devices() -> Iterator[tuple[torch.device, str]]:
     yield torch.device("cpu"), f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, " \
                                f"{torch.get_num_threads()} threads"
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        major, minor = torch.cuda.get_device_capability(index)
-        yield torch.device("cuda", index), (f"{properties.name}, sm_{major}{minor}, "
-                                            f"{properties.total_memory / 2**30:.0f} GiB")
+        try:
+            gpu = torch.cuda.get_device_properties(index)
+            said = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        except (AssertionError, RuntimeError) as error:
+            said = f"does not answer: {str(error).splitlines()[0]}"
+        yield torch.device("cuda", index), said
 
 
 def doctor() -> tuple[str, bool]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ PRIVATE = (
     ("torch._dynamo", "config", "explain() compiles once more without using up the limits of recompilation"),
     ("torch._dynamo.config", "recompile_limit", "the limit for one piece of code"),
     ("torch._dynamo.config", "accumulated_recompile_limit", "the limit for all of it"),
+    ("torch._functorch", "config", "explain() compiles past the cache of AOTAutograd, whose hits run no pass"),
+    ("torch._functorch.config", "enable_autograd_cache", "the switch of that cache"),
     ("torch._dynamo.utils", "counters", "cache hits, for tests"),
 )
 
@@ -107,10 +110,14 @@ def warn_if_untested() -> None:
                   stacklevel=2)
 
 
-def fresh_dynamo() -> Any:
-    """A context in which one more compilation of a code object is never refused as one too many."""
-    config = importlib.import_module("torch._dynamo.config")
-    return config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+@contextmanager
+def fresh_dynamo() -> Iterator[None]:
+    """A compilation is neither refused as one too many of its code object nor answered from AOTAutograd's cache."""
+    dynamo = importlib.import_module("torch._dynamo.config")
+    functorch = importlib.import_module("torch._functorch.config")
+    with dynamo.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), \
+            functorch.patch(enable_autograd_cache=False):
+        yield
 
 
 def compiled_settings(model: Any) -> tuple[str | None, dict[str, Any] | None]:

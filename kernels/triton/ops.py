@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from quartet.kernels.triton.memory import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
+COUNTERS: dict[torch.device, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
         lanes = min(triton.next_power_of_2(units), WARP)
         per_program = WARP // lanes
         grid = (triton.cdiv(r, per_program), 1 if folded else triton.cdiv(units, lanes))
-        with _on(x):
+        with on_device(x):
             rows.quantize_rows[grid](
                 x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
                 values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device),
@@ -130,7 +130,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain) 
     out = _Packed(codes, half * 2, height * n, chain.spec, True)
     if codes.numel():
         lanes, words = 32, half // 4
-        with _on(codes):
+        with on_device(codes):
             columns.requantize_columns[(height, triton.cdiv(words, lanes))](
                 codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, r,
                 words, chain.site,
@@ -156,7 +156,7 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
         units = half // 16
         lanes = min(triton.next_power_of_2(units), 512)
         per_program = max(1, 128 // lanes)
-        with _on(codes):
+        with on_device(codes):
             rows.fold_rows[(triton.cdiv(r, per_program),)](
                 codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
                 table(codes.device), r, units, PER_SCALE=spec.block // 32, R=per_program, L=lanes,
@@ -172,7 +172,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     out = codes.new_empty(r, half * 2, dtype=dtype)
     if codes.numel():
         blocks, lanes = codes.numel() // 16, 128
-        with _on(codes):
+        with on_device(codes):
             rows.dequantize_rows[(triton.cdiv(blocks, lanes),)](
                 codes.view(torch.int32), scales, out, blocks, PER_SCALE=spec.block // 32, B=lanes,
                 num_warps=_warps(lanes), enable_fp_fusion=False)
@@ -182,7 +182,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
 def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
     """``reference.random_signs`` in one launch: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
     out = seed.new_empty(n, dtype=torch.float32)
-    with _on(seed):
+    with on_device(seed):
         rows.draw_signs[(1,)](seed, out, site, n, N=128, num_warps=4)
     return out
 
@@ -211,7 +211,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     if out.numel():
         units = width // n
         lanes = min(128, triton.next_power_of_2(units))
-        with _on(x):
+        with on_device(x):
             rows.unrotate_rows[(r, triton.cdiv(units, lanes))](
                 x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain,
                 N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
@@ -219,10 +219,11 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     return out
 
 
-@cache
 def inexact_blocks(device: torch.device) -> Tensor:
     """int64 counter, on ``device``, of the blocks of 32 that a fold had to round since the process started."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
+    if device not in COUNTERS:
+        COUNTERS[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    return COUNTERS[device]
 
 
 class _Packed:
@@ -247,7 +248,7 @@ def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[tuple[T
     if x.numel():
         lanes = max(128, rn)
         other = along_rows or chain
-        with _on(x):
+        with on_device(x):
             columns.quantize_both[(height, triton.cdiv(k, lanes))](
                 x, r, k, x.stride(0),
                 other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales, theirs.mask.view(torch.int32),
@@ -278,7 +279,7 @@ def _warps(lanes: int) -> int:
     return max(1, min(16, lanes // 32))
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """The tensor's device as the current one; in Triton's interpreter that may be the CPU."""
     if x.is_cuda:
         return torch.cuda.device(x.device)

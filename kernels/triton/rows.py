@@ -80,7 +80,7 @@ def _quantize_row_units(x, signs, seed, code_words, scale_bytes, mask_words, row
                         site, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                         RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
                         MASK: tl.constexpr, WIDE: tl.constexpr):
-    """Quantise and store one unit a lane; returns the largest scale byte of its blocks that are neither zero nor NaN."""
+    """Quantise and store one unit a lane; returns the largest scale byte of its blocks but for zero and NaN."""
     valid = (row < rows) & (column < units)
     values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
     unit = row * units + column

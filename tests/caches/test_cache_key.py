@@ -40,10 +40,13 @@ def test_equal_work_has_an_equal_key():
     Options(recompute="none"),
     Options(disable_passes=("share",)),
     Options(disable_kernels=("cpp",)),
-    Options(dump="graphs"),
 ], ids=repr)
 def test_every_option_is_in_the_key(options):
     assert key(options) != key()
+
+
+def test_what_is_dumped_has_no_key_and_so_is_compiled_every_time():
+    assert key(Options(dump="graphs")) is None
 
 
 def test_the_content_of_a_recipe_counts_and_not_its_name():

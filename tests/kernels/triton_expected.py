@@ -1,4 +1,4 @@
-"""What the Triton kernels must return, by the reference, on whatever device the tensors are; and inputs to ask it of."""
+"""What the Triton kernels must return, by the reference and on the tensors' device, and inputs to ask them of."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def edges() -> dict[str, Tensor]:
         "tops": torch.cat((tops.unsqueeze(1), normal[:1, 1:].clamp(-3, 3).expand(len(tops), -1)), 1),
         "huge": normal * powers,
         "limits": limits,
-        "tiny": normal * 2.0 ** torch.tensor([[-20.0], [-60.0], [-118.0], [-122.0], [-125.0], [-127.0], [-140.0], [-149.0]]),
+        "tiny": normal * 2.0 ** torch.tensor([-20.0, -60.0, -118.0, -122.0, -125.0, -127.0, -140.0, -149.0])[:, None],
         "zeros": zeros * torch.tensor([1.0, -1.0]).repeat(32),
         "equal": torch.tensor([[1.0], [3.0], [1e-9], [65504.0]]).expand(-1, 64).contiguous(),
     }

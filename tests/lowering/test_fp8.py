@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import fp8, inductor, ir, registry
+from quartet.lowering import fp8, fp8_ops, inductor, ir, registry
 
 ops, aten = torch.ops.quartet, torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -26,6 +26,9 @@ def forget():
 
 @pytest.fixture
 def capability(monkeypatch):
+    """As if there were one GPU of that capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return lambda *version: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
 
 
@@ -129,17 +132,37 @@ def test_layout_is_what_scaled_mm_wants(a_spec, b_spec, flips, m, n, k):
     assert b_scales.shape == ((1, ceil16(n)) if rows else (1, 1))
     assert gm.graph.output_node().args[0].meta["val"].shape == (m, n)
     if min(m, n, k) > 1:
-        copied = [c for c in calls(gm, aten.clone.default) if c.meta["val"].dtype.itemsize == 1]
-        assert len(copied) == sum(flips)
+        copied = len(calls(gm, fp8_ops.ROW_MAJOR)) + sum(c.args[4] for c in calls(gm, fp8_ops.CAST))
+        assert copied == sum(flips)
 
 
 def test_codes_that_lie_well_are_neither_copied_nor_padded():
     with FakeTensorMode():
         x, w = (torch.empty(rows, 64, dtype=torch.bfloat16, device=CUDA) for rows in (33, 32))
     gm = lowered(partial(product, a_spec=TENSOR, b_spec=TENSOR, dtype=torch.bfloat16), x, w)
-    assert not calls(gm, aten.clone.default) and not calls(gm, aten.constant_pad_nd.default)
+    assert not calls(gm, fp8_ops.ROW_MAJOR) and not calls(gm, aten.constant_pad_nd.default)
     assert not calls(gm, aten.slice.Tensor)
-    assert len(calls(gm, inductor.store)) == 4  # two scales and two multipliers, computed once
+    assert [cast.args[3:] for cast in calls(gm, fp8_ops.CAST)] == [(True, False)] * 2  # each once, no transpose
+
+
+def test_a_quantiser_that_another_family_reads_too_stays_for_it():
+    def two(x, w, v):
+        shared, own, other = (ops.quantize(t, str(s), None, 0)[:2] for t, s in ((x, TENSOR), (w, TENSOR), (v, MX)))
+        return (ops.scaled_mm(*shared, *own, str(TENSOR), str(TENSOR), torch.float32),
+                ops.scaled_mm(*shared, *other, str(TENSOR), str(MX), torch.float32))
+
+    x, w, v = awkward(32, 64), awkward(16, 64), awkward(48, 64)
+    with FakeTensorMode() as mode:
+        gm = make_fx(two)(*map(mode.from_tensor, (x, w, v)))
+    mine, foreign = calls(gm, ir.SCALED_MM)
+    fp8.lower(gm.graph, [mine], lambda spec, rotation, dtype: spec == TENSOR)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    assert [str(node.args[1]) for node in calls(gm, ir.QUANTIZE)] == [str(TENSOR), str(MX)]
+    assert all(ir.quantizer_of(foreign.args[i])[0].target is ir.QUANTIZE for i in (0, 2))
+    assert len(calls(gm, aten._scaled_mm.default)) == 1
+    for got, want in zip(gm(x, w, v), two(x, w, v), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7 * want.abs().max().item())
 
 
 # the numbers

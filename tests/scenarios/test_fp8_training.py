@@ -214,6 +214,33 @@ def test_recipes_mix_in_one_model(tensor_cores):
     assert kernels["up", "wgrad"] == "inductor"  # fp32 model: row scales make bfloat16 on the tensor cores
 
 
+class Queries(nn.Module):
+    """Two projections of one X."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(64, 48, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x):
+        return torch.cat((self.q(x), self.k(x)), -1)
+
+
+def test_an_operand_that_products_of_two_kernels_read_is_quantised_once_for_both(tensor_cores):
+    """q and k share X, but the tensor cores do not take k's product with a weight of 32-element blocks."""
+    base, model, inputs = recipes()["fp8"], Queries(), data(40, 64, grad=True)()
+    assert base.fprop is not None
+    mixed = replace(base, name="mixed", fprop=replace(base.fprop, b=Operand(QuantSpec("e4m3"))))
+    policy = Policy("fp8").on("k", mixed)
+    compiled, backend = compile_eager(model, policy)
+    got = step(compiled, model, inputs)
+    kernels = {(r.fqn, r.role): r.kernel for r in backend.records}
+    assert {name for name, kernel in kernels.items() if kernel != "cublaslt"} == {("k", "fprop")}
+    assert len(backend.forwards()) == 1 and backend.count("quantize") == 2  # X and k's weight
+    plain, _ = compile_eager(model, policy, disable_kernels=["cublaslt"])
+    want = step(plain, model, inputs)
+    assert all(cosine(grad, want[1][name]) > 0.99999 for name, grad in got[1].items())
+
+
 def test_policies_name_the_recipes_and_toml_reads_back():
     policy = Policy("fp8").on("*.down", "fp8-rowwise").on("lm_head", "fp8")
     assert Policy.from_toml(policy.to_toml()) == policy

@@ -1,0 +1,234 @@
+"""The quantise kernels against a copy: the bytes that each has to move over its time, as a share of the copy's rate.
+
+    python benchmarks/bench_quantize.py
+    python benchmarks/bench_quantize.py --sizes 16384x4096 --kernels "rows quest packed fold,fold" --repeat 50
+
+Every kernel reads each input and writes each output once in that count, whatever it does; what it was not asked to
+return does not count. A size is ``rows x columns`` of a bf16 tensor. The kernels of a size and the copy of its tensor
+take turns in one process; inputs are random and rotate, and nothing of them is in the L2 cache when a call starts.
+``slots`` are the instructions that the GPU could have started per element in the time, at its highest clock: a kernel
+that needs nearly as many is limited by them and not by the memory. ``<`` marks a share below its goal. A kernel that
+fails says why, and the others go on. A run continues the file it finds at ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gpu_common as common
+import torch
+from gpu_common import say
+from torch import Tensor
+
+SIZES = ("16384x1024", "16384x4096", "16384x8192", "16384x14336")
+COPY = "copy"
+ROW_GOAL, COLUMN_GOAL = 0.85, 0.75
+BUFFERS = 3
+LANES = 128  # of one multiprocessor: four schedulers, each starting one instruction of 32 threads a cycle
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Something to time on one buffer: ``call`` takes its inputs and returns its outputs."""
+
+    goal: float | None
+    inputs: Callable[[Tensor], tuple[Tensor, ...]]
+    call: Callable[..., Any]
+
+
+class Run:
+    """Calls of a kernel on rotating inputs; a ``gpu_common.Case``."""
+
+    def __init__(self, kernel: Kernel, buffers: Sequence[Tensor]) -> None:
+        self.kernel = kernel
+        self.inputs = [kernel.inputs(x) for x in buffers]
+        self.outputs: Any = None
+
+    def reset(self, i: int) -> None:
+        self.outputs = None
+
+    def run(self, i: int) -> None:
+        self.outputs = self.kernel.call(*self.inputs[i % len(self.inputs)])
+
+    def bytes(self) -> int:
+        """Size of the inputs and outputs of one call; makes that call."""
+        self.run(0)
+        return nbytes(self.inputs[0]) + nbytes(self.outputs)
+
+
+def nbytes(tensors: Tensor | Sequence[Tensor]) -> int:
+    return sum(t.nbytes for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+
+
+def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
+    """What is measured, by name; the first is the copy."""
+    from quartet.kernels.reference import random_signs
+    from quartet.kernels.spec import QuantSpec
+    from quartet.kernels.triton import ops
+
+    bits = torch.tensor(seed, device=device)
+    signs = random_signs(bits, 3, 32)
+    forward = QuantSpec(rule="quest", mask=True)
+    quest = ops.Chain(forward, 32)
+    stochastic = ops.Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, signs, bits, 7)
+    nearest = ops.Chain(QuantSpec(rule="headroom"), 32, signs)
+
+    def alone(x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def packed(x: Tensor) -> tuple[Tensor, ...]:
+        return ops.quantize(x, quest, packed=True, folded=False)[:2]
+
+    def masked(x: Tensor) -> tuple[Tensor, ...]:
+        return x, ops.quantize(x, quest, packed=True, folded=False)[2]
+
+    def quantize(chain: Any, packed: bool, folded: bool) -> Callable[[Tensor], Any]:
+        return lambda x: ops.quantize(x, chain, packed=packed, folded=folded)
+
+    def unrotate(x: Tensor, mask: Tensor) -> Tensor:
+        return ops.mask_rotate(x, mask, rotation=32, signs=None, gain=4 / 3, cols=x.shape[1], dtype=x.dtype)
+
+    return {
+        COPY: Kernel(None, alone, torch.clone),
+        "rows quest packed fold": Kernel(ROW_GOAL, alone, quantize(quest, True, True)),
+        "rows quest packed": Kernel(ROW_GOAL, alone, quantize(quest, True, False)),
+        "rows SR fold": Kernel(ROW_GOAL, alone, quantize(stochastic, False, True)),
+        "both SR": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, stochastic, stochastic)),
+        "both nearest": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, nearest, nearest)),
+        "columns SR": Kernel(COLUMN_GOAL, alone, lambda x: quantize(stochastic, True, False)(x.t())),
+        "requantize SR": Kernel(COLUMN_GOAL, packed, lambda c, s: ops.requantize(c, s, forward, stochastic)),
+        "fold": Kernel(ROW_GOAL, packed, lambda c, s: ops.fold(c, s, forward)),
+        "mask rotate": Kernel(ROW_GOAL, masked, unrotate),
+    }
+
+
+def issue_rate(device: torch.device) -> float | None:
+    """Instructions of one thread that the whole GPU can start in a second, or None where its clock is not told."""
+    properties = torch.cuda.get_device_properties(device)
+    kilohertz = getattr(properties, "clock_rate", None)
+    return properties.multi_processor_count * LANES * kilohertz * 1e3 if kilohertz else None
+
+
+def rates(columns: dict[str, dict[str, Any]], elements: int, issues: float | None) -> None:
+    """Add to each kernel that has a time its TB/s, its share of the copy's, and its slots per element."""
+    timed = [data for data in columns.values() if "ms" in data]
+    for data in timed:
+        data["tb_s"] = data["bytes"] / data["ms"] / 1e9
+        data["slots"] = data["ms"] * 1e-3 * issues / elements if issues else None
+    copy = columns.get(COPY, {}).get("tb_s")
+    for data in timed:
+        data["share"] = data["tb_s"] / copy if copy else None
+
+
+def measure(size: str, measured: dict[str, Kernel], args: argparse.Namespace) -> dict[str, Any]:
+    """All kernels on one size."""
+    rows, cols = parse_size(size)
+    torch.manual_seed(args.seed)
+    buffers = [torch.randn(rows, cols, dtype=torch.bfloat16, device=args.device) for _ in range(BUFFERS)]
+    cases: dict[str, common.Case] = {}
+    columns: dict[str, dict[str, Any]] = {}
+    for name, kernel in measured.items():
+        try:
+            run = Run(kernel, buffers)
+            columns[name] = {"goal": kernel.goal, "bytes": run.bytes()}
+            common.synchronize(args.device)
+            cases[name] = run
+        except Exception as error:
+            columns[name] = common.failure(error)
+            say(f"  {name:24} {columns[name]['failed']}")
+    for name, times in common.Clock(args.device).interleaved(cases, args.repeat).items():
+        columns[name] |= common.summary(times)
+    rates(columns, rows * cols, issue_rate(args.device))
+    return {"rows": rows, "cols": cols, "kernels": columns}
+
+
+def details(columns: dict[str, dict[str, Any]], elements: int) -> str:
+    """A table of one size."""
+    rows = [["", "bytes/element", "µs", "TB/s", "share", "goal", "slots"]]
+    for name, data in columns.items():
+        if "ms" in data:
+            rows.append([name, f"{data['bytes'] / elements:.2f}", f"{1e3 * data['ms']:.1f}", f"{data['tb_s']:.2f}",
+                         share(data), "" if data["goal"] is None else f"{data['goal']:.2f}",
+                         "" if data["slots"] is None else f"{data['slots']:.1f}"])
+    return common.table(rows)
+
+
+def share(data: dict[str, Any]) -> str:
+    if "ms" not in data:
+        return "failed" if data else ""
+    if data["share"] is None:
+        return ""
+    return f"{'<' if data['goal'] is not None and data['share'] < data['goal'] else ''}{data['share']:.2f}"
+
+
+def report(record: common.Record, names: Sequence[str]) -> None:
+    """Print each kernel's share at every size that was measured."""
+    results = record.results
+    rows = [["share of a copy", *results]]
+    rows += [[name, *(share(result["kernels"].get(name, {})) for result in results.values())] for name in names]
+    say(common.table(rows))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or not int(match[1]) * int(match[2]) or int(match[2]) % 32:
+        raise ValueError(f"size {text!r} is not ROWSxCOLUMNS with columns divisible by 32, for example {SIZES[1]}")
+    return int(match[1]), int(match[2])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=common.names, default=list(SIZES), help=f"default {','.join(SIZES)}")
+    parser.add_argument("--kernels", type=common.names, metavar="NAMES", help="default: all; the copy always is")
+    parser.add_argument("--repeat", type=int, default=30, help="timed calls of each kernel (default %(default)s)")
+    parser.add_argument("--device", type=torch.device, default=torch.device(common.default_device()))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no new size after this")
+    parser.add_argument("--fresh", action="store_true", help="measure again what --out holds")
+    parser.add_argument("--out", type=Path, default=common.default_out("bench_quantize"), metavar="FILE",
+                        help="default %(default)s, or below $OUT where that is set")
+    args = parser.parse_args(argv)
+    try:
+        for size in args.sizes:
+            parse_size(size)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.device.type != "cuda" or not torch.cuda.is_available():
+        parser.error(f"this times Triton kernels and needs a CUDA device; --device is {args.device}, and "
+                     f"torch {torch.__version__} sees {torch.cuda.device_count()} of them")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    deadline = common.Deadline(args.time_limit)
+    every = kernels(args.device, args.seed)
+    unknown = [name for name in args.kernels or () if name not in every]
+    if unknown:
+        raise SystemExit(f"there is no kernel {unknown[0]!r}; possible: {', '.join(every)}")
+    chosen = {name: kernel for name, kernel in every.items() if name in (COPY, *(args.kernels or every))}
+    settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed}
+    say(common.describe(settings))
+    record = common.Record(args.out, "bench_quantize", settings, args.fresh)
+    for size in args.sizes:
+        earlier = record.results.get(size, {}).get("kernels", {})
+        if all("ms" in earlier.get(name, {}) for name in chosen):
+            continue
+        if deadline.passed:
+            say("time limit reached")
+            break
+        say(size)
+        result = measure(size, chosen, args)
+        record.put(size, result)
+        common.release(args.device)
+        say(details(result["kernels"], result["rows"] * result["cols"]))
+    report(record, list(every))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Triton kernels for one-byte operands with one scale: the cast of a tensor and of its transpose, and transposition."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quartet.kernels.triton.ops import DTYPES, on_device
+
+_TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+
+
+@triton.jit
+def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: tl.constexpr, PLAIN: tl.constexpr,
+               TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    col = tl.program_id(1) * N + tl.arange(0, N)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if COLUMNS:
+        by = tl.load(multiplier + col, mask=col < cols, other=0.0)[None, :]
+    else:
+        by = tl.load(multiplier)
+    made = (tile * by).to(TYPE).to(tl.uint8, bitcast=True)
+    if PLAIN:
+        tl.store(codes + row[:, None] * cols + col[None, :], made, mask=inside)
+    if TRANSPOSED:
+        tl.store(transposed + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(made), mask=tl.trans(inside))
+
+
+@triton.jit
+def _transpose_tile(x, out, rows, cols, row_stride, M: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    col = tl.program_id(1) * N + tl.arange(0, N)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0)
+    tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    """``x · multiplier`` to nearest even, saturating, and its transpose, from one read of ``x``.
+
+    Args:
+        x: ``[R, K]`` float32, bfloat16 or float16 on a GPU, row-major. multiplier: one fp32, or one a column if
+            only the transpose is wanted.
+        dtype: float8_e4m3fn (compute capability 8.9 and above) or float8_e5m2.
+    Returns:
+        ``[R, K]`` and ``[K, R]`` of ``dtype``, row-major; what was not asked for is ``[0]``.
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    r, k = x.shape if x.dim() == 2 else (0, 0)
+    columns = multiplier.numel() != 1
+    if x.dim() != 2 or x.dtype not in DTYPES or dtype not in _TYPES or columns and (multiplier.numel() != k or plain):
+        raise ValueError(f"cast needs a 2-D float tensor, one multiplier and an FP8 dtype, got {x.dtype} {list(x.shape)}, "
+                         f"{list(multiplier.shape)} and {dtype}")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if x.dtype is torch.float32 and not columns and transposed:
+        # Triton 3.6 writes a wrong transpose of bytes that were made from fp32 in the same kernel
+        codes, _ = cast(x, multiplier, dtype, plain=True, transposed=False)
+        return codes if plain else codes.new_empty(0), transpose(codes)
+    codes = x.new_empty((r, k) if plain else 0, dtype=dtype)
+    flipped = x.new_empty((k, r) if transposed else 0, dtype=dtype)
+    if x.numel():
+        m, n = (64, 128) if transposed else (16, 512)
+        with on_device(x):
+            _cast_tile[(triton.cdiv(r, m), triton.cdiv(k, n))](
+                x, multiplier, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0),
+                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, M=m, N=n, num_warps=8,
+                enable_fp_fusion=False)
+    return codes, flipped
+
+
+def transpose(x: Tensor) -> Tensor:
+    """Row-major ``[K, R]`` copy of the transpose of a one-byte row-major tensor ``[R, K]`` on a GPU."""
+    if x.dim() != 2 or x.element_size() != 1 or x.stride(1) != 1:
+        raise ValueError(f"transpose needs a row-major 2-D tensor of one-byte elements, got {x.dtype} {list(x.shape)}")
+    r, k = x.shape
+    out = x.new_empty(k, r)
+    if x.numel():
+        with on_device(x):
+            _transpose_tile[(triton.cdiv(r, 128), triton.cdiv(k, 64))](
+                x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0), M=128, N=64, num_warps=8)
+    return out

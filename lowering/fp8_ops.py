@@ -1,0 +1,65 @@
+"""Graph ops of the FP8 lowering whose results have a fixed, row-major layout.
+
+    fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read
+    fp8_row_major   codes that lie in another order → a row-major copy
+
+Inductor chooses the layout of what it computes itself; a matrix product of one-byte operands takes only this one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.reference.elements import fp8_encode
+from quartet.lowering.ir import FLOAT8, library
+
+library.define("fp8_cast(Tensor x, Tensor multiplier, str element, bool plain, bool transposed) -> (Tensor, Tensor)")
+library.define("fp8_row_major(Tensor codes) -> Tensor")
+
+
+def _cast(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    codes = fp8_encode(x.to(torch.float32) * multiplier, element)
+    none = codes.new_empty(0)
+    return codes.contiguous() if plain else none, codes.t().contiguous() if transposed else none
+
+
+def _cast_cuda(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    from quartet.kernels.triton import cast
+
+    if multiplier.numel() == 1:
+        return cast.cast(x, multiplier, FLOAT8[element], plain=plain, transposed=transposed)
+    if x.stride(0) != 1 or x.dtype is torch.float32:
+        return _cast(x, multiplier, element, plain, transposed)
+    transposed_codes, codes = cast.cast(x.t(), multiplier, FLOAT8[element], plain=False, transposed=True)
+    return codes, codes.t().contiguous() if transposed else transposed_codes
+
+
+def _cast_fake(x, multiplier, element, plain, transposed):
+    rows, cols = x.shape
+    dtype = FLOAT8[element]
+    return (x.new_empty((rows, cols) if plain else 0, dtype=dtype),
+            x.new_empty((cols, rows) if transposed else 0, dtype=dtype))
+
+
+def _row_major(codes: Tensor) -> Tensor:
+    return codes.clone(memory_format=torch.contiguous_format)
+
+
+def _row_major_cuda(codes: Tensor) -> Tensor:
+    if codes.dim() == 2 and codes.stride(0) == 1 and codes.element_size() == 1:
+        from quartet.kernels.triton import cast
+
+        return cast.transpose(codes.t())
+    return _row_major(codes)
+
+
+library.impl("fp8_cast", _cast, "CompositeExplicitAutograd")
+library.impl("fp8_cast", _cast_cuda, "CUDA")
+torch.library.register_fake("quartet::fp8_cast", _cast_fake, lib=library)
+library.impl("fp8_row_major", _row_major, "CompositeExplicitAutograd")
+library.impl("fp8_row_major", _row_major_cuda, "CUDA")
+torch.library.register_fake("quartet::fp8_row_major", lambda codes: codes.new_empty(codes.shape), lib=library)
+
+CAST = torch.ops.quartet.fp8_cast.default
+ROW_MAJOR = torch.ops.quartet.fp8_row_major.default

@@ -1,0 +1,159 @@
+"""Training on a GPU: products against the reference, seeds, CUDA graphs, streams, a second device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quartet
+from quartet.backend import compile_graph
+from quartet.lowering import registry
+from quartet.options import Options
+from quartet.passes import pipeline
+from quartet.runtime.capture import Capture
+
+pytestmark = pytest.mark.gpu
+REFERENCE = ("triton-fp8", "cublaslt", "triton", "inductor")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def eager(policy, disabled=(), rows=None):
+    """The backend with our kernels but without Inductor's code generation."""
+    def backend(gm, inputs):
+        options = Options.parse(None, {"policy": policy, "disable_kernels": disabled}, passes=pipeline.OPTIONAL,
+                                kernels=registry.NAMES)
+        return compile_graph(gm, inputs, options, inner_compile=Capture(),
+                             collect=rows.extend if rows is not None else None)
+    return backend
+
+
+def step(compiled, module, x, e, seed=0):
+    """Output, gradient of the input and of the weight, of one step."""
+    torch.manual_seed(seed)
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    y = compiled(x)
+    y.backward(e)
+    return y.detach(), x.grad, module.weight.grad.clone()
+
+
+def linear(tokens=200, k=320, n=192, dtype=torch.bfloat16, device="cuda", bias=False):
+    torch.manual_seed(1)
+    module = torch.nn.Linear(k, n, bias=bias, device=device, dtype=dtype)
+    x, e = (torch.randn(tokens, size, device=device, dtype=dtype) for size in (k, n))
+    return module, x, e
+
+
+def distance(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.mark.parametrize("policy", ["quartet", "quartet-paper", "fp8", "fp8-rowwise"])
+@pytest.mark.parametrize("sizes", [(200, 320, 192), (96, 1024, 4096), (77, 100, 60)])
+def test_products_are_the_references(policy, sizes):
+    module, x, e = linear(*sizes)
+    rows = []
+    got = step(torch.compile(module, backend=eager(policy, rows=rows), dynamic=False), module, x, e)
+    torch._dynamo.reset()
+    want = step(torch.compile(module, backend=eager(policy, REFERENCE), dynamic=False), module, x, e)
+    assert {row.kernel for row in rows} == {"triton-fp8" if policy.startswith("quartet") else "cublaslt"}
+    for name, a, b in zip(("y", "gx", "gw"), got, want, strict=True):
+        assert a.shape == b.shape and distance(a, b) < 6e-3, name  # rounding to bf16 and FP8 accumulation
+
+
+def test_without_fp8_the_products_are_made_in_the_models_dtype():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        torch._dynamo.reset()
+        module, x, e = linear(dtype=dtype)
+        rows = []
+        got = step(torch.compile(module, backend=eager("quartet", ("triton-fp8",), rows)), module, x, e)
+        torch._dynamo.reset()
+        want = step(torch.compile(module, backend=eager("quartet", REFERENCE)), module, x, e)
+        assert {row.kernel for row in rows} == {"triton"}
+        assert all(distance(a, b) < 6e-3 for a, b in zip(got, want, strict=True))
+
+
+def test_one_seed_gives_the_same_bits_and_another_gives_others():
+    module, x, e = linear()
+    compiled = torch.compile(module, backend="quartet")
+    first, again, other = (step(compiled, module, x, e, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[0], other[0])  # the forward rounds to nearest
+    assert not torch.equal(first[1], other[1]) and not torch.equal(first[2], other[2])
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_every_replay_of_a_cuda_graph_draws_anew(mode):
+    module, x, e = linear(256, 512, 512)
+    compiled = torch.compile(module, backend="quartet", mode=mode)
+    torch.manual_seed(0)
+    outputs, grads = [], []
+    for _ in range(8):
+        torch.compiler.cudagraph_mark_step_begin()
+        module.zero_grad()
+        y = compiled(x)
+        y.backward(e)
+        outputs.append(y.detach().clone())
+        grads.append(module.weight.grad.clone())
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+    assert all(not torch.equal(a, b) for a, b in zip(grads, grads[1:], strict=False))
+    mean = torch.stack(grads).float().mean(0)
+    assert distance(mean, grads[0]) > 0.6 * distance(grads[1], grads[0]) / 2**0.5  # and independently
+
+
+def test_policy_bf16_is_inductor():
+    module, x, e = linear(bias=True)
+    ours = step(torch.compile(module, backend="quartet", options={"policy": "bf16"}), module, x, e)
+    torch._dynamo.reset()
+    theirs = step(torch.compile(module, backend="inductor"), module, x, e)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_another_stream():
+    module, x, e = linear(1024, 2048, 2048)
+    compiled = torch.compile(module, backend="quartet")
+    want = step(compiled, module, x, e)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = step(compiled, module, x, e)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_second_gpu_in_the_process():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    module, x, e = linear()
+    want = step(torch.compile(module, backend="quartet"), module, x, e)
+    torch._dynamo.reset()
+    module, x, e = module.to("cuda:1"), x.to("cuda:1"), e.to("cuda:1")
+    got = step(torch.compile(module, backend="quartet"), module, x, e)
+    assert all(a.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+
+
+def test_dynamic_tokens():
+    module, _, _ = linear()
+    compiled = torch.compile(module, backend="quartet", dynamic=True)
+    for tokens in (64, 33, 1, 200):
+        x, e = torch.randn(tokens, 320, device="cuda").bfloat16(), torch.randn(tokens, 192, device="cuda").bfloat16()
+        y, gx, gw = step(compiled, module, x, e)
+        assert y.shape == (tokens, 192) and gx.shape == x.shape and gw.shape == module.weight.shape
+        assert distance(y, x @ module.weight.t()) < 0.4
+
+
+def test_blocks_that_do_not_fold_are_counted():
+    module, x, e = linear()
+    torch.compile(module, backend=eager("quartet"))(x)
+    torch.cuda.synchronize()
+    before = quartet.statistics()["cuda:0"]["inexact_fold_blocks"]
+    x[:, :32] *= 2.0**30
+    torch.compile(module, backend=eager("quartet"))(x)
+    assert quartet.statistics()["cuda:0"]["inexact_fold_blocks"] == before + 200 * 9

@@ -1,0 +1,106 @@
+"""Every Triton kernel compiles without a GPU for those we support, and keeps its data in registers.
+
+The compiled variants are those that the Python face launches for the recipes' operands, at widths that can be read
+16 bytes at a time.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import triton_offline  # noqa: E402
+
+from quartet.kernels.spec import QuantSpec  # noqa: E402
+from quartet.kernels.triton import cast, ops  # noqa: E402
+from quartet.kernels.triton.ops import Chain  # noqa: E402
+
+QUEST = QuantSpec(rule="quest", mask=True)
+X = torch.empty(64, 4096, dtype=torch.bfloat16)
+CODES, SCALES, MASK = (torch.empty(64, 4096 // n, dtype=torch.uint8) for n in (2, 32, 8))
+SCALE = torch.ones(1)
+FORWARD = Chain(QUEST, 32)
+BACKWARD = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
+NEAREST = Chain(QuantSpec(rule="headroom"), 32, torch.ones(32))
+
+
+def unrotate(mask: torch.Tensor | None, signs: torch.Tensor | None) -> torch.Tensor:
+    return ops.mask_rotate(X, mask, rotation=32, signs=signs, gain=4 / 3, cols=4096, dtype=torch.bfloat16)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "rows-quest": lambda: ops.quantize(X, FORWARD, packed=True, folded=False),
+    "rows-quest-fold": lambda: ops.quantize(X, FORWARD, packed=True, folded=True),
+    "rows-stochastic-fold": lambda: ops.quantize(X, BACKWARD, packed=False, folded=True),
+    "rows-nearest-fold": lambda: ops.quantize(X, NEAREST, packed=False, folded=True),
+    "rows-stochastic-odd": lambda: ops.quantize(torch.empty(33, 33, dtype=torch.bfloat16), BACKWARD, packed=True,
+                                                folded=True),
+    "rows-quest-fp32": lambda: ops.quantize(X.float(), FORWARD, packed=True, folded=True),
+    "columns-stochastic": lambda: ops.quantize(X.t(), BACKWARD, packed=True, folded=False),
+    "columns-quest": lambda: ops.quantize(X.t(), FORWARD, packed=True, folded=False),
+    "both-stochastic": lambda: ops.quantize_both(X, BACKWARD, BACKWARD),
+    "both-nearest": lambda: ops.quantize_both(X, NEAREST, NEAREST),
+    "requantize-stochastic": lambda: ops.requantize(CODES, SCALES, QUEST, BACKWARD),
+    "requantize-nearest": lambda: ops.requantize(CODES, SCALES, QUEST, NEAREST),
+    "fold": lambda: ops.fold(CODES, SCALES, QUEST),
+    "dequantize": lambda: ops.dequantize(CODES, SCALES, QUEST, torch.bfloat16),
+    "signs": lambda: ops.random_signs(torch.tensor(0), 23, 32),
+    "cast": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=False),
+    "cast-both": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=True),
+    "cast-columns": lambda: cast.cast(X, torch.ones(4096), torch.float8_e4m3fn, plain=False, transposed=True),
+    "transpose": lambda: cast.transpose(CODES),
+    "unrotate-masked": lambda: unrotate(MASK, None),
+    "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
+}
+EVERYWHERE = ("rows-stochastic-fold", "requantize-stochastic", "unrotate-masked")
+OTHERS = (80, 89, 100, 120)
+LEAST_INSTRUCTIONS = 100
+
+
+def compiled(name: str, capability: int) -> triton_offline.Compiled:
+    (launch,) = triton_offline.launches(CALLS[name])
+    return triton_offline.compile_for(launch, capability)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_hopper_keeps_all_in_registers(name):
+    kernel = compiled(name, 90)
+    assert (kernel.stack, kernel.local) == (0, 0), f"{kernel.registers} registers"
+    assert not {"LDL", "STL"} & set(kernel.instructions)
+    assert len(kernel.instructions) > LEAST_INSTRUCTIONS and "STG" in kernel.instructions
+
+
+@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_other_gpus_keep_all_in_registers(name, capability):
+    kernel = compiled(name, capability)
+    assert (kernel.stack, kernel.local) == (0, 0), f"{kernel.registers} registers"
+    assert len(kernel.instructions) > LEAST_INSTRUCTIONS
+
+
+def test_products_and_sums_are_not_fused():
+    """A fused multiply-add rounds once where the reference rounds twice."""
+    for name, call in CALLS.items():
+        for launch in triton_offline.launches(call):
+            exact = launch.kernel.__name__ in ("draw_signs", "_transpose_tile")  # no sums of floats
+            assert exact or launch.keywords["enable_fp_fusion"] is False, name
+
+
+def test_every_kernel_is_compiled():
+    launched = {launch.kernel.__name__ for call in CALLS.values() for launch in triton_offline.launches(call)}
+    assert launched == triton_offline.launched_kernels() and len(launched) >= 7
+
+
+def test_a_spill_is_seen():
+    """The check is one: a kernel that is given fewer registers than it needs has local memory."""
+    (launch,) = triton_offline.launches(CALLS["requantize-stochastic"])
+    launch.keywords["maxnreg"] = 32
+    kernel = triton_offline.compile_for(launch, 90)
+    assert kernel.local + kernel.stack > 0
+    assert {"LDL", "STL"} & set(kernel.instructions)
