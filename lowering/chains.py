@@ -63,11 +63,12 @@ class Source:
 
 def accepted(graph: Graph, gemms: list[Node], accepts: Accepts) -> list[Node]:
     """The quantise nodes, in order, whose chains a kernel family takes and that no other family's product reads."""
-    nodes, chosen = [], set(gemms)
+    nodes, chosen, device = [], set(gemms), val(gemms[0]).device
     for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE):
         source = Source.of(node)
         readers = {user for item in node.users for user in item.users if user.target is ir.SCALED_MM}
-        if readers <= chosen and accepts(QuantSpec.parse(source.spec), source.rotation, val(source.x).dtype):
+        x = val(source.x)
+        if x.device == device and readers <= chosen and accepts(QuantSpec.parse(source.spec), source.rotation, x.dtype):
             nodes.append(node)
     return nodes
 

@@ -46,9 +46,10 @@ def supports(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation
 
 def supports_fold(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
-    if dtype is not torch.bfloat16:
+    reason = fp8.unavailable(device) or supports(device, dtype, spec, rotation)
+    if reason is None and dtype is not torch.bfloat16:
         return f"the FP8 product with a scale a row is bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return fp8.unavailable(device) or supports(device, dtype, spec, rotation)
+    return reason
 
 
 class Lowering:

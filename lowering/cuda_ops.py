@@ -12,11 +12,16 @@ An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to, library
+
+if TYPE_CHECKING:
+    from quartet.kernels.triton.ops import Chain
 
 _CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
 _OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
@@ -35,7 +40,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int):  # type: ignore[no-untyped-def]
+def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
     from quartet.kernels.triton.ops import Chain
 
     return Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
@@ -124,7 +129,8 @@ def _quantize_both_fake(x, rotation, signs, spec, seed, site, t_rotation, t_sign
 
 
 def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, packed, folded):
-    return _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, folded)
+    made = _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, folded)
+    return *made[:2], made[2].new_empty(0), *made[3:]
 
 
 def _fold_fake(codes, scales, spec):

@@ -85,17 +85,22 @@ def _cast(graph: Graph, node: Node) -> None:
     assert isinstance(x, Node) and isinstance(text, str)
     spec = QuantSpec.parse(text)
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-    multiplier, scale = inline(build, compat.trace(lambda t: reference.fp32_scale(t, spec), [val(x)]), [x])
+
+    def scales(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(store(value) for value in reference.fp32_scale(t, spec))
+
+    multiplier, scale = inline(build, compat.trace(scales, [val(x)]), [x])
     items = {item.args[1]: item for item in node.users}
-    flipped = [user for user in items[0].users if user.target is aten.permute.default]
-    plain = any(user not in flipped for user in items[0].users)
+    readers = list(items[0].users) if 0 in items else []
+    flipped = [user for user in readers if user.target is aten.permute.default]
+    plain = len(flipped) < len(readers)
     both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
     codes, transposed = build.item(both, 0), build.item(both, 1)
     for user in flipped:
         user.replace_all_uses_with(transposed)
-    items[0].replace_all_uses_with(codes)
-    if 1 in items:
-        items[1].replace_all_uses_with(scale)
+    for index, value in enumerate((codes, scale)):
+        if index in items:
+            items[index].replace_all_uses_with(value)
 
 
 def _quantize(graph: Graph, node: Node) -> None:

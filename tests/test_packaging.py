@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -97,7 +98,7 @@ def test_metadata(wheel):
 def test_constraints_pin_every_direct_dependency():
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *extras["test"], *extras["demo"]]
-    names = {requirement.split(">")[0].split("=")[0].strip() for requirement in wanted}
+    names = {re.split("[>=;]", requirement)[0].strip() for requirement in wanted}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0] for line in lines if "==" in line}
     assert names <= pinned, f"not pinned in constraints.txt: {sorted(names - pinned)}"

@@ -39,7 +39,8 @@ def _transpose_tile(x, out, rows, cols, row_stride, M: tl.constexpr, N: tl.const
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
-def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
+         transposed: bool) -> tuple[Tensor, Tensor]:
     """``x · multiplier`` to nearest even, saturating, and its transpose, from one read of ``x``.
 
     Args:
@@ -54,8 +55,8 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool, tran
     r, k = x.shape if x.dim() == 2 else (0, 0)
     columns = multiplier.numel() != 1
     if x.dim() != 2 or x.dtype not in DTYPES or dtype not in _TYPES or columns and (multiplier.numel() != k or plain):
-        raise ValueError(f"cast needs a 2-D float tensor, one multiplier and an FP8 dtype, got {x.dtype} {list(x.shape)}, "
-                         f"{list(multiplier.shape)} and {dtype}")
+        raise ValueError(f"cast needs a 2-D float tensor, one multiplier and an FP8 dtype, got {x.dtype} "
+                         f"{list(x.shape)}, {list(multiplier.shape)} and {dtype}")
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.dtype is torch.float32 and not columns and transposed:
         # Triton 3.6 writes a wrong transpose of bytes that were made from fp32 in the same kernel
@@ -82,5 +83,6 @@ def transpose(x: Tensor) -> Tensor:
     if x.numel():
         with on_device(x):
             _transpose_tile[(triton.cdiv(r, 128), triton.cdiv(k, 64))](
-                x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0), M=128, N=64, num_warps=8)
+                x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0), M=128, N=64, num_warps=8,
+                enable_fp_fusion=False)
     return out

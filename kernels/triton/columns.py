@@ -26,10 +26,11 @@ def quantize_both(x, rows, cols, row_stride,
     column = tl.program_id(1) * B + tl.arange(0, B)
     inside = column < cols
     left = rows - first + tl.zeros_like(column)
-    tile = x + first * row_stride
+    stride = row_stride + first * 0  # 64 bits: rows may lie far apart
+    tile = x + first * stride
     values = ()
     for i in tl.static_range(N):
-        values = values + (load_element(tile + i * row_stride + column, inside & (i < left)),)
+        values = values + (load_element(tile + i * stride + column, inside & (i < left)),)
     height = (rows + N - 1) // N
     unit = column.to(tl.int64) * height + tl.program_id(0)
     packed, masks, scales = quantize_unit(values, column_signs, column_seed, column_site, unit * (N // 16), N, ROTATION,
@@ -41,7 +42,7 @@ def quantize_both(x, rows, cols, row_stride,
         row = lane // (B // RN)
         across = tl.program_id(1) * (B // RN) + lane % (B // RN)
         valid = (first + row < rows) & (across < units)
-        values = load_blocks(tile, row.to(tl.int64) * row_stride + across * RN, valid, cols - across * RN, RN, WIDE)
+        values = load_blocks(tile, row * stride + across * RN, valid, cols - across * RN, RN, WIDE)
         unit = (first + row) * units + across
         packed, masks, scales = quantize_unit(values, row_signs, row_seed, row_site, unit * (RN // 16), RN, RR, RS, RB,
                                               RRULE, RSIGMA, RPOWER, RSR, RM)
@@ -59,13 +60,14 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
     j = tl.program_id(1) * B + tl.arange(0, B)
     inside = j < words
     left = rows - first + tl.zeros_like(j)
-    codes = code_words + first * words + j
-    scale_row = words * 8 // IN_BLOCK
+    width = words + first * 0
+    codes = code_words + first * width + j
+    scale_row = width * 8 // IN_BLOCK
     bytes_ = scale_bytes + first * scale_row + j * 8 // IN_BLOCK
     nibbles, scales = (), ()
     for i in tl.static_range(N):
         ok = inside & (i < left)
-        nibbles = nibbles + (load_word(codes + i * words, ok),)
+        nibbles = nibbles + (load_word(codes + i * width, ok),)
         # an infinite scale in place of NaN makes infinities or NaN of the block all the same
         scale = tl.maximum(load_byte(bytes_ + i * scale_row, ok) << 23, 1 << 22).to(tl.float32, bitcast=True)
         scales = scales + (scale,)

@@ -51,7 +51,7 @@ def tile16(x):
 
 @triton.jit
 def opaque(tile):
-    """An int32 tile as it is: what it is made of stays in the threads that made it, and only the whole changes place."""
+    """An int32 tile as it is: its parts stay in the threads that made them, and only the whole changes place."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -164,11 +164,11 @@ def load_blocks(pointer, offsets, valid, limit, N: tl.constexpr, WIDE: tl.conste
 def _pair(a, b, TYPE: tl.constexpr):
     """int32 of two fp32 rounded to a 16-bit type, ``a`` in the low half."""
     if TYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32, is_pure=True,
-                                         pack=1)
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32,
+                                         is_pure=True, pack=1)
     else:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32, is_pure=True,
-                                         pack=1)
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32,
+                                         is_pure=True, pack=1)
 
 
 @triton.jit

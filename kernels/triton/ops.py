@@ -53,6 +53,9 @@ def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
         return f"the Triton quantisers write e2m1 with e8m0 scales, not {spec.element} with {spec.scale}"
     if spec.block not in (32, 64, 128):
         return f"the Triton quantisers take blocks of 32, 64 and 128, not {spec.block}"
+    if 0 < rotation < max(32, spec.block):
+        return (f"the Triton quantisers rotate whole blocks: a Hadamard of {rotation} is shorter than "
+                f"{max(32, spec.block)}")
     if rotation != 0 and rotation not in SIZES:
         return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
     if dtype not in DTYPES:
@@ -114,7 +117,7 @@ def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain) -> tuple[T
 
 
 def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the transpose of a quantised tensor: ``quantize(hadamard(v.t()))``, ``v = dequantize(codes)``.
+    """Codes and scales of a quantised tensor's transpose: ``quantize(hadamard(v.t()))``, ``v = dequantize(codes)``.
 
     Args:
         codes, scales: uint8 ``[R, K/2]`` and ``[R, K/in_spec.block]``, contiguous; ``in_spec`` has no gain.
@@ -123,7 +126,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain) 
     """
     r, half = _packed_shape("requantize", codes, scales, in_spec)
     if in_spec.gain != 1.0:
-        raise ValueError(f"requantize reads codes without a gain, and '{in_spec}' has {in_spec.gain:.3f}; dequantize first")
+        raise ValueError(f"requantize reads codes without a gain, '{in_spec}' has {in_spec.gain:.3f}; dequantize it")
     _check(codes, chain, any_dtype=True)
     n = chain.unit
     height = triton.cdiv(r, n)
@@ -183,7 +186,7 @@ def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
     """``reference.random_signs`` in one launch: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
     out = seed.new_empty(n, dtype=torch.float32)
     with on_device(seed):
-        rows.draw_signs[(1,)](seed, out, site, n, N=128, num_warps=4)
+        rows.draw_signs[(1,)](seed, out, site, n, N=128, num_warps=4, enable_fp_fusion=False)
     return out
 
 
@@ -200,10 +203,14 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     """
     n = max(32, rotation)
     r, width = x.shape if x.dim() == 2 else (0, 1)
-    if x.dim() != 2 or x.dtype not in DTYPES or dtype not in DTYPES or width % n or not 0 <= cols <= width:
+    if (x.dim() != 2 or x.dtype not in DTYPES or dtype not in DTYPES or width % n or not 0 <= cols <= width
+            or rotation not in (0, *SIZES)):
         raise ValueError(f"mask_rotate needs a 2-D tensor of a width divisible by {n} and cols from 0 to it, got "
-                         f"{_name(x.dtype)} {list(x.shape)} on {x.device}, cols={cols}, dtype={_name(dtype)}")
-    if mask is not None and (mask.shape != (r, width // 8) or mask.dtype != torch.uint8 or not mask.is_contiguous()):
+                         f"{_name(x.dtype)} {list(x.shape)} on {x.device}, cols={cols}, dtype={_name(dtype)}, "
+                         f"rotation={rotation}")
+    _check_given("signs", signs, rotation, torch.float32, x)
+    if mask is not None and (mask.shape != (r, width // 8) or mask.dtype != torch.uint8 or not mask.is_contiguous()
+                             or mask.device != x.device):
         raise ValueError(f"the mask of x {list(x.shape)} must be contiguous uint8 [{r}, {width // 8}], got "
                          f"{_name(mask.dtype)} {list(mask.shape)}")
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -220,7 +227,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
 
 
 def inexact_blocks(device: torch.device) -> Tensor:
-    """int64 counter, on ``device``, of the blocks of 32 that a fold had to round since the process started."""
+    """int64 counter, on ``device``, of the blocks of 32 that a fold may have had to round since the process started."""
     if device not in COUNTERS:
         COUNTERS[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return COUNTERS[device]
@@ -299,11 +306,17 @@ def _check(x: Tensor, chain: Chain, any_dtype: bool = False) -> None:
     if x.dim() != 2:
         raise ValueError(f"the Triton quantisers need a 2-D tensor, got {list(x.shape)}; flatten the leading axes with "
                          "x.reshape(-1, x.shape[-1])")
-    for what, value, size in (("signs", chain.signs, chain.rotation), ("seed", chain.seed, 1)):
-        if value is not None and (value.device != x.device or value.numel() != size):
-            raise ValueError(f"{what} must have {size} elements on {x.device}, got {list(value.shape)} on {value.device}")
+    _check_given("signs", chain.signs, chain.rotation, torch.float32, x)
+    _check_given("seed", chain.seed, 1, torch.int64, x)
     if chain.spec.stochastic and chain.seed is None:
         raise ValueError(f"quantiser '{chain.spec}' rounds stochastically and needs a seed")
+
+
+def _check_given(what: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:
+    if value is not None and (value.device != x.device or value.numel() != size or value.dtype != dtype
+                              or not value.is_contiguous() or value.data_ptr() % max(1, min(16, 4 * size))):
+        raise ValueError(f"{what} must be {size} contiguous {_name(dtype)} on {x.device}, got {_name(value.dtype)} "
+                         f"{list(value.shape)} on {value.device}")
 
 
 def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[int, int]:
@@ -311,11 +324,12 @@ def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> 
         r, half = codes.shape
         if (spec.element == "e2m1" and half * 2 % spec.block == 0 and scales.shape == (r, half * 2 // spec.block)
                 and codes.dtype == scales.dtype == torch.uint8 and codes.is_contiguous() and scales.is_contiguous()
-                and codes.device == scales.device):
+                and codes.device == scales.device and spec.block >= 32 and codes.data_ptr() % 16 == 0):
             return r, half
     raise ValueError(
-        f"{what} of '{spec}' needs contiguous uint8 codes [R, K/2] and scales [R, K/{spec.block}] of e2m1 on one device, "
-        f"got {_name(codes.dtype)} {list(codes.shape)} and {_name(scales.dtype)} {list(scales.shape)} on {codes.device}")
+        f"{what} of '{spec}' needs contiguous uint8 codes [R, K/2] at a multiple of 16 bytes and scales "
+        f"[R, K/{spec.block}] of e2m1 in blocks of 32 or more on one device, got {_name(codes.dtype)} "
+        f"{list(codes.shape)} and {_name(scales.dtype)} {list(scales.shape)} on {codes.device}")
 
 
 def _name(dtype: torch.dtype) -> str:

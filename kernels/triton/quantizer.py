@@ -199,7 +199,8 @@ def encode(x, inverse, words, N: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: 
            MASK: tl.constexpr):
     """N/8 int32 vectors of eight nibbles each, and N/32 of the bits of |x · inverse| < 6 (none unless MASK).
 
-    CLIPS: the scale rule leaves elements above 6. ``inverse``: a tuple with the reciprocal scale of every block of BLOCK. ``words``: see :func:`random_words`.
+    CLIPS: the scale rule leaves elements above 6. ``inverse``: a tuple with the reciprocal scale of every block of
+    BLOCK. ``words``: see :func:`random_words`.
     """
     packed, masks = (), ()
     for w in tl.static_range(N // 8):

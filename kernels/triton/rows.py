@@ -191,6 +191,7 @@ def draw_signs(seed, out, site, n, N: tl.constexpr):
     """Sign i is negative where bit i of the Philox call of the sign stream is set."""
     i = tl.arange(0, N)
     zero = tl.zeros_like(i).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero, zero, zero + site, zero + SIGN_STREAM)
+    stream = tl.full(i.shape, SIGN_STREAM, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero, zero, tl.full(i.shape, site, tl.uint32), stream)
     word = tl.where(i < 64, tl.where(i < 32, w0, w1), tl.where(i < 96, w2, w3))
     tl.store(out + i, tl.where((word >> (i % 32).to(tl.uint32)) & 1 == 1, -1.0, 1.0), mask=i < n)

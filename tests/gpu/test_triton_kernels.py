@@ -29,7 +29,7 @@ CHAINS = {
                       False),
     "centred-64": (QuantSpec(rule="quest", sigma="centred", mask=True), 64, False),
     "floor-128": (QuantSpec(rule="floor", rounding="stochastic", mask=True), 128, True),
-    "block-64": (QuantSpec(rule="headroom", block=64), 32, False),
+    "block-64": (QuantSpec(rule="headroom", block=64), 64, False),
 }
 VARIANTS = ([(name, torch.bfloat16, shape) for name in CHAINS for shape in SHAPES]
             + [(name, dtype, shape) for name in ("quest", "stochastic") for dtype in DTYPES[1:] for shape in SMALL])
