@@ -76,14 +76,15 @@ class Lowering:
         """Quantisers of a tensor and of its transpose that only products of their own direction read."""
         chosen = set(self.gemms)
         alone = [node for node in quantizers if node in self.wanted and not is_stored(node, chosen)]
-        along_rows = {(Source.of(node).x, is_backward(node)): node for node in reversed(alone)}
+        along_rows: dict[tuple[Node, bool], list[Node]] = {}
+        for node in reversed(alone):
+            along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
         pairs = []
         for node in alone:
             source = Source.of(node)
             of = source.transposed
-            other = along_rows.pop((of, is_backward(node)), None) if of is not None and not source.stored else None
-            if other is not None:
-                pairs.append((other, node))
+            if of is not None and source.stored is None and along_rows.get((of, is_backward(node))):
+                pairs.append((along_rows[of, is_backward(node)].pop(), node))
         return pairs
 
     def _quantize_both(self, rows: Node, columns: Node) -> None:
@@ -125,7 +126,7 @@ class Lowering:
         sides = ((a, a_scales, a_spec), (b, b_scales, b_spec))
         if self.fold:
             left, right = (self._operand(build, gemm, *side) for side in sides)
-            out = fp8.scaled_mm(build, *left, *right, val(gemm).dtype)
+            out = fp8.scaled_mm(build, *left, *right, val(gemm).dtype, aligned=True)
         else:
             left, right = (build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides)  # type: ignore[assignment]
             out = build(aten.mm.default, left, build.transpose(right))  # type: ignore[arg-type]

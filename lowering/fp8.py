@@ -149,17 +149,18 @@ def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
     return copy
 
 
-def scaled_mm(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any) -> Node:
+def scaled_mm(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,
+              aligned: bool = False) -> Node:
     """``A · Bᵀ`` of row-major FP8 codes: ``[M, K] × [N, K] → [M, N rounded up to 16]`` of ``dtype``.
 
     Scales are fp32, ``[1, 1]`` of a tensor or ``[M, 1]`` and ``[N, 1]`` of rows. With one of each the tensor's is
-    repeated for every row.
+    repeated for every row. ``aligned``: K is a multiple of 16 whatever it is.
     """
     rows = tuple(shape(s)[0] for s in (a_scales, b_scales))
     if any(not isinstance(r, int) or r != 1 for r in rows):
         a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
         b_scales = build.transpose(_padded(build, b_scales, rows=True, cols=False))
-    a, b = _padded(build, a, rows=False, cols=True), _padded(build, b, rows=True, cols=True)
+    a, b = _padded(build, a, rows=False, cols=not aligned), _padded(build, b, rows=True, cols=not aligned)
     return build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype,
                  FAST_ACCUMULATION)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from quartet.kernels.reference.hadamard import SIZES
@@ -47,6 +47,7 @@ class Chain:
         return max(32, self.rotation, self.spec.block)
 
 
+@cache
 def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
     if spec.element != "e2m1" or spec.scale != "e8m0":
@@ -83,14 +84,14 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
         return codes, scales, mask, values, row_scales
     n, (r, k) = chain.unit, x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    units = triton.cdiv(k, n)
+    units = cdiv(k, n)
     out = _Packed(x, r, units * n, chain.spec, True)
     values = x.new_empty((r, units * n) if folded else 0, dtype=torch.float8_e4m3fn)
     row_scales = x.new_empty((r, 1) if folded else 0, dtype=torch.float32)
     if x.numel():
-        lanes = min(triton.next_power_of_2(units), WARP)
+        lanes = min(power_of_two(units), WARP)
         per_program = WARP // lanes
-        grid = (triton.cdiv(r, per_program), 1 if folded else triton.cdiv(units, lanes))
+        grid = (cdiv(r, per_program), 1 if folded else cdiv(units, lanes))
         with on_device(x):
             rows.quantize_rows[grid](
                 x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
@@ -129,12 +130,12 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain) 
         raise ValueError(f"requantize reads codes without a gain, '{in_spec}' has {in_spec.gain:.3f}; dequantize it")
     _check(codes, chain, any_dtype=True)
     n = chain.unit
-    height = triton.cdiv(r, n)
+    height = cdiv(r, n)
     out = _Packed(codes, half * 2, height * n, chain.spec, True)
     if codes.numel():
         lanes, words = 32, half // 4
         with on_device(codes):
-            columns.requantize_columns[(height, triton.cdiv(words, lanes))](
+            columns.requantize_columns[(height, cdiv(words, lanes))](
                 codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, r,
                 words, chain.site,
                 IN_BLOCK=in_spec.block, **_constants(chain), B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
@@ -157,10 +158,10 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
     row_scales = codes.new_empty(r, 1, dtype=torch.float32)
     if codes.numel():
         units = half // 16
-        lanes = min(triton.next_power_of_2(units), 512)
+        lanes = min(power_of_two(units), 512)
         per_program = max(1, 128 // lanes)
         with on_device(codes):
-            rows.fold_rows[(triton.cdiv(r, per_program),)](
+            rows.fold_rows[(cdiv(r, per_program),)](
                 codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
                 table(codes.device), r, units, PER_SCALE=spec.block // 32, R=per_program, L=lanes,
                 num_warps=_warps(per_program * lanes), enable_fp_fusion=False)
@@ -176,7 +177,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     if codes.numel():
         blocks, lanes = codes.numel() // 16, 128
         with on_device(codes):
-            rows.dequantize_rows[(triton.cdiv(blocks, lanes),)](
+            rows.dequantize_rows[(cdiv(blocks, lanes),)](
                 codes.view(torch.int32), scales, out, blocks, PER_SCALE=spec.block // 32, B=lanes,
                 num_warps=_warps(lanes), enable_fp_fusion=False)
     return out
@@ -217,9 +218,9 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     out = x.new_empty(r, cols, dtype=dtype)
     if out.numel():
         units = width // n
-        lanes = min(128, triton.next_power_of_2(units))
+        lanes = min(128, power_of_two(units))
         with on_device(x):
-            rows.unrotate_rows[(r, triton.cdiv(units, lanes))](
+            rows.unrotate_rows[(r, cdiv(units, lanes))](
                 x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain,
                 N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
                 WIDE=_wide(x, n) and cols == width, B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
@@ -231,6 +232,16 @@ def inexact_blocks(device: torch.device) -> Tensor:
     if device not in COUNTERS:
         COUNTERS[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return COUNTERS[device]
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. (Triton's own is made for its kernels and takes microseconds on the host.)"""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n ≥ 1."""
+    return 1 << (n - 1).bit_length()
 
 
 class _Packed:
@@ -249,14 +260,14 @@ def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[tuple[T
     n, (r, k) = chain.unit, x.shape
     rn = n if along_rows is None else along_rows.unit
     row_spec = chain.spec if along_rows is None else along_rows.spec
-    height, units = triton.cdiv(r, n), triton.cdiv(k, rn)
+    height, units = cdiv(r, n), cdiv(k, rn)
     mine = _Packed(x, k, height * n, chain.spec, True)
     theirs = _Packed(x, r, units * rn, row_spec, along_rows is not None)
     if x.numel():
         lanes = max(128, rn)
         other = along_rows or chain
         with on_device(x):
-            columns.quantize_both[(height, triton.cdiv(k, lanes))](
+            columns.quantize_both[(height, cdiv(k, lanes))](
                 x, r, k, x.stride(0),
                 other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales, theirs.mask.view(torch.int32),
                 other.site,
@@ -268,8 +279,12 @@ def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[tuple[T
 
 
 def _constants(chain: Chain, row: bool = False) -> dict[str, Any]:
-    spec = chain.spec
-    values = (chain.unit, chain.rotation, chain.signs is not None, spec.block, spec.rule, spec.sigma, spec.power,
+    return _chain_constants(chain.spec, chain.rotation, chain.signs is not None, row)
+
+
+@cache
+def _chain_constants(spec: QuantSpec, rotation: int, signed: bool, row: bool) -> dict[str, Any]:
+    values = (max(32, rotation, spec.block), rotation, signed, spec.block, spec.rule, spec.sigma, spec.power,
               spec.stochastic)
     names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR") if row else
              ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC"))

@@ -1,0 +1,132 @@
+"""What the lowering for GPUs makes of a graph. No GPU: the graph is traced on the CPU, with the devices' checks answered."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from quartet.backend import compile_graph
+from quartet.lowering import cuda, cuda_ops, fp8, ir, registry
+from quartet.options import Options
+from quartet.passes import pipeline
+
+pytest.importorskip("triton")
+
+aten = torch.ops.aten
+
+
+class Traced(Exception):
+    """The backward graph is there: nothing has to run."""
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compile a model as for a GPU and give its forward and backward graphs."""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(fp8, "unavailable", lambda device: None)
+    torch._dynamo.reset()
+
+    def trace(model, *inputs, policy="quartet", disable=(), records=None, dynamic=False, **options):
+        found = []
+
+        def inner(gm, example_inputs, **kwargs):
+            found.append(gm)
+            if kwargs.get("is_backward"):
+                raise Traced
+            results = [node.meta["val"] if isinstance(node, torch.fx.Node) else node
+                       for node in gm.graph.output_node().args[0]]
+            return lambda *args: [torch.zeros([int(s) for s in r.shape], dtype=r.dtype) if isinstance(r, torch.Tensor)
+                                  else int(r) if r is not None else None for r in results]
+
+        def backend(gm, example_inputs):
+            parsed = Options.parse(None, {"policy": policy, "disable_kernels": ("cpp", *disable), **options},
+                                   passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+            return compile_graph(gm, example_inputs, parsed, inner_compile=inner,
+                                 collect=records.extend if records is not None else None)
+
+        with pytest.raises(Traced):
+            torch.compile(model, backend=backend, dynamic=dynamic)(*inputs).sum().backward()
+        return found
+
+    yield trace
+    torch._dynamo.reset()
+
+
+def targets(gm):
+    return Counter(node.target for node in gm.graph.nodes if node.op == "call_function")
+
+
+def linear(dtype=torch.bfloat16, k=64, n=96, tokens=40):
+    return torch.nn.Linear(k, n, bias=False, dtype=dtype), torch.randn(tokens, k, dtype=dtype, requires_grad=True)
+
+
+def assert_no_semantics(*gms):
+    for gm in gms:
+        left = set(targets(gm)) & set(ir.SEMANTIC) - {ir.SIGNS}
+        assert not left, left
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_linear(graphs, dynamic):
+    records = []
+    forward, *_, backward = graphs(*linear(), records=records, dynamic=dynamic, recompute="none")
+    assert {record.kernel for record in records} == {"triton-fp8"}
+    assert_no_semantics(forward, backward)
+    there, back = targets(forward), targets(backward)
+    assert there[cuda_ops.QUANTIZE] == 2 and there[aten._scaled_mm.default] == 1 and not there[cuda_ops.FOLD]
+    assert back[cuda_ops.QUANTIZE_BOTH] == 1  # the gradient is read once
+    assert back[cuda_ops.REQUANTIZE] == 2 and back[aten._scaled_mm.default] == 2 and back[cuda_ops.UNROTATE] == 2
+    assert not back[aten.constant_pad_nd.default] and not there[aten.constant_pad_nd.default]
+
+
+def test_what_is_kept_is_packed(graphs):
+    forward, _ = graphs(*linear())
+    kept = [node.meta["val"] for node in forward.graph.output_node().args[0][1:]]
+    assert sorted(t.dtype.itemsize for t in kept) == [1] * 6 + [8]  # codes, scales and mask of X and W; the seed
+
+
+def test_products_that_are_computed_again_fold_stored_codes(graphs):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False), torch.nn.SiLU(), torch.nn.Linear(96, 64, bias=False))
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    for recompute, products in (("gemm", 5), ("none", 4)):
+        torch._dynamo.reset()
+        forward, backward = graphs(model.bfloat16(), x, recompute=recompute)
+        assert_no_semantics(forward, backward)
+        assert targets(backward)[aten._scaled_mm.default] == products
+        assert bool(targets(backward)[cuda_ops.FOLD]) == (recompute == "gemm")
+
+
+def test_without_fp8_products_are_made_of_dequantised_operands(graphs):
+    records = []
+    forward, backward = graphs(*linear(torch.float32), records=records)
+    assert {record.kernel for record in records} == {"triton"}
+    assert_no_semantics(forward, backward)
+    assert targets(forward)[cuda_ops.DEQUANTIZE] == 2 and targets(forward)[aten.mm.default] == 1
+    assert targets(backward)[aten.mm.default] == 2 and not targets(backward)[aten._scaled_mm.default]
+
+
+def test_shapes_of_the_products(graphs):
+    forward, backward = graphs(*linear(k=80, n=33, tokens=7))
+    (gemm,) = forward.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
+    a, b, a_scales, b_scales = (arg.meta["val"] for arg in gemm.args[:4])
+    assert a.shape == (7, 96) and b.shape == (96, 48)  # K to whole blocks, N to 16
+    assert a_scales.shape == (7, 1) and b_scales.shape == (1, 48)
+    for gemm in backward.graph.find_nodes(op="call_function", target=aten._scaled_mm.default):
+        a, b = (arg.meta["val"] for arg in gemm.args[:2])
+        assert a.shape[1] == b.shape[0] and a.shape[1] % 32 == 0 and b.stride(0) == 1 and a.stride(1) == 1
+
+
+def test_a_shared_gradient_of_two_layers_is_quantised_for_each(graphs):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            return self.q(x) + self.k(x)
+
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    forward, backward = graphs(Two().bfloat16(), x)
+    assert targets(forward)[cuda_ops.QUANTIZE] == 3  # X once
+    assert targets(backward)[cuda_ops.QUANTIZE_BOTH] == 2  # each layer draws its own bits
+    assert targets(backward)[cuda_ops.REQUANTIZE] == 3
