@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir, registry
+from quartet.lowering import fp8, ir, registry
 from quartet.lowering.graph import editing, val
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
@@ -34,6 +34,8 @@ def lower(state: State) -> None:
         if kernel.lower is not None:
             with editing(state.gm) as graph:
                 kernel.lower(graph, nodes, partial(_accepts, device, kernel))
+    if state.config.accumulation == "promoted":
+        fp8.promote(state.gm.graph)
 
 
 def _accepts(device: torch.device, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:

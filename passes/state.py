@@ -29,6 +29,9 @@ class Observer(Protocol):
     def finish(self, records: Sequence[MatmulRecord], gm: GraphModule) -> None: ...
 
 
+ACCUMULATION = ("fast", "promoted")
+
+
 @dataclass(frozen=True)
 class Config:
     """The pipeline's configuration as plain data.
@@ -41,6 +44,7 @@ class Config:
         recompute: overrides the recipes' own choice when not None.
         stream: added to the seed, so that data-parallel ranks draw different bits.
         observers: called around every pass.
+        accumulation: of FP8 tensor cores, one of ``ACCUMULATION``.
     """
 
     resolve: Callable[[str, str, Any, Any, Any], Resolution]
@@ -51,6 +55,7 @@ class Config:
     recompute: str | None = None
     stream: int = 0
     observers: tuple[Observer, ...] = ()
+    accumulation: str = ACCUMULATION[0]
 
 
 @dataclass

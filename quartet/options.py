@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
+from quartet.passes.state import ACCUMULATION
 from quartet.policy import Policy
 from quartet.recipes import PolicyError, did_you_mean
 
-KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute")
+KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation")
 RECOMPUTE = ("none", "gemm")
 
 
@@ -32,6 +33,8 @@ class Options:
         target: always None: kernels are chosen for the device that holds the tensors.
         mode: the mode of torch.compile, as given.
         inductor: what Inductor is told: the options of ``mode``, then those the user gave.
+        accumulation: of FP8 tensor cores: ``"fast"``, in their own registers, or ``"promoted"``, to fp32 every 128
+            elements.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -43,6 +46,7 @@ class Options:
     target: None = None
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
+    accumulation: str = ACCUMULATION[0]
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None, *,
@@ -78,6 +82,7 @@ class Options:
             disable_passes=_names("pass", "disable_passes", given, passes),
             disable_kernels=_names("kernel", "disable_kernels", given, kernels),
             recompute=_recompute(given.get("recompute")),
+            accumulation=_accumulation(given.get("accumulation", ACCUMULATION[0])),
             mode=mode,
             inductor=inductor,
         )
@@ -152,6 +157,13 @@ def _recompute(value: object) -> str | None:
         raise OptionError(f"option 'recompute' is {value!r}; {did_you_mean(value, RECOMPUTE)}possible: "
                           f"{', '.join(RECOMPUTE)}, or None to leave it to the recipe")
     return None if value is None else str(value)
+
+
+def _accumulation(value: object) -> str:
+    if value not in ACCUMULATION:
+        raise OptionError(f"option 'accumulation' is {value!r}; {did_you_mean(value, ACCUMULATION)}possible: "
+                          f"{', '.join(ACCUMULATION)}")
+    return str(value)
 
 
 def _names(what: str, option: str, given: Mapping[str, Any], legal: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What the lowering for GPUs makes of a graph. No GPU: the graph is traced on the CPU, with the devices' checks answered."""
+"""What the lowering for GPUs makes of a graph, traced on the CPU with the checks of the device answered for it."""
 
 from collections import Counter
 
@@ -86,7 +86,8 @@ def test_what_is_kept_is_packed(graphs):
 
 
 def test_products_that_are_computed_again_fold_stored_codes(graphs):
-    model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False), torch.nn.SiLU(), torch.nn.Linear(96, 64, bias=False))
+    first, second = torch.nn.Linear(64, 96, bias=False), torch.nn.Linear(96, 64, bias=False)
+    model = torch.nn.Sequential(first, torch.nn.SiLU(), second)
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     for recompute, products in (("gemm", 5), ("none", 4)):
         torch._dynamo.reset()
@@ -130,3 +131,11 @@ def test_a_shared_gradient_of_two_layers_is_quantised_for_each(graphs):
     assert targets(forward)[cuda_ops.QUANTIZE] == 3  # X once
     assert targets(backward)[cuda_ops.QUANTIZE_BOTH] == 2  # each layer draws its own bits
     assert targets(backward)[cuda_ops.REQUANTIZE] == 3
+
+
+@pytest.mark.parametrize("policy", ["quartet", "fp8", "fp8-rowwise"])
+@pytest.mark.parametrize(("accumulation", "fast"), [("fast", True), ("promoted", False)])
+def test_accumulation(graphs, policy, accumulation, fast):
+    made = [node for gm in graphs(*linear(k=64, n=64, tokens=64), policy=policy, accumulation=accumulation)
+            for node in gm.graph.find_nodes(op="call_function", target=aten._scaled_mm.default)]
+    assert [node.args[7] for node in made] == [fast] * 3

@@ -88,6 +88,8 @@ def test_our_keys_do_not_hide_inductors():
     ("dump", "", "'dump' is the path"),
     ("recompute", "gem", "'recompute' is 'gem'; did you mean 'gemm'.*possible: none, gemm"),
     ("recompute", 3, "possible: none, gemm"),
+    ("accumulation", "promote", "'accumulation' is 'promote'; did you mean 'promoted'.*possible: fast, promoted"),
+    ("accumulation", None, "possible: fast, promoted"),
     ("disable_passes", 3, "'disable_passes' is a name or a list of names, not int 3"),
     ("disable_passes", [3], "a list of names"),
     ("disable_passes", ["rotat"],
