@@ -43,7 +43,7 @@ def draw(data: dict[str, Any], path: Path) -> list[str]:
     axes.set(xscale="log", xlabel="operations of the products, forward and backward", ylabel="speed, BF16 = 1",
              title=f"{data['settings']['device']}, torch {data['settings']['torch']}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
