@@ -243,12 +243,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=24, help="timed steps of each column (default %(default)s)")
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
-    parser.add_argument("--device", type=torch.device, default=torch.device(common.default_device()))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no new case after this")
-    parser.add_argument("--fresh", action="store_true", help="measure again what --out holds")
-    parser.add_argument("--out", type=Path, default=common.default_out("bench_linear"), metavar="FILE",
-                        help="default %(default)s, or below $OUT where that is set")
+    common.add_arguments(parser, "bench_linear", "case")
     args = parser.parse_args(argv)
     wanted = ["mlp"] if args.mlp else common.names(args.shapes)
     args.shapes = [shape for name in wanted for shape in GROUPS.get(name, (name,))]

@@ -17,7 +17,6 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gpu_common as common
@@ -186,12 +185,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=common.names, default=list(SIZES), help=f"default {','.join(SIZES)}")
     parser.add_argument("--kernels", type=common.names, metavar="NAMES", help="default: all; the copy always is")
     parser.add_argument("--repeat", type=int, default=30, help="timed calls of each kernel (default %(default)s)")
-    parser.add_argument("--device", type=torch.device, default=torch.device(common.default_device()))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no new size after this")
-    parser.add_argument("--fresh", action="store_true", help="measure again what --out holds")
-    parser.add_argument("--out", type=Path, default=common.default_out("bench_quantize"), metavar="FILE",
-                        help="default %(default)s, or below $OUT where that is set")
+    common.add_arguments(parser, "bench_quantize", "size")
     args = parser.parse_args(argv)
     try:
         for size in args.sizes:

@@ -212,14 +212,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=1, metavar="N", help="columns that compile at the same time")
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
-    parser.add_argument("--device", type=torch.device, default=torch.device(common.default_device()))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no new column after this")
     parser.add_argument("--column-limit", type=float, default=300, metavar="SECONDS",
                         help="longest wait for one answer of a column's process (default %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what --out holds")
-    parser.add_argument("--out", type=Path, default=common.default_out("bench_train"), metavar="FILE",
-                        help="default %(default)s, or below $OUT where that is set")
+    common.add_arguments(parser, "bench_train", "column")
     parser.add_argument("--worker", metavar="COLUMN", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name in args.shapes:

@@ -7,6 +7,7 @@ in its L2 cache. The host's time to launch is recorded beside it. On a CPU the c
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -284,6 +285,15 @@ def default_device() -> str:
 def names(text: str) -> list[str]:
     """A comma-separated argument."""
     return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def add_arguments(parser: argparse.ArgumentParser, benchmark: str, unit: str, again: str = "measure") -> None:
+    """The arguments of every benchmark; ``unit``: what a time limit stops before."""
+    parser.add_argument("--device", type=torch.device, default=torch.device(default_device()))
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help=f"start no new {unit} after this")
+    parser.add_argument("--fresh", action="store_true", help=f"{again} again what --out holds")
+    parser.add_argument("--out", type=Path, default=default_out(benchmark), metavar="FILE",
+                        help="default %(default)s, or below $OUT where that is set")
 
 
 def default_out(benchmark: str) -> Path:

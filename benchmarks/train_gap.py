@@ -210,11 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation-bytes", type=int, default=(1 << 20) + 1)
     parser.add_argument("--jobs", type=int, default=1, help="policies that train at the same time, in own processes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of bf16")
-    parser.add_argument("--device", type=torch.device, default=torch.device(common.default_device()))
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no new policy after this")
-    parser.add_argument("--fresh", action="store_true", help="train again what --out holds")
-    parser.add_argument("--out", type=Path, default=common.default_out("train_gap"), metavar="FILE",
-                        help="default %(default)s, or below $OUT where that is set")
+    common.add_arguments(parser, "train_gap", "policy", again="train")
     return parser.parse_args(argv)
 
 

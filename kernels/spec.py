@@ -27,6 +27,11 @@ ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 ELEMENT_EMAX = {"e2m1": 2, "e4m3": 8, "e5m2": 15}
 
 
+def dtype_name(dtype: object) -> str:
+    """``"bfloat16"`` of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 class SpecError(ValueError):
     """A quantiser that does not exist; the message says what is possible."""
 

@@ -11,7 +11,8 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.graph import RECOMPUTED, aten, is_backward, val
+from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, shape, val
+from quartet.runtime.compat import OpOverload
 
 Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
 
@@ -124,6 +125,19 @@ class Epilogue:
         rotation, signs = (unrotate.args[1], unrotate.args[2]) if unrotate else (0, None)
         dtype = unrotate.args[4] if unrotate else gemm.args[6]
         return Epilogue(mask, rotation, signs, dtype, last)  # type: ignore[arg-type]
+
+
+def finish(build: Builder, gemm: Node, out: Node, gain: float, unrotate: OpOverload, follows: Epilogue | None) -> None:
+    """Put ``out · gain`` in place of ``gemm``, together with what follows it, as one ``unrotate`` op, where given."""
+    if follows is None:
+        out = build.columns(out, shape(gemm)[1])
+        out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
+        gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
+        return
+    last = follows.last
+    at = Builder(build.graph, like=last, before=last, backward=is_backward(last))
+    last.replace_all_uses_with(at(unrotate, out, follows.mask, follows.rotation, follows.signs, gain,
+                                  at.size(shape(last)[1]), follows.dtype))
 
 
 def _only_user(node: Node) -> Node | None:

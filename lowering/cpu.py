@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import cpu_ops
-from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, is_stored
-from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
+from quartet.lowering.graph import Builder, aten, is_backward, keep_as, val
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
@@ -71,12 +71,4 @@ def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
     out = keep_as(build(aten.mm.default, operands[0], build.transpose(operands[1])), gemm)
     gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
     out.meta["quartet_kernel"] = "cpp"
-    follows = Epilogue.of(gemm)
-    if follows is None:
-        out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
-        gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
-        return
-    last = follows.last
-    at = Builder(graph, like=last, before=last, backward=is_backward(last))
-    last.replace_all_uses_with(at(cpu_ops.UNROTATE, out, follows.mask, follows.rotation, follows.signs, gain,
-                                  at.size(shape(last)[1]), follows.dtype))
+    finish(build, gemm, out, gain, cpu_ops.UNROTATE, Epilogue.of(gemm))

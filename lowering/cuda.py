@@ -7,14 +7,15 @@ backward is folded from its codes. A gradient that dgrad and wgrad quantise alon
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from quartet.kernels.spec import QuantSpec
+from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import cuda_ops, fp8
-from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, is_stored
+from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
 from quartet.lowering.cpu import operand_dtype
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
 
@@ -48,7 +49,7 @@ def supports_fold(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rot
     """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
     reason = fp8.unavailable(device) or supports(device, dtype, spec, rotation)
     if reason is None and dtype is not torch.bfloat16:
-        return f"the FP8 product with a scale a row is bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"the FP8 product with a scale a row is bfloat16, not {dtype_name(dtype)}"
     return reason
 
 
@@ -60,22 +61,23 @@ class Lowering:
     """
 
     def __init__(self, graph: Graph, gemms: list[Node], accepts: Accepts, fold: bool) -> None:
-        self.graph, self.gemms, self.fold = graph, gemms, fold
+        self.graph, self.gemms, self.fold = graph, set(gemms), fold
         self.wanted = {direct(codes, gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
         self.operands: dict[tuple[Node, bool], Operand] = {}  # (codes, backward) → E4M3 values and row scales
         quantizers = accepted(graph, gemms, accepts)
-        for rows, columns in self._pairs(quantizers) if fold else ():
+        pairs = self._pairs(quantizers) if fold else []
+        for rows, columns in pairs:
             self._quantize_both(rows, columns)
-            quantizers = [node for node in quantizers if node not in (rows, columns)]
+        paired = {node for pair in pairs for node in pair}
         for node in quantizers:
-            self._quantize(node)
+            if node not in paired:
+                self._quantize(node)
         for gemm in gemms:
             self._gemm(gemm)
 
     def _pairs(self, quantizers: list[Node]) -> list[tuple[Node, Node]]:
         """Quantisers of a tensor and of its transpose that only products of their own direction read."""
-        chosen = set(self.gemms)
-        alone = [node for node in quantizers if node in self.wanted and not is_stored(node, chosen)]
+        alone = [node for node in quantizers if node in self.wanted and not is_stored(node, self.gemms)]
         along_rows: dict[tuple[Node, bool], list[Node]] = {}
         for node in reversed(alone):
             along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
@@ -88,7 +90,7 @@ class Lowering:
         return pairs
 
     def _quantize_both(self, rows: Node, columns: Node) -> None:
-        first = next(node for node in self.graph.nodes if node in (rows, columns))
+        first = min(rows, columns)
         build = Builder(self.graph, like=first, before=first, backward=is_backward(first))
         sources = [self._at(build, Source.of(node), first) for node in (rows, columns)]
         op = build(cuda_ops.QUANTIZE_BOTH, sources[0].x, *sources[0].tail, *sources[1].tail)
@@ -101,14 +103,14 @@ class Lowering:
         if source.signs is None or source.signs < place:
             return source
         signs = build(source.signs.target, *source.signs.args)  # type: ignore[arg-type]
-        return Source(source.x, source.rotation, signs, source.spec, source.seed, source.site)
+        return replace(source, signs=signs)
 
     def _quantize(self, node: Node) -> None:
         """Replace hadamard → quantize by one fused op."""
         source = Source.of(node)
         build = Builder(self.graph, like=node, before=node, backward=is_backward(node))
         folded = self.fold and node in self.wanted
-        tail = (*source.tail, not folded or is_stored(node, set(self.gemms)), folded)
+        tail = (*source.tail, not folded or is_stored(node, self.gemms), folded)
         stored = source.stored
         if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
             op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail)
@@ -133,17 +135,10 @@ class Lowering:
         out = keep_as(out, gemm)
         out.meta["quartet_kernel"] = "triton-fp8" if self.fold else "triton"
         gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
-        follows = Epilogue.of(gemm)
-        width = shape(out)[1]
-        if follows is None or not isinstance(width, int) or width % max(32, follows.rotation):
-            out = build.columns(out, shape(gemm)[1])
-            out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
-            gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
-            return
-        last = follows.last
-        at = Builder(self.graph, like=last, before=last, backward=is_backward(last))
-        last.replace_all_uses_with(at(cuda_ops.UNROTATE, out, follows.mask, follows.rotation, follows.signs, gain,
-                                      at.size(shape(last)[1]), follows.dtype))
+        follows, width = Epilogue.of(gemm), shape(out)[1]
+        if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
+            follows = None
+        finish(build, gemm, out, gain, cuda_ops.UNROTATE, follows)
 
     def _operand(self, build: Builder, gemm: Node, codes: Any, scales: Any, spec: Any) -> Operand:
         """E4M3 values and row scales of a product's operand, folded at most once in each direction."""
@@ -158,13 +153,8 @@ class Lowering:
 
 
 def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes to products on FP8 tensor cores, and the chains around them.
-
-    ``accepts`` asks for the product's dtype; what leads to an operand may be of any that the quantisers read.
-    """
-    from quartet.kernels.triton import ops
-
-    Lowering(graph, gemms, lambda *chain: ops.supports(*chain) is None, fold=True)
+    """Rewrite the chosen scaled_mm nodes to products on FP8 tensor cores, and the chains around them."""
+    Lowering(graph, gemms, accepts, fold=True)
 
 
 def lower_plain(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

@@ -12,6 +12,7 @@ An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,23 +41,25 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
-    from quartet.kernels.triton.ops import Chain
+def _kernels() -> ModuleType:
+    """The Triton kernels, imported where one runs: Triton need not be installed."""
+    from quartet.kernels.triton import ops
 
-    return Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
+    return ops
+
+
+def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
+    return _kernels().Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int, packed: bool,
               folded: bool) -> Five:
-    from quartet.kernels.triton import ops
-
-    return ops.quantize(x, _chain(rotation, signs, spec, seed, site), packed=packed, folded=folded)
+    return _kernels().quantize(x, _chain(rotation, signs, spec, seed, site), packed=packed, folded=folded)
 
 
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int) -> Four:
-    from quartet.kernels.triton import ops
-
+    ops = _kernels()
     rows, columns = _chain(rotation, signs, spec, seed, site), _chain(t_rotation, t_signs, t_spec, t_seed, t_site)
     codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
     return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec)
@@ -64,8 +67,7 @@ def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, se
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, packed: bool, folded: bool) -> Five:
-    from quartet.kernels.triton import ops
-
+    ops = _kernels()
     chain = _chain(rotation, signs, spec, seed, site)
     codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain)
     none = codes.new_empty(0)
@@ -74,28 +76,20 @@ def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, sign
 
 
 def _fold(codes: Tensor, scales: Tensor, spec: str) -> Two:
-    from quartet.kernels.triton import ops
-
-    return ops.fold(codes, scales, QuantSpec.parse(spec))
+    return _kernels().fold(codes, scales, QuantSpec.parse(spec))
 
 
 def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    from quartet.kernels.triton import ops
-
-    return ops.dequantize(codes, scales, QuantSpec.parse(spec), dtype)
+    return _kernels().dequantize(codes, scales, QuantSpec.parse(spec), dtype)
 
 
 def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
               dtype: torch.dtype) -> Tensor:
-    from quartet.kernels.triton import ops
-
-    return ops.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+    return _kernels().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
 
 
 def _signs(seed: Tensor, site: int, n: int) -> Tensor:
-    from quartet.kernels.triton import ops
-
-    return ops.random_signs(seed, site, n)
+    return _kernels().random_signs(seed, site, n)
 
 
 def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, folded: bool) -> Five:

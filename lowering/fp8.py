@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from quartet.kernels import reference
-from quartet.kernels.spec import QuantSpec
+from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import fp8_ops
 from quartet.lowering.chains import Accepts, Source, accepted
 from quartet.lowering.graph import BACKWARD, Builder, aten, is_backward, keep_as, shape, val
@@ -48,9 +48,9 @@ def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
     if spec.blocked:
         return f"multiplies FP8 operands with one scale a row or a tensor, not a scale every {spec.block} elements"
     if spec.block == "row" and dtype is not torch.bfloat16:
-        return f"with a scale a row the product is bfloat16, not {_name(dtype)}"
+        return f"with a scale a row the product is bfloat16, not {dtype_name(dtype)}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the product is bfloat16, float16 or float32, not {_name(dtype)}"
+        return f"the product is bfloat16, float16 or float32, not {dtype_name(dtype)}"
     return None
 
 
@@ -60,9 +60,6 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
         return "the tensor cores have no product of e5m2 and e5m2; make one operand e4m3"
     return None
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

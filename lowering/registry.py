@@ -33,6 +33,7 @@ class Kernel:
         supports: (device, compute dtype, quantiser, Hadamard size or 0) → None, or why not.
         lower: (graph, its scaled_mm nodes, what it accepts) → rewrites them; None leaves the semantic ops as they are.
         supports_pair: (quantiser of A, of B), each of them supported → None, or why not the two together.
+        reads: the question of ``supports`` with the dtype of what is quantised, where the product's is another matter.
         align: what the kernel pads the contraction axis to a multiple of.
     """
 
@@ -42,6 +43,7 @@ class Kernel:
     lower: Lower | None = None
     supports_pair: SupportsPair = lambda a, b: None
     align: int = 1
+    reads: Supports | None = None
 
 
 def _cpp(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -61,7 +63,7 @@ def _inductor(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotatio
 KERNELS = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
-           cuda.lower_fold),
+           cuda.lower_fold, reads=cuda.supports),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,
            fp8.ALIGN),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,

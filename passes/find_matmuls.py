@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from quartet.kernels.spec import dtype_name
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.classify import embeds, op_class_of
@@ -215,7 +216,7 @@ def _grouped(node: Node) -> list[MatmulRecord]:
 def _alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], dtype: Any, reason: str) -> MatmulRecord:
     m, n, k = map(_plain, mnk)
     return MatmulRecord(site=-1, fqn=_module_of(node), op_class=op_class, role=role, m=m, n=n, k=k,
-                        dtype=str(dtype).removeprefix("torch."), reason=reason)
+                        dtype=dtype_name(dtype), reason=reason)
 
 
 def _module_of(node: Node) -> str:

@@ -39,7 +39,7 @@ def lower(state: State) -> None:
 
 
 def _accepts(device: torch.device, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:
-    return kernel.supports(device, dtype, spec, rotation) is None
+    return (kernel.reads or kernel.supports)(device, dtype, spec, rotation) is None
 
 
 def _chain(codes: Any, text: Any) -> tuple[QuantSpec, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
+from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord
@@ -178,6 +179,6 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
         notes += (site.remarks[role],)
     return MatmulRecord(
         site=site.index, fqn=site.fqn, op_class=site.op_class, role=role, m=m, n=n, k=k,
-        dtype=str(site.dtype).removeprefix("torch."), recipe=recipe.name if recipe is not None else None, kernel=kernel,
+        dtype=dtype_name(site.dtype), recipe=recipe.name if recipe is not None else None, kernel=kernel,
         reason="" if kernel else site.reasons.get(role, "no pass quantised it"),
         saved_bytes=site.saved_bytes if role == "fprop" else None, notes=notes)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quartet.kernels.spec import dtype_name
 from quartet.lowering.graph import aten, shape, val
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice
@@ -57,7 +58,7 @@ def _altered(choice: Choice, role: str) -> bool:
 def _obstacle(site: MatmulSite) -> str | None:
     dtypes = {val(site.x[0]).dtype, val(site.w[0]).dtype}
     if not dtypes <= set(DTYPES):
-        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        names = ", ".join(sorted(dtype_name(d) for d in dtypes))
         return f"operands are {names}; quantisers take float32, bfloat16 or float16: cast the module or use autocast"
     if any(isinstance(size, int) and size == 0 for size in (site.m, site.n, site.k)):
         return f"a size is zero (m={site.m}, n={site.n}, k={site.k})"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from quartet.kernels.spec import dtype_name
 from quartet.runtime.compat import OperatorBase, OpOverload
 
 OP_MODULE = "quartet.lowering"
@@ -39,7 +40,7 @@ def hint(size: Any) -> int:
 def describe(value: Any) -> str:
     """``"bf16[s0, 64]"`` for a tensor; a tuple of those for several."""
     if isinstance(value, torch.Tensor):
-        dtype = DTYPE_NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        dtype = DTYPE_NAMES.get(value.dtype, dtype_name(value.dtype))
         return f"{dtype}[{', '.join(str(s) for s in value.shape)}]"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(describe(v) for v in value)})"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quartet.kernels.cpu.build import BuildError, library
 from quartet.kernels.reference.hadamard import SIZES
-from quartet.kernels.spec import RULES, SIGMAS, QuantSpec
+from quartet.kernels.spec import RULES, SIGMAS, QuantSpec, dtype_name
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG, _UNSIGNED, _FLOAT = (
@@ -75,7 +75,7 @@ def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     if rotation != 0 and rotation not in SIZES:
         return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
     if dtype not in _TYPES:
-        return f"the fused CPU kernels read and write float32, bfloat16 and float16, not {_name(dtype)}"
+        return f"the fused CPU kernels read and write float32, bfloat16 and float16, not {dtype_name(dtype)}"
     return None
 
 
@@ -172,7 +172,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     if mask is not None:
         if mask.dtype != torch.uint8 or mask.shape != (rows, width // 8) or width % 8:
             raise ValueError(f"mask of x {list(x.shape)} must be uint8 [{rows}, {-(-width // 8)}] and x's width a "
-                             f"multiple of 8, got {_name(mask.dtype)} {list(mask.shape)}")
+                             f"multiple of 8, got {dtype_name(mask.dtype)} {list(mask.shape)}")
         mask = mask.contiguous()
         mask_pointer = mask.data_ptr()
     if x.stride(1) != 1:
@@ -214,7 +214,8 @@ def _seed(spec: QuantSpec, seed: Tensor | None) -> int | None:
     if seed is None:
         raise ValueError(f"quantiser '{spec}' rounds stochastically and needs a seed")
     if seed.dtype != torch.int64 or seed.numel() != 1 or not seed.is_cpu:
-        raise ValueError(f"a seed is one int64 on the CPU, got {_name(seed.dtype)} {list(seed.shape)} on {seed.device}")
+        raise ValueError(f"a seed is one int64 on the CPU, got {dtype_name(seed.dtype)} {list(seed.shape)} on "
+                         f"{seed.device}")
     return seed.data_ptr()
 
 
@@ -255,8 +256,5 @@ def _quantized_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) 
             return rows, cols
     raise ValueError(
         f"{what} of '{spec}' needs contiguous CPU uint8 codes [R, K/2] and scales [R, K/{spec.block}] of e2m1, got "
-        f"{_name(codes.dtype)} {list(codes.shape)} and {_name(scales.dtype)} {list(scales.shape)} on {codes.device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        f"{dtype_name(codes.dtype)} {list(codes.shape)} and {dtype_name(scales.dtype)} {list(scales.shape)} on "
+        f"{codes.device}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.reference.hadamard import SIZES
-from quartet.kernels.spec import QuantSpec
+from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.kernels.triton import columns, rows
 from quartet.kernels.triton.fold import table
 from quartet.kernels.triton.memory import INTERPRETED
@@ -24,6 +24,7 @@ from quartet.kernels.triton.memory import INTERPRETED
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
 COUNTERS: dict[torch.device, Tensor] = {}
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     if rotation != 0 and rotation not in SIZES:
         return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
     if dtype not in DTYPES:
-        return f"the Triton quantisers read and write float32, bfloat16 and float16, not {_name(dtype)}"
+        return f"the Triton quantisers read and write float32, bfloat16 and float16, not {dtype_name(dtype)}"
     return None
 
 
@@ -81,7 +82,7 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
     if x.stride(1) != 1 and x.stride(0) == 1 and x.shape[0] > 1:
         codes, scales, mask = _columns(x.t(), None, chain)[1]
         values, row_scales = fold(codes, scales, chain.spec) if folded else (_none(x), _none(x))
-        return codes, scales, mask, values, row_scales
+        return (*((codes, scales, mask) if packed else _nothing(x)), values, row_scales)
     n, (r, k) = chain.unit, x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     units = cdiv(k, n)
@@ -98,9 +99,7 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
                 values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device),
                 r, k, x.stride(0), units, chain.site, **_constants(chain), MASK=chain.spec.mask, FOLD=folded,
                 WIDE=_wide(x, n), R=per_program, L=lanes, num_warps=1, enable_fp_fusion=False)
-    if not packed:
-        return _none(x), _none(x), _none(x), values, row_scales
-    return out.codes, out.scales, out.mask, values, row_scales
+    return (*((out.codes, out.scales, out.mask) if packed else _nothing(x)), values, row_scales)
 
 
 def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,7 +171,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     """``code · 2^e`` without the spec's gain, ``[R, K]`` of ``dtype``; arguments as :func:`fold`."""
     r, half = _packed_shape("dequantize", codes, scales, spec)
     if dtype not in DTYPES:
-        raise ValueError(f"dequantize writes float32, bfloat16 and float16, not {_name(dtype)}")
+        raise ValueError(f"dequantize writes float32, bfloat16 and float16, not {dtype_name(dtype)}")
     out = codes.new_empty(r, half * 2, dtype=dtype)
     if codes.numel():
         blocks, lanes = codes.numel() // 16, 128
@@ -207,13 +206,13 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     if (x.dim() != 2 or x.dtype not in DTYPES or dtype not in DTYPES or width % n or not 0 <= cols <= width
             or rotation not in (0, *SIZES)):
         raise ValueError(f"mask_rotate needs a 2-D tensor of a width divisible by {n} and cols from 0 to it, got "
-                         f"{_name(x.dtype)} {list(x.shape)} on {x.device}, cols={cols}, dtype={_name(dtype)}, "
-                         f"rotation={rotation}")
+                         f"{dtype_name(x.dtype)} {list(x.shape)} on {x.device}, cols={cols}, "
+                         f"dtype={dtype_name(dtype)}, rotation={rotation}")
     _check_given("signs", signs, rotation, torch.float32, x)
     if mask is not None and (mask.shape != (r, width // 8) or mask.dtype != torch.uint8 or not mask.is_contiguous()
                              or mask.device != x.device):
         raise ValueError(f"the mask of x {list(x.shape)} must be contiguous uint8 [{r}, {width // 8}], got "
-                         f"{_name(mask.dtype)} {list(mask.shape)}")
+                         f"{dtype_name(mask.dtype)} {list(mask.shape)}")
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(r, cols, dtype=dtype)
     if out.numel():
@@ -251,12 +250,11 @@ class _Packed:
         def empty(*shape: int) -> Tensor:
             return like.new_empty(shape if wanted else 0, dtype=torch.uint8)
 
-        self.wanted = wanted
         self.codes, self.scales = empty(r, padded // 2), empty(r, padded // spec.block)
         self.mask = empty(r, padded // 8) if spec.mask else _none(like)
 
 
-def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[Three, Three]:
     n, (r, k) = chain.unit, x.shape
     rn = n if along_rows is None else along_rows.unit
     row_spec = chain.spec if along_rows is None else along_rows.spec
@@ -310,6 +308,10 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     raise ValueError(f"the Triton kernels run on a GPU, and the tensor {list(x.shape)} is on {x.device}")
 
 
+def _nothing(like: Tensor) -> Three:
+    return _none(like), _none(like), _none(like)
+
+
 def _none(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.uint8)
 
@@ -330,8 +332,8 @@ def _check(x: Tensor, chain: Chain, any_dtype: bool = False) -> None:
 def _check_given(what: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:
     if value is not None and (value.device != x.device or value.numel() != size or value.dtype != dtype
                               or not value.is_contiguous() or value.data_ptr() % max(1, min(16, 4 * size))):
-        raise ValueError(f"{what} must be {size} contiguous {_name(dtype)} on {x.device}, got {_name(value.dtype)} "
-                         f"{list(value.shape)} on {value.device}")
+        raise ValueError(f"{what} must be {size} contiguous {dtype_name(dtype)} on {x.device}, got "
+                         f"{dtype_name(value.dtype)} {list(value.shape)} on {value.device}")
 
 
 def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[int, int]:
@@ -343,9 +345,5 @@ def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> 
             return r, half
     raise ValueError(
         f"{what} of '{spec}' needs contiguous uint8 codes [R, K/2] at a multiple of 16 bytes and scales "
-        f"[R, K/{spec.block}] of e2m1 in blocks of 32 or more on one device, got {_name(codes.dtype)} "
-        f"{list(codes.shape)} and {_name(scales.dtype)} {list(scales.shape)} on {codes.device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        f"[R, K/{spec.block}] of e2m1 in blocks of 32 or more on one device, got {dtype_name(codes.dtype)} "
+        f"{list(codes.shape)} and {dtype_name(scales.dtype)} {list(scales.shape)} on {codes.device}")

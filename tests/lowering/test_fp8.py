@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from scaled_mm import rows_run_on_a_cpu
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -180,15 +181,6 @@ def same(got, want):
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     got, want = (t.contiguous().view(integer).masked_fill(nan, 0) for t in (got, want))
     assert torch.equal(got, want), f"{int((got != want).sum())} of {got.numel()} differ"
-
-
-def rows_run_on_a_cpu():
-    codes, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("m, n, k", ((40, 32, 64), (17, 9, 33), (1, 1, 5)))

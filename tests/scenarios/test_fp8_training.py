@@ -7,6 +7,7 @@ import pytest
 import torch
 from harness import ALL, assert_close, assert_same, compile_eager, cosine, count, step
 from models import CASES, MLP, Block, Twice, data
+from scaled_mm import rows_run_on_a_cpu
 from torch import nn
 from torchao.float8 import CastConfig, Float8LinearConfig, convert_to_float8_training
 from torchao.float8.config import ScalingGranularity
@@ -71,15 +72,6 @@ def test_gradients_in_bfloat16_have_the_expected_signal(recipe, kernel):
     assert_close(got, want, least=0.99)
     assert {r.kernel for r in backend.records if r.lowered} == {kernel}
     assert any(cosine(grad, want[1][name]) < 0.9999 for name, grad in got[1].items())
-
-
-def rows_run_on_a_cpu():
-    codes, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("name", ("matmul", "weight_first", "conv1d", "column_major_weight", "column_major_input",
