@@ -14,6 +14,7 @@ from quartet.lowering import ir
 from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, shape, val
 from quartet.runtime.compat import OpOverload
 
+REUSABLE = "quartet_parameter"  # node.meta key of a quantise: see Source.parameter
 Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
 
 
@@ -24,6 +25,7 @@ class Source:
     Args:
         x: what is rotated and quantised. rotation: Hadamard size, 0 for none. signs: its signs' node, or None.
         spec, seed, site: the quantiser's own arguments.
+        parameter: the weight that x is a view or a cast of, if the result may serve several forwards, else None.
     """
 
     x: Node
@@ -32,6 +34,7 @@ class Source:
     spec: str
     seed: Node | None
     site: int
+    parameter: Node | None = None
 
     @staticmethod
     def of(quantizer: Node) -> Source:
@@ -40,7 +43,7 @@ class Source:
         assert isinstance(x, Node)
         if x.target is ir.HADAMARD:
             x, rotation, signs = x.args[0], x.args[1], x.args[2]  # type: ignore[assignment]
-        return Source(x, rotation, signs, spec, seed, site)  # type: ignore[arg-type]
+        return Source(x, rotation, signs, spec, seed, site, quantizer.meta.get(REUSABLE))  # type: ignore[arg-type]
 
     @property
     def tail(self) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Graph ops over the fused CPU kernels, one for each chain of the IR.
 
-    cpu_quantize      hadamard → quantize, optionally with the dequantised operand of the matmul
+    cpu_quantize      hadamard → quantize, optionally with the dequantised operand of the matmul; with ``parameter``,
+                      what x was made from, the packed results serve all forwards of an optimizer step
     cpu_requantize    dequantize → transpose → hadamard → quantize, from packed codes
     cpu_dequantize    codes and scales → operand of the matmul
     cpu_unrotate      × gain → apply_mask → inverse hadamard → first columns
@@ -15,11 +16,12 @@ from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.reference.philox import random_signs_of_int
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to, code_layout, library
+from quartet.runtime.weights import REUSED, described
 
-_TAIL = ("int rotation, Tensor? signs, str spec, Tensor? seed, int site, bool packed, ScalarType? values) "
-         "-> (Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cpu_quantize(Tensor x, {_TAIL}")
-library.define(f"cpu_requantize(Tensor codes, Tensor scales, str in_spec, {_TAIL}")
+_CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, bool packed, ScalarType? values"
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+library.define(f"cpu_quantize(Tensor x, {_CHAIN}, Tensor? parameter=None) -> {_FOUR}")
+library.define(f"cpu_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}) -> {_FOUR}")
 library.define("cpu_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
 library.define("cpu_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
                "ScalarType dtype) -> Tensor")
@@ -32,9 +34,15 @@ def _signs(seed: Tensor, site: int, n: int) -> Tensor:
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              packed: bool, values: torch.dtype | None) -> Four:
-    return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
-                               packed=packed, values=values)
+              packed: bool, values: torch.dtype | None, parameter: Tensor | None = None) -> Four:
+    def make() -> Four:
+        return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
+                                   packed=packed, values=values)
+
+    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Four:
+        return codes, scales, mask, x.new_empty(0) if values is None else _dequantize(codes, scales, spec, values)
+
+    return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
@@ -57,7 +65,7 @@ def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, v
     )
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, packed, values):
+def _quantize_fake(x, rotation, signs, spec, seed, site, packed, values, parameter=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, values)
 
 

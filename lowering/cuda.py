@@ -115,7 +115,7 @@ class Lowering:
         if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
             op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail)
         else:
-            op = build(cuda_ops.QUANTIZE, source.x, *tail)
+            op = build(cuda_ops.QUANTIZE, source.x, *tail, source.parameter)
         results = [build.item(op, i) for i in range(5)]
         if folded:
             self.operands[results[0], is_backward(node)] = results[3], results[4]

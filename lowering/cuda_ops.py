@@ -1,6 +1,7 @@
 """Graph ops over the Triton kernels, one for each chain of the IR.
 
-    cuda_quantize       hadamard → quantize: packed results, and the FP8 operand of the matmul
+    cuda_quantize       hadamard → quantize: packed results, and the FP8 operand of the matmul; with ``parameter``,
+                        what x was made from, the packed results serve all forwards of an optimizer step
     cuda_quantize_both  the same of a tensor and of its transpose, from one read: two FP8 operands
     cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand
     cuda_fold           codes and scales → FP8 operand
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to, library
+from quartet.runtime.weights import REUSED, described
 
 if TYPE_CHECKING:
     from quartet.kernels.triton.ops import Chain
 
 _CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
 _OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
-library.define(f"cuda_quantize(Tensor x, {_CHAIN}, bool packed, bool folded) "
+library.define(f"cuda_quantize(Tensor x, {_CHAIN}, bool packed, bool folded, Tensor? parameter=None) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define(f"cuda_quantize_both(Tensor x, {_CHAIN}, {_OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}, bool packed, bool folded) "
@@ -53,8 +55,17 @@ def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, 
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int, packed: bool,
-              folded: bool) -> Five:
-    return _kernels().quantize(x, _chain(rotation, signs, spec, seed, site), packed=packed, folded=folded)
+              folded: bool, parameter: Tensor | None = None) -> Five:
+    ops, chain = _kernels(), _chain(rotation, signs, spec, seed, site)
+
+    def make() -> Five:
+        return ops.quantize(x, chain, packed=packed, folded=folded)
+
+    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Five:
+        none = codes.new_empty(0)
+        return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else (none, none))
+
+    return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
 
 
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
@@ -112,7 +123,7 @@ def _operand(like: Tensor, rows, cols) -> Two:
     return like.new_empty(rows, cols, dtype=torch.float8_e4m3fn), like.new_empty(rows, 1, dtype=torch.float32)
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, packed, folded):
+def _quantize_fake(x, rotation, signs, spec, seed, site, packed, folded, parameter=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded)
 
 

@@ -14,16 +14,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from quartet.kernels.reference.philox import Draw
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
+from quartet.lowering.chains import REUSABLE, Source
 from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
 from quartet.lowering.recipe import Gemm
+from quartet.passes.find_matmuls import input_indices
 from quartet.passes.sites import SITE_KEY, MatmulSite, Product, Quantized
 from quartet.passes.state import State, draw_seed, recipe_of
 
+WHOLE_VIEWS = (aten.permute.default, aten.t.default, aten.alias.default, torch.ops.prims.convert_element_type.default)
 _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WGRAD_B)}
 
 
@@ -58,6 +62,8 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
         bits = (Draw.FPROP_A.of(site.x_group), Draw.FPROP_B.of(site.index))
     qa = quantize_node(state, build, a, gemm.a.spec, bits[0])
     qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1])
+    if state.config.reuse_weights and not backward and len(site.products) > 1:
+        _mark_reusable(state, qb)
     out = build(ir.SCALED_MM, qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype)
     keep_as(out, product.node)
     out.meta[SITE_KEY] = (site.index, role)
@@ -71,6 +77,19 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
             out = build(ir.APPLY_MASK, out, mask)
     state.replace(mm, out)
     product.mm = out
+
+
+def _mark_reusable(state: State, weight: Quantized) -> None:
+    """Name the parameter whose quantised form is the same in every forward of an optimizer step."""
+    quantizer = ir.quantizer_of(weight.codes)[0]
+    source = Source.of(quantizer)
+    origin = source.x
+    while origin.op == "call_function" and origin.target in WHOLE_VIEWS:
+        assert isinstance(origin.args[0], Node)
+        origin = origin.args[0]
+    fixed = not weight.spec.stochastic and source.signs is None and "recompute" not in quantizer.meta
+    if fixed and input_indices(state.gm.graph).get(origin) in state.config.weights:
+        quantizer.meta[REUSABLE] = origin
 
 
 def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: int) -> Quantized:

@@ -45,6 +45,7 @@ class Config:
         stream: added to the seed, so that data-parallel ranks draw different bits.
         observers: called around every pass.
         accumulation: of FP8 tensor cores, one of ``ACCUMULATION``.
+        reuse_weights: quantised weights may serve all forwards of an optimizer step.
     """
 
     resolve: Callable[[str, str, Any, Any, Any], Resolution]
@@ -56,6 +57,7 @@ class Config:
     stream: int = 0
     observers: tuple[Observer, ...] = ()
     accumulation: str = ACCUMULATION[0]
+    reuse_weights: bool = False
 
 
 @dataclass

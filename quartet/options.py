@@ -11,7 +11,8 @@ from quartet.passes.state import ACCUMULATION
 from quartet.policy import Policy
 from quartet.recipes import PolicyError, did_you_mean
 
-KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation")
+KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation",
+        "reuse_weights")
 RECOMPUTE = ("none", "gemm")
 
 
@@ -35,6 +36,8 @@ class Options:
         inductor: what Inductor is told: the options of ``mode``, then those the user gave.
         accumulation: of FP8 tensor cores: ``"fast"``, in their own registers, or ``"promoted"``, to fp32 every 128
             elements.
+        reuse_weights: while gradients accumulate, quantise a weight once an optimizer step and not in every forward
+            (see ``quartet.runtime.weights``); its codes are kept meanwhile. CUDA graphs quantise every time.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -47,6 +50,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
     accumulation: str = ACCUMULATION[0]
+    reuse_weights: bool = True
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None, *,
@@ -78,11 +82,12 @@ class Options:
         return cls(
             policy=_policy(given.get("policy")),
             dump=_dump(given.get("dump")),
-            strict=_strict(given.get("strict", False)),
+            strict=_switch("strict", given.get("strict", False)),
             disable_passes=_names("pass", "disable_passes", given, passes),
             disable_kernels=_names("kernel", "disable_kernels", given, kernels),
             recompute=_recompute(given.get("recompute")),
             accumulation=_accumulation(given.get("accumulation", ACCUMULATION[0])),
+            reuse_weights=_switch("reuse_weights", given.get("reuse_weights", True)),
             mode=mode,
             inductor=inductor,
         )
@@ -146,9 +151,9 @@ def _dump(value: object) -> str | None:
     return os.fspath(value)
 
 
-def _strict(value: object) -> bool:
+def _switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(f"option 'strict' is True or False, not {type(value).__name__} {value!r}")
+        raise OptionError(f"option {name!r} is True or False, not {type(value).__name__} {value!r}")
     return value
 
 

@@ -89,6 +89,11 @@ def register_log() -> None:
         registry.register_log("quartet", "quartet")
 
 
+def cuda_graphs(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor will record CUDA graphs: as ``options`` say, else its config."""
+    return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
 def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """The user's own ``joint_custom_pre_pass`` (a pass, several or None): of ``options``, else of Inductor's config."""
     own = options.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)

@@ -6,11 +6,14 @@ of two fold without an error. A block further down is rounded to the E4M3 grid, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from quartet.kernels.reference.elements import E2M1_VALUES
 from quartet.kernels.triton.memory import INTERPRETED, store4
@@ -21,15 +24,39 @@ NAN_ROW = TOP - _LOWEST + 1
 _TOP = tl.constexpr(TOP)
 _LOW = tl.constexpr(_LOWEST)
 _NAN = tl.constexpr(NAN_ROW)
+COUNTERS: dict[torch.device, Tensor] = {}
 
 
 @cache
-def table(device: torch.device) -> torch.Tensor:
+def table(device: torch.device) -> Tensor:
     """int32 ``[32, 2]``: the E4M3 bytes of the eight E2M1 magnitudes times 2^d, row d + 24; the last row is NaN."""
     d = torch.arange(_LOWEST, TOP + 1, dtype=torch.float32)
     codes = (torch.tensor(E2M1_VALUES) * 2.0 ** d[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
     rows = torch.cat((codes, torch.full((1, 8), 0x7F, dtype=torch.uint8)))
-    return rows.view(torch.int32).contiguous().to(device)
+    return _lasting(device, lambda: rows.view(torch.int32).to(device))
+
+
+def inexact_blocks(device: torch.device) -> Tensor:
+    """int64 counter, on ``device``, of the blocks of 32 that a fold may have had to round since the process started."""
+    if device not in COUNTERS:
+        COUNTERS[device] = _lasting(device, lambda: torch.zeros(1, dtype=torch.int64, device=device))
+    return COUNTERS[device]
+
+
+def _lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """``make()`` in a thread and stream of its own: what warms up or records a CUDA graph allocates from its pool."""
+
+    def aside() -> Tensor:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            made = make()
+        stream.synchronize()
+        return made
+
+    if device.type != "cuda":
+        return make()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(aside).result()
 
 
 @triton.jit

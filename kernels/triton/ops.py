@@ -18,12 +18,11 @@ from torch import Tensor
 from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.kernels.triton import columns, rows
-from quartet.kernels.triton.fold import table
+from quartet.kernels.triton.fold import inexact_blocks, table
 from quartet.kernels.triton.memory import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
-COUNTERS: dict[torch.device, Tensor] = {}
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -224,13 +223,6 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
                 N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
                 WIDE=_wide(x, n) and cols == width, B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
     return out
-
-
-def inexact_blocks(device: torch.device) -> Tensor:
-    """int64 counter, on ``device``, of the blocks of 32 that a fold may have had to round since the process started."""
-    if device not in COUNTERS:
-        COUNTERS[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    return COUNTERS[device]
 
 
 def cdiv(a: int, b: int) -> int:

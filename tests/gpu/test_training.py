@@ -157,3 +157,21 @@ def test_blocks_that_do_not_fold_are_counted():
     x[:, :32] *= 2.0**30
     torch.compile(module, backend=eager("quartet"))(x)
     assert quartet.statistics()["cuda:0"]["inexact_fold_blocks"] == before + 200 * 9
+
+
+def test_accumulated_gradients_are_those_of_weights_quantised_each_time():
+    grads = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        module, x, e = linear(256, 512, 512)
+        compiled = torch.compile(module, backend="quartet", options={"reuse_weights": reuse})
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+        for _ in range(3):
+            for seed in range(3):
+                torch.manual_seed(seed)
+                compiled(x).backward(e)
+            gradient = module.weight.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+        grads.append(gradient)
+    assert torch.equal(*grads)

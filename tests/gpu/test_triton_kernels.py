@@ -357,7 +357,7 @@ def test_another_device(device):
 
 
 def test_a_tensor_of_another_device_is_refused(device):
-    with pytest.raises(ValueError, match="seed must have 1 elements on cuda"):
+    with pytest.raises(ValueError, match="seed must be 1 contiguous int64 on cuda"):
         ops.quantize(torch.ones(4, 64, device=device), Chain(STOCHASTIC, seed=torch.tensor(1)), packed=True,
                      folded=False)
 

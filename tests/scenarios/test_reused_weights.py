@@ -1,0 +1,147 @@
+"""Quantised weights serve all forwards of an optimizer step, and never one too many."""
+
+import copy
+
+import pytest
+import torch
+from harness import assert_same, compile_eager, step
+from models import MLP
+
+from quartet.lowering import cpu_ops
+from quartet.runtime.weights import REUSED
+
+WEIGHTS = {(96, 64), (40, 96)}
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    """Shapes of the weights that were quantised, in order."""
+    shapes, run = [], cpu_ops.cpu.rotate_quantize
+
+    def count(x, **arguments):
+        if tuple(x.shape) in WEIGHTS:
+            shapes.append(tuple(x.shape))
+        return run(x, **arguments)
+
+    monkeypatch.setattr(cpu_ops.cpu, "rotate_quantize", count)
+    return shapes
+
+
+@pytest.fixture
+def trained():
+    """A compiled MLP whose optimizer has stepped with accumulated gradients, and one that never reuses."""
+    torch.manual_seed(0)
+    models = [MLP()]
+    models.append(copy.deepcopy(models[0]))
+    runs = []
+    for model, reuse in zip(models, (True, False), strict=True):
+        compiled, _ = compile_eager(model, reuse_weights=reuse)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            train_step(model, compiled, optimizer)
+        runs.append((model, compiled, optimizer))
+    return runs
+
+
+def data(seed):
+    return torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def train_step(model, compiled, optimizer, forwards=3):
+    for i in range(forwards):
+        torch.manual_seed(i)
+        compiled(data(i)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def same_next_step(runs):
+    results = [step(compiled, model, [data(9)]) for model, compiled, _ in runs]
+    assert_same(*results)
+
+
+def test_a_weight_is_quantised_once_a_step(trained, quantized):
+    train_step(*trained[0], forwards=4)
+    assert sorted(quantized) == sorted(WEIGHTS)
+    train_step(*trained[1], forwards=4)
+    assert len(quantized) == len(WEIGHTS) * 5
+    same_next_step(trained)
+    states = [model.state_dict() for model, _, _ in trained]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_nothing_is_kept_without_accumulation(trained, quantized):
+    for _ in range(3):
+        train_step(*trained[0], forwards=1)
+    assert len(quantized) == 3 * len(WEIGHTS)
+    mine = {p.data_ptr() for p in trained[0][0].parameters()}
+    assert not any(address in mine for address, _ in REUSED._kept)
+
+
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "new data", "another tensor", "dtype and back"])
+def test_a_changed_weight_is_quantised_again(trained, change):
+    other = MLP().state_dict()
+    for model, compiled, _ in trained:
+        for i in range(2):
+            compiled(data(i)).square().mean().backward()
+        with torch.no_grad():
+            if change == "in place":
+                model.up.weight.mul_(-1.5)
+            elif change == "load_state_dict":
+                model.load_state_dict(other)
+            elif change == "new data":
+                model.up.weight.data = other["up.weight"].clone()
+            elif change == "another tensor":
+                model.up.weight = torch.nn.Parameter(other["up.weight"].clone())
+            else:
+                model.double()
+                model.up.weight[0] += 1
+                model.float()
+    same_next_step(trained)
+
+
+def test_an_optimizer_step_that_hides_its_writes_is_seen(trained):
+    """What an optimizer writes through ``.data`` leaves the version counter alone."""
+
+    class Hidden(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.sub_(p.grad, alpha=0.5)
+
+    for model, compiled, _ in trained:
+        optimizer = Hidden(model.parameters(), lr=1.0)
+        for _ in range(3):
+            train_step(model, compiled, optimizer)
+    same_next_step(trained)
+
+
+def test_parameters_of_no_optimizer_are_quantised_in_every_forward(quantized):
+    model = MLP()
+    compiled, _ = compile_eager(model)
+    for i in range(3):
+        compiled(data(i)).mean().backward()
+    assert len(quantized) == 3 * len(WEIGHTS)
+
+
+def test_evaluation_neither_reuses_nor_keeps(trained, quantized):
+    model, compiled, optimizer = trained[0]
+    with torch.no_grad():
+        compiled(data(0))
+        compiled(data(0))
+    assert len(quantized) == 2 * len(WEIGHTS)
+
+
+def test_kept_codes_survive_being_overwritten(trained):
+    """Compiled code may reuse the memory of what an op gave it."""
+    model, compiled, _ = trained[0]
+    compiled(data(0)).mean().backward()
+    kept = {key: [t.clone() for t in made] for key, (_, made) in REUSED._kept.items()}
+    assert kept
+    for (address, what), made in kept.items():
+        parameter = next((p for p in model.parameters() if p.data_ptr() == address), None)
+        if parameter is not None:
+            for t in REUSED.find(parameter, what):
+                t.fill_(77)
+            assert all(torch.equal(a, b) for a, b in zip(REUSED.find(parameter, what), made, strict=True))
