@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
+from quartet.lowering import registry
+from quartet.lowering.cost import Layer, predict
 from quartet.lowering.graph import aten, shape, val
+from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice
 from quartet.passes.sites import MatmulSite
-from quartet.passes.state import State
+from quartet.passes.state import State, recipe_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VIEWS = (
@@ -48,6 +52,40 @@ def plan(state: State) -> None:
         if site.recipe is not None:
             key = (value_key(site.x[0]), site.x[1], site.recipe.fprop, site.recipe.wgrad)
             site.x_group = groups.setdefault(key, site.index)
+    if state.config.where_it_pays:
+        _leave_slower(state)
+
+
+def _leave_slower(state: State) -> None:
+    """Take the layers out of the plan that the policy's default recipe would make slower."""
+    sharing = Counter(site.x_group for site in state.planned())
+    for site in state.planned():
+        resolution, recipe, device = site.resolution, recipe_of(site), val(site.x[0]).device
+        rates = rates_of(device)
+        if rates is None or resolution is None or any(resolution.choice(role).rule is not None for role in ROLES):
+            continue
+        recompute = (state.config.recompute or recipe.recompute) == "gemm" and len(site.products) > 1
+        m, n, k = map(_known, (site.m, site.n, site.k))
+        kernels = {role: _kernel(state, site, role, device) for role in site.products}
+        cost = predict(recipe, Layer(kernels, m, n, k, sharing[site.x_group], recompute), rates)
+        if cost is not None and not cost.pays:
+            site.recipe = None
+            site.reasons = dict.fromkeys(ROLES, f"would not pay: predicted {cost}, forward and backward")
+
+
+def _known(size: Any) -> int:
+    """A size, or what a symbolic one was when the graph was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _kernel(state: State, site: MatmulSite, role: str, device: torch.device) -> str:
+    gemm = site.active(role)
+    if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
+        return ""
+    rotation = gemm.rotation.n if gemm.rotation is not None else 0
+    specs = (gemm.a.spec, rotation), (gemm.b.spec, rotation)
+    kernel, _ = registry.choose(device, site.dtype, specs, state.config.disable_kernels)
+    return "" if kernel is None else kernel.name
 
 
 def _altered(choice: Choice, role: str) -> bool:

@@ -46,6 +46,7 @@ class Config:
         observers: called around every pass.
         accumulation: of FP8 tensor cores, one of ``ACCUMULATION``.
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
+        where_it_pays: leave layers alone that the policy's default would make slower.
     """
 
     resolve: Callable[[str, str, Any, Any, Any], Resolution]
@@ -58,6 +59,7 @@ class Config:
     observers: tuple[Observer, ...] = ()
     accumulation: str = ACCUMULATION[0]
     reuse_weights: bool = False
+    where_it_pays: bool = False
 
 
 @dataclass

@@ -68,7 +68,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
     config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers, options.accumulation,
-                    options.reuse_weights and not compat.cuda_graphs(options.inductor))
+                    options.reuse_weights and not compat.cuda_graphs(options.inductor),
+                    options.policy.where_it_pays)
     regions = region_weights(gm, weights)
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights, stream,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from quartet.passes.state import ACCUMULATION
-from quartet.policy import Policy
+from quartet.policy import AUTO, Policy
 from quartet.recipes import PolicyError, did_you_mean
 
 KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation",
@@ -26,7 +26,7 @@ class Options:
 
     Args:
         policy: which matmul gets which recipe; default ``$QUARTET_POLICY`` (recipe name or ``.toml`` file), else
-            ``Policy()``.
+            ``"auto"``, which is ``Policy(where_it_pays=True)``.
         dump: folder for the graphs after each pass; default ``$QUARTET_DUMP``, else None, no dump.
         strict: a matmul that the policy wants quantised and that is left alone is an error.
         disable_passes, disable_kernels: names to leave out.
@@ -40,7 +40,7 @@ class Options:
             (see ``quartet.runtime.weights``); its codes are kept meanwhile. CUDA graphs quantise every time.
     """
 
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy = field(default_factory=lambda: Policy.coerce(AUTO))
     dump: str | None = None
     strict: bool = False
     disable_passes: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def _policy(value: object) -> Policy:
     if value is not None:
         return Policy.coerce(value)
     if not (text := os.environ.get("QUARTET_POLICY")):
-        return Policy()
+        return Policy.coerce(AUTO)
     try:
         return Policy.coerce(text)
     except PolicyError as error:

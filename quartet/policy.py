@@ -28,7 +28,8 @@ from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resol
 OP_GROUPS: Mapping[str, tuple[str, ...]] = {"attention": ("attention_qk", "attention_pv")}
 ROLE_ALIASES: Mapping[str, str] = {"forward": "fprop"}
 _RULE_KEYS = ("pattern", "op", "recipe", "role", "shape")
-_POLICY_KEYS = ("default", "rule", "recipe")
+_POLICY_KEYS = ("default", "where_it_pays", "rule", "recipe")
+AUTO = "auto"  # stands for Policy(where_it_pays=True)
 
 Site = tuple[str, str | None, Any, Any, Any]
 
@@ -137,6 +138,8 @@ class Policy:
         default: recipe name, Recipe, or None to leave everything in high precision that no rule names. The op
             classes that the recipe skips (``lm_head``, attention…) stay in high precision.
         rules: normally added with ``on``.
+        where_it_pays: leave to the default recipe only the layers that it is predicted to make faster, on devices
+            whose speed was measured (``quartet.lowering.rates``); what a rule names is done as it says.
 
     Raises:
         PolicyError: unknown recipe, or two different recipes of one name.
@@ -144,8 +147,11 @@ class Policy:
 
     default: str | Recipe | None = "quartet"
     rules: tuple[Rule, ...] = ()
+    where_it_pays: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.where_it_pays, bool):
+            raise PolicyError(f"where_it_pays is True or False, not {self.where_it_pays!r}", ("where_it_pays",))
         try:
             object.__setattr__(self, "default", reference(self.default))
         except PolicyError as error:
@@ -238,7 +244,7 @@ class Policy:
             found = resolve(recipe)
             return None if found is None else asdict(found)
 
-        parts = [content(self.default)]
+        parts = [content(self.default), self.where_it_pays]
         parts += [[rule.fqn, rule.op, rule.roles, rule.shape, content(rule.recipe)] for rule in self.rules]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -259,14 +265,18 @@ class Policy:
                               f"{type(value).__name__} {value!r}")
         if value.endswith(".toml"):
             return cls.from_toml(value)
+        if value == AUTO:
+            return cls(where_it_pays=True)
         if value not in recipes():
-            raise PolicyError(f"unknown policy {value!r}; {did_you_mean(value, recipes())}possible: "
-                              f"{', '.join(recipes())}, or the path of a .toml file")
+            raise PolicyError(f"unknown policy {value!r}; {did_you_mean(value, (AUTO, *recipes()))}possible: "
+                              f"{', '.join((AUTO, *recipes()))}, or the path of a .toml file")
         return cls(value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, lists and dicts, with a user's recipes in full under ``"recipe"``."""
         data: dict[str, Any] = {"default": _name(self.default)}
+        if self.where_it_pays:
+            data["where_it_pays"] = True
         rules = [{key: list(item) if isinstance(item, tuple) else _name(item) for key, item in rule.to_dict().items()}
                  for rule in self.rules]
         own = {recipe.name: policy_toml.recipe_to_dict(recipe) for recipe in self._own_recipes()}
@@ -282,7 +292,7 @@ class Policy:
         def named(recipe: Any) -> Any:
             return None if recipe == "none" else own.get(recipe, recipe) if isinstance(recipe, str) else recipe
 
-        policy = cls(named(data.get("default", cls.default)))
+        policy = cls(named(data.get("default", cls.default)), where_it_pays=data.get("where_it_pays", False))
         for i, table in enumerate(_typed(data, "rule", list, "a list of rules, [[rule]] in TOML")):
             rule = dict(_within(("rule", i), policy_toml.check_table, f"rule {i}", table, _RULE_KEYS))
             if "recipe" in rule:
@@ -324,7 +334,7 @@ class Policy:
 
     def _calls(self, full: bool) -> str:
         short = self.default.name if isinstance(self.default, Recipe) else self.default
-        head = f"Policy({(self.default if full else short)!r})"
+        head = f"Policy({(self.default if full else short)!r}{', where_it_pays=True' if self.where_it_pays else ''})"
         return "".join([head, *(f".{rule.call(full)}" for rule in self.rules)])
 
     def __repr__(self) -> str:

@@ -125,7 +125,7 @@ def _rotation_from_text(text: str) -> Rotation:
 
 def write(data: Mapping[str, Any]) -> str:
     """TOML of the data of a policy: values, then lists of tables, then tables of tables."""
-    blocks = ["".join(f"{key} = {_value(value)}\n" for key, value in data.items() if isinstance(value, str))]
+    blocks = ["".join(f"{key} = {_value(value)}\n" for key, value in data.items() if isinstance(value, str | bool))]
     for key, value in data.items():
         if isinstance(value, list):
             blocks += [f"[[{key}]]\n{_lines(table)}" for table in value]

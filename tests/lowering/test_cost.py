@@ -1,0 +1,160 @@
+"""The cost model: its sums by hand, its limits, and what the plan makes of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+
+from quartet.lowering.cost import Cost, K, Layer, M, N, break_even, predict
+from quartet.lowering.rates import MEASURED, PASSES, Rates, rates_of
+from quartet.passes import plan
+from quartet.policy import Policy, PolicyError
+from quartet.recipes import resolve
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))
+from harness import compile_eager  # noqa: E402
+from models import MLP, Block  # noqa: E402
+
+RATES = Rates("made up", {"bf16": 1e15, "fp8": 2e15}, {"bf16": 1e-12, "fp8": 2e-12},
+              dict(zip(PASSES, (1e-12, 2e-12, 3e-12, 5e-12, 7e-12, 11e-12, 13e-12, 17e-12), strict=True)), 1e-6)
+ALL = ("fprop", "dgrad", "wgrad")
+
+
+def kernels(name, roles=ALL):
+    return dict.fromkeys(roles, name)
+
+
+def seconds(counts, products, flops, output):
+    """Passes over so many elements, products of so many operations and results."""
+    return (sum(RATES.passes[name] * n + RATES.launch for name, n in counts)
+            + sum(2 * ops / flops + out * output + RATES.launch for ops, out in products))
+
+
+X, W, E = 64 * 32, 128 * 32, 64 * 128  # elements at m 64, n 128, k 32
+PRODUCTS = [(64 * 128 * 32, E), (64 * 128 * 32, X), (64 * 128 * 32, W)]
+
+
+def test_quartet_by_hand():
+    cost = predict(resolve("quartet"), Layer(kernels("triton-fp8"), 64, 128, 32), RATES)
+    passes = [("rows", X), ("rows", W), ("both axes", E), ("fold", E), ("requantise", W), ("fold", W), ("unrotate", X),
+              ("fold", E), ("requantise", X), ("fold", X), ("unrotate", W)]
+    assert float(cost.quantized) == pytest.approx(seconds(passes, PRODUCTS, 2e15, 2e-12))
+    assert float(cost.plain) == pytest.approx(seconds([], PRODUCTS, 1e15, 1e-12))
+
+
+@pytest.mark.parametrize(("recipe", "passes"), [
+    ("fp8", [("amax", X), ("cast", X), ("amax", W), ("cast", W), ("amax", E), ("cast", E)]),
+    ("fp8-rowwise", [(name, n) for n in (X, W, E, W, E, X) for name in ("amax", "cast")]),
+])
+def test_fp8_by_hand(recipe, passes):
+    cost = predict(resolve(recipe), Layer(kernels("cublaslt"), 64, 128, 32), RATES)
+    assert float(cost.quantized) == pytest.approx(seconds(passes, PRODUCTS, 2e15, 2e-12))
+
+
+def test_without_backward_only_forward_counts():
+    cost = predict(resolve("quartet"), Layer(kernels("triton-fp8", ("fprop",)), 64, 128, 32), RATES)
+    assert float(cost.quantized) == pytest.approx(seconds([("rows", X), ("rows", W)], PRODUCTS[:1], 2e15, 2e-12))
+    assert float(cost.plain) == pytest.approx(seconds([], PRODUCTS[:1], 1e15, 1e-12))
+
+
+def test_a_shared_activation_costs_its_share_and_a_recomputed_product_its_product():
+    def quantized(**kwargs):
+        return float(predict(resolve("quartet"), Layer(kernels("triton-fp8"), 64, 128, 32, **kwargs), RATES).quantized)
+
+    saved = sum(RATES.passes[name] * X * 2 / 3 for name in ("rows", "requantise", "fold"))
+    assert quantized() - quantized(sharing=3) == pytest.approx(saved)
+    again = [("fold", X), ("fold", W)]
+    assert quantized(recompute=True) - quantized() == pytest.approx(seconds(again, PRODUCTS[:1], 2e15, 2e-12))
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton", "inductor", ""])
+def test_kernels_that_only_compute_the_numbers_have_no_cost(name):
+    assert predict(resolve("quartet"), Layer(kernels(name), 64, 128, 32), RATES) is None
+
+
+def test_symbols_give_the_same_as_numbers():
+    symbolic = predict(resolve("quartet"), Layer(kernels("triton-fp8")), RATES)
+    number = predict(resolve("quartet"), Layer(kernels("triton-fp8"), 4096, 1024, 2048), RATES)
+    at = {M: 4096, N: 1024, K: 2048}
+    assert isinstance(symbolic.quantized, sympy.Expr)
+    assert float(symbolic.quantized.subs(at)) == pytest.approx(float(number.quantized))
+    assert float(symbolic.plain.subs(at)) == pytest.approx(float(number.plain))
+
+
+def test_break_even_parts_what_pays_from_what_does_not():
+    layer = {"kernels": kernels("triton-fp8"), "m": 16384}
+    width = break_even(resolve("quartet"), Layer(**layer), RATES)
+    assert 100 < width < 1e6
+    for factor, pays in ((0.98, False), (1.02, True)):
+        size = int(width * factor)
+        assert predict(resolve("quartet"), Layer(**layer, n=size, k=size), RATES).pays is pays
+    slow = Rates("slow", {"bf16": 1e15, "fp8": 1e15}, RATES.output, RATES.passes, 1e-6)
+    assert break_even(resolve("quartet"), Layer(**layer), slow) == float("inf")
+
+
+def test_measured_rates_are_whole_and_a_cpu_has_none():
+    assert rates_of(torch.device("cpu")) is None
+    for rates in MEASURED.values():
+        assert set(rates.passes) == set(PASSES) and set(rates.flops) == set(rates.output) == {"bf16", "fp8"}
+        assert rates.flops["fp8"] > rates.flops["bf16"]
+
+
+@pytest.fixture
+def priced(monkeypatch):
+    """This CPU as a device on which a layer pays from 96 outputs on."""
+    monkeypatch.setattr(plan, "rates_of", lambda device: RATES)
+
+    monkeypatch.setattr(plan, "predict", lambda recipe, layer, rates: Cost(1.0 if layer.n < 96 else 0.25, 0.5))
+
+
+def planned(policy, model=None):
+    model = model or MLP()
+    compiled, backend = compile_eager(model, policy)
+    compiled(torch.randn(8, 64)).sum().backward()
+    return backend
+
+
+def test_the_default_leaves_alone_what_would_be_slower(priced):
+    backend = planned("auto")
+    assert set(backend.lowered()) == {"up"} and set(backend.alone()) == {"down"}
+    reason = next(r.reason for r in backend.records if r.fqn == "down")
+    assert reason == ("would not pay: predicted 1000000 µs quantised, 500000 µs in the model's dtype, forward and "
+                      "backward")
+
+
+def test_what_is_named_is_quantised_whatever_it_costs(priced):
+    assert set(planned("quartet").lowered()) == {"up", "down"}
+    assert set(planned(Policy(where_it_pays=True).on("down", "quartet")).lowered()) == {"up", "down"}
+    assert set(planned(Policy(where_it_pays=True).on("up", None)).lowered()) == set()
+
+
+def test_sharing_is_counted_from_the_plan(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(plan, "rates_of", lambda device: RATES)
+
+    def note(recipe, layer, rates):
+        seen.setdefault((layer.n, layer.k), layer)
+
+    monkeypatch.setattr(plan, "predict", note)
+    compiled, _ = compile_eager(Block(), "auto")
+    compiled(torch.randn(2, 8, 64)).sum().backward()
+    assert seen[64, 64].sharing == 3 and seen[96, 64].sharing == 2 and seen[64, 96].sharing == 1
+    assert seen[64, 64].recompute and seen[64, 64].m == 16
+
+
+def test_unmeasured_devices_quantise_everything():
+    assert set(planned("auto").lowered()) == {"up", "down"}
+
+
+def test_where_it_pays_is_part_of_the_policy(tmp_path):
+    policy = Policy("fp8", where_it_pays=True).on("lm_head", "fp8")
+    assert Policy.from_toml(policy.to_toml()) == policy and Policy.from_dict(policy.to_dict()) == policy
+    assert policy.digest() != Policy("fp8").on("lm_head", "fp8").digest()
+    assert repr(policy).startswith("Policy('fp8', where_it_pays=True).on(") and eval(repr(policy)) == policy
+    assert Policy.coerce("auto") == Policy(where_it_pays=True)
+    with pytest.raises(PolicyError, match="where_it_pays is True or False, not 1"):
+        Policy.from_dict({"where_it_pays": 1})
+    with pytest.raises(PolicyError, match="did you mean 'auto'"):
+        Policy.coerce("aut")
