@@ -18,15 +18,16 @@ from quartet.lowering import cuda_ops, fp8
 from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
 from quartet.lowering.cpu import operand_dtype
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.runtime.devices import Target
 
 Operand = tuple[Node, Node]
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(target: Target) -> str | None:
     """None where the Triton kernels run, else why not."""
-    if device.type != "cuda":
-        return f"runs on a GPU, not on {device.type}"
-    if torch.version.hip is not None:
+    if target.type != "cuda":
+        return f"runs on a GPU, not on {target.type}"
+    if not target.pretended and torch.version.hip is not None:
         return "the Triton quantisers hold NVIDIA instructions; this PyTorch is built for ROCm"
     try:
         import triton  # noqa: F401
@@ -35,9 +36,9 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def supports(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the Triton quantisers take the chain, else why not."""
-    reason = unavailable(device)
+    reason = unavailable(target)
     if reason is None:
         from quartet.kernels.triton import ops
 
@@ -45,9 +46,9 @@ def supports(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation
     return reason
 
 
-def supports_fold(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+def supports_fold(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
-    reason = fp8.unavailable(device) or supports(device, dtype, spec, rotation)
+    reason = fp8.unavailable(target) or supports(target, dtype, spec, rotation)
     if reason is None and dtype is not torch.bfloat16:
         return f"the FP8 product with a scale a row is bfloat16, not {dtype_name(dtype)}"
     return reason

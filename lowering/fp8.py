@@ -23,23 +23,22 @@ from quartet.lowering.chains import Accepts, Source, accepted
 from quartet.lowering.graph import BACKWARD, Builder, aten, is_backward, keep_as, shape, val
 from quartet.lowering.inductor import store
 from quartet.runtime import compat
-from quartet.runtime.devices import absent
+from quartet.runtime.devices import Target
 
 ALIGN = 16
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device | Target) -> str | None:
     """None where a device has FP8 tensor cores that ``_scaled_mm`` drives, else why not."""
-    if device.type != "cuda":
-        return f"FP8 tensor cores are on NVIDIA GPUs, not on {device.type}"
-    if torch.version.hip is not None:
+    target = Target.of(device)
+    if target.type != "cuda":
+        return f"FP8 tensor cores are on NVIDIA GPUs, not on {target.type}"
+    if target.missing is not None:
+        return target.missing
+    if target.capability is None:
         return "written for NVIDIA's FP8 formats; this PyTorch is built for ROCm"
-    missing = absent(device)
-    if missing is not None:
-        return missing
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*capability)
+    if target.capability < (8, 9):
+        return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*target.capability)
     return None
 
 
@@ -59,7 +58,6 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
     if a.element == b.element == "e5m2":
         return "the tensor cores have no product of e5m2 and e5m2; make one operand e4m3"
     return None
-
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

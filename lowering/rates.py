@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from quartet.runtime.devices import Target
 
 PASSES = ("rows", "both axes", "one axis", "requantise", "fold", "unrotate", "amax", "cast")
 
@@ -41,8 +41,6 @@ class Rates:
 MEASURED: Mapping[tuple[int, int], Rates] = {}
 
 
-def rates_of(device: torch.device) -> Rates | None:
+def rates_of(target: Target) -> Rates | None:
     """The constants for a device: those of its compute capability, or None where none were measured."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return MEASURED.get(torch.cuda.get_device_capability(device))
+    return None if target.capability is None else MEASURED.get(target.capability)

@@ -17,9 +17,9 @@ from quartet.kernels.spec import ELEMENTS, WHOLES, QuantSpec
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering import cuda, fp8
 from quartet.lowering.chains import Accepts
-from quartet.runtime.devices import absent
+from quartet.runtime.devices import Target
 
-Supports = Callable[[torch.device, torch.dtype, QuantSpec, int], str | None]
+Supports = Callable[[Target, torch.dtype, QuantSpec, int], str | None]
 SupportsPair = Callable[[QuantSpec, QuantSpec], str | None]
 Lower = Callable[[Graph, list[Node], Accepts], None]
 
@@ -30,7 +30,7 @@ class Kernel:
 
     Attributes:
         name: what ``explain`` prints and ``disable_kernels`` takes.
-        supports: (device, compute dtype, quantiser, Hadamard size or 0) → None, or why not.
+        supports: (target, compute dtype, quantiser, Hadamard size or 0) → None, or why not.
         lower: (graph, its scaled_mm nodes, what it accepts) → rewrites them; None leaves the semantic ops as they are.
         supports_pair: (quantiser of A, of B), each of them supported → None, or why not the two together.
         reads: the question of ``supports`` with the dtype of what is quantised, where the product's is another matter.
@@ -46,18 +46,18 @@ class Kernel:
     reads: Supports | None = None
 
 
-def _cpp(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
+def _cpp(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    if target.type != "cpu":
+        return f"runs on a CPU, not on {target.type}"
     return cpu.unavailable() or cpu.supports(spec, rotation, dtype)
 
 
-def _cublaslt(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    return fp8.unavailable(device) or fp8.supports(spec, dtype)
+def _cublaslt(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    return fp8.unavailable(target) or fp8.supports(spec, dtype)
 
 
-def _inductor(device: torch.device, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    return None if device.type in ("cpu", "cuda") else f"Inductor has no code generator of ours for {device.type}"
+def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    return None if target.type in ("cpu", "cuda") else f"Inductor has no code generator of ours for {target.type}"
 
 
 KERNELS = (
@@ -73,16 +73,17 @@ KERNELS = (
 NAMES = tuple(kernel.name for kernel in KERNELS)
 
 
-def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
+def choose(device: torch.device | Target, dtype: torch.dtype,
+           specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
            disabled: tuple[str, ...] = ()) -> tuple[Kernel | None, dict[str, str]]:
     """The first kernel that takes every (quantiser, Hadamard size) of a GEMM, and why others did not."""
-    missing = absent(device)
-    if missing is not None:
-        return None, dict.fromkeys(NAMES, missing)
+    target = Target.of(device)
+    if target.missing is not None:
+        return None, dict.fromkeys(NAMES, target.missing)
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
         reason = f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else next(
-            (r for spec, rotation in specs if (r := kernel.supports(device, dtype, spec, rotation)) is not None),
+            (r for spec, rotation in specs if (r := kernel.supports(target, dtype, spec, rotation)) is not None),
             kernel.supports_pair(*(spec for spec, _ in specs)))
         if reason is None:
             return kernel, reasons
@@ -90,11 +91,11 @@ def choose(device: torch.device, dtype: torch.dtype, specs: tuple[tuple[QuantSpe
     return None, reasons
 
 
-def probe(device: torch.device) -> list[tuple[str, str, str | None]]:
+def probe(device: torch.device | Target) -> list[tuple[str, str, str | None]]:
     """(format, kernel, None or the reason it cannot) for every format and kernel on a device, for bfloat16 models."""
     formats = [(f"mx {element}", QuantSpec(element=element, rule="ceil"), 32) for element in ELEMENTS]
     formats += [(f"fp8 a {block}", QuantSpec(element="e4m3", block=block, scale="fp32", rule="amax"), 0)
                 for block in WHOLES]
-    missing = absent(device)
-    return [(name, k.name, missing or k.supports(device, torch.bfloat16, spec, rotation))
+    target = Target.of(device)
+    return [(name, k.name, target.missing or k.supports(target, torch.bfloat16, spec, rotation))
             for name, spec, rotation in formats for k in KERNELS]

@@ -16,6 +16,7 @@ from quartet.lowering import fp8, ir, registry
 from quartet.lowering.graph import editing, val
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
+from quartet.runtime.devices import Target
 
 
 def lower(state: State) -> None:
@@ -24,7 +25,8 @@ def lower(state: State) -> None:
     for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
         specs = _chain(node.args[0], node.args[4]), _chain(node.args[2], node.args[5])
         device, gemm = val(node).device, node.meta[SITE_KEY]
-        kernel, reasons = registry.choose(device, val(node).dtype, specs, state.config.disable_kernels)
+        target = state.config.target_of(device)
+        kernel, reasons = registry.choose(target, val(node).dtype, specs, state.config.disable_kernels)
         if kernel is None:
             state.declined[gemm] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             continue
@@ -33,13 +35,13 @@ def lower(state: State) -> None:
     for (kernel, device), nodes in chosen.items():
         if kernel.lower is not None:
             with editing(state.gm) as graph:
-                kernel.lower(graph, nodes, partial(_accepts, device, kernel))
+                kernel.lower(graph, nodes, partial(_accepts, state.config.target_of(device), kernel))
     if state.config.accumulation == "promoted":
         fp8.promote(state.gm.graph)
 
 
-def _accepts(device: torch.device, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:
-    return (kernel.reads or kernel.supports)(device, dtype, spec, rotation) is None
+def _accepts(target: Target, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:
+    return (kernel.reads or kernel.supports)(target, dtype, spec, rotation) is None
 
 
 def _chain(codes: Any, text: Any) -> tuple[QuantSpec, int]:

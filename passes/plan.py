@@ -18,6 +18,7 @@ from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
+from quartet.runtime.devices import Target
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VIEWS = (
@@ -60,13 +61,14 @@ def _leave_slower(state: State) -> None:
     """Take the layers out of the plan that the policy's default recipe would make slower."""
     sharing = Counter(site.x_group for site in state.planned())
     for site in state.planned():
-        resolution, recipe, device = site.resolution, recipe_of(site), val(site.x[0]).device
-        rates = rates_of(device)
+        resolution, recipe = site.resolution, recipe_of(site)
+        target = state.config.target_of(val(site.x[0]).device)
+        rates = rates_of(target)
         if rates is None or resolution is None or any(resolution.choice(role).rule is not None for role in ROLES):
             continue
         recompute = (state.config.recompute or recipe.recompute) == "gemm" and len(site.products) > 1
         m, n, k = map(_known, (site.m, site.n, site.k))
-        kernels = {role: _kernel(state, site, role, device) for role in site.products}
+        kernels = {role: _kernel(state, site, role, target) for role in site.products}
         cost = predict(recipe, Layer(kernels, m, n, k, sharing[site.x_group], recompute), rates)
         if cost is not None and not cost.pays:
             site.recipe = None
@@ -78,13 +80,13 @@ def _known(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _kernel(state: State, site: MatmulSite, role: str, device: torch.device) -> str:
+def _kernel(state: State, site: MatmulSite, role: str, target: Target) -> str:
     gemm = site.active(role)
     if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
         return ""
     rotation = gemm.rotation.n if gemm.rotation is not None else 0
     specs = (gemm.a.spec, rotation), (gemm.b.spec, rotation)
-    kernel, _ = registry.choose(device, site.dtype, specs, state.config.disable_kernels)
+    kernel, _ = registry.choose(target, site.dtype, specs, state.config.disable_kernels)
     return "" if kernel is None else kernel.name
 
 

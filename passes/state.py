@@ -14,6 +14,7 @@ from quartet.lowering.recipe import Recipe
 from quartet.lowering.records import MatmulRecord
 from quartet.lowering.resolution import Resolution
 from quartet.passes.sites import MatmulSite
+from quartet.runtime.devices import Target
 from quartet.runtime.streams import SEED
 
 STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
@@ -47,6 +48,7 @@ class Config:
         accumulation: of FP8 tensor cores, one of ``ACCUMULATION``.
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         where_it_pays: leave layers alone that the policy's default would make slower.
+        target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
     resolve: Callable[[str, str, Any, Any, Any], Resolution]
@@ -60,6 +62,11 @@ class Config:
     accumulation: str = ACCUMULATION[0]
     reuse_weights: bool = False
     where_it_pays: bool = False
+    target: Target | None = None
+
+    def target_of(self, device: torch.device) -> Target:
+        """What the kernels for tensors on ``device`` are chosen for."""
+        return self.target or Target.of(device)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from quartet.report import Report
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, mode: str | None = None,
-            **kwargs: Any) -> Report:
+            target: str | None = None, **kwargs: Any) -> Report:
     """Compile ``model(*args, **kwargs)`` without generating code and report every matmul.
 
     The model's buffers, gradients, training flags and the random state are as before afterwards. A model that
@@ -22,13 +23,15 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     Args:
         model: the module, compiled or not. args, kwargs: inputs of its forward.
         options, mode: as for ``torch.compile(model, backend="quartet")``.
+        target: ``"sm_100a"``, ``"sm_90"``, …: as if the tensors were on such a GPU. Nothing runs then.
     Returns:
         A :class:`quartet.report.Report`; print it, ``to_dict()``, ``to_html()``.
     """
     from quartet.backend import compile_graph
     from quartet.lowering import registry
     from quartet.passes import pipeline
-    from quartet.runtime.capture import Capture, settings_of, unchanged
+    from quartet.runtime.capture import Capture, Pretence, settings_of, unchanged
+    from quartet.runtime.devices import Target
 
     inner, own_mode, own_options = settings_of(model)
     if options is None and mode is None:
@@ -36,12 +39,14 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
     records: list[MatmulRecord] = []
     capture = Capture()
+    if target is not None:
+        parsed, capture = replace(parsed, target=Target.named(target)), Pretence()
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend)
 
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)
-    device = next((str(t.device) for t in (*inner.parameters(), *inner.buffers())), "cpu")
+    device = target or next((str(t.device) for t in (*inner.parameters(), *inner.buffers())), "cpu")
     return Report(records, saved_bytes_total=capture.saved_bytes, device=device, policy=str(parsed.policy),
                   notes=capture.notes)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from quartet.passes.state import ACCUMULATION
 from quartet.policy import AUTO, Policy
 from quartet.recipes import PolicyError, did_you_mean
+from quartet.runtime.devices import Target
 
 KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation",
         "reuse_weights")
@@ -31,7 +32,8 @@ class Options:
         strict: a matmul that the policy wants quantised and that is left alone is an error.
         disable_passes, disable_kernels: names to leave out.
         recompute: ``"none"`` or ``"gemm"`` overrides the field of every recipe; None leaves it to the recipe.
-        target: always None: kernels are chosen for the device that holds the tensors.
+        target: what kernels are chosen for: None for the devices that hold the tensors; :func:`quartet.explain` sets
+            another.
         mode: the mode of torch.compile, as given.
         inductor: what Inductor is told: the options of ``mode``, then those the user gave.
         accumulation: of FP8 tensor cores: ``"fast"``, in their own registers, or ``"promoted"``, to fp32 every 128
@@ -46,7 +48,7 @@ class Options:
     disable_passes: tuple[str, ...] = ()
     disable_kernels: tuple[str, ...] = ()
     recompute: str | None = None
-    target: None = None
+    target: Target | None = None
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
     accumulation: str = ACCUMULATION[0]

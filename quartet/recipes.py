@@ -148,8 +148,8 @@ def check(recipe: Recipe) -> Recipe:
     if not isinstance(name, str) or not name.isprintable() or not name.strip():
         raise PolicyError(f"a recipe needs a printable name, got {name!r}")
     if name in ("none", "auto") or name.endswith(".toml"):
-        raise PolicyError(f"recipe name {name!r} is reserved: 'none' stands for high precision, 'auto' for a policy and "
-                          "'….toml' for a file")
+        raise PolicyError(f"recipe name {name!r} is reserved: 'none' stands for high precision, 'auto' for a policy "
+                          "and '….toml' for a file")
     if recipe != _BUILT_IN.get(name, recipe):
         raise PolicyError(f"recipe {name!r} is built in and differs from this one; give yours another name, "
                           f"for example dataclasses.replace(recipe, name='my-{name}')")

@@ -12,6 +12,7 @@ from quartet.lowering.rates import MEASURED, PASSES, Rates, rates_of
 from quartet.passes import plan
 from quartet.policy import Policy, PolicyError
 from quartet.recipes import resolve
+from quartet.runtime.devices import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))
 from harness import compile_eager  # noqa: E402
@@ -95,7 +96,7 @@ def test_break_even_parts_what_pays_from_what_does_not():
 
 
 def test_measured_rates_are_whole_and_a_cpu_has_none():
-    assert rates_of(torch.device("cpu")) is None
+    assert rates_of(Target.of(torch.device("cpu"))) is None
     for rates in MEASURED.values():
         assert set(rates.passes) == set(PASSES) and set(rates.flops) == set(rates.output) == {"bf16", "fp8"}
         assert rates.flops["fp8"] > rates.flops["bf16"]

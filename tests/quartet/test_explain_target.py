@@ -1,0 +1,65 @@
+"""explain(target=…): what would run on a GPU that is not here."""
+
+import pytest
+import torch
+from torch import nn
+
+import quartet
+from quartet.lowering import registry
+from quartet.lowering.rates import PASSES, Rates
+from quartet.runtime.devices import ARCHITECTURES, Target
+
+
+def model(dtype=torch.bfloat16):
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).to(dtype), torch.randn(32, 64).to(dtype)
+
+
+@pytest.mark.parametrize("target, policy, kernel", [
+    ("sm_80", "quartet", "triton"), ("sm_89", "quartet", "triton-fp8"), ("sm_90a", "quartet", "triton-fp8"),
+    ("sm_90", "fp8", "cublaslt"), ("sm_80", "fp8", "inductor"), ("cpu", "quartet", "cpp"),
+])
+def test_kernels_are_those_of_the_target(target, policy, kernel):
+    pytest.importorskip("triton")
+    module, x = model()
+    report = quartet.explain(module, x, options={"policy": policy}, target=target)
+    assert {r.kernel for r in report.records} == {kernel} and {r.role for r in report.records} >= {"dgrad", "wgrad"}
+    assert target in str(report)
+    assert report.saved_bytes_total > 0
+
+
+def test_the_model_is_as_before_and_can_be_trained():
+    pytest.importorskip("triton")
+    module, x = model()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    quartet.explain(module, x, target="sm_90")
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    torch.compile(module, backend="quartet", options={"policy": "bf16"})(x).sum().backward()
+    assert module[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["sm_75", "sm90", "h100", "sm_90b", "", "cuda"])
+def test_a_target_that_does_not_exist_is_refused_with_those_that_do(name):
+    module, x = model()
+    with pytest.raises(ValueError, match=f"there is no target {name!r}; possible: cpu, sm_80, .*sm_121"):
+        quartet.explain(module, x, target=name)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_target_has_a_kernel_for_mxfp4_and_fp8(name):
+    pytest.importorskip("triton")
+    for _, format in {(row[0], row[0]) for row in registry.probe(Target.named(name))}:
+        taken = [kernel for made, kernel, reason in registry.probe(Target.named(name))
+                 if made == format and reason is None]
+        assert taken, format
+
+
+def test_what_pays_is_decided_for_the_target(monkeypatch):
+    pytest.importorskip("triton")
+    slow = Rates("slow", {"bf16": 1e15, "fp8": 1e15}, {"bf16": 0.0, "fp8": 0.0}, dict.fromkeys(PASSES, 1e-12), 1e-6)
+    monkeypatch.setattr("quartet.lowering.rates.MEASURED", {(9, 0): slow})
+    module, x = model()
+    there, elsewhere = (quartet.explain(module, x, target=name) for name in ("sm_90", "sm_89"))
+    assert {r.kernel for r in there.records} == {None} and "would not pay: predicted" in str(there)
+    assert {r.kernel for r in elsewhere.records} == {"triton-fp8"}
