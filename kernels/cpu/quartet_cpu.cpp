@@ -347,6 +347,14 @@ I scale_byte_of(const F* x, const Spec& spec) {
 
 // ---- rounding -----------------------------------------------------------------------------------------------------
 
+// The index of magnitudes up to 6 in units of 1/STEPS, ties to even, in the low 12 bits. A sum from 2^23 on is rounded
+// to an integer, and is that integer in its low bits.
+template <int STEPS> INLINE I index_of(F a) {
+  const F near = a * splat(2.f * STEPS) + splat(0x1p23f), middle = a * splat((float)STEPS) + splat(0x1p23f + 2 * STEPS),
+          far = a * splat(.5f * STEPS) + splat(0x1p23f + 4 * STEPS);
+  return min_i(min_i((I)near, (I)middle), (I)far);  // positive floats are in the order of their bits
+}
+
 // Sixteen tile rows to two words of eight codes and one word of sixteen mask bits a lane; x becomes code · scale.
 template <bool STOCHASTIC, bool MASK, bool VALUES>
 INLINE void encode16(F* x, F reciprocal, F scale, I finite, const U* random, U* codes, U* mask) {
@@ -362,13 +370,11 @@ INLINE void encode16(F* x, F reciprocal, F scale, I finite, const U* random, U* 
       F a = (F)min_i(magnitude, I{} + 0x40C00000);
       I index;
       if (STOCHASTIC) {
-        F r = __builtin_convertvector((I)((random[k / 4] >> (8 * (k % 4))) & 0xFF), F);
-        F u = r * splat(0x1p-8f) + splat(0x1p-9f);
-        index = min_i(min_i(__builtin_convertvector((a + a) + u, I), __builtin_convertvector(a + u, I) + 2),
-                      __builtin_convertvector(a * splat(0.5f) + u, I) + 4);
+        constexpr int windows[4] = {0, 7, 16, 23};
+        I r = (I)((random[k / 4] >> windows[k % 4]) & 0x1FF);
+        index = ((index_of<512>(a) + r) >> 9) & 7;
       } else {
-        const F integer = splat(0x1p23f);  // the sum rounds to an integer, ties to even, in its low bits
-        index = min_i(min_i((I)((a + a) + integer), (I)(a + integer) + 2), (I)(a * splat(0.5f) + integer) + 4) & 7;
+        index = index_of<1>(a) & 7;
       }
       U code = (U)(index & finite) | (((U)bits >> 28) & 8);
       word |= code << (4 * j);

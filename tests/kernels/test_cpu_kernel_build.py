@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 
+from quartet.kernels.build_cache import intact
 from quartet.kernels.cpu import build, ops
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -70,12 +71,12 @@ def test_source_flags_compiler_and_processor_are_in_the_name(cache, small_source
 @pytest.mark.parametrize("damage", ("truncate", "tamper", "no digest", "no object", "garbage digest"))
 def test_damaged_object_is_built_again(cache, small_source, compilations, damage):
     path = build.library()
-    intact = path.read_bytes()
+    whole = path.read_bytes()
     digest = path.with_suffix(".sha256")
     if damage == "truncate":
-        path.write_bytes(intact[: len(intact) // 2])
+        path.write_bytes(whole[: len(whole) // 2])
     elif damage == "tamper":
-        path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif damage == "no digest":
         digest.unlink()
     elif damage == "no object":
@@ -83,7 +84,7 @@ def test_damaged_object_is_built_again(cache, small_source, compilations, damage
     else:
         digest.write_bytes(b"\xff\xfe")
     assert build.library() == path and len(compilations) == 2
-    assert build._intact(path, digest)
+    assert intact(path)
 
 
 @needs_compiler

@@ -1,0 +1,101 @@
+"""Python face of the optimizer kernel for CPUs, bit-equal to ``quartet.kernels.reference.optimizers``.
+
+Computes with ``torch.get_num_threads()`` threads; the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.build_cache import BuildError
+from quartet.kernels.cpu import build
+from quartet.kernels.reference import states as ref
+from quartet.kernels.reference.optimizers import ALGORITHMS, Kind
+from quartet.kernels.reference.states import Layout
+
+SOURCE = build.SOURCE.with_name("optimizer.cpp")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ELEMENTS = ("fp32", "bf16", "fp16", "e4m3", "e5m2", "signed", "unsigned")
+_FIELDS = 13  # of the C++ struct Tensor
+
+
+@cache
+def _kernel() -> Callable[..., None]:
+    path = build.library(SOURCE)
+    try:
+        function = ctypes.CDLL(str(path)).quartet_optimizer
+    except OSError as error:
+        raise BuildError(f"cannot load the compiled optimizer kernel: {error}; "
+                         "delete the kernel cache folder") from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    function.argtypes = (pointer, ctypes.c_int64, pointer, pointer, pointer, ctypes.c_uint64, number, number)
+    function.restype = None
+    return function
+
+
+@cache
+def unavailable() -> str | None:
+    """None when the kernel is built and loaded (building it the first time), else the reason, warned about once."""
+    try:
+        _kernel()
+    except BuildError as error:
+        warnings.warn(f"quartet's optimizer kernel for CPUs is not available, using the reference: {error}",
+                      stacklevel=2)
+        return str(error)
+    return None
+
+
+@cache
+def _constants() -> Any:
+    values = (*ref.LOG2_P, *ref.EXP2_Q, *ref.POWERS, *ref.INVERSES, *ref.MIDPOINTS[True], *ref.MIDPOINTS[False],
+              ref.LOG2_448, ref.EXPANDED_BITS * 16.0, ref.SHIFT, ref.TOP_SIGNIFICAND)
+    return (ctypes.c_float * len(values))(*values)
+
+
+@cache
+def _kind(kind: Kind, param: torch.dtype, grad: torch.dtype) -> Any:
+    elements = [("signed" if s else "unsigned") if f.element == "dynamic" else f.element
+                for f, s in zip(kind.formats, kind.signed, strict=True)]
+    modes = [0 if f.plain else (1 if f.scaling == "delayed" else 2) if f.per_tensor else 4 if f.expand else 3
+             for f in kind.formats]
+    pad = [0] * (3 - len(elements))
+    words = (ALGORITHMS.index(kind.algorithm), kind.nesterov, kind.master, kind.stochastic, kind.share, kind.tile,
+             len(elements), TYPES[param], TYPES[grad], *(_ELEMENTS.index(e) for e in elements), *pad, *modes, *pad)
+    return (ctypes.c_int32 * len(words))(*words)
+
+
+def pointers(layout: Layout, param: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor | None], site: int,
+             first_group: int) -> list[int]:
+    """One tensor's row of the table that :func:`run` takes, with 0 for the gradient in place 1.
+
+    The tensors are contiguous ones on the CPU, shaped as :mod:`quartet.kernels.reference.states` says; ``param`` is
+    float32, bfloat16 or float16. ``site``, ``first_group``: of ``reference.optimizers.random_halves``.
+    """
+    pad = [0] * (3 - len(codes))
+    at = [0 if s is None else s.data_ptr() for s in scales]
+    row = [param.data_ptr(), 0, *(c.data_ptr() for c in codes), *pad, *at, *pad, layout.rows, layout.tiles,
+           layout.width, site, first_group]
+    assert len(row) == _FIELDS
+    return row
+
+
+def run(kind: Kind, table: Sequence[Sequence[int]], numbers: Sequence[Sequence[float]], param: torch.dtype,
+        grad: torch.dtype, seed: int, *, measure: bool) -> None:
+    """One step of all tensors of the table, or with ``measure`` only the largest magnitudes that are not known.
+
+    Args:
+        table: :func:`pointers` of each tensor, with its gradient's address in place 1. numbers: nine coefficients and
+            the step of each. param, grad: dtypes of the weights and the gradients.
+        seed: of 64 bits, used if ``kind.stochastic``.
+    """
+    flat = [value for row in table for value in row]
+    values = [value for row in numbers for value in row]
+    rows, reals = (ctypes.c_int64 * len(flat))(*flat), (ctypes.c_float * len(values))(*values)
+    _kernel()(rows, len(table), reals, _kind(kind, param, grad), _constants(), seed, measure, torch.get_num_threads())

@@ -1,0 +1,6 @@
+"""Optimizers with states in few bits; the front door is ``quartet.optim``."""
+
+from quartet.runtime.optim.algorithms import SGD, Adam, AdamW, Lion
+from quartet.runtime.optim.base import LowBitOptimizer
+
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "LowBitOptimizer"]

@@ -1,0 +1,314 @@
+"""What the optimizers share: parameter groups, states, checkpoints, and batches of parameters for the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.reference.optimizers import Hyper, Kind
+from quartet.kernels.reference.state_format import FP16_MASTER, FP32, StateFormat
+from quartet.kernels.reference.states import scale_shape
+from quartet.runtime.optim import layout as place
+from quartet.runtime.optim import states
+from quartet.runtime.optim.runners import Item, Reduction, Runner, Scaling, runner
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASTERS = {"fp16": FP16_MASTER, "fp32": FP32}
+MASTER = "master"
+_SEED_FROM = 1 << 62
+_OURS = ("state_format", "master", "stochastic_rounding", "min_quantized", "seed")
+
+
+class Slot(NamedTuple):
+    """A state: its key in ``state_dict`` and whether it takes both signs."""
+
+    name: str
+    signed: bool
+
+
+@dataclass
+class _Batch:
+    runner: Runner
+    parameters: list[Tensor]
+    orders: list[tuple[int, ...]]
+    empty: list[bool]
+
+
+class LowBitOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers whose states are stored in few bits; see :class:`quartet.optim.AdamW`.
+
+    Every parameter's state is made of plain tensors: ``step``, and for each state NAME its codes ``NAME``, shaped like
+    the parameter, and its ``NAME_scale`` where the format has scales. They are DTensors where the parameter is one.
+    """
+
+    algorithm: str
+    decoupled = True  # weight decay acts on the weights, not through the gradient
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, state_format: Any, master: str | None,
+                 stochastic_rounding: bool, min_quantized: int, generator: torch.Generator | None) -> None:
+        if master is not None and master not in MASTERS:
+            raise ValueError(f"master {master!r} does not exist; use None, 'fp16' or 'fp32'")
+        if master is not None and stochastic_rounding:
+            raise ValueError("master weights and stochastic rounding of the weights exclude each other; "
+                             "leave out master= or stochastic_rounding=True")
+        if min_quantized < 0:
+            raise ValueError(f"min_quantized must be at least 0, not {min_quantized}")
+        seed = torch.randint(0, _SEED_FROM, (), generator=generator).item()
+        ours = {"state_format": state_format, "master": master, "stochastic_rounding": stochastic_rounding,
+                "min_quantized": min_quantized, "seed": _SEED_FROM + int(seed)}
+        self._batches: dict[int, tuple[Any, list[_Batch]]] = {}
+        super().__init__(params, defaults | ours)
+
+    # ---- what a subclass says ------------------------------------------------------------------------------------
+
+    def slots(self, group: dict[str, Any]) -> tuple[Slot, ...]:
+        """The states of a group's parameters."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> Hyper:
+        """The numbers of a group."""
+        raise NotImplementedError
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for options that do not exist here."""
+
+    # ---- groups --------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._accept(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    def _accept(self, group: dict[str, Any]) -> None:
+        self.check(group)
+        group["state_format"] = _formats(group["state_format"], len(self.slots(group)))
+        for param in group["params"]:
+            if param.is_complex() or param.dtype not in DTYPES:
+                raise TypeError(f"{type(self).__name__} takes float32, bfloat16 and float16 parameters, not "
+                                f"{param.dtype} of shape {list(param.shape)}; use torch.optim for the others, and "
+                                "torch.view_as_real for complex ones")
+            place.dense(place.local(param.detach()))
+            for form in map(StateFormat.parse, group["state_format"]):
+                if form.block is not None:
+                    _same_blocks(group["state_format"])
+
+    def kind(self, group: dict[str, Any], param: Tensor) -> Kind:
+        """How the kernels see a parameter."""
+        slots = self.slots(group)
+        formats = tuple(StateFormat.parse(f) for f in group["state_format"])
+        small = param.numel() < group["min_quantized"]
+        if small or any(place.declined(param, f) for f in formats):
+            formats = (FP32,) * len(slots)
+        signed = tuple(slot.signed for slot in slots)
+        master = group["master"] is not None and param.dtype is not torch.float32
+        if master:
+            formats, signed = (*formats, FP32 if small else MASTERS[group["master"]]), (*signed, True)
+        return Kind(self.algorithm, formats, signed, master, bool(group.get("nesterov")),
+                    bool(group["stochastic_rounding"]) and param.dtype is torch.bfloat16,
+                    bool(group["weight_decay"]) and not self.decoupled)
+
+    def names(self, group: dict[str, Any], kind: Kind) -> list[str]:
+        """Keys of the states that ``kind.formats`` are of."""
+        return [slot.name for slot in self.slots(group)] + [MASTER] * kind.master
+
+    def state_bytes(self) -> int:
+        """Bytes of all states on this rank, scales included."""
+        return sum(place.local(x).nbytes for state in self.state.values() for x in state.values()
+                   if isinstance(x, Tensor))
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+        Raises:
+            RuntimeError: a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        site = 0
+        for number, group in enumerate(self.param_groups):
+            self._step_group(number, group, site, scaling)
+            site += len(group["params"])
+        return loss
+
+    def _step_group(self, number: int, group: dict[str, Any], site: int, scaling: tuple[Any, Any]) -> None:
+        sites = {id(p): site + i for i, p in enumerate(group["params"])}
+        active = [p for p in group["params"] if p.grad is not None]
+        for param in active:
+            if param.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients, and the parameter of shape "
+                                   f"{list(param.shape)} has one; use torch.optim.SparseAdam, or sparse=False in the "
+                                   "embedding")
+            if not self.state[param]:
+                self._init_state(group, param)
+        signature = [(id(p), p.data_ptr() if not _is_dtensor(p) else place.local(p).data_ptr(), p.grad.dtype,
+                      *map(id, self.state[p].values())) for p in active]
+        signature.append((*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov")))
+        known = self._batches.get(number)
+        if known is None or known[0] != signature:
+            known = (signature, self._batched(group, active, sites))
+            self._batches[number] = known
+        hyper = self.hyper(group)
+        for batch in known[1]:
+            grads = []
+            for param, order, empty in zip(batch.parameters, batch.orders, batch.empty, strict=True):
+                if not empty:
+                    assert param.grad is not None
+                    grad = place.local(param.grad)
+                    grads.append((grad.permute(order) if len(order) > 1 else grad).contiguous())
+            device = batch.parameters[0].device
+            batch.runner.run(hyper, grads, group["seed"], Scaling(*(_on(x, device) for x in scaling)))
+            torch.autograd.graph.increment_version(batch.parameters)  # the kernels write past autograd
+
+    def _batched(self, group: dict[str, Any], params: Sequence[Tensor], sites: dict[int, int]) -> list[_Batch]:
+        together: dict[Any, list[tuple[Tensor, Item, tuple[int, ...]]]] = {}
+        for param in params:
+            kind, state = self.kind(group, param), self.state[param]
+            names = self.names(group, kind)
+            part, order = place.dense(place.local(param.detach()))
+            tiles = place.layout(param, kind)
+            for form, name in zip(kind.formats, names, strict=True):
+                if not states.native(state.get(name), state.get(f"{name}_scale"), form, scale_shape(form, tiles)):
+                    raise ValueError(f"the state {name!r} of a parameter of shape {list(param.shape)} is not stored as "
+                                     f"{form}; options of a group cannot change after its first step, but "
+                                     "load_state_dict of a new optimizer converts its states")
+            codes = tuple(place.local(state[n]).permute(order) for n in names)
+            scales = tuple(place.local(state[f"{n}_scale"]) if f"{n}_scale" in state else None for n in names)
+            item = Item(part, codes, scales, state["step"], tiles, sites[id(param)], place.first_group(param, kind))
+            groups = place.shard_groups(param) if kind.per_tensor else []
+            key = (kind, param.device, param.dtype, param.grad.dtype, tiles.width % tiles.tile == 0, *map(id, groups))
+            together.setdefault(key, []).append((param, item, order))
+        batches = []
+        for (kind, device, _, gradient, *_), members in together.items():
+            reduce = Reduction(kind, [m[1].scales for m in members], place.shard_groups(members[0][0]))
+            full = [item for _, item, _ in members if item.param.numel()]
+            batches.append(_Batch(runner(kind, full, reduce, device, gradient), [m[0] for m in members],
+                                  [m[2] for m in members], [not m[1].param.numel() for m in members]))
+        return batches
+
+    # ---- states --------------------------------------------------------------------------------------------------
+
+    def _init_state(self, group: dict[str, Any], param: Tensor) -> None:
+        """All-zero states, and master weights equal to the weights."""
+        kind, state = self.kind(group, param), self.state[param]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for at, name in enumerate(self.names(group, kind)):
+            value = param.detach() if kind.master and name == MASTER else None
+            state.update(states.made(param, place.layout(param, kind), kind, at, name, value))
+
+    def decoded(self, param: Tensor, name: str) -> Tensor:
+        """A state of a parameter as fp32, shaped (and sharded) like the parameter.
+
+        Raises:
+            KeyError: there is no such state, or none yet.
+        """
+        state = self.state.get(param) or {}
+        if name not in state:
+            raise KeyError(f"this parameter has no state {name!r}; it has {sorted(state) or 'none before a step'}")
+        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        kind = self.kind(group, param)
+        at = self.names(group, kind).index(name)
+        return states.decoded(param, place.layout(param, kind), kind, at, state[name], state.get(f"{name}_scale"))
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """A state dict that the class of the same name in ``torch.optim`` loads: fp32 states and no options of ours.
+
+        Master weights have no place in it and are left out.
+        """
+        plain = self.state_dict()
+        numbers = {i: p for saved, group in zip(plain["param_groups"], self.param_groups, strict=True)
+                   for i, p in zip(saved["params"], group["params"], strict=True)}
+        found = {}
+        for i, saved in plain["state"].items():
+            names = [n for n in saved if n != "step" and n != MASTER and not n.endswith("_scale")]
+            found[i] = {"step": saved["step"].clone()} | {n: self.decoded(numbers[i], n) for n in names}
+        groups = [{k: v for k, v in group.items() if k not in _OURS} for group in plain["param_groups"]]
+        return {"state": found, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this class or of its namesake in ``torch.optim`` returned.
+
+        The bits of our own states are kept; fp32 states are encoded in this optimizer's formats. Options of a group
+        that the checkpoint has replace those given here.
+
+        Raises:
+            ValueError: other groups, or options that do not exist here.
+        """
+        wrapped = {i: {k: states.Kept(v) if isinstance(v, Tensor) else v for k, v in saved.items()}
+                   for i, saved in state_dict["state"].items()}
+        earlier = [{k: g[k] for k in _OURS} for g in self.param_groups]
+        super().load_state_dict({**state_dict, "state": wrapped})
+        self._batches.clear()
+        for group, ours in zip(self.param_groups, earlier, strict=True):
+            for name, value in ours.items():
+                group.setdefault(name, value)
+            self._accept(group)
+            for param in group["params"]:
+                if param in self.state:
+                    self._adopt(group, param, {k: v.value if isinstance(v, states.Kept) else v
+                                               for k, v in self.state[param].items()})
+
+    def _adopt(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> None:
+        kind = self.kind(group, param)
+        step = saved.get("step", 1.0)  # torch's SGD counts none
+        state: dict[str, Any] = {"step": torch.tensor(float(step), dtype=torch.float32, device=param.device)}
+        for at, name in enumerate(self.names(group, kind)):
+            value, scale = saved.get(name), saved.get(f"{name}_scale")
+            if value is None and name == MASTER:
+                value = param.detach()
+            tiles, form = place.layout(param, kind), kind.formats[at]
+            if value is not None and states.native(value, scale, form, scale_shape(form, tiles)):
+                state |= states.copied(param, name, value, scale)
+            else:
+                state |= states.made(param, tiles, kind, at, name, value)
+        self.state[param] = state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._batches = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_batches"}
+
+
+def _formats(value: Any, count: int) -> tuple[str, ...]:
+    """Names of the formats of ``count`` states."""
+    several = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+    if len(several) != count:
+        raise ValueError(f"state_format has {len(several)} entries for {count} states; give one for all, or one each")
+    return tuple(str(StateFormat.of(v)) for v in several)
+
+
+def _same_blocks(formats: Iterable[str]) -> None:
+    sizes = {f.block for f in map(StateFormat.parse, formats) if f.block is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"states in blocks of {' and '.join(map(str, sorted(sizes)))} do not go together; give all "
+                         "the same block, or one scale a tensor")
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    return place.local(param) is not param
+
+
+def _on(x: Any, device: torch.device) -> Tensor | None:
+    """A GradScaler's number as fp32 on the device."""
+    if x is None:
+        return None
+    return torch.as_tensor(x, dtype=torch.float32).to(device, non_blocking=True).reshape(())

@@ -1,0 +1,61 @@
+"""FSDP2 on gloo: sharded states train like whole ones, and a checkpoint of two ranks loads on two and on one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+HERE = str(Path(__file__).parent)
+sys.path.insert(0, HERE)
+
+import optim_workers as workers  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()),
+                                reason="this PyTorch is built without gloo")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each worker returned, by name, one entry a rank."""
+    folder = tmp_path_factory.mktemp("optimizers")
+    found = {}
+    for name, ranks in (("save", 2), ("load", 1), ("load_sharded", 2)):
+        mp.spawn(workers.main, (name, str(folder), ranks), nprocs=ranks)
+        found[name] = [torch.load(folder / f"{name}{rank}.pt") for rank in range(ranks)]
+    return found
+
+
+def whole(case):
+    """Five steps of one process."""
+    net = workers.model(case)
+    return workers.train(net, workers.CASES[case](net.parameters()), range(5))
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_ranks_train_the_same_weights_as_one_process(case, results):
+    for rank in results["save"]:
+        assert_equal(rank[case]["then"], whole(case))
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_a_checkpoint_goes_on_with_as_many_ranks(case, results):
+    for rank, loaded in zip(results["save"], results["load_sharded"], strict=True):
+        assert_equal(rank[case]["then"], loaded[case])
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(case, results):
+    assert_equal(results["save"][0][case]["then"], results["load"][0][case])
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_states_are_sharded(case, results):
+    assert any(results["save"][0][case]["sharded"])
