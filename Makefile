@@ -1,6 +1,7 @@
 # make demo                 train a small Llama with backend="quartet" beside plain Inductor (a few minutes on two cores)
 # make test                 the test suite
 # make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
+# make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; about half an hour)
 # make lint | bench         ruff and mypy | the step benchmark on a CPU
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ ROOMS  := passes lowering kernels runtime
 TYPED  := $(VENV)/typed/quartet# the package as mypy has to see it: the rooms inside quartet/
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-cutlass lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -29,6 +30,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+test-cutlass: $(STAMP)
+	QUARTET_TEST_TABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels/test_cutlass_kernels.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

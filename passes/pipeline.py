@@ -110,7 +110,7 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     rooms = [Path(str(m.__file__)).parent for m in (quartet.kernels, quartet.lowering, quartet.runtime)]
     for room in (Path(__file__).parent, *rooms):
-        for path in sorted(p for p in room.rglob("*") if p.suffix in (".py", ".cpp")):
+        for path in sorted(p for p in room.rglob("*") if p.suffix in (".py", ".cpp", ".in")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

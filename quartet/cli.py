@@ -1,7 +1,7 @@
-"""The ``quartet`` command: ``doctor``, ``explain`` and ``recipes``.
+"""The ``quartet`` command: ``doctor``, ``explain``, ``recipes``, ``build``, ``cache`` and ``selftest``.
 
-Exit status: 0 well, 1 ``doctor`` found a device without kernels, 2 wrong usage (the message names the nearest
-legal value).
+Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` could not build one or ``selftest`` found a
+wrong one, 2 wrong usage (the message names the nearest legal value) or no GPU to test.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Any, NoReturn
 from quartet.lowering.recipe import ROLES, Gemm, Operand, Recipe, Rotation
 from quartet.recipes import PolicyError, did_you_mean
 
-COMMANDS = ("doctor", "explain", "recipes")
-OPTIONS = ("--policy", "--html", "--json", "--dump", "--help")
+COMMANDS = ("doctor", "explain", "recipes", "build", "cache", "selftest")
+OPTIONS = ("--policy", "--html", "--json", "--dump", "--arch", "--kinds", "--output", "--bias", "--accumulate",
+           "--jobs", "--help")
+CACHE_ACTIONS = ("list", "clear")
 EQUATIONS = {
     "fprop": ("Y = X · Wᵀ", "in", "X", "W"),
     "dgrad": ("gX = E · W", "out", "E", "W"),
@@ -76,6 +78,24 @@ def _parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the recipes, or show one in full")
     recipes.add_argument("name", nargs="?")
     recipes.set_defaults(run=_recipes)
+
+    build = commands.add_parser("build", help="compile the CUTLASS kernels for Blackwell ahead of time")
+    build.add_argument("--arch", metavar="A,…", help="architectures, such as sm_100a,sm_120a; default: this machine's")
+    build.add_argument("--kinds", metavar="K,…", default="mxf4,nvf4,mxf8", help="operand formats; default: %(default)s")
+    build.add_argument("--output", metavar="O,…", default="bf16", help="dtypes of the product; default: %(default)s")
+    build.add_argument("--bias", action="store_true", help="the kernels that add a bias")
+    build.add_argument("--accumulate", action="store_true", help="the kernels that add a matrix")
+    build.add_argument("-j", "--jobs", metavar="N", type=int,
+                       help="at most so many at once; default: the number of processors; never more than memory allows")
+    build.set_defaults(run=_build)
+
+    cache = commands.add_parser("cache", help="list the compiled kernels, or remove them")
+    cache.add_argument("action", nargs="?", default="list", metavar="{" + ",".join(CACHE_ACTIONS) + "}")
+    cache.set_defaults(run=_cache)
+
+    selftest = commands.add_parser("selftest", help="run every kernel that this machine's GPUs support, and compare "
+                                                    "it with the reference")
+    selftest.set_defaults(run=_selftest)
     return parser
 
 
@@ -164,6 +184,71 @@ def _recipes(arguments: argparse.Namespace) -> int:
                          f"possible: {', '.join(known)}")
     print(describe_recipe(known[arguments.name]))
     return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from quartet.kernel_commands import build_kernels
+    from quartet.kernels.cutlass.configuration import ARCHS, KINDS, OUTPUTS, table
+
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UsageError(f"--jobs {arguments.jobs} is not possible; use 1 or more")
+    archs = _present_archs() if arguments.arch is None else _names("--arch", arguments.arch, ARCHS)
+    kinds = _names("--kinds", arguments.kinds, KINDS)
+    outputs = _names("--output", arguments.output, OUTPUTS)
+    return build_kernels([configuration for output in outputs for configuration in
+                          table(archs, kinds, output, arguments.bias, arguments.accumulate)], arguments.jobs)
+
+
+def _present_archs() -> list[str]:
+    import torch
+
+    from quartet.kernels.cutlass.configuration import ARCHS, arch_of
+
+    devices = range(torch.cuda.device_count())
+    found = dict.fromkeys(arch for i in devices if (arch := arch_of(torch.cuda.get_device_capability(i))))
+    if not found:
+        raise UsageError(f"this machine has no Blackwell GPU; say what to build for with --arch: {', '.join(ARCHS)}")
+    return list(found)
+
+
+def _names(option: str, text: str, legal: Sequence[str]) -> list[str]:
+    """The parts of a comma-separated list, each one of ``legal``."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in legal:
+            raise UsageError(f"{option} {name!r} does not exist; {did_you_mean(name, legal)}"
+                             f"possible: {', '.join(legal)}")
+    return names
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from quartet.kernel_commands import clear_cache, list_cache
+    from quartet.kernels.build_cache import BuildError
+
+    if arguments.action not in CACHE_ACTIONS:
+        near = did_you_mean(arguments.action, CACHE_ACTIONS)
+        raise UsageError(f"unknown action {arguments.action!r} of cache; {near}possible: {', '.join(CACHE_ACTIONS)}")
+    try:
+        print(list_cache() if arguments.action == "list" else clear_cache())
+    except BuildError as error:
+        print(f"quartet: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from quartet.runtime.devices import absent
+    from quartet.selftest import checks_of, selftest
+
+    missing = absent(torch.device("cuda"))
+    if missing is not None:
+        raise UsageError(f"selftest compares the kernels of a GPU with the reference, but {missing}")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    text, healthy = selftest(devices, checks_of)
+    print(text)
+    return 0 if healthy else 1
 
 
 def describe_recipe(recipe: Recipe) -> str:

@@ -2,7 +2,7 @@
 
 E2M1 rests on one fact: as a function of the magnitude index i = 0…7 the value is
 ``max(i/2, i − 2, 2i − 8)``, so the inverse is a minimum of three lines, and each of the lines can be
-rounded on its own without error.
+rounded on its own without error: to whole indices, or to fixed point.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_NAN = 255
+STEPS = 512  # from one E2M1 value to the next, as stochastic rounding sees them
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _FP8_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
 
@@ -19,17 +20,24 @@ _FP8_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
 def e2m1_encode(x: Tensor, random: Tensor | None = None) -> Tensor:
     """Codes 0…15 (uint8; bit 3 is the sign) of fp32 values, saturating at ±6.
 
-    ``random`` None: to nearest, ties to even code. Else one random byte r an element: rounds the
-    magnitude up with probability (x − lo)/(hi − lo), by ``u = (r + ½)/256``.
+    ``random`` None: to nearest, ties to even code. Else nine random bits r = 0…511 an element: the index in fixed
+    point of nine fraction bits i₉, to nearest even, becomes ``⌊(i₉ + r) / 512⌋``. So the magnitude goes up with
+    probability ``i₉/512 − ⌊i₉/512⌋``, which is (x − lo)/(hi − lo) to half a 512th; an exact value stays. i₉ is also
+    the bits of ``float16(|x| · 2^-14)``: to the end of the subnormals and from there on its spacing doubles as E2M1's.
     """
     a = x.abs().clamp(max=6.0)
     if random is None:
-        index = torch.minimum(torch.minimum((2 * a).round(), a.round() + 2), (a * 0.5).round() + 4)
+        index = _index(a, 1)
     else:
-        u = (random.to(torch.float32) + 0.5) * (1.0 / 256.0)
-        index = torch.minimum(torch.minimum((2 * a + u).floor(), (a + u).floor() + 2), (a * 0.5 + u).floor() + 4)
+        index = ((_index(a, STEPS) + random.to(torch.float32)) * (1.0 / STEPS)).floor()
     sign = torch.signbit(x).to(torch.uint8)
     return index.to(torch.uint8) | (sign << 3)
+
+
+def _index(a: Tensor, steps: int) -> Tensor:
+    """``steps`` times the index 0…7 of magnitudes up to 6, rounded to nearest even."""
+    near, middle, far = (a * (2.0 * steps)).round(), (a * steps).round(), (a * (0.5 * steps)).round()
+    return torch.minimum(torch.minimum(near, middle + 2 * steps), far + 4 * steps)
 
 
 def e2m1_decode(codes: Tensor) -> Tensor:

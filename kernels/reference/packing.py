@@ -31,6 +31,16 @@ def unpack_bits(packed: Tensor) -> Tensor:
     return bits.flatten(-2).to(torch.bool)
 
 
+def swizzled_size(rows: int, cols: int) -> int:
+    """Bytes of ``[rows, cols]`` scales in the layout of :func:`swizzle_scales`, padding included."""
+    return -(-rows // 128) * -(-cols // 4) * 512
+
+
+def swizzled_offset(row: int, col: int, cols: int) -> int:
+    """Where the scale ``[row, col]`` of ``cols`` columns lies in the layout of :func:`swizzle_scales`."""
+    return (row // 128 * -(-cols // 4) + col // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + col % 4
+
+
 def swizzle_scales(scales: Tensor) -> Tensor:
     """Row-major ``[rows, cols]`` scale bytes → the flat 128×4-tile layout of Blackwell's tensor cores.
 

@@ -1,7 +1,7 @@
 """Philox4x32-10 (Salmon et al., SC 2011) in int64 tensor arithmetic, and the random bits we draw from it.
 
 The key is a 64-bit seed; the counter is (group low, group high, site, stream). One call serves a
-group of 16 elements with 8 bits each, so every element's bits are a pure function of
+group of 16 elements with 8 fresh bits each, so every element's bits are a pure function of
 (seed, site, flat index): the same on every backend.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 GROUP = 16  # elements served by one Philox call
+WINDOWS = (0, 7, 16, 23)  # where the nine bits of each of a word's four elements start
 ROUNDING_STREAM = 0
 SIGN_STREAM = 1
 MAX_SITE = 2**28 - 1  # linear layers that one seed can serve: 16 draws each in a 32-bit counter word
@@ -29,7 +30,7 @@ class Draw(IntEnum):
     """The random things in one linear layer, in the order that numbers their bits.
 
     dgrad is ``E · W`` (a = E, b = W, contracts ``out``), wgrad is ``Eᵀ · X`` (a = Eᵀ, b = Xᵀ, contracts
-    ``tokens``). ``Draw.X.of(site)`` is the ``site`` argument of :func:`random_bytes` and :func:`random_signs`.
+    ``tokens``). ``Draw.X.of(site)`` is the ``site`` argument of :func:`random_bits` and :func:`random_signs`.
     """
 
     DGRAD_SIGNS = 0
@@ -68,15 +69,19 @@ def _call(seed: Tensor, group: Tensor, site: int, stream: int) -> Tensor:
     return torch.stack(philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW)), dim=-1)
 
 
-def random_bytes(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
-    """One random byte an element of a row-major ``[rows, cols]`` tensor, as int64 in 0…255.
+def random_bits(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
+    """Nine random bits an element of a row-major ``[rows, cols]`` tensor, as int64 in 0…511.
+
+    Element 16g + 4k + j has the bits of word k of call g from bit 0, 7, 16 or 23 on, for j = 0…3. Each is uniform;
+    elements 4i and 4i + 1 share two bits, the highest of the first and the lowest of the second, and so do 4i + 2 and
+    4i + 3. Everything else is independent.
 
     ``cols`` must be a multiple of 16. ``seed``: int64 scalar tensor. ``site``: 0…2^32−1.
     """
     group = torch.arange(rows * (cols // GROUP), device=seed.device)
     words = _call(seed, group, site, ROUNDING_STREAM)
-    shifts = torch.arange(4, device=seed.device) * 8
-    return ((words.unsqueeze(-1) >> shifts) & 0xFF).reshape(rows, cols)
+    shifts = torch.tensor(WINDOWS, device=seed.device)
+    return ((words.unsqueeze(-1) >> shifts) & 0x1FF).reshape(rows, cols)
 
 
 def random_signs(seed: Tensor, site: int, n: int) -> Tensor:

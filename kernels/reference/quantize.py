@@ -16,7 +16,7 @@ from quartet.kernels.reference.elements import (
 )
 from quartet.kernels.reference.hadamard import pad_last
 from quartet.kernels.reference.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
-from quartet.kernels.reference.philox import random_bytes
+from quartet.kernels.reference.philox import random_bits
 from quartet.kernels.reference.scales import e8m0_scale, fp32_scale
 from quartet.kernels.spec import QuantSpec
 
@@ -33,7 +33,7 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
         x: any float dtype; computed in fp32. ``cols`` is zero-padded to a multiple of the block.
         seed: int64 scalar tensor; needed when ``spec.stochastic``.
         site: which random bits of that seed (0…2^32−1).
-        random: those bytes, any integer dtype ``[rows, padded]``, where the caller has them already.
+        random: those bits, 0…511 in any integer dtype ``[rows, padded]``, where the caller has them already.
         store: returns its argument unchanged; applied to what a compiler should compute once and keep in
             memory: the blocks and what is packed from them ``[rows, blocks, …]``, and the scales and their
             reciprocals ``[rows, blocks]``, or what stands for these with fp32 scales.
@@ -57,7 +57,7 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
         scaled = scaled * 0.75
     if spec.element == "e2m1":
         if spec.stochastic and random is None and seed is not None:
-            random = random_bytes(seed, site, rows, cols)
+            random = random_bits(seed, site, rows, cols)
         codes = store(pack_nibbles(e2m1_encode(scaled, None if random is None else random.reshape(blocks.shape))))
     else:
         codes = fp8_encode(scaled, spec.element)
