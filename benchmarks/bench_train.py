@@ -70,7 +70,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.losses: list[torch.Tensor] = []
         start = time.perf_counter()
-        self.compiled = common.compiled(column, self.model, args.compiler)
+        self.compiled = common.compiled(column, self.model, args.compiler, cuda_graphs=args.cuda_graphs)
         self.step()
         common.synchronize(self.device)
         self.compile_s = time.perf_counter() - start
@@ -87,11 +87,12 @@ class Trainer:
         self.step()
 
     def step(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         loss = self.compiled(*self.batches[len(self.losses) % BATCHES])
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach().clone())
 
     def timed(self, steps: int) -> list[float]:
         """Milliseconds of each of ``steps`` steps; one before them is not counted."""
@@ -127,7 +128,8 @@ def work(column: str, args: argparse.Namespace) -> None:
 
 def start(column: str, name: str, args: argparse.Namespace) -> Worker:
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", column, "--shapes", name, "--steps",
-               str(args.steps), "--seed", str(args.seed), "--device", str(args.device), "--compiler", args.compiler]
+               str(args.steps), "--seed", str(args.seed), "--device", str(args.device), "--compiler", args.compiler,
+               *(["--cuda-graphs"] if args.cuda_graphs else [])]
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // args.together))}
     return Worker(command, threads if args.together > 1 else {}, args.column_limit)
 
@@ -212,6 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=1, metavar="N", help="columns that compile at the same time")
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
+    parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs, all columns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--column-limit", type=float, default=300, metavar="SECONDS",
                         help="longest wait for one answer of a column's process (default %(default)s)")
@@ -231,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     deadline = common.Deadline(args.time_limit)
     settings = common.environment(args.device) | {"seed": args.seed, "compiler": args.compiler, "steps": args.steps,
-                                                  "rounds": args.rounds}
+                                                  "rounds": args.rounds, "cuda_graphs": args.cuda_graphs}
     say(common.describe(settings))
     if args.profile:
         profile(args)

@@ -46,7 +46,8 @@ def prepare(column: str, model: nn.Module) -> nn.Module:
     return model
 
 
-def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: Any = None) -> Callable[..., Any]:
+def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: Any = None,
+             cuda_graphs: bool = False) -> Callable[..., Any]:
     """``torch.compile`` of a prepared model, static shapes, one graph.
 
     Args:
@@ -54,12 +55,14 @@ def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: 
             ``:none`` or ``:gemm`` after it for the backend's option ``recompute``.
         compiler: the torch.compile backend of the peers.
         policy: for our backend instead of the name; anything that its option ``policy`` takes.
+        cuda_graphs: record and replay CUDA graphs, as ``mode="reduce-overhead"`` does.
     """
     torch._dynamo.config.recompile_limit = 64  # several models share the code of nn.Module.__call__
+    graphs = {"triton.cudagraphs": True} if cuda_graphs else {}
     if column == BASELINE or column in TORCHAO:
-        return torch.compile(model, backend=compiler, dynamic=False, fullgraph=True)
+        return torch.compile(model, backend=compiler, options=graphs or None, dynamic=False, fullgraph=True)
     name, _, recompute = column.partition(":")
-    options = {"policy": name if policy is None else policy} | ({"recompute": recompute} if recompute else {})
+    options = {"policy": name if policy is None else policy, **graphs} | ({"recompute": recompute} if recompute else {})
     return torch.compile(model, backend=our_backend(), options=options, dynamic=False, fullgraph=True)
 
 

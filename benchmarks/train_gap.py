@@ -99,12 +99,13 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> d
         model = model.bfloat16()
     optimizer = adamw(model, args.lr)
     recipe = variant(policy)
-    compiled = common.compiled(policy, model, args.compiler, recipe)
+    compiled = common.compiled(policy, model, args.compiler, recipe, args.cuda_graphs)
 
     def loss_of(*batch: Tensor) -> Tensor:
         if device.type == "cuda":  # from pinned memory the copy does not wait for the step before it
             batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
         autocast = torch.autocast(device.type, torch.bfloat16) if args.precision == "autocast" else None
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast or contextlib.nullcontext():
             return compiled(*batch)
 
@@ -117,7 +118,7 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> d
             group["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss.detach().clone())
         if (step + 1) % max(1, args.steps // 4) == 0:
             say(f"    {policy} seed {seed} step {step + 1}: {loss.item():.3f}")
         if step == 0:
@@ -126,7 +127,7 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> d
             began = time.perf_counter()
     common.synchronize(device)
     step_ms = 1e3 * (time.perf_counter() - began) / max(1, args.steps - 1)
-    validation = [loss_of(*batch).detach() for batch in windows(corpus.validation, args.batch, args.seq)]
+    validation = [loss_of(*batch).detach().clone() for batch in windows(corpus.validation, args.batch, args.seq)]
     curve = torch.stack(losses).float().tolist()
     each = max(1, args.steps // 50)
     return {
@@ -209,6 +210,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-bytes", type=int, default=33_000_000)
     parser.add_argument("--validation-bytes", type=int, default=(1 << 20) + 1)
     parser.add_argument("--jobs", type=int, default=1, help="policies that train at the same time, in own processes")
+    parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs: such a small model waits "
+                        "for the host otherwise")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of bf16")
     common.add_arguments(parser, "train_gap", "policy", again="train")
     return parser.parse_args(argv)
@@ -220,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus = read_packages(args.train_bytes, args.validation_bytes)
     settings = common.environment(args.device) | {key: getattr(args, key) for key in SETTINGS}
     settings |= {"model": asdict(PRESETS[args.size]), "train_text": len(corpus.train),
-                 "validation_text": len(corpus.validation), "compiler": args.compiler}
+                 "validation_text": len(corpus.validation), "compiler": args.compiler, "cuda_graphs": args.cuda_graphs}
     say(common.describe(settings))
     record = common.Record(args.out, "train_gap", settings, args.fresh)
     todo = [(policy, seed) for seed in args.seeds for policy in args.policies

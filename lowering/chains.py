@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,35 @@ def direct(codes: Any, gemm: Node) -> Node | None:
 def is_stored(quantizer: Node, gemms: set[Node]) -> bool:
     """Whether anything but a product of the same direction reads the quantiser's results."""
     return any(direct(item, user) is None if user in gemms else True for item in quantizer.users for user in item.users)
+
+
+def both_axes(quantizers: list[Node]) -> list[tuple[Node, Node]]:
+    """Pairs of a quantiser of a tensor and one of its transpose, in the same direction; each is in one pair at most."""
+    along_rows: dict[tuple[Node, bool], list[Node]] = {}
+    for node in reversed(quantizers):
+        along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
+    pairs = []
+    for node in quantizers:
+        source = Source.of(node)
+        of = source.transposed
+        if of is not None and source.stored is None and along_rows.get((of, is_backward(node))):
+            pairs.append((along_rows[of, is_backward(node)].pop(), node))
+    return pairs
+
+
+def quantize_both(graph: Graph, op: OpOverload, rows: Node, columns: Node) -> tuple[Builder, Node]:
+    """``op`` in place of a pair of :func:`both_axes`, where the first of the two is; its results are not wired up."""
+    first = min(rows, columns)
+    build = Builder(graph, like=first, before=first, backward=is_backward(first))
+    sources = [_at(build, Source.of(node), first) for node in (rows, columns)]
+    return build, build(op, sources[0].x, *sources[0].tail, *sources[1].tail)
+
+
+def _at(build: Builder, source: Source, place: Node) -> Source:
+    """``source`` with signs that are there before ``place``."""
+    if source.signs is None or source.signs < place:
+        return source
+    return replace(source, signs=build(source.signs.target, *source.signs.args))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ backward is folded from its codes. A gradient that dgrad and wgrad quantise alon
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,17 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import cuda_ops, fp8
-from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
+from quartet.lowering.chains import (
+    Accepts,
+    Epilogue,
+    Source,
+    accepted,
+    both_axes,
+    direct,
+    finish,
+    is_stored,
+    quantize_both,
+)
 from quartet.lowering.cpu import operand_dtype
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
 from quartet.runtime.devices import Target
@@ -66,7 +75,8 @@ class Lowering:
         self.wanted = {direct(codes, gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
         self.operands: dict[tuple[Node, bool], Operand] = {}  # (codes, backward) → E4M3 values and row scales
         quantizers = accepted(graph, gemms, accepts)
-        pairs = self._pairs(quantizers) if fold else []
+        alone = [node for node in quantizers if node in self.wanted and not is_stored(node, self.gemms)]
+        pairs = both_axes(alone) if fold else []
         for rows, columns in pairs:
             self._quantize_both(rows, columns)
         paired = {node for pair in pairs for node in pair}
@@ -76,35 +86,11 @@ class Lowering:
         for gemm in gemms:
             self._gemm(gemm)
 
-    def _pairs(self, quantizers: list[Node]) -> list[tuple[Node, Node]]:
-        """Quantisers of a tensor and of its transpose that only products of their own direction read."""
-        alone = [node for node in quantizers if node in self.wanted and not is_stored(node, self.gemms)]
-        along_rows: dict[tuple[Node, bool], list[Node]] = {}
-        for node in reversed(alone):
-            along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
-        pairs = []
-        for node in alone:
-            source = Source.of(node)
-            of = source.transposed
-            if of is not None and source.stored is None and along_rows.get((of, is_backward(node))):
-                pairs.append((along_rows[of, is_backward(node)].pop(), node))
-        return pairs
-
     def _quantize_both(self, rows: Node, columns: Node) -> None:
-        first = min(rows, columns)
-        build = Builder(self.graph, like=first, before=first, backward=is_backward(first))
-        sources = [self._at(build, Source.of(node), first) for node in (rows, columns)]
-        op = build(cuda_ops.QUANTIZE_BOTH, sources[0].x, *sources[0].tail, *sources[1].tail)
+        build, op = quantize_both(self.graph, cuda_ops.QUANTIZE_BOTH, rows, columns)
         for index, node in enumerate((rows, columns)):
             codes = next(item for item in node.users if item.args[1] == 0)
             self.operands[codes, is_backward(node)] = build.item(op, 2 * index), build.item(op, 2 * index + 1)
-
-    def _at(self, build: Builder, source: Source, place: Node) -> Source:
-        """``source`` with signs that are there before ``place``."""
-        if source.signs is None or source.signs < place:
-            return source
-        signs = build(source.signs.target, *source.signs.args)  # type: ignore[arg-type]
-        return replace(source, signs=signs)
 
     def _quantize(self, node: Node) -> None:
         """Replace hadamard → quantize by one fused op."""

@@ -9,7 +9,6 @@ codes that lie otherwise are copied, and padded with zeros.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -153,8 +152,9 @@ def scaled_mm(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dt
     rows = tuple(shape(s)[0] for s in (a_scales, b_scales))
     if any(not isinstance(r, int) or r != 1 for r in rows):
         a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
-        b_scales = build.transpose(_padded(build, b_scales, rows=True, cols=False))
-    a, b = _padded(build, a, rows=False, cols=not aligned), _padded(build, b, rows=True, cols=not aligned)
+        b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
+    cols = 1 if aligned else ALIGN
+    a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
     return build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype,
                  True)
 
@@ -175,18 +175,3 @@ def _per_row(build: Builder, codes: Node, scales: Node) -> Node:
         return scales
     every = build(aten.expand.default, scales, [build.size(shape(codes)[0]), 1])
     return build(aten.clone.default, every, memory_format=torch.contiguous_format)
-
-
-def _padded(build: Builder, x: Node, rows: bool, cols: bool) -> Node:
-    """Zeros below and to the right, as far as the next multiple of 16."""
-    below, right = (_missing(build, size) if wanted else 0 for size, wanted in zip(shape(x), (rows, cols), strict=True))
-    return x if below == right == 0 else build(aten.constant_pad_nd.default, x, [0, right, 0, below])
-
-
-def _missing(build: Builder, size: Any) -> Any:
-    """How much ``size`` lacks to a multiple of 16; for a symbolic one the node that computes it."""
-    if isinstance(size, int):
-        return -size % ALIGN
-    held = build.size(size)
-    tiles = build(operator.floordiv, build(operator.add, held, ALIGN - 1), ALIGN)
-    return build(operator.sub, build(operator.mul, tiles, ALIGN), held)

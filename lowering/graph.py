@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,8 +93,6 @@ class Builder:
 
     def item(self, node: Node, index: int) -> Node:
         """``node[index]`` of an op with several results."""
-        import operator
-
         return self(operator.getitem, node, index)
 
     def transpose(self, node: Node) -> Node:
@@ -108,6 +107,21 @@ class Builder:
         if isinstance(width, int) and isinstance(cols, int) and width == cols:
             return node
         return self(aten.slice.Tensor, node, 1, 0, self.size(cols))
+
+    def padded(self, node: Node, rows: int = 1, cols: int = 1) -> Node:
+        """A 2-D node with zeros below and to the right, as far as the next multiples of ``rows`` and ``cols``."""
+        below, right = (self._missing(size, to) for size, to in zip(shape(node), (rows, cols), strict=True))
+        return node if below == right == 0 else self(aten.constant_pad_nd.default, node, [0, right, 0, below])
+
+    def _missing(self, size: Any, multiple: int) -> Any:
+        """How much ``size`` lacks to a multiple; for a symbolic one the node that computes it."""
+        if isinstance(size, int):
+            return -size % multiple
+        if multiple == 1:
+            return 0
+        held = self.size(size)
+        whole = self(operator.mul, self(operator.floordiv, self(operator.add, held, multiple - 1), multiple), multiple)
+        return self(operator.sub, whole, held)
 
     def size(self, value: Any) -> Any:
         """A static size as it is; a symbolic one as the graph node that holds it."""

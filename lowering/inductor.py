@@ -70,11 +70,11 @@ def hadamard(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torc
 
 
 def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference with its random bytes from an op of their own: Philox inlined would be computed 16 times over."""
+    """The reference with its random bits from an op of their own: Philox inlined would be computed 16 times over."""
     q = QuantSpec.parse(spec)
     bits = None
     if seed is not None:
-        bits = torch.ops.quartet.random_bytes(seed, site, x.shape[0], ir.ceil_to(x.shape[1], q.block))
+        bits = torch.ops.quartet.random_bits(seed, site, x.shape[0], ir.ceil_to(x.shape[1], q.block))
     codes, scales, mask = reference.quantize(x, q, seed, site, bits, _store_blocks)
     return store(codes), scales, store(mask) if q.mask else mask
 

@@ -5,7 +5,7 @@ and their fallback. Specs travel as strings (``str(QuantSpec)``), so a printed g
 recipe. Every op is functional and a pure function of its arguments.
 
     signs(seed, site, n)                  [n] float32 ±1
-    random_bytes(seed, site, rows, cols)  uint8, what a stochastic quantize draws
+    random_bits(seed, site, rows, cols)   int16 0…511, what a stochastic quantize draws
     fixed_signs(signs, device)            [n] float32, given
     hadamard(x, n, signs, inverse, dtype) [R, C] → [R, ⌈C/n⌉n]
     quantize(x, spec, seed, site)         [R, C] → codes, scales, mask   (C padded to the block, where there are blocks)
@@ -32,7 +32,7 @@ _ANY_STRIDES = (torch.Tag.flexible_layout,)  # Inductor need not realise inputs 
 
 library.define("signs(Tensor seed, int site, int n) -> Tensor", tags=_ANY_STRIDES)
 library.define("fixed_signs(int[] signs, Device device) -> Tensor", tags=_ANY_STRIDES)
-library.define("random_bytes(Tensor seed, int site, SymInt rows, SymInt cols) -> Tensor", tags=_ANY_STRIDES)
+library.define("random_bits(Tensor seed, int site, SymInt rows, SymInt cols) -> Tensor", tags=_ANY_STRIDES)
 library.define("hadamard(Tensor x, int n, Tensor? signs, bool inverse, ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
 library.define("quantize(Tensor x, str spec, Tensor? seed, int site) -> (Tensor, Tensor, Tensor)", tags=_ANY_STRIDES)
 library.define("dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
@@ -69,12 +69,12 @@ def _signs_fake(seed: Tensor, site: int, n: int) -> Tensor:
     return seed.new_empty(n, dtype=torch.float32)
 
 
-def _random_bytes(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
-    return reference.random_bytes(seed, site, rows, cols).to(torch.uint8)
+def _random_bits(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
+    return reference.random_bits(seed, site, rows, cols).to(torch.int16)
 
 
-def _random_bytes_fake(seed: Tensor, site: int, rows, cols) -> Tensor:
-    return seed.new_empty(rows, cols, dtype=torch.uint8)
+def _random_bits_fake(seed: Tensor, site: int, rows, cols) -> Tensor:
+    return seed.new_empty(rows, cols, dtype=torch.int16)
 
 
 def _fixed_signs(signs: list[int], device: torch.device) -> Tensor:
@@ -136,7 +136,7 @@ def _scaled_mm_fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_
 
 for _name, _impl, _fake in (
     ("signs", _signs, _signs_fake),
-    ("random_bytes", _random_bytes, _random_bytes_fake),
+    ("random_bits", _random_bits, _random_bits_fake),
     ("fixed_signs", _fixed_signs, _fixed_signs_fake),
     ("hadamard", _hadamard, _hadamard_fake),
     ("quantize", _quantize, _quantize_fake),

@@ -14,8 +14,8 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.spec import ELEMENTS, WHOLES, QuantSpec
+from quartet.lowering import blackwell, cuda, fp8
 from quartet.lowering import cpu as cpu_lowering
-from quartet.lowering import cuda, fp8
 from quartet.lowering.chains import Accepts
 from quartet.runtime.devices import Target
 
@@ -62,6 +62,10 @@ def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int
 
 KERNELS = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
+    Kernel("cutlass", "fused Triton quantisers, block-scaled FP4 tensor cores through CUTLASS",
+           blackwell.supports_cutlass, blackwell.lower_cutlass, reads=cuda.supports),
+    Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
+           blackwell.lower_dot, reads=cuda.supports),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
            cuda.lower_fold, reads=cuda.supports),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import fp8, ir, registry
+from quartet.lowering import blackwell, fp8, ir, registry
 from quartet.lowering.graph import editing, val
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
@@ -38,6 +38,8 @@ def lower(state: State) -> None:
                 kernel.lower(graph, nodes, partial(_accepts, state.config.target_of(device), kernel))
     if state.config.accumulation == "promoted":
         fp8.promote(state.gm.graph)
+    if state.config.portable_rounding:
+        blackwell.use_integers(state.gm.graph)
 
 
 def _accepts(target: Target, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:

@@ -48,6 +48,7 @@ class Config:
         accumulation: of FP8 tensor cores, one of ``ACCUMULATION``.
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         where_it_pays: leave layers alone that the policy's default would make slower.
+        portable_rounding: no rounding by conversions that only some devices have.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
@@ -63,6 +64,7 @@ class Config:
     reuse_weights: bool = False
     where_it_pays: bool = False
     target: Target | None = None
+    portable_rounding: bool = False
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""

@@ -69,11 +69,11 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers, options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
-                    options.policy.where_it_pays, options.target)
+                    options.policy.where_it_pays, options.target, options.portable_rounding)
     regions = region_weights(gm, weights)
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
-                str(options.target), stream, torch.__version__, torch.get_num_threads()))
+                options.portable_rounding, str(options.target), stream, torch.__version__, torch.get_num_threads()))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), regions)
 

@@ -13,7 +13,7 @@ from quartet.recipes import PolicyError, did_you_mean
 from quartet.runtime.devices import Target
 
 KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation",
-        "reuse_weights")
+        "reuse_weights", "portable_rounding")
 RECOMPUTE = ("none", "gemm")
 
 
@@ -40,6 +40,8 @@ class Options:
             elements.
         reuse_weights: while gradients accumulate, quantise a weight once an optimizer step and not in every forward
             (see ``quartet.runtime.weights``); its codes are kept meanwhile. CUDA graphs quantise every time.
+        portable_rounding: quantise in integer arithmetic where the GPU has conversions of its own (Blackwell), so that
+            results are bit-equal on all devices.
     """
 
     policy: Policy = field(default_factory=lambda: Policy.coerce(AUTO))
@@ -53,6 +55,7 @@ class Options:
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
     accumulation: str = ACCUMULATION[0]
     reuse_weights: bool = True
+    portable_rounding: bool = False
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None, *,
@@ -90,6 +93,7 @@ class Options:
             recompute=_recompute(given.get("recompute")),
             accumulation=_accumulation(given.get("accumulation", ACCUMULATION[0])),
             reuse_weights=_switch("reuse_weights", given.get("reuse_weights", True)),
+            portable_rounding=_switch("portable_rounding", given.get("portable_rounding", False)),
             mode=mode,
             inductor=inductor,
         )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.ops import DTYPES, cdiv, on_device
 
 _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -67,10 +68,9 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
     if x.numel():
         m, n = (64, 128) if transposed else (16, 512)
         with on_device(x):
-            _cast_tile[(cdiv(r, m), cdiv(k, n))](
-                x, multiplier, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0),
-                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, M=m, N=n, num_warps=8,
-                enable_fp_fusion=False)
+            launch(_cast_tile, (cdiv(r, m), cdiv(k, n)),
+                (x, multiplier, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
+                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, M=m, N=n, num_warps=8)
     return codes, flipped
 
 
@@ -82,7 +82,7 @@ def transpose(x: Tensor) -> Tensor:
     out = x.new_empty(k, r)
     if x.numel():
         with on_device(x):
-            _transpose_tile[(cdiv(r, 128), cdiv(k, 64))](
-                x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0), M=128, N=64, num_warps=8,
-                enable_fp_fusion=False)
+            launch(_transpose_tile, (cdiv(r, 128), cdiv(k, 64)),
+                (x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0)),
+                M=128, N=64, num_warps=8)
     return out

@@ -11,8 +11,10 @@ from quartet.lowering import registry
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture
+from quartet.runtime.compat import list_mode_options
 
 pytestmark = pytest.mark.gpu
+QUARTET = {"policy": "quartet"}  # small layers, which the default would leave alone
 REFERENCE = ("triton-fp8", "cublaslt", "triton", "inductor")
 
 
@@ -81,7 +83,7 @@ def test_without_fp8_the_products_are_made_in_the_models_dtype():
 
 def test_one_seed_gives_the_same_bits_and_another_gives_others():
     module, x, e = linear()
-    compiled = torch.compile(module, backend="quartet")
+    compiled = torch.compile(module, backend="quartet", options=QUARTET)
     first, again, other = (step(compiled, module, x, e, seed) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(first[0], other[0])  # the forward rounds to nearest
@@ -91,7 +93,7 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others():
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_every_replay_of_a_cuda_graph_draws_anew(mode):
     module, x, e = linear(256, 512, 512)
-    compiled = torch.compile(module, backend="quartet", mode=mode)
+    compiled = torch.compile(module, backend="quartet", options=QUARTET | list_mode_options(mode))
     torch.manual_seed(0)
     outputs, grads = [], []
     for _ in range(8):
@@ -117,7 +119,7 @@ def test_policy_bf16_is_inductor():
 
 def test_another_stream():
     module, x, e = linear(1024, 2048, 2048)
-    compiled = torch.compile(module, backend="quartet")
+    compiled = torch.compile(module, backend="quartet", options=QUARTET)
     want = step(compiled, module, x, e)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -132,10 +134,10 @@ def test_a_second_gpu_in_the_process():
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
     module, x, e = linear()
-    want = step(torch.compile(module, backend="quartet"), module, x, e)
+    want = step(torch.compile(module, backend="quartet", options=QUARTET), module, x, e)
     torch._dynamo.reset()
     module, x, e = module.to("cuda:1"), x.to("cuda:1"), e.to("cuda:1")
-    got = step(torch.compile(module, backend="quartet"), module, x, e)
+    got = step(torch.compile(module, backend="quartet", options=QUARTET), module, x, e)
     assert all(a.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
 
 
@@ -164,7 +166,7 @@ def test_accumulated_gradients_are_those_of_weights_quantised_each_time():
     for reuse in (True, False):
         torch.manual_seed(0)
         module, x, e = linear(256, 512, 512)
-        compiled = torch.compile(module, backend="quartet", options={"reuse_weights": reuse})
+        compiled = torch.compile(module, backend="quartet", options=QUARTET | {"reuse_weights": reuse})
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
         for _ in range(3):
             for seed in range(3):
@@ -175,3 +177,11 @@ def test_accumulated_gradients_are_those_of_weights_quantised_each_time():
             optimizer.zero_grad()
         grads.append(gradient)
     assert torch.equal(*grads)
+
+
+def test_the_default_leaves_alone_what_would_be_slower_and_quantises_the_rest():
+    for sizes, kernel in (((512, 256, 256), None), ((8192, 8192, 8192), "triton-fp8")):
+        module, x, _ = linear(*sizes)
+        report = quartet.explain(module, x.requires_grad_())
+        assert {r.kernel for r in report.records} == {kernel}
+        assert ("would not pay: predicted" in str(report)) is (kernel is None)

@@ -14,7 +14,7 @@ from quartet.kernels.triton.ops import Chain  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = ((33, 33), (130, 4096), (17, 14336), (3, 50000))
+SHAPES = ((33, 33), (64, 4096), (130, 4096), (17, 14336), (3, 50000))
 SMALL = ((33, 33), (130, 4096))
 
 QUEST = QuantSpec(rule="quest", mask=True)
@@ -34,7 +34,8 @@ CHAINS = {
 VARIANTS = ([(name, torch.bfloat16, shape) for name in CHAINS for shape in SHAPES]
             + [(name, dtype, shape) for name in ("quest", "stochastic") for dtype in DTYPES[1:] for shape in SMALL])
 FEW = ([(name, torch.bfloat16, shape) for name in ("quest", "stochastic") for shape in SHAPES]
-       + [("stochastic", torch.float16, (130, 4096)), ("quest", torch.float32, (33, 33))])
+       + [("stochastic", dtype, shape) for dtype in DTYPES[1:] for shape in ((64, 4096), (130, 4096))]
+       + [("quest", torch.float32, (33, 33))])
 
 
 def label(value):
@@ -218,6 +219,8 @@ VIEWS = {
     "repeated": lambda x: x[:1].expand(9, -1),
     "one-row": lambda x: x[4:5],
     "one-column": lambda x: x[:, 7:8],
+    "sliced-words": lambda x: x[:, 2:88],
+    "sliced-tiles": lambda x: x[:64, 4:132],
     "sliced-transposed": lambda x: x[5:70:2, 3:90].t(),
 }
 
@@ -226,7 +229,7 @@ VIEWS = {
 def test_views(view, device):
     x = VIEWS[view](expected.data(80, 160, torch.bfloat16, device))
     check_rows(x, chain("quest", device))
-    if view in ("sliced", "repeated", "sliced-transposed"):
+    if view in ("sliced", "sliced-words", "sliced-tiles", "one-column", "repeated", "sliced-transposed"):
         check_both(x, chain("quest", device), chain("stochastic", device))
 
 

@@ -77,31 +77,44 @@ def test_e2m1_ties_golden(golden):
 
 
 @pytest.mark.parametrize("index", range(7))
-def test_stochastic_probability_is_the_fraction_to_half_a_256th(index):
-    """All 256 bytes of every value: P(up) is within 1/512 of the fraction, which is the bias that 8 bits leave."""
+def test_stochastic_probability_is_the_fraction_to_half_a_512th(index):
+    """All 512 draws of every value: P(up) is the fraction rounded to nine bits, to nearest even."""
     lo, hi = E2M1_VALUES[index], E2M1_VALUES[index + 1]
-    fraction = torch.cat([torch.arange(0, 1024) / 1024, torch.tensor([1e-6, 1 - 1e-6])]).double()
+    fraction = torch.cat([torch.arange(0, 4096) / 4096, torch.tensor([1e-6, 1 - 1e-6])]).double()
     x = (lo + (hi - lo) * fraction).to(torch.float32)
     fraction = (x.double() - lo) / (hi - lo)
-    bytes_ = torch.arange(256).unsqueeze(-1).expand(256, len(x))
+    random = torch.arange(512).unsqueeze(-1).expand(512, len(x))
     for sign in (1.0, -1.0):
-        codes = e2m1_encode(sign * x.expand(256, -1), bytes_).to(torch.int64)
+        codes = e2m1_encode(sign * x.expand(512, -1), random).to(torch.int64)
         up = (codes & 7) - index
         assert set(up.unique().tolist()) <= {0, 1}
         assert bool(((codes >> 3) == (sign < 0)).all())
         p = up.double().mean(0)
-        assert (p - fraction).abs().max() <= 1 / 512 + 1e-7
+        assert torch.equal(p, (fraction * 512).round() / 512)
+        assert (p - fraction).abs().max() <= 1 / 1024
         assert p[0] == 0
-        assert torch.equal(p[:1024:4], fraction[:1024:4])  # multiples of 1/256 are exactly unbiased
-        assert bool((up.diff(dim=0) >= 0).all())  # a larger byte never rounds lower
+        assert torch.equal(p[1:4096], 1 - p[1:4096].flip(0))  # symmetric
+        assert bool((up.diff(dim=0) >= 0).all())  # a larger draw never rounds lower
+
+
+def test_stochastic_index_is_float16():
+    """512 times the mean index over all draws is the bits of float16(|x| · 2^-14), for every float16 magnitude to 6."""
+    bits = torch.arange(0, 7 * 512 + 1)
+    x = bits.to(torch.int16).view(torch.float16).to(torch.float32) * 2.0**14
+    between = (x[1:] + x[:-1]) / 2  # ties
+    x = torch.cat((x, between, between.nextafter(torch.tensor(0.0)), between.nextafter(torch.tensor(9.0))))
+    total = sum((e2m1_encode(x, torch.full((len(x),), r)) & 7).to(torch.int64) for r in range(512))
+    assert torch.equal(total[: len(bits)], bits)
+    assert torch.equal(total, (x * 2.0**-14).to(torch.float16).view(torch.int16).to(torch.int64))
 
 
 def test_stochastic_saturates_and_keeps_exact_values():
-    random = torch.arange(256).unsqueeze(-1)
+    random = torch.arange(512).unsqueeze(-1)
     exact = torch.tensor([s * v for v in E2M1_VALUES for s in (1.0, -1.0)])
-    codes = e2m1_encode(exact.expand(256, -1), random.expand(256, 16))
-    assert torch.equal(codes, e2m1_encode(exact).expand(256, -1))
-    assert e2m1_encode(torch.full((256, 1), 100.0), random).unique().tolist() == [7]
+    codes = e2m1_encode(exact.expand(512, -1), random.expand(512, 16))
+    assert torch.equal(codes, e2m1_encode(exact).expand(512, -1))
+    assert e2m1_encode(torch.full((512, 1), 100.0), random).unique().tolist() == [7]
+    assert e2m1_encode(torch.full((512, 1), -math.inf), random).unique().tolist() == [15]
 
 
 @pytest.mark.parametrize("element", FP8)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quartet.kernels.reference import Draw, philox4x32, random_bytes, random_signs
+from quartet.kernels.reference import Draw, philox4x32, random_bits, random_signs
 
 ALL = 0xFFFFFFFF
 
@@ -43,41 +43,56 @@ def test_random_words_against_scalar(gen):
 
 @pytest.mark.parametrize("seed", (0, 7, 0x1234_5678_9ABC_DEF0, -2, 2**63 - 1, -(2**63)))
 @pytest.mark.parametrize("site", (0, 5, 2**32 - 1))
-def test_layout_of_bytes_and_signs(seed, site):
-    """Element 16g + j of a row-major tensor has byte j%4 of word j//4 of the call at counter (g, 0, site, 0)."""
+def test_layout_of_bits_and_signs(seed, site):
+    """Element 16g + j of a row-major tensor has nine bits of word j//4 of the call at counter (g, 0, site, 0)."""
     key = (seed & ALL, (seed >> 32) & ALL)
     words = [scalar_philox((g, 0, site, 0), key) for g in range(12)]
-    expected = [(word >> shift) & 0xFF for call in words for word in call for shift in (0, 8, 16, 24)]
-    assert random_bytes(torch.tensor(seed), site, 4, 48).flatten().tolist() == expected
+    expected = [(word >> shift) & 0x1FF for call in words for word in call for shift in (0, 7, 16, 23)]
+    assert random_bits(torch.tensor(seed), site, 4, 48).flatten().tolist() == expected
     call = scalar_philox((0, 0, site, 1), key)
     signs = [-1.0 if (word >> bit) & 1 else 1.0 for word in call for bit in range(32)]
     for n in (16, 32, 128):
         assert random_signs(torch.tensor(seed), site, n).tolist() == signs[:n]
 
 
-def test_bytes_do_not_depend_on_the_shape():
+def test_bits_do_not_depend_on_the_shape():
     seed = torch.tensor(11)
-    flat = random_bytes(seed, 3, 1, 6 * 32)
-    assert torch.equal(random_bytes(seed, 3, 6, 32).reshape(1, -1), flat)
-    assert random_bytes(seed, 3, 0, 32).shape == (0, 32)
+    flat = random_bits(seed, 3, 1, 6 * 32)
+    assert torch.equal(random_bits(seed, 3, 6, 32).reshape(1, -1), flat)
+    assert random_bits(seed, 3, 0, 32).shape == (0, 32)
 
 
 def test_seeds_sites_and_streams_are_independent():
-    """Of two independent byte streams 1/256 of the places agree; both halves of the seed matter."""
+    """Of two independent streams 1/512 of the places agree; both halves of the seed matter."""
     n = 1 << 16
     which = ((1, 0), (2, 0), (1 << 32 | 1, 0), (1, 1))
-    streams = [random_bytes(torch.tensor(seed), site, 1, n) for seed, site in which]
+    streams = [random_bits(torch.tensor(seed), site, 1, n) for seed, site in which]
     for i in range(4):
         for j in range(i):
             agree = (streams[i] == streams[j]).double().mean().item()
-            assert abs(agree - 1 / 256) < 5 * (1 / 256 / n) ** 0.5
+            assert abs(agree - 1 / 512) < 5 * (1 / 512 / n) ** 0.5
 
 
-def test_bytes_are_uniform():
+@pytest.mark.parametrize("window", range(4))
+def test_bits_are_uniform(window):
     n = 1 << 18
-    counts = torch.bincount(random_bytes(torch.tensor(3), 0, 1, n).flatten(), minlength=256).double()
-    chi2 = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
-    assert abs(chi2 - 255) < 5 * (2 * 255) ** 0.5
+    draws = random_bits(torch.tensor(3), 0, 4, n).reshape(-1, 4)[:, window]
+    chi2 = ((torch.bincount(draws, minlength=512) - n / 512).double() ** 2 / (n / 512)).sum().item()
+    assert abs(chi2 - 511) < 5 * (2 * 511) ** 0.5
+
+
+def test_neighbours_share_two_bits():
+    """Bits 7 and 8 of elements 0 and 2 of four are bits 0 and 1 of 1 and 3; every other pair of bits is independent."""
+    n = 1 << 16
+    draws = random_bits(torch.tensor(4), 0, 4, n).reshape(-1, 4)
+    assert torch.equal(draws[:, 0::2] >> 7, draws[:, 1::2] & 3)
+    bits = ((draws.unsqueeze(-1) >> torch.arange(9)) & 1).reshape(n, 36).double() * 2 - 1
+    shared = torch.eye(36, dtype=torch.bool)
+    for first, second in ((7, 9), (8, 10), (25, 27), (26, 28)):
+        shared[first, second] = shared[second, first] = True
+    correlation = bits.t() @ bits / n
+    assert bool((correlation[shared] == 1).all())
+    assert correlation[~shared].abs().max() < 5 / n**0.5
 
 
 def test_signs_are_balanced():

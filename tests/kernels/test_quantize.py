@@ -124,8 +124,8 @@ def test_headroom_nearest_golden(golden):
 def test_stochastic_statistics_golden(golden):
     """8192 draws of ours against theory and against the released kernel's 8192 draws.
 
-    u takes 256 values, so P(up) is off by at most 1/512 and the mean by at most step/512; the mean of n draws has
-    deviation sd/√n. Of 512 elements the largest of that many normal deviates is expected near 3.1.
+    The index has nine fraction bits, so P(up) is off by at most 1/1024 and the mean by at most step/1024; the mean of n
+    draws has deviation sd/√n. Of 512 elements the largest of that many normal deviates is expected near 3.1.
     """
     g, n = golden("mxfp4_sr_bwd"), 8192
     rotated = hadamard(g["v"], 32)
@@ -138,24 +138,24 @@ def test_stochastic_statistics_golden(golden):
         assert torch.allclose(ours[likely], theirs[likely], rtol=1e-6) and likely.sum() > 490
     sd = g["theory_var"].sqrt()
     mean_error = (draws.mean(0) - g["vh"]).abs()
-    assert bool((mean_error <= step / 512 + 4.5 * sd / math.sqrt(n)).all())
+    assert bool((mean_error <= step / 1024 + 4.5 * sd / math.sqrt(n)).all())
     theirs = (draws.mean(0) - g["sample_mean"]).abs()
-    assert bool((theirs <= step / 512 + 4.5 * sd * math.sqrt(2 / n)).all())
-    # var = step²·p(1−p); its own deviation is step²·√(p(1−p)(1−2p)²/n), and 1/512 in p moves it by step²/512
-    slack = step**2 * (1 / 512 + 5 * (p * (1 - p) * (1 - 2 * p) ** 2 / n).sqrt() + 10 / n)
+    assert bool((theirs <= step / 1024 + 4.5 * sd * math.sqrt(2 / n)).all())
+    # var = step²·p(1−p); its own deviation is step²·√(p(1−p)(1−2p)²/n), and 1/1024 in p moves it by step²/1024
+    slack = step**2 * (1 / 1024 + 5 * (p * (1 - p) * (1 - 2 * p) ** 2 / n).sqrt() + 10 / n)
     assert bool(((draws.var(0) - g["theory_var"]).abs() <= slack).all())
     assert abs(draws.var(0).sum() / g["theory_var"].sum() - 1) < 0.01
     assert abs(draws.var(0).sum() / g["sample_var"].sum() - 1) < 0.02
 
 
-def test_stochastic_bias_is_what_eight_bits_leave(gen):
-    """Over all random fractions the bias averages out; of one value it stays below step/512."""
+def test_stochastic_bias_is_what_nine_bits_leave(gen):
+    """Over all random fractions the bias averages out; of one value it stays below step/1024."""
     x = torch.randn(1, 32, generator=gen)
     n = 1 << 15
     codes, scales, _ = quantize(x.repeat(n, 1), STOCHASTIC, torch.tensor(1))
     draws = dequantize(codes, scales, STOCHASTIC).double()
     step = draws.amax(0) - draws.amin(0)
-    z = ((draws.mean(0) - x[0]).abs() - step / 512).clamp(min=0) / (draws.std(0) + 1e-30) * math.sqrt(n)
+    z = ((draws.mean(0) - x[0]).abs() - step / 1024).clamp(min=0) / (draws.std(0) + 1e-30) * math.sqrt(n)
     assert z.max() < 4.5
     many = torch.randn(4096, 256, generator=gen)
     error = (roundtrip(many, STOCHASTIC) - many).double()
@@ -170,7 +170,7 @@ def test_headroom_never_clips(gen):
     x[:, 0] = torch.linspace(4.0, 7.9999995, 64)
     x[:, 1:] = x[:, 1:].clamp(-3, 3)
     mean = torch.stack([roundtrip(x, STOCHASTIC, seed) for seed in range(600)]).double().mean(0)
-    assert ((mean - x)[:, 0]).abs().max() < 8 / 3 / 512 + 4.5 * (4 / 3) / math.sqrt(600)
+    assert ((mean - x)[:, 0]).abs().max() < 8 / 3 / 1024 + 4.5 * (4 / 3) / math.sqrt(600)
 
 
 def test_seed_and_site_pick_the_bits(gen):

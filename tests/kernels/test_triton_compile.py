@@ -27,6 +27,7 @@ CODES, SCALES, MASK = (torch.empty(64, 4096 // n, dtype=torch.uint8) for n in (2
 SCALE = torch.ones(1)
 FORWARD = Chain(QUEST, 32)
 BACKWARD = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
+CLIPPED = Chain(QuantSpec(rule="floor", rounding="stochastic", mask=True), 32, None, torch.tensor(0), 23)
 NEAREST = Chain(QuantSpec(rule="headroom"), 32, torch.ones(32))
 
 
@@ -42,9 +43,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rows-stochastic-odd": lambda: ops.quantize(torch.empty(33, 33, dtype=torch.bfloat16), BACKWARD, packed=True,
                                                 folded=True),
     "rows-quest-fp32": lambda: ops.quantize(X.float(), FORWARD, packed=True, folded=True),
+    "rows-stochastic-clipped": lambda: ops.quantize(X, CLIPPED, packed=True, folded=False),
     "columns-stochastic": lambda: ops.quantize(X.t(), BACKWARD, packed=True, folded=False),
+    "columns-stochastic-partial": lambda: ops.quantize(X[:40, :70].t(), BACKWARD, packed=True, folded=False),
+    "columns-stochastic-odd": lambda: ops.quantize(X[:, :33].t(), BACKWARD, packed=True, folded=False),
     "columns-quest": lambda: ops.quantize(X.t(), FORWARD, packed=True, folded=False),
     "both-stochastic": lambda: ops.quantize_both(X, BACKWARD, BACKWARD),
+    "both-fp16": lambda: ops.quantize_both(X.half(), BACKWARD, BACKWARD),
+    "both-one-column": lambda: ops.quantize_both(torch.empty(64, 1), BACKWARD, BACKWARD),
     "both-nearest": lambda: ops.quantize_both(X, NEAREST, NEAREST),
     "requantize-stochastic": lambda: ops.requantize(CODES, SCALES, QUEST, BACKWARD),
     "requantize-nearest": lambda: ops.requantize(CODES, SCALES, QUEST, NEAREST),
@@ -58,9 +64,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "unrotate-masked": lambda: unrotate(MASK, None),
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
 }
-EVERYWHERE = ("rows-stochastic-fold", "requantize-stochastic", "unrotate-masked")
+EVERYWHERE = ("rows-stochastic-fold", "rows-stochastic-clipped", "requantize-stochastic", "unrotate-masked")
 OTHERS = (80, 89, 100, 120)
 LEAST_INSTRUCTIONS = 100
+ELSEWHERE = {"mxfp4_gemm", "put16", "prepare", "update", "settle"}  # compiled by the tests of their own modules
 
 
 def compiled(name: str, capability: int) -> triton_offline.Compiled:
@@ -94,7 +101,7 @@ def test_products_and_sums_are_not_fused():
 
 def test_every_kernel_is_compiled():
     launched = {launch.kernel.__name__ for call in CALLS.values() for launch in triton_offline.launches(call)}
-    assert launched == triton_offline.launched_kernels() and len(launched) >= 7
+    assert launched == triton_offline.launched_kernels() - ELSEWHERE and len(launched) >= 7
 
 
 def test_a_spill_is_seen():

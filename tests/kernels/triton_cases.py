@@ -10,7 +10,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import triton_expected as expected
 
 from quartet.kernels import reference as ref
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import ops
+from quartet.kernels.triton import blackwell, ops, scaled_gemm
 from quartet.kernels.triton.ops import Chain
 
 CPU = torch.device("cpu")
@@ -72,6 +73,51 @@ def check_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain) -> list[str]:
     codes, scales, _ = ref.quantize(x, spec)
     return expected.quantized_difference("column", ops.requantize(codes, scales, spec, c),
                                          expected.requantize(codes, scales, spec, c), c.spec)
+
+
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """New tensors are full of ones, so that what nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, dtype=torch.uint8).item() == 255
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_swizzled(x: torch.Tensor, c: Chain) -> list[str]:
+    with filled_memory():
+        got = blackwell.quantize(x, c, hardware=True)  # of which a CPU has none
+    lines = [] if c.spec.mask or got[2].shape == (x.shape[0], 0) else [f"a mask {list(got[2].shape)}"]
+    return lines + expected.swizzled_difference("row", got, expected.quantize(x, c), c.spec)
+
+
+def check_swizzled_both(x: torch.Tensor, along_rows: Chain, along_columns: Chain) -> list[str]:
+    with filled_memory():
+        got = blackwell.quantize_both(x, along_rows, along_columns, hardware=True)
+    return (expected.swizzled_difference("row", got[:2], expected.quantize(x, along_rows), along_rows.spec)
+            + expected.swizzled_difference("column", got[2:], expected.quantize(x.t(), along_columns),
+                                           along_columns.spec))
+
+
+def check_swizzled_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain) -> list[str]:
+    codes, scales, _ = ref.quantize(x, spec)
+    with filled_memory():
+        got = blackwell.requantize(codes, ref.swizzle_scales(scales), spec, c, hardware=True)
+    return expected.swizzled_difference("column", got, expected.requantize(codes, scales, spec, c), c.spec)
+
+
+def check_product(m: int, n: int, k: int, c: Chain) -> list[str]:
+    """From two tensors to their product, all by the kernels; the reference's is of the same codes."""
+    operands, wanted = [], []
+    for x in (expected.data(m, k, seed=4), expected.data(n, k, seed=5)):
+        operands += blackwell.quantize(x, c, hardware=True)[:2]
+        wanted += expected.quantize(x, c)[:2]
+    got = scaled_gemm.gemm(*operands, c.spec.gain**2, torch.float32)
+    product = ref.scaled_mm(*wanted, c.spec, c.spec, torch.float32)
+    distance = ((got - product).norm() / product.norm()).item()
+    return [] if distance < 1e-6 else [f"the product is {distance:.1e} from the reference's"]
 
 
 def check_fold(x: torch.Tensor, spec: QuantSpec) -> list[str]:
@@ -173,6 +219,12 @@ case("both-nearest", check_both, expected.data(33, 33), chain(QuantSpec(rule="he
 case("both-units", check_both, expected.data(20, 140), chain(STOCHASTIC, 64, True), chain(QUEST, 32))
 case("both-tall-unit", check_both, expected.data(70, 40), chain(QUEST), chain(STOCHASTIC, 64, True))
 case("both-several-programs", check_both, expected.data(33, 300), chain(QUEST, 32), chain(STOCHASTIC, 32, True))
+case("both-half", check_both, expected.data(32, 64).half(), chain(STOCHASTIC, 32, True), chain(STOCHASTIC, 32, True, 9))
+case("both-half-partial", check_both, expected.data(40, 34).half(), chain(QUEST, 32), chain(STOCHASTIC, 32, True))
+case("both-half-odd", check_both, expected.data(33, 31).half(), chain(QUEST, 32), chain(STOCHASTIC, 32, True))
+case("columns-half-sliced", check_unfolded, expected.data(80, 60).half()[5:70:2, 3:37].t(), chain(STOCHASTIC, 32, True))
+case("columns-half-rotation-128", check_unfolded, expected.data(100, 6).half().t(), chain(STOCHASTIC, 128, True))
+case("columns-half-broken", check_unfolded, expected.broken().half().t().contiguous().t(), chain(STOCHASTIC, 32))
 case("both-transposed", check_both, expected.data(70, 40).t(), chain(QUEST, 32), chain(STOCHASTIC, 32, True))
 case("requantize-stochastic", check_requantize, expected.data(40, 64), QUEST, chain(STOCHASTIC, 32, True))
 case("requantize-nearest", check_requantize, expected.data(5, 320), QuantSpec(), chain(QuantSpec(rule="headroom")))
@@ -180,6 +232,28 @@ case("requantize-block-64", check_requantize, expected.data(70, 128), QuantSpec(
 case("requantize-broken", check_requantize, expected.broken(), QUEST, chain(STOCHASTIC))
 case("requantize-huge", check_requantize, expected.edges()["huge"], QuantSpec(), chain(QUEST))
 case("requantize-tiny", check_requantize, expected.edges()["tiny"], QuantSpec(), chain(QuantSpec()))
+for rows, cols in ((1, 32), (33, 71), (130, 5)):
+    case(f"swizzled-{rows}x{cols}", check_swizzled, expected.data(rows, cols), chain(QUEST, 32))
+    case(f"swizzled-{rows}x{cols}-transposed", check_swizzled, expected.data(cols, rows).t(), chain(QUEST, 32))
+case("swizzled-128x128", check_swizzled, expected.data(128, 128), chain(STOCHASTIC, 32, True))
+case("swizzled-3x130-stochastic", check_swizzled, expected.data(3, 130), chain(STOCHASTIC, 32, True))
+case("swizzled-rotation-128", check_swizzled, expected.data(5, 300), chain(STOCHASTIC, 128, True))
+case("swizzled-columns-rotation-64", check_swizzled, expected.data(100, 70).t(), chain(STOCHASTIC, 64, True))
+case("swizzled-broken", check_swizzled, expected.broken(), chain(QUEST))
+case("swizzled-no-rows", check_swizzled, torch.empty(0, 64), chain(QUEST, 32))
+case("swizzled-no-columns", check_swizzled, torch.empty(3, 0), chain(STOCHASTIC, 32))
+case("swizzled-both", check_swizzled_both, expected.data(40, 70), chain(STOCHASTIC, 32, True), chain(QUEST, 32))
+case("swizzled-both-units", check_swizzled_both, expected.data(130, 40), chain(QUEST), chain(STOCHASTIC, 64, True))
+case("swizzled-both-half", check_swizzled_both, expected.data(33, 66).half(), chain(STOCHASTIC, 64, True), chain(QUEST))
+case("swizzled-both-one-column", check_swizzled_both, expected.data(33, 1), chain(QUEST), chain(STOCHASTIC, 32, True))
+for rows, cols in ((1, 32), (130, 32), (5, 288)):
+    case(f"swizzled-requantize-{rows}x{cols}", check_swizzled_requantize, expected.data(rows, cols), QUEST,
+         chain(STOCHASTIC, 32, True))
+case("swizzled-requantize-64", check_swizzled_requantize, expected.data(100, 32), QUEST, chain(STOCHASTIC, 64, True))
+case("swizzled-requantize-128", check_swizzled_requantize, expected.data(70, 32), QUEST, chain(QUEST, 128))
+case("swizzled-requantize-broken", check_swizzled_requantize, expected.broken(), QUEST, chain(STOCHASTIC))
+case("swizzled-product-130x33x70", check_product, 130, 33, 70, chain(STOCHASTIC, 32, True))
+case("swizzled-product-5x40x160", check_product, 5, 40, 160, chain(QUEST, 32))
 case("fold", check_fold, expected.data(9, 160), QUEST)
 case("fold-headroom", check_fold, expected.data(5, 64), QuantSpec(rule="headroom"))
 case("fold-block-128", check_fold, expected.data(5, 256), QuantSpec(block=128))

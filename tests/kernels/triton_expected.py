@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quartet.kernels import reference as ref
-from quartet.kernels.reference.philox import GROUP, philox4x32
+from quartet.kernels.reference.philox import GROUP, WINDOWS, philox4x32
 from quartet.kernels.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -25,21 +25,21 @@ def rotated(x: Tensor, chain: Chain) -> Tensor:
 
 
 def quantize(x: Tensor, chain: Chain, first_row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and mask. ``first_row``: where ``x`` starts in the tensor whose rows number the random bytes."""
+    """Codes, scales and mask. ``first_row``: where ``x`` starts in the tensor whose rows number the random bits."""
     values = rotated(x, chain)
     random = None
     if chain.spec.stochastic:
-        random = random_bytes(chain.seed, chain.site, first_row, *values.shape)
+        random = random_bits(chain.seed, chain.site, first_row, *values.shape)
     return ref.quantize(values, chain.spec, chain.seed, random=random)
 
 
-def random_bytes(seed: Tensor, site: int, first_row: int, rows: int, cols: int) -> Tensor:
-    """Rows ``first_row``… of ``ref.random_bytes``."""
+def random_bits(seed: Tensor, site: int, first_row: int, rows: int, cols: int) -> Tensor:
+    """Rows ``first_row``… of ``ref.random_bits``."""
     groups = cols // GROUP
     group = torch.arange(first_row * groups, (first_row + rows) * groups, device=seed.device)
     zero = torch.zeros_like(group)
     words = torch.stack(philox4x32((group & LOW, group >> 32, zero + site, zero), (seed & LOW, (seed >> 32) & LOW)), -1)
-    return ((words.unsqueeze(-1) >> torch.arange(4, device=seed.device) * 8) & 0xFF).reshape(rows, cols)
+    return ((words.unsqueeze(-1) >> torch.tensor(WINDOWS, device=seed.device)) & 0x1FF).reshape(rows, cols)
 
 
 def requantize(codes: Tensor, scales: Tensor, spec: QuantSpec, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +108,16 @@ def quantized_difference(what: str, got: tuple[Tensor, ...], expected: tuple[Ten
     if spec.mask and len(got) > 2:
         lines += difference(f"{what} mask", got[2], expected[2], finite(expected[1], spec.block // 8))
     return lines
+
+
+def swizzled_difference(what: str, got: tuple[Tensor, ...], expected: tuple[Tensor, ...],
+                        spec: QuantSpec) -> list[str]:
+    """:func:`quantized_difference` where ``got`` has its scales swizzled, and has to have zeros as padding."""
+    rows, cols = expected[1].shape
+    lines = difference(f"{what} swizzled scales", got[1], ref.swizzle_scales(expected[1]))
+    if lines:
+        return lines
+    return quantized_difference(what, (got[0], ref.unswizzle_scales(got[1], rows, cols), *got[2:]), expected, spec)
 
 
 def fold_difference(what: str, got: tuple[Tensor, Tensor], codes: Tensor, scales: Tensor, spec: QuantSpec,

@@ -59,7 +59,7 @@ def launched_kernels() -> set[str]:
     modules = [importlib.import_module(module.name) for module in found]
     code = "".join(map(inspect.getsource, modules))
     names = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    return {name for name in names if re.search(rf"\b{name}\[", code)}
+    return {name for name in names if re.search(rf"\b{name}\[|launch\((\w+\.)?{name}\b", code)}
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
@@ -105,6 +105,11 @@ def _kind(value: Any) -> str | None:
 
 def compile_for(launch: Launch, capability: int) -> Compiled:
     """Down to the machine code of compute capability ``capability``, 90 for 9.0."""
+    return compile_with_ptx(launch, capability)[0]
+
+
+def compile_with_ptx(launch: Launch, capability: int) -> tuple[Compiled, str]:
+    """:func:`compile_for`, and the PTX."""
     options = {name: value for name, value in launch.keywords.items() if name in OPTIONS}
     compiled = triton.compile(_source(launch), target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,4 +119,4 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
                        for option in ("-res-usage", "-sass"))
     resources = RESOURCES.search(usage)
     assert resources is not None, f"cuobjdump -res-usage said\n{usage}"
-    return Compiled(*map(int, resources.groups()), INSTRUCTION.findall(code))
+    return Compiled(*map(int, resources.groups()), INSTRUCTION.findall(code)), compiled.asm["ptx"]

@@ -1,69 +1,21 @@
-"""What the lowering for GPUs makes of a graph, traced on the CPU with the checks of the device answered for it."""
+"""What the lowering for GPUs makes of a graph, compiled for an H100 that is not here."""
 
-from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from traced import assert_no_semantics, linear, targets, trace
 
-from quartet.backend import compile_graph
-from quartet.lowering import cuda, cuda_ops, fp8, ir, registry
-from quartet.options import Options
-from quartet.passes import pipeline
+from quartet.lowering import cuda_ops
 
 pytest.importorskip("triton")
 
 aten = torch.ops.aten
 
 
-class Traced(Exception):
-    """The backward graph is there: nothing has to run."""
-
-
 @pytest.fixture
-def graphs(monkeypatch):
-    """Compile a model as for a GPU and give its forward and backward graphs."""
-    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
-    monkeypatch.setattr(fp8, "unavailable", lambda device: None)
-    torch._dynamo.reset()
-
-    def trace(model, *inputs, policy="quartet", disable=(), records=None, dynamic=False, **options):
-        found = []
-
-        def inner(gm, example_inputs, **kwargs):
-            found.append(gm)
-            if kwargs.get("is_backward"):
-                raise Traced
-            results = [node.meta["val"] if isinstance(node, torch.fx.Node) else node
-                       for node in gm.graph.output_node().args[0]]
-            return lambda *args: [torch.zeros([int(s) for s in r.shape], dtype=r.dtype) if isinstance(r, torch.Tensor)
-                                  else int(r) if r is not None else None for r in results]
-
-        def backend(gm, example_inputs):
-            parsed = Options.parse(None, {"policy": policy, "disable_kernels": ("cpp", *disable), **options},
-                                   passes=pipeline.OPTIONAL, kernels=registry.NAMES)
-            return compile_graph(gm, example_inputs, parsed, inner_compile=inner,
-                                 collect=records.extend if records is not None else None)
-
-        with pytest.raises(Traced):
-            torch.compile(model, backend=backend, dynamic=dynamic)(*inputs).sum().backward()
-        return found
-
-    yield trace
-    torch._dynamo.reset()
-
-
-def targets(gm):
-    return Counter(node.target for node in gm.graph.nodes if node.op == "call_function")
-
-
-def linear(dtype=torch.bfloat16, k=64, n=96, tokens=40):
-    return torch.nn.Linear(k, n, bias=False, dtype=dtype), torch.randn(tokens, k, dtype=dtype, requires_grad=True)
-
-
-def assert_no_semantics(*gms):
-    for gm in gms:
-        left = set(targets(gm)) & set(ir.SEMANTIC) - {ir.SIGNS}
-        assert not left, left
+def graphs():
+    return partial(trace, "sm_90")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -90,7 +42,6 @@ def test_products_that_are_computed_again_fold_stored_codes(graphs):
     model = torch.nn.Sequential(first, torch.nn.SiLU(), second)
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     for recompute, products in (("gemm", 5), ("none", 4)):
-        torch._dynamo.reset()
         forward, backward = graphs(model.bfloat16(), x, recompute=recompute)
         assert_no_semantics(forward, backward)
         assert targets(backward)[aten._scaled_mm.default] == products

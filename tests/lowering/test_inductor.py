@@ -61,7 +61,7 @@ def compiled(function, *args):
     results, codes = run_and_get_code(torch.compile(function, fullgraph=True), *args)
     code = "\n".join(codes)
     called = set(re.findall(r"torch\.ops\.quartet\.(\w+)", code_lines(code)))
-    assert called <= {"random_bytes"}, called
+    assert called <= {"random_bits"}, called
     return results, code
 
 
@@ -106,7 +106,7 @@ def test_quantize_float8_from_bfloat16():
 def test_stochastic_quantize_draws_the_bits_of_the_reference():
     seed = torch.tensor(987654321)
     code = agree(lambda x, seed: ops.quantize(x, str(HEADROOM), seed, 5), awkward(9, 100), seed)
-    assert "quartet.random_bytes" in code
+    assert "quartet.random_bits" in code
 
 
 def test_dequantize_mask_and_product():

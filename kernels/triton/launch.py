@@ -1,0 +1,45 @@
+"""Launches that find their compiled kernel by themselves.
+
+Triton's own launch binds, specialises and prints every argument and compares every global that the kernel reads, each
+time. What it would find is decided by the constants, the devices, and the kind of each argument; so the first launch
+of a combination is Triton's, and later ones call what that returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
+    """``kernel[grid](*arguments, **constants)`` on the current device and stream, without fused multiply-adds.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        arguments: its parameters up to the first constexpr: tensors, None, ints and floats; at least one a tensor.
+        constants: its constexpr parameters, all of them, and ``num_warps``.
+    """
+    key = (id(kernel), torch.cuda.current_device() if arguments[0].is_cuda else -1, *constants.values(),
+           *map(_kind, arguments))
+    known = _COMPILED.get(key)
+    if known is not None:
+        compiled, values = known
+        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        return
+    compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+    if compiled is not None:  # the interpreter returns nothing
+        names = kernel.arg_names[len(arguments):]
+        _COMPILED[key] = compiled, tuple(constants[name] for name in names)
+
+
+def _kind(value: Any) -> Any:
+    """What Triton specialises an argument by: a pointer's type and alignment, an integer's divisibility and width."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() & 15 == 0
+    if isinstance(value, int):
+        return 1 if value == 1 else (value & 15 == 0, -(2**31) <= value < 2**31)
+    return None if value is None else type(value)

@@ -1,0 +1,139 @@
+"""Lower the quantised IR to Blackwell's block-scaled FP4 tensor cores: kernels generated with CUTLASS, or Triton's.
+
+Operands stay as they are quantised: packed codes and the scales of their blocks, in the layout that the tensor cores
+read. Both gains of a product are the factor that the kernel multiplies its result by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.cutlass.configuration import N_MULTIPLE, arch_of
+from quartet.kernels.cutlass.gemm import OUTPUT_OF
+from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.lowering import blackwell_ops, cuda, cuda_ops, ir
+from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, both_axes, finish, is_stored, quantize_both
+from quartet.lowering.graph import Builder, is_backward, keep_as, shape, val
+from quartet.runtime.compat import OpOverload
+from quartet.runtime.devices import Target
+
+NAMES = {blackwell_ops.MM: "cutlass", blackwell_ops.DOT: "dot-scaled"}
+
+
+def arch(target: Target) -> str | None:
+    """What kernels for a target are compiled for, or None where it has no FP4 tensor cores."""
+    return None if target.type != "cuda" or target.capability is None else arch_of(target.capability)
+
+
+def unavailable(target: Target) -> str | None:
+    """None where there are block-scaled FP4 tensor cores, else why not."""
+    if target.type != "cuda" or target.capability is None:
+        return f"block-scaled FP4 tensor cores are on NVIDIA GPUs, not on {target.type}"
+    if arch(target) is None:
+        return "block-scaled FP4 tensor cores need compute capability 10.0, 10.3, 12.0 or 12.1, not {}.{}".format(
+            *target.capability)
+    return None
+
+
+def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """:func:`supports`, and None only where the kernels can be built."""
+    reason = supports(target, dtype, spec, rotation)
+    if reason is not None or target.pretended:
+        return reason
+    from quartet.kernels.cutlass.toolchain import unavailable
+
+    return unavailable(str(arch(target)))
+
+
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the product runs on FP4 tensor cores, else why not."""
+    reason = unavailable(target) or cuda.supports(target, dtype, spec, rotation)
+    if reason is None and spec.block != 32:
+        return f"the FP4 tensor cores scale blocks of 32, not of {spec.block}"
+    if reason is None and dtype not in OUTPUT_OF:
+        return f"the product is {', '.join(map(dtype_name, OUTPUT_OF))}, not {dtype_name(dtype)}"
+    return reason
+
+
+def lower_cutlass(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes to CUTLASS kernels, and the chains around them."""
+    _lower(graph, gemms, accepts, blackwell_ops.MM)
+
+
+def lower_dot(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes to Triton's dot_scaled, and the chains around them."""
+    _lower(graph, gemms, accepts, blackwell_ops.DOT)
+
+
+def _lower(graph: Graph, gemms: list[Node], accepts: Accepts, product: OpOverload) -> None:
+    chosen = set(gemms)
+    quantizers = accepted(graph, gemms, accepts)
+    pairs = both_axes([node for node in quantizers if not is_stored(node, chosen)])
+    for rows, columns in pairs:
+        build, op = quantize_both(graph, blackwell_ops.QUANTIZE_BOTH, rows, columns)
+        _hand_over(rows, [build.item(op, 0), build.item(op, 1)])
+        _hand_over(columns, [build.item(op, 2), build.item(op, 3)])
+    paired = {node for pair in pairs for node in pair}
+    for node in quantizers:
+        if node not in paired:
+            _hand_over(node, _quantize(graph, node))
+    for gemm in gemms:
+        _gemm(graph, gemm, product)
+    _unswizzle(graph)
+
+
+def use_integers(graph: Graph) -> None:
+    """Let the quantisers round in integer arithmetic, as on every other device, and not by the hardware's conversions,
+    whose stochastic one uses its random bits differently."""
+    for op in blackwell_ops.QUANTIZERS:
+        for node in graph.find_nodes(op="call_function", target=op):
+            node.update_kwarg("hardware", False)
+
+
+def _quantize(graph: Graph, node: Node) -> list[Node]:
+    """One fused op for hadamard → quantize, from packed codes where the tensor is a saved one's transpose."""
+    source, stored = Source.of(node), Source.of(node).stored
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+    if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0 and _is_ours(stored.args[1]):  # type: ignore[arg-type]
+        op = build(blackwell_ops.REQUANTIZE, *stored.args[:3], *source.tail)
+        return [build.item(op, 0), build.item(op, 1)]
+    op = build(blackwell_ops.QUANTIZE, source.x, *source.tail, source.parameter)
+    return [build.item(op, i) for i in range(3)]
+
+
+def _hand_over(quantizer: Node, results: list[Node]) -> None:
+    """Codes, scales and mask of a quantise are ``results`` from now on; the scales lie in another order."""
+    for item in list(quantizer.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+
+def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
+    build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
+    a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
+    gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
+    if product is blackwell_ops.MM:
+        b = build.padded(b, rows=N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])  # type: ignore[arg-type]
+    out = keep_as(build(product, a, a_scales, b, b_scales, gain, dtype), gemm)
+    out.meta["quartet_kernel"] = NAMES[product]
+    follows, width = Epilogue.of(gemm), shape(out)[1]
+    if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
+        follows = None
+    finish(build, gemm, out, 1.0, cuda_ops.UNROTATE, follows)
+
+
+def _is_ours(scales: Any) -> bool:
+    made_by = scales.args[0] if isinstance(scales, Node) and scales.args else None
+    return isinstance(made_by, Node) and made_by.target in blackwell_ops.QUANTIZERS
+
+
+def _unswizzle(graph: Graph) -> None:
+    """Give what else reads our codes, such as a backward product of another recipe, their scales row by row."""
+    for node in graph.find_nodes(op="call_function", target=ir.DEQUANTIZE):
+        codes, scales = node.args[:2]
+        if _is_ours(scales) and node.users:
+            build = Builder(graph, like=node, before=node, backward=is_backward(node))
+            rows, half = shape(codes)
+            node.update_arg(1, build(blackwell_ops.UNSWIZZLE, scales, build.size(rows), build.size(half // 16)))

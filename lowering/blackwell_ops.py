@@ -1,0 +1,154 @@
+"""Graph ops over the block-scaled FP4 GEMMs of Blackwell and the Triton quantisers that feed them.
+
+    fp4_quantize       hadamard → quantize: packed codes, swizzled scales, mask
+    fp4_quantize_both  the same of a tensor and of its transpose, from one read
+    fp4_requantize     dequantize → transpose → hadamard → quantize, from packed codes and swizzled scales
+    fp4_mm             gain · A · Bᵀ of packed codes under their scales, by a kernel generated with CUTLASS
+    fp4_dot            the same in Triton
+    fp4_unswizzle      swizzled scales → [R, K/32], for what is not of this family
+
+Codes are uint8 ``[R, K/2]``, K a multiple of 32. Scales are uint8 ``[swizzled_size(R, K/32)]`` in the layout of
+``quartet.kernels.reference.swizzle_scales``: what these ops make, only these ops read.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.reference.packing import unswizzle_scales
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir import ceil_to, library
+from quartet.runtime.weights import REUSED, described
+
+if TYPE_CHECKING:
+    from quartet.kernels.triton.ops import Chain
+
+_CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
+_OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
+_HOW = "bool hardware=True"
+library.define(f"fp4_quantize(Tensor x, {_CHAIN}, Tensor? parameter=None, {_HOW}) -> (Tensor, Tensor, Tensor)")
+library.define(f"fp4_quantize_both(Tensor x, {_CHAIN}, {_OTHER}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"fp4_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}, {_HOW}) "
+               "-> (Tensor, Tensor)")
+_PRODUCT = "(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float gain, ScalarType dtype) -> Tensor"
+library.define(f"fp4_mm{_PRODUCT}")
+library.define(f"fp4_dot{_PRODUCT}")
+library.define("fp4_unswizzle(Tensor scales, SymInt rows, SymInt cols) -> Tensor")
+
+Two = tuple[Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _kernels() -> ModuleType:
+    """The Triton quantisers, imported where one runs: Triton need not be installed."""
+    from quartet.kernels.triton import blackwell
+
+    return blackwell
+
+
+def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
+    from quartet.kernels.triton.ops import Chain
+
+    return Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
+
+
+def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+              parameter: Tensor | None = None, hardware: bool = True) -> Three:
+    def make() -> Three:
+        return _kernels().quantize(x, _chain(rotation, signs, spec, seed, site), hardware=hardware)
+
+    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Three:
+        return codes, scales, mask
+
+    return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
+
+
+def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                   t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int,
+                   hardware: bool = True) -> Four:
+    rows, columns = _chain(rotation, signs, spec, seed, site), _chain(t_rotation, t_signs, t_spec, t_seed, t_site)
+    return _kernels().quantize_both(x, rows, columns, hardware=hardware)
+
+
+def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                seed: Tensor | None, site: int, hardware: bool = True) -> Two:
+    chain = _chain(rotation, signs, spec, seed, site)
+    return _kernels().requantize(codes, scales, QuantSpec.parse(in_spec), chain, hardware=hardware)
+
+
+def _mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
+    from quartet.kernels.cutlass.gemm import gemm
+
+    return gemm(a, a_scales, b, b_scales, _scalar(gain, a.device), kind="mxf4", dtype=dtype)
+
+
+def _dot(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
+    from quartet.kernels.triton.scaled_gemm import gemm
+
+    return gemm(a, a_scales, b, b_scales, gain, dtype)
+
+
+def _unswizzle(scales: Tensor, rows: int, cols: int) -> Tensor:
+    return unswizzle_scales(scales, rows, cols)
+
+
+@cache
+def _scalar(value: float, device: torch.device) -> Tensor | None:
+    """fp32 on the device; None for 1."""
+    return None if value == 1.0 else torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:
+    padded = ceil_to(cols, max(32, rotation))
+    return (like.new_empty(rows, padded // 2, dtype=torch.uint8),
+            like.new_empty(ceil_to(rows, 128) * ceil_to(padded // 32, 4), dtype=torch.uint8))
+
+
+def _quantize_fake(x, rotation, signs, spec, seed, site, parameter=None, hardware=True):
+    codes, scales = _packed(x, x.shape[0], x.shape[1], rotation, spec)
+    mask = x.new_empty(x.shape[0], codes.shape[1] // 4 if QuantSpec.parse(spec).mask else 0, dtype=torch.uint8)
+    return codes, scales, mask
+
+
+def _quantize_both_fake(x, rotation, signs, spec, seed, site, t_rotation, t_signs, t_spec, t_seed, t_site,
+                        hardware=True):
+    rows, cols = x.shape
+    return *_packed(x, rows, cols, rotation, spec), *_packed(x, cols, rows, t_rotation, t_spec)
+
+
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, hardware=True):
+    return _packed(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec)
+
+
+def _unswizzle_fake(scales, rows, cols):
+    return scales.new_empty(rows, cols)
+
+
+def _mm_fake(a, a_scales, b, b_scales, gain, dtype):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+for _name, _impl, _fake in (
+    ("fp4_quantize", _quantize, _quantize_fake),
+    ("fp4_quantize_both", _quantize_both, _quantize_both_fake),
+    ("fp4_requantize", _requantize, _requantize_fake),
+    ("fp4_mm", _mm, _mm_fake),
+    ("fp4_dot", _dot, _mm_fake),
+    ("fp4_unswizzle", _unswizzle, _unswizzle_fake),
+):
+    library.impl(_name, _impl, "CUDA")
+    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+QUANTIZE = torch.ops.quartet.fp4_quantize.default
+QUANTIZE_BOTH = torch.ops.quartet.fp4_quantize_both.default
+REQUANTIZE = torch.ops.quartet.fp4_requantize.default
+MM = torch.ops.quartet.fp4_mm.default
+DOT = torch.ops.quartet.fp4_dot.default
+UNSWIZZLE = torch.ops.quartet.fp4_unswizzle.default
+QUANTIZERS = (QUANTIZE, QUANTIZE_BOTH, REQUANTIZE)

@@ -1,0 +1,64 @@
+"""Compile a model as for a GPU that is not here, and look at its graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from quartet.backend import compile_graph
+from quartet.lowering import ir, registry
+from quartet.options import Options
+from quartet.passes import pipeline
+from quartet.runtime.capture import Pretence
+from quartet.runtime.devices import Target
+
+
+class Traced(Exception):
+    """The backward graph is there: nothing has to run."""
+
+
+class _Stop(Pretence):
+    def __call__(self, gm: GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        run = super().__call__(gm, example_inputs, **kwargs)
+        if kwargs.get("is_backward"):
+            raise Traced
+        return run
+
+
+def trace(target: str, model: Any, *inputs: Any, records: list | None = None, dynamic: bool = False,
+          policy: Any = "quartet", **options: Any) -> list[GraphModule]:
+    """Forward and backward graphs as compiled for ``target``; ``options`` as for the backend."""
+    capture = _Stop()
+    torch._dynamo.reset()
+    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    parsed = replace(parsed, target=Target.named(target))
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Any:
+        return compile_graph(gm, example_inputs, parsed, inner_compile=capture,
+                             collect=records.extend if records is not None else None)
+
+    with pytest.raises(Traced):
+        torch.compile(model, backend=backend, dynamic=dynamic)(*inputs).sum().backward()
+    torch._dynamo.reset()
+    return capture.graphs
+
+
+def targets(gm: GraphModule) -> Counter[Any]:
+    """How often each op is called."""
+    return Counter(node.target for node in gm.graph.nodes if node.op == "call_function")
+
+
+def assert_no_semantics(*graphs: GraphModule) -> None:
+    """Every semantic op has been lowered, but for the draw of signs."""
+    for gm in graphs:
+        left = set(targets(gm)) & set(ir.SEMANTIC) - {ir.SIGNS}
+        assert not left, left
+
+
+def linear(dtype: torch.dtype = torch.bfloat16, k: int = 64, n: int = 96, tokens: int = 40) -> tuple[Any, torch.Tensor]:
+    return torch.nn.Linear(k, n, bias=False, dtype=dtype), torch.randn(tokens, k, dtype=dtype, requires_grad=True)
