@@ -26,9 +26,19 @@ def _stage(x, N: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def hadamard(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, INVERSE: tl.constexpr):
     """Butterflies with strides ROTATION/2 … 1, one multiplication by 1/√ROTATION, signs before (after if INVERSE)."""
-    if SIGNED and not INVERSE:
+    if ROTATION > 0:
+        x = last_stage(first_stages(x, signs, N, ROTATION, SIGNED and not INVERSE), N, ROTATION)
+    if SIGNED and INVERSE:
+        x = signed(x, signs, N, ROTATION)
+    return x
+
+
+@triton.jit
+def first_stages(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr):
+    """Signs before, and the butterflies with strides ROTATION/2 … 2."""
+    if SIGNED:
         x = _signed_stage(x, signs, N, ROTATION)
-    elif ROTATION > 0:
+    else:
         x = _stage(x, N, ROTATION // 2)
     if ROTATION == 128:
         x = _stage(x, N, 32)
@@ -36,16 +46,28 @@ def hadamard(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.const
         x = _stage(x, N, 16)
     if ROTATION >= 32:
         x = _stage(x, N, 8)
-    if ROTATION >= 16:
-        x = _stage(_stage(_stage(x, N, 4), N, 2), N, 1)
-        scale: tl.constexpr = _inverse_root(ROTATION)
-        y = ()
-        for i in tl.static_range(N):
-            y = y + (x[i] * scale,)
-        x = y
-    if SIGNED and INVERSE:
-        x = _apply_signs(x, signs, N, ROTATION)
-    return x
+    return _stage(_stage(x, N, 4), N, 2)
+
+
+@triton.jit
+def last_stage(x, N: tl.constexpr, ROTATION: tl.constexpr):
+    """The butterfly with stride 1 and the multiplication by 1/√ROTATION."""
+    return scaled(_stage(x, N, 1), _inverse_root(ROTATION), N)
+
+
+@triton.jit
+def last_stage_amax_bits(x, N: tl.constexpr, ROTATION: tl.constexpr):
+    """:func:`amax_bits` of what :func:`last_stage` makes of ``x``.
+
+    The larger of |a + b| and |a − b| is |a| + |b|, rounded or not, and a product's rounding keeps the order.
+    """
+    top = tl.zeros_like(x[0]).to(tl.int32)
+    for i in tl.static_range(N // 2):
+        larger = (tl.abs(x[2 * i]) + tl.abs(x[2 * i + 1])).to(tl.int32, bitcast=True)
+        if INTERPRETED:
+            larger &= 0x7FFFFFFF  # a GPU's NaN has no sign
+        top = tl.maximum(top, larger)
+    return (top.to(tl.float32, bitcast=True) * _inverse_root(ROTATION)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.constexpr_function
@@ -77,12 +99,13 @@ def _signed_stage(x, signs, N: tl.constexpr, ROTATION: tl.constexpr):
         if i & S == 0:
             y = y + (tl.fma(x[i + S], s[(i + S) % ROTATION], x[i] * s[i % ROTATION]),)
         else:
-            y = y + (tl.fma(x[i], -s[i % ROTATION], x[i - S] * s[(i - S) % ROTATION]),)
+            # times −1, for Triton's minus is a subtraction from 0
+            y = y + (tl.fma(x[i], s[i % ROTATION] * -1.0, x[i - S] * s[(i - S) % ROTATION]),)
     return y
 
 
 @triton.jit
-def _apply_signs(x, signs, N: tl.constexpr, ROTATION: tl.constexpr):
+def signed(x, signs, N: tl.constexpr, ROTATION: tl.constexpr):
     s = _load_signs(signs, x[0], ROTATION)
     y = ()
     for i in tl.static_range(N):
@@ -139,12 +162,3 @@ def amax_bits(x, N: tl.constexpr):
         for i in tl.static_range(1, N):
             m = tl.maximum(m, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
         return m.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def all_zero(x, N: tl.constexpr):
-    """Whether all N are ±0."""
-    bits = x[0].to(tl.int32, bitcast=True)
-    for i in tl.static_range(1, N):
-        bits = bits | x[i].to(tl.int32, bitcast=True)
-    return (bits & 0x7FFFFFFF) == 0

@@ -50,6 +50,13 @@ def tile16(x):
 
 
 @triton.jit
+def swizzled(row, column, columns):
+    """Where the scale of a row and block lies; ``columns``: blocks of a row. See ``reference.swizzled_offset``."""
+    tile = (row >> 7).to(tl.int64) * tl.cdiv(columns, 4) + (column >> 2)
+    return tile * 512 + ((row & 31) * 16 + ((row >> 5) & 3) * 4 + (column & 3))
+
+
+@triton.jit
 def opaque(tile):
     """An int32 tile as it is: its parts stay in the threads that made them, and only the whole changes place."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1)
@@ -85,21 +92,79 @@ def store4(pointers, x, valid):
 
 
 @triton.jit
-def load_element(pointers, valid):
-    """One element of a 16- or 32-bit float type at each pointer, as fp32, 0 where not ``valid``."""
-    if INTERPRETED or pointers.dtype.element_ty.primitive_bitwidth != 16:
-        return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+def load_down(pointers, stride, limit, N: tl.constexpr, ALL: tl.constexpr):
+    """N vectors: the word or byte at each int32 or uint8 pointer, and ``stride`` of them further every time, as int32.
+
+    0 from the ``limit``-th on; ALL says that no lane has such a limit. ``stride`` is below 2^32.
+    """
+    SIZE: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 8
+    x = ()
+    if INTERPRETED:
+        for i in tl.static_range(N):
+            x = x + (tl.load(pointers + i * stride.to(tl.int64), mask=i < limit, other=0).to(tl.int32),)
     else:
-        bits = tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            .reg .b16 half;
-            setp.ne.b32 p, $2, 0;
-            mov.b16 half, 0;
-            @p ld.global.b16 half, [$1];
-            cvt.u32.u16 $0, half;
-            }""", "=r,l,r", [pointers.to(tl.int64), valid.to(tl.int32)], dtype=tl.uint32, is_pure=True, pack=1)
-        return half_to_float(bits, pointers.dtype.element_ty)
+        at, step = pointers.to(tl.int64), tl.full(limit.shape, 0, tl.uint32) + stride.to(tl.uint32)
+        for i in tl.static_range(N):
+            x = x + (tl.inline_asm_elementwise(_load_asm(SIZE, ALL), "=&r,l,r,r",
+                                               [at, tl.full(limit.shape, i, tl.int32), limit], dtype=tl.int32,
+                                               is_pure=True, pack=1),)
+            at = tl.inline_asm_elementwise(_next_asm(SIZE), "=l,l,r", [at, step], dtype=tl.int64, is_pure=True, pack=1)
+    return x
+
+
+@triton.constexpr_function
+def _load_asm(size, all_):
+    load = f"ld.global.{'b32' if size == 4 else 'u8'} $0, [$1];"
+    return load if all_ else f"{{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, 0; @p {load} }}"
+
+
+@triton.constexpr_function
+def _next_asm(size):
+    return f"mad.wide.u32 $0, $2, {size}, $1;"
+
+
+@triton.jit
+def load_elements_down(pointers, stride, limit, N: tl.constexpr):
+    """N vectors of fp32: the element of a 16- or 32-bit float type at each pointer, and ``stride`` further every time.
+
+    0 from the ``limit``-th on. Any alignment, and any 64-bit stride.
+    """
+    TYPE: tl.constexpr = pointers.dtype.element_ty
+    x = ()
+    for i in tl.static_range(N):
+        if INTERPRETED or TYPE.primitive_bitwidth != 16:
+            x = x + (tl.load(pointers, mask=i < limit, other=0.0).to(tl.float32),)
+        else:
+            bits = tl.inline_asm_elementwise(
+                """{
+                .reg .pred p;
+                .reg .b16 half;
+                setp.lt.s32 p, $2, $3;
+                mov.b16 half, 0;
+                @p ld.global.b16 half, [$1];
+                cvt.u32.u16 $0, half;
+                }""", "=r,l,r,r", [pointers.to(tl.int64), tl.full(limit.shape, i, tl.int32), limit], dtype=tl.uint32,
+                is_pure=True, pack=1)
+            x = x + (half_to_float(bits, TYPE),)
+        pointers += stride
+    return x
+
+
+@triton.jit
+def column_of(words, c, N: tl.constexpr, TYPE: tl.constexpr):
+    """fp32 of element ``c`` of those of the float type that each of N int32 words holds."""
+    x = ()
+    for i in tl.static_range(N):
+        word = words[i].to(tl.uint32, bitcast=True)
+        if TYPE.primitive_bitwidth == 32:
+            x = x + (word.to(tl.float32, bitcast=True),)
+        elif INTERPRETED or TYPE == tl.float16:
+            x = x + (half_to_float(word >> (16 * c), TYPE),)
+        else:
+            x = x + (tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=f,r,r",
+                                               [word, tl.full(word.shape, 0x1044, tl.int32) + c * 0x2200],
+                                               dtype=tl.float32, is_pure=True, pack=1),)
+    return x
 
 
 @triton.jit
@@ -135,15 +200,17 @@ def half_to_float(bits, TYPE: tl.constexpr):
 
 @triton.jit
 def load_blocks(pointer, offsets, valid, limit, N: tl.constexpr, WIDE: tl.constexpr):
-    """N contiguous elements at each offset, in fp32: N vectors; element i is 0 where not ``valid`` or ``i >= limit``.
+    """N contiguous elements at each offset, in fp32: N vectors; element i is 0 where ``i >= limit``.
 
-    WIDE: offsets are multiples of 16 bytes, and no valid block reaches its limit.
+    Where not ``valid`` the elements have no meaning. WIDE: offsets are multiples of 16 bytes, no valid block reaches
+    its limit, and there is a block at the pointer, which is read where not ``valid``.
     """
     x = ()
     if WIDE and not INTERPRETED:
         TYPE: tl.constexpr = pointer.dtype.element_ty
+        blocks = pointer + tl.where(valid, offsets, 0)
         for h in tl.static_range(N * TYPE.primitive_bitwidth // 128):
-            words = load4(pointer + offsets + h * (128 // TYPE.primitive_bitwidth), valid)
+            words = load4(blocks + h * (128 // TYPE.primitive_bitwidth), valid | True)
             for k in tl.static_range(4):
                 if TYPE.primitive_bitwidth == 32:
                     x = x + (words[k].to(tl.float32, bitcast=True),)

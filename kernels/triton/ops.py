@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.reference.hadamard import SIZES
+from quartet.kernels.reference.packing import swizzled_size
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.kernels.triton import columns, rows
 from quartet.kernels.triton.fold import inexact_blocks, table
+from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +49,23 @@ class Chain:
         return max(32, self.rotation, self.spec.block)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How the quantisers write scales and round.
+
+    Args:
+        swizzled: scales are ``[swizzled_size(R, Kp/block)]`` in the layout of ``reference.swizzle_scales``, padding 0.
+        conversions: the roundings, of ``spec.ROUNDINGS``, that are left to the GPU's conversion instructions; to
+            nearest their codes are the same, stochastic ones only have the same expectation.
+    """
+
+    swizzled: bool = False
+    conversions: tuple[str, ...] = ()
+
+
+PLAIN = Form()
+
+
 @cache
 def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
@@ -64,12 +83,14 @@ def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
+             form: Form = PLAIN) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``quantize(hadamard(x, …), …)`` along the last axis, in one read of ``x``.
 
     Args:
         x: ``[R, K]`` float32, bfloat16 or float16 on a GPU, any strides.
         packed: return codes, scales and mask. folded: return E4M3 values and row scales.
+        form: of the packed results; not for folded ones.
     Returns:
         codes uint8 ``[R, Kp/2]``, scales uint8 ``[R, Kp/block]``, mask uint8 ``[R, Kp/8]`` if ``spec.mask``, values
         float8_e4m3fn ``[R, Kp]`` and row scales float32 ``[R, 1]`` with ``values · row scale = code · 2^e``
@@ -78,14 +99,16 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
         ValueError: what :func:`supports` declines, a tensor of another device or shape, or a missing seed.
     """
     _check(x, chain)
+    if folded and form != PLAIN:
+        raise ValueError(f"quantize folds row-major scales of portable codes, not those of {form}; use folded=False")
     if x.stride(1) != 1 and x.stride(0) == 1 and x.shape[0] > 1:
-        codes, scales, mask = _columns(x.t(), None, chain)[1]
+        codes, scales, mask = _columns(x.t(), None, chain, form)[1]
         values, row_scales = fold(codes, scales, chain.spec) if folded else (_none(x), _none(x))
         return (*((codes, scales, mask) if packed else _nothing(x)), values, row_scales)
     n, (r, k) = chain.unit, x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     units = cdiv(k, n)
-    out = _Packed(x, r, units * n, chain.spec, True)
+    out = _Packed(x, r, units * n, chain.spec, True, form)
     values = x.new_empty((r, units * n) if folded else 0, dtype=torch.float8_e4m3fn)
     row_scales = x.new_empty((r, 1) if folded else 0, dtype=torch.float32)
     if x.numel():
@@ -93,15 +116,17 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool) -> tuple[Te
         per_program = WARP // lanes
         grid = (cdiv(r, per_program), 1 if folded else cdiv(units, lanes))
         with on_device(x):
-            rows.quantize_rows[grid](
-                x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
-                values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device),
-                r, k, x.stride(0), units, chain.site, **_constants(chain), MASK=chain.spec.mask, FOLD=folded,
-                WIDE=_wide(x, n), R=per_program, L=lanes, num_warps=1, enable_fp_fusion=False)
+            launch(rows.quantize_rows, grid,
+                (x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
+                 values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device), r, k, x.stride(0),
+                 units, chain.site),
+                **_constants(chain, form), MASK=chain.spec.mask, FOLD=folded, SWIZZLED=form.swizzled,
+                WIDE=_wide(x, n), R=per_program, L=lanes, num_warps=1)
     return (*((out.codes, out.scales, out.mask) if packed else _nothing(x)), values, row_scales)
 
 
-def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain,
+                  form: Form = PLAIN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales of ``x`` quantised along its rows, and of ``x.t()`` along its: one read of ``x`` ``[R, K]``.
 
     Returns:
@@ -111,32 +136,35 @@ def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain) -> tuple[T
     _check(x, along_rows)
     _check(x, along_columns)
     x = x if x.stride(1) == 1 else x.contiguous()
-    (codes, scales, _), (t_codes, t_scales, _) = _columns(x, along_rows, along_columns)
+    (codes, scales, _), (t_codes, t_scales, _) = _columns(x, along_rows, along_columns, form)
     return codes, scales, t_codes, t_scales
 
 
-def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain) -> tuple[Tensor, Tensor]:
+def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain,
+               form: Form = PLAIN) -> tuple[Tensor, Tensor]:
     """Codes and scales of a quantised tensor's transpose: ``quantize(hadamard(v.t()))``, ``v = dequantize(codes)``.
 
     Args:
         codes, scales: uint8 ``[R, K/2]`` and ``[R, K/in_spec.block]``, contiguous; ``in_spec`` has no gain.
+        form: of what is read and of what is returned.
     Returns:
         codes uint8 ``[K, Rp/2]`` and scales uint8 ``[K, Rp/block]``. Errors as :func:`quantize`.
     """
-    r, half = _packed_shape("requantize", codes, scales, in_spec)
+    r, half = _packed_shape("requantize", codes, scales, in_spec, form.swizzled)
     if in_spec.gain != 1.0:
         raise ValueError(f"requantize reads codes without a gain, '{in_spec}' has {in_spec.gain:.3f}; dequantize it")
     _check(codes, chain, any_dtype=True)
     n = chain.unit
     height = cdiv(r, n)
-    out = _Packed(codes, half * 2, height * n, chain.spec, True)
+    out = _Packed(codes, half * 2, height * n, chain.spec, True, form)
     if codes.numel():
-        lanes, words = 32, half // 4
+        lanes, words = WARP, half // 4
         with on_device(codes):
-            columns.requantize_columns[(height, cdiv(words, lanes))](
-                codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, r,
-                words, chain.site,
-                IN_BLOCK=in_spec.block, **_constants(chain), B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
+            launch(columns.requantize_columns, (height, cdiv(words, lanes)),
+                (codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales,
+                 r, words, chain.site),
+                IN_BLOCK=in_spec.block, **_constants(chain, form), SWIZZLED=form.swizzled,
+                ALL=r % n == 0 and words % lanes == 0, B=lanes, num_warps=1)
     return out.codes, out.scales
 
 
@@ -159,10 +187,10 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
         lanes = min(power_of_two(units), 512)
         per_program = max(1, 128 // lanes)
         with on_device(codes):
-            rows.fold_rows[(cdiv(r, per_program),)](
-                codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
-                table(codes.device), r, units, PER_SCALE=spec.block // 32, R=per_program, L=lanes,
-                num_warps=_warps(per_program * lanes), enable_fp_fusion=False)
+            launch(rows.fold_rows, (cdiv(r, per_program),),
+                (codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
+                 table(codes.device), r, units),
+                PER_SCALE=spec.block // 32, R=per_program, L=lanes, num_warps=_warps(per_program * lanes))
     return values, row_scales
 
 
@@ -175,9 +203,8 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     if codes.numel():
         blocks, lanes = codes.numel() // 16, 128
         with on_device(codes):
-            rows.dequantize_rows[(cdiv(blocks, lanes),)](
-                codes.view(torch.int32), scales, out, blocks, PER_SCALE=spec.block // 32, B=lanes,
-                num_warps=_warps(lanes), enable_fp_fusion=False)
+            launch(rows.dequantize_rows, (cdiv(blocks, lanes),), (codes.view(torch.int32), scales, out, blocks),
+                   PER_SCALE=spec.block // 32, B=lanes, num_warps=_warps(lanes))
     return out
 
 
@@ -185,7 +212,7 @@ def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
     """``reference.random_signs`` in one launch: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
     out = seed.new_empty(n, dtype=torch.float32)
     with on_device(seed):
-        rows.draw_signs[(1,)](seed, out, site, n, N=128, num_warps=4, enable_fp_fusion=False)
+        launch(rows.draw_signs, (1,), (seed, out, site, n), N=128, num_warps=4)
     return out
 
 
@@ -218,10 +245,10 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
         units = width // n
         lanes = min(128, power_of_two(units))
         with on_device(x):
-            rows.unrotate_rows[(r, cdiv(units, lanes))](
-                x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain,
+            launch(rows.unrotate_rows, (r, cdiv(units, lanes)),
+                (x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain),
                 N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
-                WIDE=_wide(x, n) and cols == width, B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
+                WIDE=_wide(x, n) and cols == width, B=lanes, num_warps=_warps(lanes))
     return out
 
 
@@ -238,46 +265,54 @@ def power_of_two(n: int) -> int:
 class _Packed:
     """Result tensors of a packed quantiser, empty where not wanted."""
 
-    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, wanted: bool) -> None:
+    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, wanted: bool, form: Form) -> None:
         def empty(*shape: int) -> Tensor:
             return like.new_empty(shape if wanted else 0, dtype=torch.uint8)
 
-        self.codes, self.scales = empty(r, padded // 2), empty(r, padded // spec.block)
+        blocks = padded // spec.block
+        self.codes = empty(r, padded // 2)
+        self.scales = empty(swizzled_size(r, blocks)) if form.swizzled else empty(r, blocks)
+        if form.swizzled and (r % 128 or blocks % 4):
+            self.scales.zero_()
         self.mask = empty(r, padded // 8) if spec.mask else _none(like)
 
 
-def _columns(x: Tensor, along_rows: Chain | None, chain: Chain) -> tuple[Three, Three]:
+def _columns(x: Tensor, along_rows: Chain | None, chain: Chain, form: Form) -> tuple[Three, Three]:
     n, (r, k) = chain.unit, x.shape
     rn = n if along_rows is None else along_rows.unit
     row_spec = chain.spec if along_rows is None else along_rows.spec
     height, units = cdiv(r, n), cdiv(k, rn)
-    mine = _Packed(x, k, height * n, chain.spec, True)
-    theirs = _Packed(x, r, units * rn, row_spec, along_rows is not None)
+    mine = _Packed(x, k, height * n, chain.spec, True, form)
+    theirs = _Packed(x, r, units * rn, row_spec, along_rows is not None, form)
     if x.numel():
-        lanes = max(128, rn)
+        size = x.element_size()
+        words = k * size % 4 == 0 and x.data_ptr() % 4 == 0 and x.stride(0) * size % 4 == 0 and x.stride(0) < 2**29
+        per = 4 // size if words else 1
+        lanes = max(WARP, rn // per)
         other = along_rows or chain
         with on_device(x):
-            columns.quantize_both[(height, cdiv(k, lanes))](
-                x, r, k, x.stride(0),
-                other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales, theirs.mask.view(torch.int32),
-                other.site,
-                chain.signs, chain.seed, mine.codes.view(torch.int32), mine.scales, mine.mask.view(torch.int32),
-                chain.site,
-                ROWS=along_rows is not None, **_constants(other, row=True), RM=row_spec.mask, **_constants(chain),
-                MASK=chain.spec.mask, WIDE=_wide(x, rn), B=lanes, num_warps=_warps(lanes), enable_fp_fusion=False)
+            launch(columns.quantize_both, (height, cdiv(k, lanes * per)),
+                (x, r, k, x.stride(0), other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales,
+                 theirs.mask.view(torch.int32), other.site, chain.signs, chain.seed, mine.codes.view(torch.int32),
+                 mine.scales, mine.mask.view(torch.int32), chain.site),
+                ROWS=along_rows is not None, **_constants(other, form, row=True), RM=row_spec.mask,
+                **_constants(chain, form), MASK=chain.spec.mask, SWIZZLED=form.swizzled, WIDE=_wide(x, rn),
+                WORDS=words, ALL=r % n == 0 and k % (lanes * per) == 0, L=lanes, num_warps=_warps(lanes))
     return (theirs.codes, theirs.scales, theirs.mask), (mine.codes, mine.scales, mine.mask)
 
 
-def _constants(chain: Chain, row: bool = False) -> dict[str, Any]:
-    return _chain_constants(chain.spec, chain.rotation, chain.signs is not None, row)
+def _constants(chain: Chain, form: Form, row: bool = False) -> dict[str, Any]:
+    return _chain_constants(chain.spec, chain.rotation, chain.signs is not None,
+                            chain.spec.rounding in form.conversions, row)
 
 
 @cache
-def _chain_constants(spec: QuantSpec, rotation: int, signed: bool, row: bool) -> dict[str, Any]:
+def _chain_constants(spec: QuantSpec, rotation: int, signed: bool, hardware: bool, row: bool) -> dict[str, Any]:
     values = (max(32, rotation, spec.block), rotation, signed, spec.block, spec.rule, spec.sigma, spec.power,
-              spec.stochastic)
-    names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR") if row else
-             ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC"))
+              spec.stochastic, hardware)
+    names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR", "RHW") if row else
+             ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC",
+              "HARDWARE"))
     return dict(zip(names, values, strict=True))
 
 
@@ -328,14 +363,16 @@ def _check_given(what: str, value: Tensor | None, size: int, dtype: torch.dtype,
                          f"{dtype_name(value.dtype)} {list(value.shape)} on {value.device}")
 
 
-def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[int, int]:
-    if codes.dim() == 2:
+def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec, swizzled: bool = False) -> tuple[int, int]:
+    shape = "[swizzled_size(R, K/{})]" if swizzled else "[R, K/{}]"
+    if codes.dim() == 2 and spec.element == "e2m1":
         r, half = codes.shape
-        if (spec.element == "e2m1" and half * 2 % spec.block == 0 and scales.shape == (r, half * 2 // spec.block)
+        blocks = half * 2 // spec.block
+        if (half * 2 % spec.block == 0 and scales.shape == ((swizzled_size(r, blocks),) if swizzled else (r, blocks))
                 and codes.dtype == scales.dtype == torch.uint8 and codes.is_contiguous() and scales.is_contiguous()
                 and codes.device == scales.device and spec.block >= 32 and codes.data_ptr() % 16 == 0):
             return r, half
     raise ValueError(
         f"{what} of '{spec}' needs contiguous uint8 codes [R, K/2] at a multiple of 16 bytes and scales "
-        f"[R, K/{spec.block}] of e2m1 in blocks of 32 or more on one device, got {dtype_name(codes.dtype)} "
+        f"{shape.format(spec.block)} of e2m1 in blocks of 32 or more on one device, got {dtype_name(codes.dtype)} "
         f"{list(codes.shape)} and {dtype_name(scales.dtype)} {list(scales.shape)} on {codes.device}")

@@ -6,43 +6,74 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.reference import philox
-from quartet.kernels.triton.blocks import hadamard
+from quartet.kernels.triton.blocks import first_stages, hadamard, last_stage, last_stage_amax_bits
 from quartet.kernels.triton.fold import is_zero, lookup, row_byte, row_scale_byte, store_folded
-from quartet.kernels.triton.memory import INTERPRETED, load4, load_blocks, load_byte, load_word, store4, store_blocks
-from quartet.kernels.triton.quantizer import encode, power_of_two, random_words, reciprocal, scale_byte
+from quartet.kernels.triton.memory import (
+    INTERPRETED,
+    load4,
+    load_blocks,
+    load_byte,
+    load_word,
+    store4,
+    store_blocks,
+    swizzled,
+)
+from quartet.kernels.triton.quantizer import (
+    byte_of_amax,
+    encode,
+    power_of_two,
+    random_words,
+    reciprocal,
+    round_keys,
+    scale_byte,
+)
 
 SIGN_STREAM = tl.constexpr(philox.SIGN_STREAM)
 
 
 @triton.jit
-def quantize_unit(x, signs, seed, site, group, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr,
+def quantize_unit(x, signs, keys, site, group, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr,
                   BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr,
-                  STOCHASTIC: tl.constexpr, MASK: tl.constexpr):
-    """Nibble words, mask words and scale bytes of units of N elements; ``group``: index of their first 16."""
-    x = hadamard(x, signs, N, ROTATION, SIGNED, False)
+                  STOCHASTIC: tl.constexpr, MASK: tl.constexpr, HARDWARE: tl.constexpr):
+    """Nibble words, mask words and scale bytes of units of N elements.
+
+    ``keys``: see ``round_keys``. ``group``: index of their first 16. HARDWARE: see ``encode``.
+    """
     scales, inverse = (), ()
+    if ROTATION > 0 and RULE != "quest":
+        x = first_stages(x, signs, N, ROTATION, SIGNED)
+        for b in tl.static_range(N // BLOCK):
+            top = last_stage_amax_bits(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, ROTATION)
+            scales = scales + (byte_of_amax(top, RULE),)
+        x = last_stage(x, N, ROTATION)
+    else:
+        x = hadamard(x, signs, N, ROTATION, SIGNED, False)
+        for b in tl.static_range(N // BLOCK):
+            scales = scales + (scale_byte(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, RULE, SIGMA, POWER),)
+    factor: tl.constexpr = (0.75 if RULE == "headroom" else 1.0) * (2.0**-14 if STOCHASTIC and not HARDWARE else 1.0)
     for b in tl.static_range(N // BLOCK):
-        byte = scale_byte(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, RULE, SIGMA, POWER)
-        scales = scales + (byte,)
-        if RULE == "headroom":
-            inverse = inverse + (reciprocal(byte) * 0.75,)
-        else:
-            inverse = inverse + (reciprocal(byte),)
+        inverse = inverse + (reciprocal(scales[b]) * factor,)
     random = ()
     if STOCHASTIC:
-        random = random_words(tl.load(seed), site, group, N)
-    packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, RULE == "quest" or RULE == "floor", MASK)
+        random = random_words(keys, site, group, N)
+    packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, RULE == "quest" or RULE == "floor", MASK,
+                           HARDWARE)
     return packed, masks, scales
 
 
 @triton.jit
-def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, unit, valid, N: tl.constexpr,
-               BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """Write what :func:`quantize_unit` made of flat unit ``unit``."""
+def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, column, units, valid, N: tl.constexpr,
+               BLOCK: tl.constexpr, MASK: tl.constexpr, SWIZZLED: tl.constexpr):
+    """Write what :func:`quantize_unit` made of unit ``column`` of the ``units`` of a row, which is int64."""
+    unit = row * units + column
     for w in tl.static_range(N // 32):
         store4(code_words + unit * (N // 8) + w * 4, packed[w * 4:w * 4 + 4], valid)
     for b in tl.static_range(N // BLOCK):
-        tl.store(scale_bytes + unit * (N // BLOCK) + b, scales[b].to(tl.uint8), mask=valid)
+        if SWIZZLED:
+            at = swizzled(row.to(tl.int32), column * (N // BLOCK) + b, units * (N // BLOCK))
+        else:
+            at = unit * (N // BLOCK) + b
+        tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
     if MASK:
         for w in tl.static_range(N // 32):
             tl.store(mask_words + unit * (N // 32) + w, masks[w], mask=valid)
@@ -53,40 +84,44 @@ def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_wor
                   rows, cols, row_stride, units, site,
                   N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                   RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  MASK: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+                  HARDWARE: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, SWIZZLED: tl.constexpr,
+                  WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
     """R rows, L units of N elements of each: all of the row with FOLD, else L units from the second grid axis on.
 
+    SWIZZLED: scales go where Blackwell's tensor cores look for them, which FOLD does not.
     FOLD reads what the program has just written back from the cache, once the row's largest scale is known.
     """
     lane = tl.arange(0, R * L)
     row = tl.program_id(0).to(tl.int64) * R + lane // L
+    keys = round_keys(seed, STOCHASTIC)
     if FOLD:
         top = tl.zeros_like(lane)
         for start in range(0, units, L):
-            top = tl.maximum(top, _quantize_row_units(
-                x, signs, seed, code_words, scale_bytes, mask_words, row, start + lane % L, rows, cols, row_stride,
-                units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, WIDE))
+            top = tl.maximum(top, quantize_row_units(
+                x, signs, keys, code_words, scale_bytes, mask_words, row, start + lane % L, rows, cols, row_stride,
+                units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, WIDE, False, HARDWARE))
         tl.debug_barrier()
         _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows,
                     units * (N // 32), BLOCK // 32, R, L)
     else:
-        _quantize_row_units(x, signs, seed, code_words, scale_bytes, mask_words, row, tl.program_id(1) * L + lane % L,
-                            rows, cols, row_stride, units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
-                            STOCHASTIC, MASK, WIDE)
+        quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, tl.program_id(1) * L + lane % L,
+                           rows, cols, row_stride, units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
+                           STOCHASTIC, MASK, WIDE, SWIZZLED, HARDWARE)
 
 
 @triton.jit
-def _quantize_row_units(x, signs, seed, code_words, scale_bytes, mask_words, row, column, rows, cols, row_stride, units,
-                        site, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
-                        RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                        MASK: tl.constexpr, WIDE: tl.constexpr):
+def quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, column, rows, cols, row_stride, units,
+                       site, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
+                       RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                       MASK: tl.constexpr, WIDE: tl.constexpr, SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
     """Quantise and store one unit a lane; returns the largest scale byte of its blocks but for zero and NaN."""
     valid = (row < rows) & (column < units)
     values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
     unit = row * units + column
-    packed, masks, scales = quantize_unit(values, signs, seed, site, unit * (N // 16), N, ROTATION, SIGNED, BLOCK, RULE,
-                                          SIGMA, POWER, STOCHASTIC, MASK)
-    store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, unit, valid, N, BLOCK, MASK)
+    packed, masks, scales = quantize_unit(values, signs, keys, site, unit * (N // 16), N, ROTATION, SIGNED, BLOCK, RULE,
+                                          SIGMA, POWER, STOCHASTIC, MASK, HARDWARE)
+    store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, column, units, valid, N, BLOCK, MASK,
+               SWIZZLED)
     top = row_byte(scales[0], is_zero(packed[0:4]))
     for w in tl.static_range(1, N // 32):
         top = tl.maximum(top, row_byte(scales[w * 32 // BLOCK], is_zero(packed[w * 4:w * 4 + 4])))

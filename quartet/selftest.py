@@ -1,0 +1,276 @@
+"""``quartet selftest``: every kernel that a GPU of this machine supports, against the reference on that GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quartet.doctor import table
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.runtime.devices import Target
+
+NEAREST = QuantSpec(rule="quest", mask=True)
+STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
+FP8 = QuantSpec(element="e4m3", block="tensor", scale="fp32", rule="amax")
+PRODUCTS = ("cutlass", "dot-scaled", "triton-fp8", "cublaslt")
+SHAPES = ((256, 512, 1024), (300, 144, 4096), (1, 48, 96))  # M, N and K of the products
+QUANTIZED = ((256, 512), (33, 80), (1, 32))
+MANY = (2048, 4096)
+DISTANCE = 5e-3  # of a bf16 product from that in fp32, relative to its norm; the rounding alone is 1.7e-3
+SIGMAS = 4.0
+RESOLUTION = {"integers": 2.0**-10, "hardware": 2.0**-8}  # steps by which a probability of few bits may be off
+SITE = 5
+
+Verdict = tuple[bool, str]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kernel on one size.
+
+    Attributes:
+        run: says whether the kernel is right, and its worst error in words.
+        declined: why the kernel does not run on the device, instead.
+    """
+
+    kernel: str
+    shape: str
+    run: Callable[[], Verdict]
+    declined: str | None = None
+
+
+def selftest(devices: Sequence[torch.device], checks: Callable[[torch.device], Iterable[Check]]) -> tuple[str, bool]:
+    """A table of each device's ``checks``, and whether none of them failed and some ran."""
+    lines, healthy = [], True
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        rows, good = outcomes(checks(device))
+        lines += [f"{device} ({name})", table([("kernel", "shape", "result", "worst error"), *rows])]
+        healthy = healthy and good
+    return "\n".join(lines), healthy
+
+
+def outcomes(checks: Iterable[Check]) -> tuple[list[tuple[str, str, str, str]], bool]:
+    """(kernel, shape, result, worst error) of each check, and whether none failed and some ran."""
+    rows, results = [], set()
+    for check in checks:
+        if check.declined is not None:
+            rows.append((check.kernel, check.shape, "not here", check.declined))
+            continue
+        try:
+            right, worst = check.run()
+            result = "right" if right else "WRONG"
+        except Exception as error:
+            result, worst = "FAILED", f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        rows.append((check.kernel, check.shape, result, worst))
+        results.add(result)
+    return rows, results == {"right"}
+
+
+def checks_of(device: torch.device) -> Iterator[Check]:
+    """What there is to check on a device: quantisers, folds, products in the order in which they are chosen."""
+    from quartet.lowering import blackwell, cuda
+
+    target = Target.of(device)
+    declined = cuda.supports(target, torch.bfloat16, STOCHASTIC, 32)
+    if declined is not None:
+        yield Check("Triton quantisers", "-", _nothing, declined)
+    else:
+        yield from quantizer_checks(device, QUANTIZED, MANY)
+        hardware = blackwell.unavailable(target)
+        if hardware is not None:
+            yield Check("conversions by hardware", "-", _nothing, hardware)
+    yield from product_checks(target, device)
+
+
+def quantizer_checks(device: torch.device, sizes: Sequence[tuple[int, int]], many: tuple[int, int]) -> Iterator[Check]:
+    """Of the Triton quantisers, row-major and swizzled, in integers and by the device's conversions, and of the fold.
+
+    Args:
+        sizes: rows and columns of what is quantised. many: those of what probabilities are estimated from.
+    """
+    from quartet.kernels.triton import blackwell
+
+    forms = [("integers", False)] + ([("hardware", True)] if blackwell.conversions(device) else [])
+    for rows, cols in sizes:
+        at, shape = (device, rows, cols), f"{rows}×{cols}"
+        yield Check("quantise, row-major, nearest", shape, partial(_row_major, *at, NEAREST))
+        yield Check("quantise, row-major, stochastic", shape, partial(_row_major, *at, STOCHASTIC))
+        yield Check("quantise, fold to E4M3", shape, partial(_folded, *at))
+        for name, hardware in forms:
+            yield Check(f"quantise, swizzled, nearest, {name}", shape, partial(_swizzled, *at, NEAREST, hardware))
+            if not hardware:
+                yield Check("quantise, swizzled, stochastic, integers", shape,
+                            partial(_swizzled, *at, STOCHASTIC, False))
+            yield Check(f"requantise, swizzled, nearest, {name}", shape, partial(_requantized, *at, hardware))
+    for name, hardware in forms:
+        if not hardware or "stochastic" in blackwell.conversions(device):
+            yield Check(f"fairness of stochastic, {name}", "{}×{}".format(*many),
+                        partial(_fair, device, *many, hardware))
+
+
+def product_checks(target: Target, device: torch.device) -> Iterator[Check]:
+    """Of the products of quantised operands, in the registry's order."""
+    from quartet.lowering.registry import KERNELS
+
+    run = {"cutlass": _cutlass, "dot-scaled": _dot_scaled, "triton-fp8": _triton_fp8, "cublaslt": _fp8}
+    for kernel in KERNELS:
+        if kernel.name in PRODUCTS:
+            spec, rotation = (FP8, 0) if kernel.name == "cublaslt" else (NEAREST, 32)
+            declined = kernel.supports(target, torch.bfloat16, spec, rotation)
+            for m, n, k in SHAPES if declined is None else SHAPES[:1]:
+                shape = f"{m}×{n}×{k}" if declined is None else "-"
+                yield Check(kernel.name, shape, partial(_product, device, m, n, k, spec, run[kernel.name]), declined)
+
+
+def unfairness(values: Tensor, exact: Tensor, resolution: float) -> tuple[float, int]:
+    """How far stochastic rounding is from fair.
+
+    Args:
+        values: E2M1 values of a rounding. exact: what was rounded, −6…6.
+        resolution: by how many steps of the grid a mean may be off because probabilities have few bits.
+    Returns:
+        the largest deviation of a mean, of magnitudes with one distance on the grid and a probability within an
+        eighth, in standard deviations; how many values are none of the two neighbours.
+    """
+    a = exact.abs()
+    step = torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0))
+    up = a / step - (a / step).floor()
+    error = (torch.where(torch.signbit(exact), -values, values) - a) / step
+    strangers = (((error + up).abs() > 1e-4) & ((error + up - 1).abs() > 1e-4)).sum()
+    worst = 0.0
+    for size in (0.5, 1.0, 2.0):
+        for eighth in range(8):
+            chosen = (step == size) & ((up * 8).floor() == eighth)
+            sigma = (up * (1 - up))[chosen].double().sum().sqrt()
+            if sigma > 0:
+                off = error[chosen].double().sum().abs() - resolution * chosen.sum()
+                worst = max(worst, float(off / sigma))
+    return worst, int(strangers)
+
+
+def _nothing() -> Verdict:
+    raise AssertionError("a declined check was run")
+
+
+def _data(device: torch.device, rows: int, cols: int, seed: int = 0) -> Tensor:
+    """bf16 rows of several sizes with outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=generator) * torch.randn(rows, 1, generator=generator).exp()
+    x[:, ::37] *= 8
+    return x.to(device, torch.bfloat16)
+
+
+def _seed(device: torch.device) -> Tensor:
+    return torch.tensor(-8_765_432_109_876, device=device)
+
+
+def _differing(pairs: Iterable[tuple[Tensor, Tensor]]) -> Verdict:
+    """Whether all bytes are equal."""
+    wrong = total = 0
+    for got, wanted in pairs:
+        if got.shape != wanted.shape:
+            return False, f"{list(got.shape)} instead of {list(wanted.shape)}"
+        wrong += int((got.view(torch.uint8) != wanted.view(torch.uint8)).sum())
+        total += got.numel() * got.element_size()
+    return wrong == 0, f"{wrong} of {total} bytes differ"
+
+
+def _row_major(device: torch.device, rows: int, cols: int, spec: QuantSpec) -> Verdict:
+    from quartet.kernels.triton import ops
+
+    x, seed = _data(device, rows, cols), _seed(device)
+    signs = reference.random_signs(seed, SITE, 32)
+    got = ops.quantize(x, ops.Chain(spec, 32, signs, seed, SITE), packed=True, folded=False)
+    wanted = reference.quantize(reference.hadamard(x, 32, signs), spec, seed, SITE)
+    return _differing(zip(got[:3], wanted, strict=True))
+
+
+def _folded(device: torch.device, rows: int, cols: int) -> Verdict:
+    from quartet.kernels.triton import ops
+
+    x = _data(device, rows, cols)
+    codes, scales, _, values, row_scales = ops.quantize(x, ops.Chain(NEAREST, 32), packed=True, folded=True)
+    return _differing([(values.float() * row_scales, reference.dequantize(codes, scales, NEAREST))])
+
+
+def _swizzled(device: torch.device, rows: int, cols: int, spec: QuantSpec, hardware: bool) -> Verdict:
+    from quartet.kernels.triton import blackwell
+    from quartet.kernels.triton.ops import Chain
+
+    x, seed = _data(device, rows, cols), _seed(device)
+    signs = reference.random_signs(seed, SITE, 32)
+    chain = Chain(spec, 32, signs, seed, SITE)
+    got = [*blackwell.quantize(x, chain, hardware=hardware)[:2],
+           *blackwell.quantize_both(x, chain, chain, hardware=hardware)]
+    wanted: list[Tensor] = []
+    for operand in (x, x, x.t()):
+        codes, scales, _ = reference.quantize(reference.hadamard(operand, 32, signs), spec, seed, SITE)
+        wanted += [codes, reference.swizzle_scales(scales)]
+    return _differing(zip(got, wanted, strict=True))
+
+
+def _requantized(device: torch.device, rows: int, cols: int, hardware: bool) -> Verdict:
+    from quartet.kernels.triton import blackwell
+    from quartet.kernels.triton.ops import Chain
+
+    codes, scales, _ = reference.quantize(_data(device, rows, cols), NEAREST)
+    got = blackwell.requantize(codes, reference.swizzle_scales(scales), NEAREST, Chain(NEAREST, 32), hardware=hardware)
+    back = reference.dequantize(codes, scales, NEAREST).t()
+    codes, scales, _ = reference.quantize(reference.hadamard(back, 32), NEAREST)
+    return _differing(zip(got, (codes, reference.swizzle_scales(scales)), strict=True))
+
+
+def _fair(device: torch.device, rows: int, cols: int, hardware: bool) -> Verdict:
+    from quartet.kernels.triton import blackwell
+    from quartet.kernels.triton.ops import Chain
+
+    x = _data(device, rows, cols)
+    codes, flat, _ = blackwell.quantize(x, Chain(STOCHASTIC, seed=_seed(device), site=SITE), hardware=hardware)
+    scales = reference.unswizzle_scales(flat, rows, cols // 32)
+    exact = x.float() * reference.e8m0_reciprocal(scales).repeat_interleave(32, 1) * 0.75
+    values = reference.e2m1_decode(reference.unpack_nibbles(codes))
+    sigmas, strangers = unfairness(values, exact, RESOLUTION["hardware" if hardware else "integers"])
+    return sigmas < SIGMAS and not strangers, f"{sigmas:.1f} σ" + f", {strangers} not neighbours" * (strangers > 0)
+
+
+Operand = tuple[Tensor, Tensor]
+
+
+def _product(device: torch.device, m: int, n: int, k: int, spec: QuantSpec,
+             multiply: Callable[[Operand, Operand], Tensor]) -> Verdict:
+    a, b = (reference.quantize(_data(device, r, k, seed), spec)[:2] for r, seed in ((m, 1), (n, 2)))
+    wanted = reference.scaled_mm(*a, *b, spec, spec, torch.float32)
+    got = multiply(a, b)
+    if got.shape != wanted.shape:
+        return False, f"{list(got.shape)} instead of {list(wanted.shape)}"
+    distance = float((got.float() - wanted).norm() / wanted.norm())
+    return distance < DISTANCE, f"{distance:.1e}"
+
+
+def _cutlass(a: Operand, b: Operand) -> Tensor:
+    from quartet.kernels.cutlass.gemm import gemm
+
+    return gemm(a[0], reference.swizzle_scales(a[1]), b[0], reference.swizzle_scales(b[1]), kind="mxf4")
+
+
+def _dot_scaled(a: Operand, b: Operand) -> Tensor:
+    from quartet.kernels.triton.scaled_gemm import gemm
+
+    return gemm(a[0], reference.swizzle_scales(a[1]), b[0], reference.swizzle_scales(b[1]), 1.0, torch.bfloat16)
+
+
+def _triton_fp8(a: Operand, b: Operand) -> Tensor:
+    from quartet.kernels.triton.ops import fold
+
+    (a_values, a_scales), (b_values, b_scales) = fold(*a, NEAREST), fold(*b, NEAREST)
+    return _fp8((a_values, a_scales), (b_values, b_scales))
+
+
+def _fp8(a: Operand, b: Operand) -> Tensor:
+    return torch.ops.aten._scaled_mm.default(a[0], b[0].t(), a[1], b[1].t(), None, None, torch.bfloat16, False)

@@ -1,0 +1,118 @@
+"""``quartet selftest`` where there is no GPU: its table, its status, and that its checks can find something."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quartet import cli
+from quartet import selftest as st
+from quartet.kernels import reference
+from quartet.runtime.devices import Target
+
+CPU = torch.device("cpu")
+RIGHT = st.Check("quantise", "33×80", lambda: (True, "0 of 99 bytes differ"))
+WRONG = st.Check("cutlass", "1×48×96", lambda: (False, "1.4e+00"))
+ABSENT = st.Check("dot-scaled", "-", lambda: pytest.fail("was run"), "needs compute capability 10.0")
+
+
+def explodes():
+    raise RuntimeError("CUDA error: misaligned address\nand more")
+
+
+BROKEN = st.Check("triton-fp8", "300×144×4096", explodes)
+INTERPRETED = """
+import torch
+from quartet import selftest as st
+checks = list(st.quantizer_checks(torch.device("cpu"), ((5, 40),), (64, 64)))
+rows, healthy = st.outcomes(checks)
+assert healthy and len(rows) == 7, rows
+st.RESOLUTION["integers"] = -0.1  # as if every probability were a tenth off
+rows, healthy = st.outcomes(checks[-1:])
+assert not healthy and rows[0][2] == "WRONG", rows
+print("right")
+"""
+
+
+def test_the_table():
+    text, healthy = st.selftest([CPU], lambda device: [RIGHT, ABSENT])
+    assert healthy and text.splitlines() == [
+        "cpu (cpu)",
+        "  kernel      shape  result    worst error",
+        "  quantise    33×80  right     0 of 99 bytes differ",
+        "  dot-scaled  -      not here  needs compute capability 10.0"]
+
+
+@pytest.mark.parametrize("checks, row", [
+    ([RIGHT, WRONG], ("cutlass", "1×48×96", "WRONG", "1.4e+00")),
+    ([BROKEN, RIGHT], ("triton-fp8", "300×144×4096", "FAILED", "RuntimeError: CUDA error: misaligned address")),
+    ([ABSENT], ("dot-scaled", "-", "not here", "needs compute capability 10.0")),
+])
+def test_what_is_wrong_or_nothing_at_all_is_not_healthy(checks, row):
+    rows, healthy = st.outcomes(checks)
+    assert row in rows and len(rows) == len(checks) and not healthy
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["selftest"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "compares the kernels of a GPU with the reference, but no CUDA device is here" in said.err
+
+
+@pytest.mark.parametrize("check, status", [(RIGHT, 0), (WRONG, 1)])
+def test_the_status_of_the_command(monkeypatch, capsys, check, status):
+    monkeypatch.setattr("quartet.runtime.devices.absent", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(st, "checks_of", lambda device: [check])
+    assert cli.main(["selftest"]) == status
+    said = capsys.readouterr().out
+    assert "cuda:0 (GPU 0)" in said and "cuda:1 (GPU 1)" in said and said.count(check.kernel) == 2
+
+
+def test_a_fair_rounding_is_told_from_a_biased_one():
+    exact = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) * 12 - 6
+    draws = torch.randint(0, 512, exact.shape, generator=torch.Generator().manual_seed(1))
+
+    def judged(random):
+        return st.unfairness(reference.e2m1_decode(reference.e2m1_encode(exact, random)), exact, 2.0**-10)
+
+    assert judged(draws)[0] < st.SIGMAS and judged(draws)[1] == 0
+    assert judged((draws + 8).clamp(max=511))[0] > st.SIGMAS  # 1.6 % too often upwards
+    nearest = judged(None)  # fair over all numbers, and to none of them
+    assert nearest[0] > st.SIGMAS and nearest[1] == 0
+    strange = st.unfairness(torch.tensor([0.5, 3.0]), torch.tensor([0.3, 1.2]), 0.0)
+    assert strange[1] == 1
+
+
+def test_products_come_in_the_order_of_the_registry():
+    checks = list(st.product_checks(Target("cuda", (9, 0)), CPU))
+    assert list(dict.fromkeys(check.kernel for check in checks)) == list(st.PRODUCTS)
+    declined = {check.kernel: check.declined for check in checks}
+    assert "compute capability" in declined["cutlass"] and declined["triton-fp8"] is declined["cublaslt"] is None
+    assert sum(check.kernel == "triton-fp8" for check in checks) == len(st.SHAPES)
+
+
+@pytest.mark.parametrize("factor, right", [(1.0, True), (1.01, False)])
+def test_products_are_compared_with_the_references(factor, right):
+    def multiply(a, b):
+        return (reference.scaled_mm(*a, *b, st.NEAREST, st.NEAREST, torch.float32) * factor).bfloat16()
+
+    assert st._product(CPU, 33, 16, 64, st.NEAREST, multiply)[0] is right
+
+
+def test_bytes_and_shapes_are_compared():
+    x = torch.arange(6, dtype=torch.uint8)
+    assert st._differing([(x, x)]) == (True, "0 of 6 bytes differ")
+    assert st._differing([(x, x.flip(0))]) == (False, "6 of 6 bytes differ")
+    assert st._differing([(x, x[1:])]) == (False, "[6] instead of [5]")
+
+
+def test_the_quantisers_pass_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "right", done.stderr
