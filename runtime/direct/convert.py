@@ -1,0 +1,101 @@
+"""Turning the linear layers of a model low-bit, in place, and what is counted of them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from quartet.kernels.reference import lowbit
+from quartet.runtime.direct.linear import ACTIVATIONS
+from quartet.runtime.direct.weight import LowBitWeight, components
+
+Skip = Callable[[str, nn.Linear], bool] | str | Iterable[str]
+HEADS = ("*lm_head", "*output_head", "*embed_out", "head", "*.head", "output", "*classifier")
+ROUTERS = ("*router", "*router.*", "*gate", "*gating*")
+SKIPPED = (*HEADS, *ROUTERS)
+
+
+def convert(model: nn.Module, bits: str | int = "ternary", *, paper: bool = False, skip: Skip = SKIPPED,
+            activations: str | None = "int8") -> nn.Module:
+    """Make the weights of ``nn.Linear`` layers low-bit for good, in place; the model is returned.
+
+    Args:
+        model: holds floating-point weights; each is freed as soon as it is converted.
+        bits: ``"ternary"``, 2, 3, 4 or 8.
+        paper: one scale a tensor, frozen, by the released rule of arXiv 2412.04787.
+        skip: layers to leave alone: names with wildcards, or a function of (name, layer). The default leaves output
+            heads and routers by their usual names. A weight that an embedding or another layer shares is always left.
+        activations: ``"int8"`` a token, or None: as they are.
+
+    Raises:
+        ValueError: bits or activations that do not exist, nothing to convert, weights that are not finite or sharded.
+    """
+    grid = lowbit.grid_of(bits)
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations {activations!r} do not exist; use 'int8' or None")
+    chosen = list(_chosen(model, skip))
+    if not chosen:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(f"no layer to convert: the model's linear layers are {linear or 'none'}, and skip= leaves "
+                         "them alone; give skip=() to take all")
+    for name, layer in chosen:
+        if not layer.weight.is_floating_point() or layer.weight.is_meta or type(layer.weight.data) is not Tensor:
+            raise ValueError(f"the weight of {name!r} is {_kind(layer.weight)}; convert takes plain floating-point "
+                             "weights: convert before fully_shard, to_empty before convert")
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError(f"the weight of {name!r} has NaNs or infinities; no grid holds them")
+    for _, layer in chosen:
+        weight = LowBitWeight.of(layer.weight, grid.name, paper, activations)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    return model
+
+
+def _kind(weight: Tensor) -> str:
+    return f"a {type(weight.data).__name__} of {weight.dtype} on {weight.device}"
+
+
+def _chosen(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Linear]]:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    patterns = () if callable(skip) else ((skip,) if isinstance(skip, str) else tuple(skip))
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or isinstance(module.weight, LowBitWeight):
+            continue
+        left = skip(name, module) if callable(skip) else any(fnmatch.fnmatch(name, p) for p in patterns)
+        if not left and owners[id(module.weight)] == 1:
+            yield name, module
+
+
+def weights(model: nn.Module) -> dict[str, LowBitWeight]:
+    """The low-bit weights of a model by name."""
+    return {name: p for name, p in model.named_parameters() if isinstance(p, LowBitWeight)}
+
+
+def weight_bytes(model: nn.Module) -> dict[str, Any]:
+    """Measured: parameters and stored bytes of the low-bit weights and of the others, and bytes of a low-bit one."""
+    low = weights(model)
+    count = sum(w.numel() for w in low.values())
+    stored = sum(part.untyped_storage().nbytes() for part in components(list(low.values())))
+    other = [p for p in model.parameters() if not isinstance(p, LowBitWeight)]
+    return {"low_bit_parameters": count, "low_bit_bytes": stored, "bytes_per_parameter": stored / max(1, count),
+            "other_parameters": sum(p.numel() for p in other), "other_bytes": sum(p.nbytes for p in other)}
+
+
+@torch.no_grad()
+def broadcast(model: nn.Module, source: int = 0, group: Any = None) -> nn.Module:
+    """Give all ranks the parameters and buffers of rank ``source``: what DDP's own first broadcast cannot do for codes.
+
+        model = DistributedDataParallel(direct.broadcast(model), init_sync=False)
+    """
+    parts = [*components(list(model.parameters())),
+             *(p.data for p in model.parameters() if not isinstance(p, LowBitWeight)), *model.buffers()]
+    for part in parts:
+        dist.broadcast(part, source, group=group)
+    return model

@@ -1,0 +1,270 @@
+"""Any torch-style optimizer over weights that exist only as codes: its update, rounded stochastically onto the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from quartet.kernels.reference import lowbit
+from quartet.runtime.direct.weight import LowBitWeight
+from quartet.runtime.optim.base import LowBitOptimizer
+from quartet.runtime.optim.layout import like, local
+
+RESCALES = ("radial", "rare", None)
+RESIDUAL = "direct_residual"
+SEED, STEP = "direct_seed", "direct_step"
+_SEED_FROM = 1 << 62
+Factory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Steps low-bit weights with the update of another optimizer, and its other parameters as it does.
+
+        optimizer = Optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
+        optimizer = Optimizer(quartet.optim.AdamW, model.parameters())
+
+    A step dequantises the weights of a bucket to fp32, lets the inner optimizer step them, and rounds what that added
+    stochastically onto the grid; then the numbers are gone. The states of the inner optimizer are its own, keyed by
+    the low-bit parameters. Random bits are Philox's of a 64-bit seed with counter (element, parameter, step): a
+    resumed run goes on bit for bit, rows of a parameter take the same bits however they are sharded. Ranks that hold
+    copies of a parameter (DDP) must give generators of one seed.
+
+    Args:
+        optimizer: built on the converted model's parameters, or a function of ``params`` that builds it. Its step may
+            look at one parameter at a time only, as all of ``torch.optim`` but LBFGS do. It shares its groups and
+            states with this object; step, load and save through this one.
+        rescale: how row scales follow the weights. ``"rare"``: every ``rescale_every`` steps a row whose mean
+            |code| has drifted by more than √2 gets a new scale and stochastically rounded codes; ``"radial"``: that,
+            and in every step the part of the update along the row goes into its scale, where it is exact; None: never.
+            Weights under the paper's rule keep their scale.
+        feedback: keep what rounding left, 8 bits a weight, and round to nearest (error feedback). Off by default.
+        bucket_bytes: fp32 weights that may exist at one time; at least one parameter's do.
+        generator: draws the seed.
+
+    Raises:
+        ValueError: options that do not exist, no low-bit parameter, an inner optimizer with master weights.
+    """
+
+    inner: torch.optim.Optimizer | None = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer | Factory, params: Iterable[Any] | None = None, *,
+                 rescale: str | None = "radial", rescale_every: int = 64, feedback: bool = False,
+                 bucket_bytes: int = 64 << 20, generator: torch.Generator | None = None) -> None:
+        if rescale not in RESCALES:
+            raise ValueError(f"rescale {rescale!r} does not exist; use 'radial', 'rare' or None")
+        if rescale_every < 1 or bucket_bytes < 0:
+            raise ValueError(f"rescale_every must be at least 1 and bucket_bytes 0, not {rescale_every} and "
+                             f"{bucket_bytes}")
+        inner = self._built(optimizer, params)
+        super().__init__([torch.empty(0)], {})
+        self.rescale, self.rescale_every, self.feedback = rescale, rescale_every, feedback
+        self.bucket_bytes = bucket_bytes
+        seed = _SEED_FROM + int(torch.randint(0, _SEED_FROM, (), generator=generator).item())
+        self._adopt(inner)
+        for group in inner.param_groups:
+            group.setdefault(SEED, seed)
+            group.setdefault(STEP, 0)
+        if not any(True for _ in self._low_bit()):
+            raise ValueError("none of the optimizer's parameters is low-bit; convert the model before building it")
+        self._flips: list[tuple[Tensor, int]] = []
+
+    @staticmethod
+    def _built(optimizer: torch.optim.Optimizer | Factory, params: Iterable[Any] | None) -> torch.optim.Optimizer:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            if params is not None:
+                raise ValueError("params= goes with a function that builds the optimizer, not with a built one")
+            inner = optimizer
+        else:
+            if params is None:
+                raise ValueError("give params, for the function that builds the optimizer")
+            inner = optimizer(params)
+        if isinstance(inner, Optimizer):
+            raise ValueError("the optimizer is wrapped already")
+        if any(group.get("master") is not None for group in inner.param_groups):
+            raise ValueError("the optimizer keeps master weights, which low-bit weights do without; leave out master=")
+        return inner
+
+    def _adopt(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.inner is None:
+            super().add_param_group(param_group)
+            return
+        self.inner.add_param_group(param_group)
+        for key in (SEED, STEP):
+            self.param_groups[-1][key] = self.param_groups[0][key]
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _low_bit(self) -> Iterator[tuple[dict[str, Any], Tensor, int]]:
+        """(group, parameter, its number among all) of each low-bit parameter."""
+        site = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if isinstance(local(param), LowBitWeight):
+                    yield group, param, site
+                site += 1
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; ``closure`` evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        inner = self.inner
+        assert inner is not None
+        groups, members = self.param_groups, [list(group["params"]) for group in self.param_groups]
+        buckets, low = self._buckets(), {id(p) for _, p, _ in self._low_bit()}
+        for group in groups:
+            group[STEP] += 1
+        self._flips = []
+        try:
+            for group, params in zip(groups, members, strict=True):
+                group["params"] = [p for p in params if id(p) not in low]
+            if any(p.grad is not None for group in groups for p in group["params"]):
+                inner.step()
+            prepared = getattr(inner, "_batches", None)  # quartet.optim keeps pointers to what it stepped
+            for group, bucket in buckets:
+                if isinstance(inner, LowBitOptimizer):
+                    inner._batches = {}
+                self._step_bucket(inner, group, bucket)
+            if isinstance(inner, LowBitOptimizer) and prepared is not None:
+                inner._batches = prepared
+        finally:
+            inner.param_groups = groups
+            for group, params in zip(groups, members, strict=True):
+                group["params"] = params
+        return loss
+
+    def _buckets(self) -> list[tuple[dict[str, Any], list[tuple[Tensor, int]]]]:
+        """Parameters with gradients that are stepped together: of one group, up to ``bucket_bytes``."""
+        found: list[tuple[dict[str, Any], list[tuple[Tensor, int]]]] = []
+        room = 0
+        for group, param, site in self._low_bit():
+            if param.grad is None:
+                continue
+            size = 4 * local(param).numel()
+            if not found or found[-1][0] is not group or size > room:
+                found.append((group, []))
+                room = self.bucket_bytes
+            found[-1][1].append((param, site))
+            room -= size
+        return found
+
+    def _step_bucket(self, inner: torch.optim.Optimizer, group: dict[str, Any],
+                     bucket: list[tuple[Tensor, int]]) -> None:
+        numbers, residuals = [], []
+        for param, _ in bucket:
+            number = nn.Parameter(like(param, local(param).dequantize(), tuple(param.shape)))
+            assert param.grad is not None
+            number.grad = param.grad.to(torch.float32)
+            if param in inner.state:
+                inner.state[number] = inner.state.pop(param)
+            residuals.append(inner.state[number].pop(RESIDUAL, None) if number in inner.state else None)
+            numbers.append(number)
+        group["params"], inner.param_groups = numbers, [group]
+        try:
+            inner.step()
+        finally:
+            group["params"] = []
+            for (param, _), number in zip(bucket, numbers, strict=True):
+                if number in inner.state:
+                    inner.state[param] = inner.state.pop(number)
+        for (param, site), number, residual in zip(bucket, numbers, residuals, strict=True):
+            weight: Any = local(param)
+            left = None if residual is None else local(residual)
+            left = self._round(group, param, weight, local(number.detach()) - weight.dequantize(), site, left)
+            if left is not None:
+                inner.state[param][RESIDUAL] = like(param, left, tuple(param.shape)) if residual is None else residual
+
+    def _round(self, group: dict[str, Any], param: Tensor, weight: LowBitWeight, delta: Tensor, site: int,
+               residual: Tensor | None) -> Tensor | None:
+        """Write the rounded weight; the residual that is left, if one is kept."""
+        grid, paper, step = weight.grid, weight.paper, group[STEP]
+        codes, scale = weight.unpacked(), weight.scale
+        rows, cols = codes.shape
+        if not rows:
+            return residual
+
+        def random(number: int) -> Tensor:
+            return lowbit.random_words(group[SEED], number, step, _first_row(param), rows, cols, codes.device)
+
+        if self.rescale == "radial" and not paper:
+            scale, delta = lowbit.radial(codes, scale, delta)
+        if self.feedback:
+            residual = torch.zeros_like(codes) if residual is None else residual
+            new, left = lowbit.updated_with_feedback(codes, scale, delta, residual, grid, paper, random(site))
+            residual.copy_(left)
+        else:
+            new = lowbit.updated(codes, scale, delta, grid, paper, random(site))
+        self._flips.append(((new != codes).sum(), codes.numel()))
+        if self.rescale is not None and not paper and step % self.rescale_every == 0:
+            new, scale = lowbit.rescaled(new, scale, grid, random(site | lowbit.RESCALE_SITE))
+        weight.codes.copy_(lowbit.pack(new, grid))
+        weight.scale.copy_(scale)
+        return residual
+
+    def flipped(self) -> float:
+        """Share of the codes that the last step changed, on this rank; it waits for the device."""
+        return sum(float(n) for n, _ in self._flips) / max(1, sum(count for _, count in self._flips))
+
+    def state_bytes(self) -> int:
+        """Bytes of all states of the inner optimizer on this rank, residuals included."""
+        return sum(local(x).nbytes for state in self.state.values() for x in state.values() if isinstance(x, Tensor))
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the inner optimizer; its groups hold the seed and the number of steps, its states the residuals."""
+        assert self.inner is not None
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or the inner optimizer's own; states keep their saved dtype.
+
+        Raises:
+            ValueError: other groups than this optimizer's.
+        """
+        assert self.inner is not None
+        earlier = [(group[SEED], group[STEP]) for group in self.param_groups]
+        self.inner.load_state_dict(state_dict)
+        self._adopt(self.inner)
+        for group, (seed, step) in zip(self.param_groups, earlier, strict=True):
+            group.setdefault(SEED, seed)
+            group.setdefault(STEP, step)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        ours = isinstance(self.inner, LowBitOptimizer)
+        for _, param, site in self._low_bit():
+            for name, value in state_dict["state"].get(numbers[site], {}).items():
+                if isinstance(value, Tensor) and value.dim() and (name == RESIDUAL or not ours):
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("inner", "rescale", "rescale_every", "feedback", "bucket_bytes")
+        return {"defaults": {}, "state": {}, "param_groups": [], "_flips": []} | {k: self.__dict__[k] for k in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adopt(state["inner"])
+
+
+def _first_row(param: Tensor) -> int:
+    """Where this rank's rows start in the whole parameter."""
+    if not isinstance(param, DTensor):
+        return 0
+    mesh, first = param.device_mesh, 0
+    coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+    rows = param.shape[0]
+    for at, placement in enumerate(param.placements):
+        if isinstance(placement, Shard):
+            rows = -(-rows // mesh.size(at))
+            first += coordinate[at] * rows
+    return first

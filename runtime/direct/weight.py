@@ -1,0 +1,272 @@
+"""The parameter type: packed codes and scales that look like a matrix of the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.kernels.reference import lowbit
+from quartet.kernels.reference.lowbit import Grid
+
+aten = torch.ops.aten
+
+
+class LowBitWeight(Tensor):
+    """A matrix ``[out, in]`` of which only integer codes and fp32 scales exist.
+
+    Args:
+        codes: ``[out, ceil(in · width / 8)]`` of :func:`quartet.kernels.reference.lowbit.pack`.
+        scale: fp32 ``[out]``, or ``[1]`` under the paper's rule.
+        bits: name of the grid. cols: ``in``. dtype: what the matrix says its dtype is, which is that of its gradient
+            and follows ``model.bfloat16()``; the codes and scales do not.
+        paper: ``code / scale`` instead of ``code · scale``. activations: ``"int8"`` or None, see :mod:`.linear`.
+    """
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor, bits: str, cols: int, dtype: torch.dtype, paper: bool = False,
+                activations: str | None = "int8", requires_grad: bool = False) -> LowBitWeight:
+        return Tensor._make_wrapper_subclass(cls, (codes.shape[0], cols), dtype=dtype, device=codes.device,
+                                             requires_grad=requires_grad)
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: str, cols: int, dtype: torch.dtype, paper: bool = False,
+                 activations: str | None = "int8", requires_grad: bool = False) -> None:
+        self.codes, self.scale = codes, scale
+        self.bits, self.cols, self.paper, self.activations = bits, cols, paper, activations
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: str | int, paper: bool = False,
+           activations: str | None = "int8") -> LowBitWeight:
+        """The nearest low-bit weight of a matrix.
+
+        Raises:
+            ValueError: not a matrix of finite floating-point numbers.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta or not weight.numel():
+            raise ValueError(f"a low-bit weight is made of a matrix of numbers, not of {weight.dtype} "
+                             f"{list(weight.shape)} on {weight.device}")
+        grid, x = lowbit.grid_of(bits), weight.detach().to(torch.float32)
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"a weight of shape {list(weight.shape)} has NaNs or infinities; no grid holds them")
+        scale = lowbit.first_scale(x, grid, paper)
+        codes = lowbit.pack(lowbit.nearest(x, scale, grid, paper), grid)
+        return cls(codes, scale, grid.name, x.shape[1], weight.dtype, paper, activations)
+
+    @property
+    def grid(self) -> Grid:
+        return lowbit.GRIDS[self.bits]
+
+    def unpacked(self) -> Tensor:
+        """int8 codes ``[out, in]``."""
+        return lowbit.unpack(self.codes, self.grid, self.cols)
+
+    def dequantize(self) -> Tensor:
+        """fp32 ``[out, in]``."""
+        return lowbit.values(self.unpacked(), self.scale, self.paper)
+
+    def row_steps(self) -> Tensor:
+        """fp32 distance of neighbouring values, ``[out]`` or ``[1]``."""
+        return 1.0 / self.scale if self.paper else self.scale
+
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def with_(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> LowBitWeight:
+        """Another weight of the same kind."""
+        return LowBitWeight(codes, scale, self.bits, self.cols, dtype or self.dtype, self.paper, self.activations)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What two weights must share for one to be copied into the other."""
+        return tuple(self.shape), self.bits, self.paper
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        rule = ", paper" if self.paper else ""
+        return (f"LowBitWeight({list(self.shape)}, bits={self.bits}{rule}, dtype={self.dtype}, device={self.device}, "
+                f"requires_grad={self.requires_grad})")
+
+    # ---- what torch asks of a subclass ---------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["codes", "scale"], (self.bits, self.cols, self.dtype, self.paper, self.activations)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: tuple[Any, ...], outer_size: Any = None,
+                             outer_stride: Any = None) -> LowBitWeight:
+        return cls(inner["codes"], inner["scale"], *meta)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, for the cache of AOTAutograd."""
+        parts = [(t.dtype, tuple(t.shape), t.stride(), t.device) for t in (self.codes, self.scale)]
+        return repr((type(self).__qualname__, *parts, *self.__tensor_flatten__()[1], self.requires_grad))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        data = (self.codes, self.scale, self.bits, self.cols, self.dtype, self.paper, self.activations,
+                self.requires_grad, isinstance(self, torch.nn.Parameter))
+        return rebuild, data
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Iterable[type], args: Any = (),
+                           kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            from quartet.runtime.direct.linear import linear
+
+            return linear(*args, **kwargs)
+        with torch.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+            cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _RULES:
+            raise NotImplementedError(
+                f"{func} is not defined on a low-bit weight; use torch.nn.functional.linear, or weight.dequantize() "
+                "for a matrix of numbers")
+        return _RULES[func](func, args, kwargs)
+
+    # ---- FSDP2 ---------------------------------------------------------------------------------------------------
+
+    def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any = None, outer_stride: Any = None, module: Any = None,
+                            mp_policy: Any = None) -> tuple[tuple[Tensor, ...], Any]:
+        """Codes and scales are what travels: FSDP gathers them, not numbers."""
+        rows, ranks = int(outer_size[0]), mesh.size()
+        if rows % ranks:
+            raise ValueError(f"a low-bit weight of {rows} rows cannot be sharded over {ranks} ranks; use a multiple of "
+                             f"{ranks} rows, for example {rows + -rows % ranks}, or leave the layer out by skip=")
+        return (self.codes, self.scale), None
+
+    def fsdp_post_all_gather(self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *,
+                             out: Tensor | None = None) -> Any:
+        codes, scale = outputs
+        if out is not None:
+            return None
+        return self.with_(codes, scale[:1] if self.paper else scale, param_dtype), outputs
+
+
+def rebuild(codes: Tensor, scale: Tensor, bits: str, cols: int, dtype: torch.dtype, paper: bool,
+            activations: str | None, requires_grad: bool, parameter: bool) -> Tensor:
+    """A pickled weight."""
+    weight = LowBitWeight(codes, scale, bits, cols, dtype, paper, activations)
+    return torch.nn.Parameter(weight, requires_grad) if parameter else weight.requires_grad_(requires_grad)
+
+
+# ---- operators -----------------------------------------------------------------------------------------------------
+
+_RULES: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _implements(*ops: Any) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return register
+
+
+@_implements(aten.detach.default, aten.clone.default, aten.alias.default)
+def _same(func: Any, args: Any, kwargs: Any) -> Any:
+    w = args[0]
+    own = {k: v for k, v in kwargs.items() if k != "memory_format"}
+    return w.with_(func(w.codes, **own), func(w.scale, **own))
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
+    w = args[0]
+    dtype = kwargs.get("dtype") or w.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"a low-bit weight says to be of a floating-point dtype, not {dtype}; weight.unpacked() has "
+                        "its codes as int8")
+    move = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking") and v is not None}
+    return w.with_(w.codes.to(copy=True, **move), w.scale.to(copy=True, **move), dtype)
+
+
+@_implements(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+             aten.rand_like.default, aten.randn_like.default)
+def _like(func: Any, args: Any, kwargs: Any) -> Any:
+    """A plain tensor, as the states of an optimizer are."""
+    w = args[0]
+    meta = torch.empty(w.shape, dtype=w.dtype, device="meta")
+    own = {k: v for k, v in kwargs.items() if k != "memory_format"}
+    return func(meta, *args[1:], **({"device": w.device} | {k: v for k, v in own.items() if v is not None}))
+
+
+@_implements(aten.copy_.default)
+def _copy(func: Any, args: Any, kwargs: Any) -> Any:
+    target, source = args[0], args[1]
+    if not isinstance(target, LowBitWeight):
+        return target.copy_(source.dequantize())
+    if not isinstance(source, LowBitWeight):
+        raise ValueError(f"a plain tensor {list(source.shape)} cannot be copied into a low-bit weight of "
+                         f"{_described(target)}: load numbers before quartet.direct.convert, or convert them first by "
+                         "LowBitWeight.of; under DDP call quartet.direct.broadcast(model) and pass init_sync=False")
+    if target.kind() != source.kind():
+        raise ValueError(f"a low-bit weight of {_described(source)} cannot be copied into one of {_described(target)}; "
+                         "convert the model with the same bits= and paper=")
+    target.codes.copy_(source.codes, *args[2:])
+    target.scale.copy_(source.scale, *args[2:])
+    return target
+
+
+def _described(w: LowBitWeight) -> str:
+    return f"shape {list(w.shape)}, bits {w.bits}" + ", paper" * w.paper
+
+
+def _scales(w: LowBitWeight, cut: Callable[[Tensor], Any], pieces: int | None = None) -> Any:
+    """Scales cut along rows like the codes; the paper's one scale goes with every piece."""
+    if not w.paper:
+        return cut(w.scale)
+    return w.scale if pieces is None else [w.scale.clone() for _ in range(pieces)]
+
+
+@_implements(aten.split.Tensor)
+def _split(func: Any, args: Any, kwargs: Any) -> Any:
+    w, size = args[0], args[1]
+    _rows_only(func, args[2] if len(args) > 2 else kwargs.get("dim", 0))
+    codes = func(w.codes, size)
+    scales = _scales(w, lambda s: func(s, size), len(codes))
+    return [w.with_(c, s) for c, s in zip(codes, scales, strict=True)]
+
+
+@_implements(aten.slice.Tensor)
+def _slice(func: Any, args: Any, kwargs: Any) -> Any:
+    w = args[0]
+    _rows_only(func, args[1] if len(args) > 1 else 0)
+    return w.with_(func(w.codes, *args[1:]), _scales(w, lambda s: func(s, *args[1:])))
+
+
+def _rows_only(func: Any, dim: int) -> None:
+    if dim not in (0, -2):
+        raise ValueError(f"{func} would cut a low-bit weight across its rows; only dimension 0 can be cut or sharded")
+
+
+@_implements(aten.new_zeros.default, aten.new_empty.default)
+def _new(func: Any, args: Any, kwargs: Any) -> Any:
+    w, size = args[0], args[1]
+    own = {k: v for k, v in kwargs.items() if v is not None and k != "dtype"}
+    if len(size) != 2 or size[1] != w.cols:
+        return func(w.codes, size, dtype=kwargs.get("dtype") or w.dtype, **own)
+    codes = func(w.codes, (size[0], w.codes.shape[1]), **own)
+    return w.with_(codes, func(w.scale, (1 if w.paper else size[0],), **own), kwargs.get("dtype"))
+
+
+@_implements(aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    """FSDP2 asks for a flat view and for a strided one of the same matrix: both are the weight itself."""
+    w, size = args[0], list(args[1])
+    if size not in ([-1], [w.numel()], list(w.shape)):
+        raise ValueError(f"a low-bit weight of shape {list(w.shape)} has no view of shape {size}")
+    return w.with_(w.codes, w.scale)
+
+
+def components(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The stored tensors of several low-bit weights."""
+    return [part for t in tensors if isinstance(t, LowBitWeight) for part in (t.codes, t.scale)]
+
+
+torch.serialization.add_safe_globals([LowBitWeight, rebuild])

@@ -1,0 +1,69 @@
+"""DDP and FSDP2 on gloo: ranks train the weights that one process trains, and hold only their rows."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+HERE = str(Path(__file__).parent)
+sys.path.insert(0, HERE)
+
+import direct_workers as workers  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()),
+                                reason="this PyTorch is built without gloo")
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """A function: what the worker of a name returned, one entry a rank."""
+    folder, found = tmp_path_factory.mktemp("direct"), {}
+
+    def run(name):
+        if name not in found:
+            mp.spawn(workers.main, (name, str(folder), RANKS), nprocs=RANKS)
+            found[name] = [torch.load(folder / f"{name}{rank}.pt") for rank in range(RANKS)]
+        return found[name]
+
+    return run
+
+
+def whole(case):
+    net = workers.model(case)
+    workers.steps(net, workers.wrapped(case, net))
+    return workers.stored(net)
+
+
+def close(left, right, case):
+    """Gradients of halves add up in another order, so that a code in a thousand may round the other way."""
+    assert (left != right).float().mean() < 2e-3, case
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_ranks_of_ddp_stay_equal_and_train_like_one(case, ranks):
+    first, second = (rank[case] for rank in ranks("ddp"))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    alone = whole(case)
+    close(first["down.weight.codes"], alone["down.weight.codes"], case)
+    assert torch.allclose(first["down.weight.scale"], alone["down.weight.scale"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_fsdp_shards_rows_and_trains_like_one(case, ranks):
+    alone = whole(case)
+    for name in ("up.weight", "down.weight"):
+        parts = [rank[case][name] for rank in ranks("fsdp")]
+        close(torch.cat([codes for codes, _ in parts]), alone[f"{name}.codes"], case)
+        scales = parts[0][1] if workers.CASES[case][1] else torch.cat([scale for _, scale in parts])
+        assert torch.allclose(scales, alone[f"{name}.scale"], rtol=1e-3)
+    assert ranks("fsdp")[0][case]["bytes"] == alone["up.weight.codes"].nbytes // RANKS
+
+
+def test_rows_that_do_not_divide_say_so(ranks):
+    for message in ranks("uneven"):
+        assert "9 rows cannot be sharded over 2 ranks" in message and "10" in message
