@@ -12,6 +12,7 @@ from quartet.backend import make_pipeline
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.policy import Policy
+from quartet.runtime.devices import Target
 
 MINE = replace(quartet.recipes()["quartet"], name="mine")
 
@@ -27,11 +28,12 @@ def key(options=None, weight_is_parameter=True, name="w"):
 
 
 def test_equal_work_has_an_equal_key():
-    assert key() == key(Options()) == key(Options(Policy("quartet")))
+    assert key() == key(Options()) == key(Options(Policy("quartet", where_it_pays=True)))
     assert key(Options(Policy(MINE))) == key(Options(Policy(replace(MINE))))
 
 
 @pytest.mark.parametrize("options", [
+    Options(Policy("quartet")),
     Options(Policy("quartet-paper")),
     Options(Policy().on("*.down_proj", None)),
     Options(Policy(MINE)),
@@ -40,6 +42,10 @@ def test_equal_work_has_an_equal_key():
     Options(recompute="none"),
     Options(disable_passes=("share",)),
     Options(disable_kernels=("cpp",)),
+    Options(accumulation="promoted"),
+    Options(reuse_weights=False),
+    Options(portable_rounding=True),
+    Options(target=Target.named("sm_100a")),
 ], ids=repr)
 def test_every_option_is_in_the_key(options):
     assert key(options) != key()
