@@ -101,7 +101,11 @@ def _unswizzle(scales: Tensor, rows: int, cols: int) -> Tensor:
 @cache
 def _scalar(value: float, device: torch.device) -> Tensor | None:
     """fp32 on the device; None for 1."""
-    return None if value == 1.0 else torch.full((), value, dtype=torch.float32, device=device)
+    from quartet.kernels.triton.fold import lasting
+
+    if value == 1.0:
+        return None
+    return lasting(device, lambda: torch.full((), value, dtype=torch.float32, device=device))
 
 
 def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:

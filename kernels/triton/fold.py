@@ -33,17 +33,17 @@ def table(device: torch.device) -> Tensor:
     d = torch.arange(_LOWEST, TOP + 1, dtype=torch.float32)
     codes = (torch.tensor(E2M1_VALUES) * 2.0 ** d[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
     rows = torch.cat((codes, torch.full((1, 8), 0x7F, dtype=torch.uint8)))
-    return _lasting(device, lambda: rows.view(torch.int32).to(device))
+    return lasting(device, lambda: rows.view(torch.int32).to(device))
 
 
 def inexact_blocks(device: torch.device) -> Tensor:
     """int64 counter, on ``device``, of the blocks of 32 that a fold may have had to round since the process started."""
     if device not in COUNTERS:
-        COUNTERS[device] = _lasting(device, lambda: torch.zeros(1, dtype=torch.int64, device=device))
+        COUNTERS[device] = lasting(device, lambda: torch.zeros(1, dtype=torch.int64, device=device))
     return COUNTERS[device]
 
 
-def _lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+def lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
     """``make()`` in a thread and stream of its own: what warms up or records a CUDA graph allocates from its pool."""
 
     def aside() -> Tensor:
