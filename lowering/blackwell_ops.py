@@ -15,25 +15,20 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quartet.kernels.reference.packing import unswizzle_scales
 from quartet.kernels.spec import QuantSpec
+from quartet.lowering.cuda_ops import CHAIN, OTHER, chain_of
 from quartet.lowering.ir import ceil_to, library
 from quartet.runtime.weights import REUSED, described
 
-if TYPE_CHECKING:
-    from quartet.kernels.triton.ops import Chain
-
-_CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
-_OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
 _HOW = "bool hardware=True"
-library.define(f"fp4_quantize(Tensor x, {_CHAIN}, Tensor? parameter=None, {_HOW}) -> (Tensor, Tensor, Tensor)")
-library.define(f"fp4_quantize_both(Tensor x, {_CHAIN}, {_OTHER}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define(f"fp4_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}, {_HOW}) "
+library.define(f"fp4_quantize(Tensor x, {CHAIN}, Tensor? parameter=None, {_HOW}) -> (Tensor, Tensor, Tensor)")
+library.define(f"fp4_quantize_both(Tensor x, {CHAIN}, {OTHER}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"fp4_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, {_HOW}) "
                "-> (Tensor, Tensor)")
 _PRODUCT = "(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float gain, ScalarType dtype) -> Tensor"
 library.define(f"fp4_mm{_PRODUCT}")
@@ -52,16 +47,10 @@ def _kernels() -> ModuleType:
     return blackwell
 
 
-def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
-    from quartet.kernels.triton.ops import Chain
-
-    return Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
-
-
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               parameter: Tensor | None = None, hardware: bool = True) -> Three:
     def make() -> Three:
-        return _kernels().quantize(x, _chain(rotation, signs, spec, seed, site), hardware=hardware)
+        return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site), hardware=hardware)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Three:
         return codes, scales, mask
@@ -72,13 +61,13 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int,
                    hardware: bool = True) -> Four:
-    rows, columns = _chain(rotation, signs, spec, seed, site), _chain(t_rotation, t_signs, t_spec, t_seed, t_site)
+    rows, columns = chain_of(rotation, signs, spec, seed, site), chain_of(t_rotation, t_signs, t_spec, t_seed, t_site)
     return _kernels().quantize_both(x, rows, columns, hardware=hardware)
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, hardware: bool = True) -> Two:
-    chain = _chain(rotation, signs, spec, seed, site)
+    chain = chain_of(rotation, signs, spec, seed, site)
     return _kernels().requantize(codes, scales, QuantSpec.parse(in_spec), chain, hardware=hardware)
 
 

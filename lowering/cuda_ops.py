@@ -26,12 +26,12 @@ from quartet.runtime.weights import REUSED, described
 if TYPE_CHECKING:
     from quartet.kernels.triton.ops import Chain
 
-_CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
-_OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
-library.define(f"cuda_quantize(Tensor x, {_CHAIN}, bool packed, bool folded, Tensor? parameter=None) "
+CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
+OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
+library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cuda_quantize_both(Tensor x, {_CHAIN}, {_OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}, bool packed, bool folded) "
+library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, bool packed, bool folded) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define("cuda_fold(Tensor codes, Tensor scales, str spec) -> (Tensor, Tensor)")
 library.define("cuda_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
@@ -50,13 +50,14 @@ def _kernels() -> ModuleType:
     return ops
 
 
-def _chain(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
+def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
+    """The arguments ``CHAIN`` of an op as what the kernels take."""
     return _kernels().Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int, packed: bool,
               folded: bool, parameter: Tensor | None = None) -> Five:
-    ops, chain = _kernels(), _chain(rotation, signs, spec, seed, site)
+    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site)
 
     def make() -> Five:
         return ops.quantize(x, chain, packed=packed, folded=folded)
@@ -71,7 +72,7 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int) -> Four:
     ops = _kernels()
-    rows, columns = _chain(rotation, signs, spec, seed, site), _chain(t_rotation, t_signs, t_spec, t_seed, t_site)
+    rows, columns = chain_of(rotation, signs, spec, seed, site), chain_of(t_rotation, t_signs, t_spec, t_seed, t_site)
     codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
     return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec)
 
@@ -79,7 +80,7 @@ def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, se
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, packed: bool, folded: bool) -> Five:
     ops = _kernels()
-    chain = _chain(rotation, signs, spec, seed, site)
+    chain = chain_of(rotation, signs, spec, seed, site)
     codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain)
     none = codes.new_empty(0)
     values, row_scales = ops.fold(codes, scales, chain.spec) if folded else (none, none)

@@ -80,11 +80,11 @@ def save(rank, folder):
     return found
 
 
-def load(rank, folder):
-    """One rank, nothing sharded: load each checkpoint into a new optimizer and go on."""
+def load(rank, folder, place=lambda net: net):
+    """Load each checkpoint into a new optimizer and go on: on one rank, nothing sharded, unless ``place`` says else."""
     found = {}
     for case, make in CASES.items():
-        net = model(case)
+        net = place(model(case))
         optimizer = make(net.parameters())
         weights, states = get_state_dict(net, optimizer)
         dcp.load({"model": weights, "optimizer": states}, checkpoint_id=f"{folder}/{case}")
@@ -95,12 +95,4 @@ def load(rank, folder):
 
 def load_sharded(rank, folder):
     """Two ranks again."""
-    found = {}
-    for case, make in CASES.items():
-        net = fully_shard(model(case))
-        optimizer = make(net.parameters())
-        weights, states = get_state_dict(net, optimizer)
-        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=f"{folder}/{case}")
-        set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=states)
-        found[case] = [p.detach() for p in train(net, optimizer, range(3, 5))]
-    return found
+    return load(rank, folder, fully_shard)
