@@ -12,19 +12,25 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-ELEMENTS = ("e2m1", "e4m3", "e5m2")
-SCALES = ("e8m0", "fp32")
+ELEMENTS = ("e2m1", "e4m3", "e5m2", "int8", "ternary")
+SCALES = ("e8m0", "e4m3", "fp32")
 BLOCKS = (16, 32, 64, 128)
 WHOLES = ("row", "tensor")
-RULES = ("floor", "ceil", "headroom", "quest", "amax", "amax_pow2")
-AMAX_RULES = ("amax", "amax_pow2")
+RULES = ("floor", "ceil", "headroom", "quest", "amax", "amax_pow2", "delayed", "absmean", "four_six", "eden")
 ROUNDINGS = ("nearest", "stochastic")
 SIGMAS = ("centred", "guarded", "rms")
 POWERS = ("floor", "nearest")
 
-ELEMENT_BITS = {"e2m1": 4, "e4m3": 8, "e5m2": 8}
-ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
+RULES_OF_SCALE = {
+    "e8m0": ("floor", "ceil", "headroom", "quest"),
+    "e4m3": ("amax", "four_six", "eden"),
+    "fp32": ("amax", "amax_pow2", "delayed", "absmean"),
+}
+ELEMENT_BITS = {"e2m1": 4, "e4m3": 8, "e5m2": 8, "int8": 8, "ternary": 8}
+ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "ternary": 1.0}
 ELEMENT_EMAX = {"e2m1": 2, "e4m3": 8, "e5m2": 15}
+EDEN_GROUP = 128  # elements over which the eden rule corrects the length of what it rounded
+_ROUNDED_BY_RULE = ("eden",)  # stochastic in their scales, to nearest in their codes
 
 
 def dtype_name(dtype: object) -> str:
@@ -42,16 +48,20 @@ class QuantSpec:
 
     Args:
         element: element format, one of ``ELEMENTS``.
-        block: how many elements along that axis share one scale, one of ``BLOCKS`` (32 for the OCP MX formats), or
-            ``"row"`` or ``"tensor"``: all that lie in one.
-        scale: scale format, one of ``SCALES``: ``"e8m0"`` of a block, ``"fp32"`` of a row or a tensor.
-        rule: how the scale follows from those elements, one of ``RULES``. ``amax``: the largest magnitude becomes the
-            largest that the format holds; ``amax_pow2``: with the multiplier rounded down to a power of two.
+        block: how many elements along that axis share one scale, one of ``BLOCKS`` (32 for the OCP MX formats, 16 for
+            NVFP4), or ``"row"`` or ``"tensor"``: all that lie in one.
+        scale: scale format, one of ``SCALES``: ``"e8m0"`` of a block; ``"e4m3"`` of a block of 16, times one fp32
+            number for the tensor; ``"fp32"`` of a row, a tensor or a block.
+        rule: how the scale follows from those elements, one of ``RULES_OF_SCALE[scale]``. ``amax``: the largest
+            magnitude becomes the largest that the format holds; ``amax_pow2``: with the multiplier rounded down to a
+            power of two; ``delayed``: ``amax`` of a magnitude that is given from outside; ``absmean``: the mean
+            magnitude becomes 1; ``four_six`` and ``eden``: see ``quartet.kernels.reference.nvfp4``.
         rounding: ``"nearest"`` (ties to even code) or ``"stochastic"``.
         sigma: block deviation of the ``quest`` rule: ``"centred"`` (as released),
             ``"guarded"`` (centred, but at least ``mean(x²)/16``) or ``"rms"``.
         power: how the ``quest`` scale becomes a power of two.
         mask: also return the 1-bit mask of the elements that were not clipped.
+        tile: ``block`` rows share the scale too: squares, whose codes are the same in both orientations.
 
     ``sigma`` and ``power`` say nothing under another rule than ``quest`` and take their defaults there.
     """
@@ -64,6 +74,7 @@ class QuantSpec:
     sigma: str = "guarded"
     power: str = "floor"
     mask: bool = False
+    tile: bool = False
 
     def __post_init__(self) -> None:
         for field, legal in (
@@ -81,27 +92,47 @@ class QuantSpec:
             raise SpecError(f"quantiser block {self.block!r} is not possible; use 16, 32, 64 or 128, or 'row' or "
                             "'tensor' with scale 'fp32'")
         self._check_scale()
-        if self.rule in ("quest", "headroom") and self.element != "e2m1":
-            raise SpecError(f"scale rule {self.rule!r} is defined for e2m1 only, not {self.element}; "
-                            "use 'floor' or 'ceil'")
+        self._check_element()
         if self.mask and self.rule not in ("quest", "floor"):
             raise SpecError(f"scale rule {self.rule!r} never clips, so it has no clip mask; use mask=False")
-        if self.rounding == "stochastic" and self.element != "e2m1":
-            raise SpecError(f"stochastic rounding is defined for e2m1 only, not {self.element}")
         if self.rule != "quest":
             object.__setattr__(self, "sigma", QuantSpec.sigma)
             object.__setattr__(self, "power", QuantSpec.power)
 
     def _check_scale(self) -> None:
-        if (self.scale == "fp32") != (self.block in WHOLES):
+        if self.rule not in RULES_OF_SCALE[self.scale]:
+            raise SpecError(f"scale rule {self.rule!r} gives no {self.scale} scale; possible: "
+                            f"{', '.join(RULES_OF_SCALE[self.scale])}")
+        if self.scale != "fp32" and self.block in WHOLES:
             raise SpecError(f"scale {self.scale!r} with block {self.block!r} does not exist; 'e8m0' scales belong to "
-                            "blocks of 16, 32, 64 or 128, 'fp32' scales to 'row' or 'tensor'")
-        if (self.scale == "fp32") != (self.rule in AMAX_RULES):
-            possible = AMAX_RULES if self.scale == "fp32" else tuple(r for r in RULES if r not in AMAX_RULES)
-            raise SpecError(f"scale rule {self.rule!r} gives no {self.scale} scale; possible: {', '.join(possible)}")
-        if self.scale == "fp32" and self.element == "e2m1":
-            raise SpecError("fp32 scales of a row or a tensor are defined for e4m3 and e5m2, not e2m1; "
-                            "give e2m1 blocks with 'e8m0' scales")
+                            "blocks of 16, 32, 64 or 128, 'fp32' scales to 'row', 'tensor' or such blocks")
+        if self.scale == "e4m3" and (self.element, self.block) != ("e2m1", 16):
+            raise SpecError(f"scale 'e4m3' belongs to e2m1 in blocks of 16 (NVFP4), not to {self.element}/{self.block}")
+        if self.rule in ("delayed", "absmean") and self.block != "tensor":
+            raise SpecError(f"scale rule {self.rule!r} gives one scale a tensor, not one a {self.block}; "
+                            "use block='tensor'")
+        if self.tile and (self.block in WHOLES or self.scale == "e8m0" or self.rule in ("four_six", "eden")):
+            raise SpecError(f"tiles of {self.block} by {self.block} with scale {self.scale!r} and rule {self.rule!r} do "
+                            "not exist; tile=True goes with blocks, scale 'fp32' (amax, amax_pow2) or 'e4m3' (amax)")
+
+    def _check_element(self) -> None:
+        if self.rule in ("quest", "headroom") and self.element != "e2m1":
+            raise SpecError(f"scale rule {self.rule!r} is defined for e2m1 only, not {self.element}; "
+                            "use 'floor' or 'ceil'")
+        if self.scale == "e8m0" and self.element not in ELEMENT_EMAX:
+            raise SpecError(f"{self.element} has no 'e8m0' scales; it has 'fp32' scales")
+        if (self.element == "ternary") != (self.rule == "absmean"):
+            raise SpecError(f"ternary codes and scale rule 'absmean' belong together; got {self.element} and "
+                            f"{self.rule!r}")
+        if self.scale == "fp32" and self.element == "e2m1" and (self.block == "tensor" or self.tile):
+            raise SpecError("e2m1 has no fp32 scale of a tensor or a tile; give it blocks, or 'row' with scale 'fp32'")
+        if self.stochastic and self.element != "e2m1":
+            raise SpecError(f"stochastic rounding is defined for e2m1 only, not {self.element}")
+        if self.rule in _ROUNDED_BY_RULE and not self.stochastic:
+            raise SpecError(f"scale rule {self.rule!r} rounds its scales stochastically; use rounding='stochastic'")
+        if self.stochastic and self.rule == "four_six":
+            raise SpecError("scale rule 'four_six' chooses by the error of rounding to nearest, which biases stochastic "
+                            "rounding; use rounding='nearest' or rule 'amax' or 'eden'")
 
     @property
     def bits(self) -> int:
@@ -130,7 +161,20 @@ class QuantSpec:
     @property
     def multiple(self) -> int:
         """What the contraction axis is zero-padded to a multiple of."""
-        return int(self.block) if self.blocked else 1
+        if self.rule == "eden":
+            return EDEN_GROUP
+        return int(self.block) if self.blocked else 2 if self.element == "e2m1" else 1
+
+    @property
+    def takes_amax(self) -> bool:
+        """Whether the tensor's largest magnitude is an argument of the quantiser: half of a two-level scale, or the
+        scale's only source."""
+        return self.scale == "e4m3" or self.rule == "delayed"
+
+    @property
+    def exact_in_bf16(self) -> bool:
+        """Whether ``code · scale`` of a block is a bf16 number, the tensor's factor left out."""
+        return self.blocked and (self.scale != "fp32" or self.rule == "amax_pow2")
 
     @property
     def commutes_with_transpose(self) -> bool:
@@ -139,18 +183,19 @@ class QuantSpec:
 
     def __str__(self) -> str:
         rule = f"quest({self.sigma},{self.power})" if self.rule == "quest" else self.rule
+        block = f"{self.block}x{self.block}" if self.tile else self.block
         tail = " mask" if self.mask else ""
-        return f"{self.element}/{self.block} {self.scale} {rule} {self.rounding}{tail}"
+        return f"{self.element}/{block} {self.scale} {rule} {self.rounding}{tail}"
 
     @staticmethod
     @cache
     def parse(text: str) -> QuantSpec:
         """Read ``str(spec)`` back. Raises SpecError with the expected form."""
-        m = re.fullmatch(r"(\w+)/(\w+) (\w+) (\w+)(?:\((\w+),(\w+)\))? (\w+)( mask)?", text)
+        m = re.fullmatch(r"(\w+)/([a-z]+|\d+?)(x\2)? (\w+) (\w+)(?:\((\w+),(\w+)\))? (\w+)( mask)?", text)
         if m is None:
             raise SpecError(f"cannot read quantiser {text!r}; expected 'element/block scale rule rounding [mask]', "
-                            "for example 'e2m1/32 e8m0 quest(guarded,floor) nearest mask' or "
-                            "'e4m3/tensor fp32 amax nearest'")
-        element, block, scale, rule, sigma, power, rounding, mask = m.groups()
+                            "for example 'e2m1/32 e8m0 quest(guarded,floor) nearest mask', "
+                            "'e2m1/16x16 e4m3 amax nearest' or 'e4m3/tensor fp32 amax nearest'")
+        element, block, tile, scale, rule, sigma, power, rounding, mask = m.groups()
         return QuantSpec(element, int(block) if block.isdecimal() else block, scale, rule, rounding,
-                         sigma or QuantSpec.sigma, power or QuantSpec.power, mask is not None)
+                         sigma or QuantSpec.sigma, power or QuantSpec.power, mask is not None, tile is not None)

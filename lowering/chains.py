@@ -38,7 +38,7 @@ class Source:
 
     @staticmethod
     def of(quantizer: Node) -> Source:
-        x, spec, seed, site = quantizer.args
+        x, spec, seed, site = quantizer.args[:4]
         rotation, signs = 0, None
         assert isinstance(x, Node)
         if x.target is ir.HADAMARD:

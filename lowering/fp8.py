@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import fp8_ops
+from quartet.lowering import fp8_ops, ir
 from quartet.lowering.chains import Accepts, Source, accepted
 from quartet.lowering.graph import BACKWARD, Builder, aten, is_backward, keep_as, shape, val
 from quartet.lowering.inductor import store
@@ -43,6 +43,8 @@ def unavailable(device: torch.device | Target) -> str | None:
 
 def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
     """None when ``_scaled_mm`` multiplies operands of this format into ``dtype``, else why not."""
+    if spec.element not in ir.FLOAT8:
+        return f"multiplies FP8 operands, not {spec.element}"
     if spec.blocked:
         return f"multiplies FP8 operands with one scale a row or a tensor, not a scale every {spec.block} elements"
     if spec.block == "row" and dtype is not torch.bfloat16:
@@ -79,10 +81,11 @@ def _cast(graph: Graph, node: Node) -> None:
     spec = QuantSpec.parse(text)
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
 
-    def scales(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(store(value) for value in reference.fp32_scale(t, spec))
+    def scales(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(store(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
 
-    multiplier, scale = inline(build, compat.trace(scales, [val(x)]), [x])
+    inputs = [x, *node.args[4:]]
+    multiplier, scale = inline(build, compat.trace(scales, list(map(val, inputs))), inputs)  # type: ignore[arg-type]
     items = {item.args[1]: item for item in node.users}
     readers = list(items[0].users) if 0 in items else []
     flipped = [user for user in readers if user.target is aten.permute.default]

@@ -101,6 +101,13 @@ class Builder:
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if val(node).dtype == dtype else self(torch.ops.prims.convert_element_type.default, node, dtype)
 
+    def contiguous(self, node: Node) -> Node:
+        """``node``, copied unless its strides are those of a contiguous tensor."""
+        packed = torch.empty_like(val(node), memory_format=torch.contiguous_format)
+        if str(val(node).stride()) == str(packed.stride()):
+            return node
+        return self(aten.clone.default, node, memory_format=torch.contiguous_format)
+
     def columns(self, node: Node, cols: Any) -> Node:
         """The first ``cols`` columns of a 2-D node."""
         width = shape(node)[1]

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir
+from quartet.lowering import ir, saved_ops
 from quartet.runtime import compat
 
 RADICES = {16: (4, 4), 32: (8, 4), 64: (8, 8), 128: (8, 4, 4)}
@@ -69,13 +69,14 @@ def hadamard(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype: torc
     return y.reshape(n, rows, cols // n).permute(1, 2, 0).reshape(rows, cols).to(dtype)
 
 
-def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int, amax: Tensor | None = None) -> ir.Three:
     """The reference with its random bits from an op of their own: Philox inlined would be computed 16 times over."""
     q = QuantSpec.parse(spec)
     bits = None
     if seed is not None:
-        bits = torch.ops.quartet.random_bits(seed, site, x.shape[0], ir.ceil_to(x.shape[1], q.block))
-    codes, scales, mask = reference.quantize(x, q, seed, site, bits, _store_blocks)
+        shape = reference.random_shape(q, x.shape[0], ir.ceil_to(x.shape[1], q.multiple))
+        bits = torch.ops.quartet.random_bits(seed, site, *shape)
+    codes, scales, mask = reference.quantize(x, q, seed, site, bits, _store_blocks, amax)
     return store(codes), scales, store(mask) if q.mask else mask
 
 
@@ -89,8 +90,8 @@ def _nibbles(packed: Tensor) -> Tensor:
     return _fields(packed, 4)
 
 
-def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype, _nibbles)
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype, amax: Tensor | None = None) -> Tensor:
+    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype, _nibbles, amax)
 
 
 def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
@@ -99,17 +100,26 @@ def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
-               dtype: torch.dtype) -> Tensor:
+               dtype: torch.dtype, a_amax: Tensor | None = None, b_amax: Tensor | None = None) -> Tensor:
     specs = QuantSpec.parse(a_spec), QuantSpec.parse(b_spec)
-    return reference.scaled_mm(a, a_scales, b, b_scales, *specs, dtype, _nibbles)
+    return reference.scaled_mm(a, a_scales, b, b_scales, *specs, dtype, _nibbles, a_amax, b_amax)
+
+
+def _scaled_bmm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
+                dtype: torch.dtype, batch: Any, a_amax: Tensor | None = None, b_amax: Tensor | None = None) -> Tensor:
+    specs = QuantSpec.parse(a_spec), QuantSpec.parse(b_spec)
+    return reference.scaled_bmm(a, a_scales, b, b_scales, *specs, dtype, batch, _nibbles, a_amax, b_amax)
 
 
 _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     ir.HADAMARD: hadamard,
+    ir.AMAX: reference.largest_magnitude,
     ir.QUANTIZE: _quantize,
     ir.DEQUANTIZE: _dequantize,
     ir.APPLY_MASK: _apply_mask,
     ir.SCALED_MM: _scaled_mm,
+    ir.SCALED_BMM: _scaled_bmm,
+    **saved_ops.DECOMPOSITIONS,
 }
 
 

@@ -8,12 +8,15 @@ recipe. Every op is functional and a pure function of its arguments.
     random_bits(seed, site, rows, cols)   int16 0…511, what a stochastic quantize draws
     fixed_signs(signs, device)            [n] float32, given
     hadamard(x, n, signs, inverse, dtype) [R, C] → [R, ⌈C/n⌉n]
-    quantize(x, spec, seed, site)         [R, C] → codes, scales, mask   (C padded to the block, where there are blocks)
-    dequantize(codes, scales, spec, dtype)→ [R, padded]
+    amax(x)                               [R, C] → [1, 1] float32, the largest magnitude
+    quantize(x, spec, seed, site, amax)   [R, C] → codes, scales, mask   (C padded to the block, where there are blocks)
+    dequantize(codes, scales, spec, dtype, amax)  → [R, padded]
     apply_mask(x, mask)                   [R, C], packed bits [R, C/8]
-    scaled_mm(a, a_scales, b, b_scales, a_spec, b_spec, dtype)   [M, K] · [N, K]ᵀ
+    scaled_mm(a, a_scales, b, b_scales, a_spec, b_spec, dtype, a_amax, b_amax)   [M, K] · [N, K]ᵀ
+    scaled_bmm(…, dtype, batch, a_amax, b_amax)   [batch·M, K] and [batch·N, K] → [batch·M, N]
 
 The codes that a scaled_mm reads are those of a quantize or, where one scale is the whole tensor's, their transpose.
+``amax`` is given where the spec takes one (``QuantSpec.takes_amax``), else it is None.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from torch.fx import Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 
+Three = tuple[Tensor, Tensor, Tensor]
+
 library = torch.library.Library("quartet", "DEF")
 _ANY_STRIDES = (torch.Tag.flexible_layout,)  # Inductor need not realise inputs in a fixed layout
 
@@ -34,11 +39,16 @@ library.define("signs(Tensor seed, int site, int n) -> Tensor", tags=_ANY_STRIDE
 library.define("fixed_signs(int[] signs, Device device) -> Tensor", tags=_ANY_STRIDES)
 library.define("random_bits(Tensor seed, int site, SymInt rows, SymInt cols) -> Tensor", tags=_ANY_STRIDES)
 library.define("hadamard(Tensor x, int n, Tensor? signs, bool inverse, ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
-library.define("quantize(Tensor x, str spec, Tensor? seed, int site) -> (Tensor, Tensor, Tensor)", tags=_ANY_STRIDES)
-library.define("dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
+library.define("amax(Tensor x) -> Tensor", tags=_ANY_STRIDES)
+library.define("quantize(Tensor x, str spec, Tensor? seed, int site, Tensor? amax=None) -> (Tensor, Tensor, Tensor)",
+               tags=_ANY_STRIDES)
+library.define("dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype, Tensor? amax=None) -> Tensor",
+               tags=_ANY_STRIDES)
 library.define("apply_mask(Tensor x, Tensor mask) -> Tensor", tags=_ANY_STRIDES)
 library.define("scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, str a_spec, str b_spec, "
-               "ScalarType dtype) -> Tensor", tags=_ANY_STRIDES)
+               "ScalarType dtype, Tensor? a_amax=None, Tensor? b_amax=None) -> Tensor", tags=_ANY_STRIDES)
+library.define("scaled_bmm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, str a_spec, str b_spec, "
+               "ScalarType dtype, SymInt batch, Tensor? a_amax=None, Tensor? b_amax=None) -> Tensor", tags=_ANY_STRIDES)
 
 
 def ceil_to(size, multiple: int):
@@ -47,18 +57,21 @@ def ceil_to(size, multiple: int):
 
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+CODES = {**FLOAT8, "int8": torch.int8, "ternary": torch.int8}
+_SCALES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "fp32": torch.float32}
 
 
 def code_layout(spec: QuantSpec, padded: Any) -> tuple[torch.dtype, Any]:
     """dtype and last-axis length of the codes of ``padded`` elements."""
-    return (torch.uint8, padded // 2) if spec.element == "e2m1" else (FLOAT8[spec.element], padded)
+    return (torch.uint8, padded // 2) if spec.element == "e2m1" else (CODES[spec.element], padded)
 
 
 def scale_layout(spec: QuantSpec, rows: Any, padded: Any) -> tuple[torch.dtype, tuple[Any, Any]]:
     """dtype and shape of the scales of ``[rows, padded]`` elements."""
+    dtype = _SCALES[spec.scale]
     if spec.blocked:
-        return torch.uint8, (rows, padded // spec.block)
-    return torch.float32, (1 if spec.block == "tensor" else rows, 1)
+        return dtype, (ceil_to(rows, spec.block) // spec.block if spec.tile else rows, padded // spec.block)
+    return dtype, (1 if spec.block == "tensor" else rows, 1)
 
 
 def _signs(seed: Tensor, site: int, n: int) -> Tensor:
@@ -93,11 +106,19 @@ def _hadamard_fake(x: Tensor, n: int, signs: Tensor | None, inverse: bool, dtype
     return x.new_empty(x.shape[0], ceil_to(x.shape[1], n), dtype=dtype)
 
 
-def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.quantize(x, QuantSpec.parse(spec), seed, site)
+def _amax(x: Tensor) -> Tensor:
+    return reference.largest_magnitude(x)
 
 
-def _quantize_fake(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor]:
+def _amax_fake(x: Tensor) -> Tensor:
+    return x.new_empty(1, 1, dtype=torch.float32)
+
+
+def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int, amax: Tensor | None = None) -> Three:
+    return reference.quantize(x, QuantSpec.parse(spec), seed, site, amax=amax)
+
+
+def _quantize_fake(x: Tensor, spec: str, seed: Tensor | None, site: int, amax: Tensor | None = None) -> Three:
     q = QuantSpec.parse(spec)
     rows, padded = x.shape[0], ceil_to(x.shape[1], q.multiple)
     dtype, width = code_layout(q, padded)
@@ -106,11 +127,12 @@ def _quantize_fake(x: Tensor, spec: str, seed: Tensor | None, site: int) -> tupl
     return x.new_empty(rows, width, dtype=dtype), x.new_empty(scale_shape, dtype=scale_dtype), mask
 
 
-def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype).contiguous()
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype, amax: Tensor | None = None) -> Tensor:
+    return reference.dequantize(codes, scales, QuantSpec.parse(spec), dtype, amax=amax).contiguous()
 
 
-def _dequantize_fake(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype,
+                     amax: Tensor | None = None) -> Tensor:
     width = codes.shape[1] * (2 if QuantSpec.parse(spec).element == "e2m1" else 1)
     return codes.new_empty(codes.shape[0], width, dtype=dtype)
 
@@ -125,13 +147,25 @@ def _apply_mask_fake(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
-               dtype: torch.dtype) -> Tensor:
-    return reference.scaled_mm(a, a_scales, b, b_scales, QuantSpec.parse(a_spec), QuantSpec.parse(b_spec), dtype)
+               dtype: torch.dtype, a_amax: Tensor | None = None, b_amax: Tensor | None = None) -> Tensor:
+    return reference.scaled_mm(a, a_scales, b, b_scales, QuantSpec.parse(a_spec), QuantSpec.parse(b_spec), dtype,
+                               a_amax=a_amax, b_amax=b_amax)
 
 
 def _scaled_mm_fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
-                    dtype: torch.dtype) -> Tensor:
+                    dtype: torch.dtype, a_amax: Tensor | None = None, b_amax: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+def _scaled_bmm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
+                dtype: torch.dtype, batch: int, a_amax: Tensor | None = None, b_amax: Tensor | None = None) -> Tensor:
+    return reference.scaled_bmm(a, a_scales, b, b_scales, QuantSpec.parse(a_spec), QuantSpec.parse(b_spec), dtype,
+                                batch, a_amax=a_amax, b_amax=b_amax)
+
+
+def _scaled_bmm_fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec: str, b_spec: str,
+                     dtype: torch.dtype, batch, a_amax: Tensor | None = None, b_amax: Tensor | None = None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0] // batch, dtype=dtype)
 
 
 for _name, _impl, _fake in (
@@ -139,10 +173,12 @@ for _name, _impl, _fake in (
     ("random_bits", _random_bits, _random_bits_fake),
     ("fixed_signs", _fixed_signs, _fixed_signs_fake),
     ("hadamard", _hadamard, _hadamard_fake),
+    ("amax", _amax, _amax_fake),
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("apply_mask", _apply_mask, _apply_mask_fake),
     ("scaled_mm", _scaled_mm, _scaled_mm_fake),
+    ("scaled_bmm", _scaled_bmm, _scaled_bmm_fake),
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
@@ -151,11 +187,14 @@ ops = torch.ops.quartet
 SIGNS = ops.signs.default
 FIXED_SIGNS = ops.fixed_signs.default
 HADAMARD = ops.hadamard.default
+AMAX = ops.amax.default
 QUANTIZE = ops.quantize.default
 DEQUANTIZE = ops.dequantize.default
 APPLY_MASK = ops.apply_mask.default
 SCALED_MM = ops.scaled_mm.default
-SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, QUANTIZE, DEQUANTIZE, APPLY_MASK, SCALED_MM)
+SCALED_BMM = ops.scaled_bmm.default
+PRODUCTS = (SCALED_MM, SCALED_BMM)
+SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, AMAX, QUANTIZE, DEQUANTIZE, APPLY_MASK, *PRODUCTS)
 
 
 def quantizer_of(codes: Node) -> tuple[Node, bool]:

@@ -10,14 +10,18 @@ nothing in the spine knows a recipe by name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quartet.kernels.reference.hadamard import SIZES
+from quartet.kernels.reference.saved import SAVED_ELEMENTS
+from quartet.kernels.reference.smooth import FORMS
 from quartet.kernels.spec import QuantSpec, SpecError
 
 ROLES = ("fprop", "dgrad", "wgrad")
-OP_CLASSES = ("linear", "lm_head", "router", "embedding", "attention_qk", "attention_pv", "bmm", "grouped", "conv")
+OP_CLASSES = ("linear", "lm_head", "router", "embedding", "attention_qk", "attention_pv", "bmm", "grouped", "conv",
+              "saved")
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,108 @@ class Operand:
 
 @dataclass(frozen=True)
 class Gemm:
-    """One matrix product: two operands and the rotation they share."""
+    """One matrix product.
+
+    Args:
+        a, b: its operands. Without quantisers the product is in the model's dtype, and a saved operand b is the
+            dequantised one of fprop: the straight-through gradient of what fprop quantised.
+        rotation: block Hadamard transform of both along the axis that they contract, which cancels in the product.
+        outer: block Hadamard transform of operand a along its rows, undone on the product (HALO, arXiv 2501.02625).
+    """
 
     a: Operand
     b: Operand
     rotation: Rotation | None = None
+    outer: Rotation | None = None
 
     def __post_init__(self) -> None:
         if (self.a.spec is None) != (self.b.spec is None):
             raise SpecError("either both operands of a GEMM are quantised or neither: "
                             f"a={self.a.spec}, b={self.b.spec}")
+        if self.outer is not None and self.outer.signs != "none":
+            raise SpecError(f"an outer rotation is a plain Hadamard transform; signs={self.outer.signs!r} is not "
+                            "possible there, use signs='none'")
+
+
+@dataclass(frozen=True)
+class Delayed:
+    """What the rule ``delayed`` scales by: the largest of the magnitudes that an operand had in earlier steps.
+
+    Args:
+        length: how many steps the history keeps, 1 to 65536.
+        algorithm: ``"max"`` of the history, or the ``"most_recent"`` entry.
+        margin: the scale leaves room for 2^margin times that magnitude.
+    """
+
+    length: int = 1024
+    algorithm: str = "max"
+    margin: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or not 1 <= self.length <= 65536:
+            raise SpecError(f"an amax history of length {self.length!r} is not possible; use 1 to 65536 steps")
+        if self.algorithm not in ("max", "most_recent"):
+            raise SpecError(f"amax algorithm {self.algorithm!r} does not exist; possible: 'max', 'most_recent'")
+        if not isinstance(self.margin, int) or not -16 <= self.margin <= 16:
+            raise SpecError(f"an amax margin of {self.margin!r} is not possible; use an integer from -16 to 16")
+
+    @property
+    def entries(self) -> int:
+        """How many entries of the history decide."""
+        return self.length if self.algorithm == "max" else 1
+
+    def __str__(self) -> str:
+        return f"{self.algorithm} of {self.length}, margin {self.margin}"
+
+    @classmethod
+    def parse(cls, text: str) -> Delayed:
+        """The inverse of ``str``. Raises SpecError."""
+        found = re.fullmatch(r"(\w+) of (\d+)(?:, margin (-?\d+))?", text)
+        if found is None:
+            raise SpecError(f"cannot read amax history {text!r}; expected 'max of 1024, margin 0'")
+        return cls(int(found[2]), found[1], int(found[3] or 0))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What autograd keeps for other purposes than products, in eight bits an element.
+
+    Args:
+        element: ``"e4m3"`` (symmetric, one bfloat16 scale a group) or ``"uint8"`` (asymmetric, fp32 scale and minimum).
+        group: elements along the last axis that share a scale, a multiple of 16 up to 256.
+        rounding: ``"nearest"``; uint8 also ``"stochastic"``.
+        attention: also q, k, v and the output that a fused attention keeps; its statistics stay exact.
+    """
+
+    element: str
+    group: int
+    rounding: str = "nearest"
+    attention: bool = False
+
+    def __post_init__(self) -> None:
+        if self.element not in SAVED_ELEMENTS:
+            raise SpecError(f"saved activations have no element {self.element!r}; possible: "
+                            f"{', '.join(SAVED_ELEMENTS)}")
+        if not isinstance(self.group, int) or self.group % 16 or not 16 <= self.group <= 256:
+            raise SpecError(f"a group of {self.group!r} saved elements is not possible; use a multiple of 16 from 16 "
+                            "to 256")
+        legal = ("nearest",) if self.element == "e4m3" else ("nearest", "stochastic")
+        if self.rounding not in legal:
+            raise SpecError(f"saved {self.element} is not rounded {self.rounding!r}; possible: {', '.join(legal)}")
+        if not isinstance(self.attention, bool):
+            raise SpecError(f"attention of saved activations is True or False, not {self.attention!r}")
+
+    def __str__(self) -> str:
+        return f"{self.element}/{self.group} {self.rounding}{' attention' if self.attention else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Saved:
+        """The inverse of ``str``. Raises SpecError."""
+        found = re.fullmatch(r"(\w+)/(\d+)(?: (nearest|stochastic))?( attention)?", text)
+        if found is None:
+            raise SpecError(f"cannot read {text!r}; expected saved activations like 'e4m3/16 nearest' or "
+                            "'uint8/64 stochastic attention'")
+        return cls(found[1], int(found[2]), found[3] or "nearest", found[4] is not None)
 
 
 @dataclass(frozen=True)
@@ -85,6 +181,10 @@ class Recipe:
         keep_weights: True keeps the packed weight for backward, False quantises it again there.
         recompute: ``"gemm"`` runs the fprop GEMM again in backward where its output is needed and the codes of
             both operands are kept anyway; ``"none"`` keeps that output.
+        smooth: Smooth-SwiGLU for an X that is a gated activation: ``"none"``, ``"channel"`` (arXiv 2409.12517) or
+            ``"token"`` (its released code).
+        history: what quantisers with the rule ``delayed`` scale by.
+        saved: what is kept between forward and backward for other purposes than products; None leaves it exact.
     """
 
     name: str
@@ -96,8 +196,13 @@ class Recipe:
     skip: tuple[str, ...] = tuple(c for c in OP_CLASSES if c != "linear")
     keep_weights: bool = True
     recompute: str = "none"
+    smooth: str = "none"
+    history: Delayed = Delayed()
+    saved: Saved | None = None
 
     def __post_init__(self) -> None:
+        if self.smooth not in ("none", *FORMS):
+            raise SpecError(f"smooth {self.smooth!r} does not exist; possible: 'none', 'channel', 'token'")
         if self.recompute not in ("none", "gemm"):
             raise SpecError(f"recompute {self.recompute!r} does not exist; possible: 'none', 'gemm'")
         for role in ("dgrad", "wgrad"):
@@ -115,6 +220,13 @@ class Recipe:
         """The same recipe with the other roles left in the model's dtype."""
         left_alone: dict[str, Any] = {role: None for role in ROLES if role not in roles}
         return replace(self, **left_alone)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether any operand is scaled by what it was in earlier steps."""
+        gemms = [gemm for role in ROLES if (gemm := getattr(self, role)) is not None]
+        return any(operand.spec is not None and operand.spec.rule == "delayed"
+                   for gemm in gemms for operand in (gemm.a, gemm.b))
 
     @property
     def quantizes(self) -> bool:

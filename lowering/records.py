@@ -18,7 +18,8 @@ class MatmulRecord:
         fqn: fully qualified name of the module, ``"layers.0.q_proj"``; empty when there is none.
         op_class: one of ``quartet.lowering.recipe.OP_CLASSES``.
         role: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``.
-        m, n, k: sizes; a symbolic size is its expression as text, ``"s0*s1"``.
+        m, n, k: sizes; a symbolic size is its expression as text, ``"s0*s1"``. Of an embedding: tokens, width and
+            rows of the table.
         dtype: dtype of the product, ``"bfloat16"``.
         recipe: name of the recipe planned for it, or None.
         kernel: name of the kernel that runs it, or None when it was left alone.
@@ -48,7 +49,9 @@ class MatmulRecord:
 
     @property
     def flops(self) -> int | None:
-        """``2·m·n·k``, or None when a size is symbolic."""
+        """``2·m·n·k``, or None when a size is symbolic; 0 of an embedding, which gathers."""
+        if self.op_class == "embedding":
+            return 0
         m, n, k = self.m, self.n, self.k
         if isinstance(m, int) and isinstance(n, int) and isinstance(k, int):
             return 2 * m * n * k
@@ -62,3 +65,32 @@ class MatmulRecord:
     def as_dict(self) -> dict[str, object]:
         """The fields, ``flops`` and ``lowered``, as JSON-serialisable values."""
         return {**asdict(self), "notes": list(self.notes), "flops": self.flops, "lowered": self.lowered}
+
+
+@dataclass(frozen=True)
+class SavedRecord:
+    """One tensor that a compiled graph keeps between forward and backward.
+
+    Args:
+        name: its node in the graph. fqn: the module that makes it; empty when there is none.
+        op: what computes it, ``"aten.mm"``.
+        shape: sizes; a symbolic size is its expression as text.
+        dtype: before, ``"bfloat16"``. bytes: of it, symbolic sizes at their hint.
+        saved: format that is kept instead, ``"e4m3/16 nearest"``; None when it is left exact.
+        saved_bytes: bytes that are kept; equal to ``bytes`` when left exact, 0 when something else that is kept serves.
+        reason: why it is left exact, or what serves instead; else the part of the policy that decided.
+    """
+
+    name: str
+    fqn: str
+    op: str
+    shape: tuple[Size, ...]
+    dtype: str
+    bytes: int
+    saved: str | None
+    saved_bytes: int
+    reason: str
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON-serialisable values."""
+        return {**asdict(self), "shape": list(self.shape)}

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.cpu import ops as cpu
-from quartet.kernels.spec import ELEMENTS, WHOLES, QuantSpec
+from quartet.kernels.spec import ELEMENT_EMAX, QuantSpec
 from quartet.lowering import blackwell, cuda, fp8
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering.chains import Accepts
@@ -95,11 +95,19 @@ def choose(device: torch.device | Target, dtype: torch.dtype,
     return None, reasons
 
 
+_PROBED = (
+    ("nvfp4", "e2m1/16 e4m3 amax nearest"),
+    ("fp8 a row", "e4m3/row fp32 amax nearest"),
+    ("fp8 a tensor", "e4m3/tensor fp32 amax nearest"),
+    ("fp8 a block", "e4m3/128 fp32 amax_pow2 nearest"),
+    ("int8 a row", "int8/row fp32 amax nearest"),
+)
+
+
 def probe(device: torch.device | Target) -> list[tuple[str, str, str | None]]:
     """(format, kernel, None or the reason it cannot) for every format and kernel on a device, for bfloat16 models."""
-    formats = [(f"mx {element}", QuantSpec(element=element, rule="ceil"), 32) for element in ELEMENTS]
-    formats += [(f"fp8 a {block}", QuantSpec(element="e4m3", block=block, scale="fp32", rule="amax"), 0)
-                for block in WHOLES]
+    formats = [(f"mx {element}", QuantSpec(element=element, rule="ceil"), 32) for element in ELEMENT_EMAX]
+    formats += [(name, QuantSpec.parse(text), 0) for name, text in _PROBED]
     target = Target.of(device)
     return [(name, k.name, target.missing or k.supports(target, torch.bfloat16, spec, rotation))
             for name, spec, rotation in formats for k in KERNELS]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quartet.lowering.recipe import ROLES, Gemm, Recipe
+from quartet.lowering.recipe import ROLES, Gemm, Recipe, Saved
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Resolution:
             skip=(),
             keep_weights=lead.keep_weights,
             recompute=lead.recompute,
+            smooth=lead.smooth,
+            history=lead.history,
         )
 
     @property
@@ -79,3 +81,18 @@ class Resolution:
         if len(set(reasons)) == 1:
             return reasons[0]
         return "; ".join(f"{role}: {reason}" for role, reason in zip(ROLES, reasons, strict=True))
+
+
+@dataclass(frozen=True)
+class SavedChoice:
+    """The decision for what a module leaves for backward beside the operands of its products.
+
+    Args:
+        saved: the format, or None to leave it exact.
+        reason: which part of the policy decided, in words.
+        rule: index of the deciding rule in ``policy.rules``; None when it was the policy's default.
+    """
+
+    saved: Saved | None
+    reason: str
+    rule: int | None = None

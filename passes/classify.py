@@ -1,4 +1,4 @@
-"""The op class of a matmul, found by structure: output head, router, or plain linear."""
+"""The op class of a matmul, found by structure: output head, router, attention, or plain."""
 
 from __future__ import annotations
 
@@ -63,6 +63,52 @@ def _feeds(reached: set[Node], names: tuple[str, ...], depth: int = 8) -> bool:
                     seen.add(user)
                     frontier.append((user, d + 1))
     return False
+
+
+_MIXED = ("aten.where", "aten.masked_fill", "aten.maximum", "aten.clamp", "aten.native_dropout", "aten.sub", "aten.exp")
+
+
+def activations_class_of(node: Node, a: Node) -> str:
+    """``attention_qk``: a softmax of its results follows; ``attention_pv``: ``a`` comes from a softmax; else ``bmm``."""
+    if _comes_from_softmax(a):
+        return "attention_pv"
+    frontier, seen = [(node, 0)], {node}
+    while frontier:
+        at, depth = frontier.pop()
+        for user in at.users:
+            if user in seen or user.op != "call_function" or is_backward(user):
+                continue
+            seen.add(user)
+            if _softmax_like({user}) is not None:
+                return "attention_qk"
+            if depth < _DEPTH and (user.target in _PASS or str(user.target).startswith((*_PASS_NAMES, *_MIXED))):
+                frontier.append((user, depth + 1))
+    return "bmm"
+
+
+def _comes_from_softmax(node: Node) -> bool:
+    """Whether a softmax, decomposed or not, lies above through views, casts and a dropout."""
+    for _ in range(_DEPTH):
+        if node.op != "call_function" or not node.all_input_nodes:
+            return False
+        name = str(node.target)
+        if name.startswith(("aten._softmax", "aten._safe_softmax")):
+            return True
+        above = node.all_input_nodes
+        if name.startswith("aten.div") and len(above) == 2:
+            return any(str(n.target).startswith("aten.exp") for n in _above_views(above[0]))
+        if node.target not in _PASS and not name.startswith((*_PASS_NAMES, *_MIXED, "<built-in function getitem>")):
+            return False
+        node = max(above, key=lambda n: len(shape(n)) if hasattr(n.meta.get("val"), "shape") else 0)
+    return False
+
+
+def _above_views(node: Node) -> list[Node]:
+    found = [node]
+    while node.target in _PASS or str(node.target).startswith("prims.convert_element_type"):
+        node = node.all_input_nodes[0]
+        found.append(node)
+    return found
 
 
 def embeds(weight: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Find every forward product of an activation with a weight, and the dgrad and wgrad that belong to it.
+"""Find every forward product, of an activation with a weight or with another activation, and its dgrad and wgrad.
 
 A weight is whatever is computed from parameters alone: a parameter, its transpose, a slice of a fused
 one, its cast under autocast, what a collective gathers of it, a parametrisation of several. A matmul's
@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 from quartet.kernels.spec import dtype_name
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.records import MatmulRecord
-from quartet.passes.classify import embeds, op_class_of
-from quartet.passes.sites import MatmulSite, Product
+from quartet.passes.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
 from quartet.passes.state import State
 
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -25,7 +25,8 @@ _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 
 def canonical(node: Node) -> tuple[Node, bool]:
-    """Walk up through views that keep a matrix a matrix: (origin, whether ``node`` is its transpose)."""
+    """Walk up through views that keep a matrix a matrix, or a batch of them one: (origin, whether ``node`` is its
+    transpose)."""
     flipped = False
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         source = node.args[0]
@@ -36,7 +37,7 @@ def canonical(node: Node) -> tuple[Node, bool]:
             pass
         elif node.target is aten.t.default:
             flipped = not flipped
-        elif node.target is aten.permute.default and _matrix(before) == 2 and _swaps(node.args[1]):
+        elif node.target is aten.permute.default and _swaps(node.args[1]):
             flipped = not flipped
         elif node.target is aten.transpose.int and _matrix(before) == 2:
             flipped = not flipped
@@ -123,12 +124,12 @@ def find_matmuls(state: State) -> None:
             continue
         site = _site(state, node, origin)
         if site is None:
-            state.alone.append(_unweighted(node, "fprop", origin))
+            state.alone.append(_unplanned(node, "fprop"))
             continue
         _attach_backward(site, backward.get(node.meta.get("seq_nr"), []), claimed)
         state.sites.append(site)
     left = [n for nodes in backward.values() for n in nodes if n not in claimed]
-    state.alone.extend(_unweighted(n, "dgrad", origin) for n in left)
+    state.alone.extend(_unplanned(n, "dgrad") for n in left)
 
 
 def _operands(node: Node) -> tuple[Node, Node]:
@@ -139,19 +140,24 @@ def _operands(node: Node) -> tuple[Node, Node]:
 
 def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite | None:
     a, b = _operands(node)
-    if len(shape(node)) != 2 or (a in origin) == (b in origin):
-        return None
-    if node.target is aten.addmm.default and (node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1):
+    if (a in origin and b in origin) or any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
         return None
     flipped = a in origin
-    (p, q), r = shape(a), shape(b)[1]
+    (p, q), r = shape(a)[-2:], shape(b)[-1]
     m, n = (r, p) if flipped else (p, r)
     x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
-    name = origin[w[0]]
-    op_class = op_class_of(node, name, w[0], state.gm.graph)
-    fqn = (_module_of(node) if embeds(w[0]) else "") or _module_name(name)
-    site = MatmulSite(len(state.sites), fqn, op_class, x, w, m, n, q, val(node).dtype)
+    batch = shape(node)[0] if len(shape(node)) == 3 else None
+    if w[0] not in origin:
+        op_class, fqn = activations_class_of(node, a), module_of(node)
+    elif batch is not None:
+        op_class, fqn = "grouped", module_name(origin[w[0]])
+    else:
+        name = origin[w[0]]
+        op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(node, name, w[0], state.gm.graph)
+        fqn = (module_of(node) if embeds(w[0]) else "") or module_name(name)
+    site = MatmulSite(len(state.sites), fqn, op_class, x, w, m, n, q, val(node).dtype, batch=batch)
     site.products["fprop"] = Product(node, flipped)
+    site.notes = node.meta.get(NOTES_KEY, ())
     return site
 
 
@@ -164,7 +170,7 @@ def _attach_backward(site: MatmulSite, candidates: list[Node], claimed: set[Node
     """Recognise gX = E·W, gXᵀ = Wᵀ·Eᵀ, gW = Eᵀ·X, gWᵀ = Xᵀ·E by the operand they share with the site."""
     x, w = _normal(site.x), _normal(site.w)
     for node in candidates:
-        if node in claimed or len(shape(node)) != 2 or node.target is not aten.mm.default:
+        if node in claimed or node.target is not (aten.mm.default if site.batch is None else aten.bmm.default):
             continue
         u, v = _operands(node)
         left, right = canonical(u), canonical(v)
@@ -183,17 +189,17 @@ def _attach_backward(site: MatmulSite, candidates: list[Node], claimed: set[Node
         claimed.add(node)
         site.products[role] = Product(node, flipped)
         base, base_flipped = canonical(gradient[0])
-        resolved = (base, base_flipped != gradient[1]) if len(shape(base)) == 2 else gradient
+        resolved = (base, base_flipped != gradient[1]) if len(shape(base)) == len(shape(node)) else gradient
         site.gradient = site.gradient or resolved
 
 
-def _unweighted(node: Node, role: str, origin: dict[Node, str]) -> MatmulRecord:
-    a, b = _operands(node)
-    batch = shape(node)[0] if len(shape(node)) == 3 else 1
-    grouped = (a in origin) != (b in origin)
-    reason = ("multiplies a batch of weights" if grouped else "no operand is a weight") + f"; batch {batch}"
+def _unplanned(node: Node, role: str) -> MatmulRecord:
+    """The record of a product that is not one of a forward product of ours and its gradients."""
+    a, _ = _operands(node)
     m, n = shape(node)[-2:]
-    return _alone(node, "grouped" if grouped else "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+    reason = ("multiplies weights with weights, or scales its sum (beta, alpha)" if role == "fprop" else
+              "belongs to no forward product of the graph")
+    return left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
 
 
 def _grouped(node: Node) -> list[MatmulRecord]:
@@ -209,23 +215,25 @@ def _grouped(node: Node) -> list[MatmulRecord]:
     else:
         m, n = tuple(made.shape)[-2:]
         sizes = {"fprop" if not is_backward(node) else "wgrad" if made.dim() == 3 else "dgrad": (m, n, a[-1])}
-    return [_alone(node, "grouped", role, mnk, made.dtype, "multiplies groups of weights; no kernel of ours does")
+    return [left_alone(node, "grouped", role, mnk, made.dtype, "multiplies groups of weights; no kernel of ours does")
             for role, mnk in sizes.items()]
 
 
-def _alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], dtype: Any, reason: str) -> MatmulRecord:
+def left_alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], dtype: Any, reason: str,
+               fqn: str | None = None) -> MatmulRecord:
+    """The record of a product that no pass takes; ``fqn``: its module where ``node`` does not tell."""
     m, n, k = map(_plain, mnk)
-    return MatmulRecord(site=-1, fqn=_module_of(node), op_class=op_class, role=role, m=m, n=n, k=k,
-                        dtype=dtype_name(dtype), reason=reason)
+    return MatmulRecord(site=-1, fqn=module_of(node) if fqn is None else fqn, op_class=op_class, role=role,
+                        m=m, n=n, k=k, dtype=dtype_name(dtype), reason=reason)
 
 
-def _module_of(node: Node) -> str:
+def module_of(node: Node) -> str:
     """Name of the innermost module that computes ``node``."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return module_path(next((str(v[0]) for v in reversed(list(stack.values()))), ""))
 
 
-def _module_name(parameter: str) -> str:
+def module_name(parameter: str) -> str:
     """``layers.0.q`` of its weight, also of a parametrised one; other parameters keep their own name."""
     return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", parameter).removesuffix(".weight")
 

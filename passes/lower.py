@@ -32,6 +32,8 @@ def lower(state: State) -> None:
             continue
         state.kernels[gemm] = kernel.name
         chosen.setdefault((kernel, device), []).append(node)
+    for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_BMM):
+        state.kernels[node.meta[SITE_KEY]] = "inductor"  # no kernel of ours takes batches
     for (kernel, device), nodes in chosen.items():
         if kernel.lower is not None:
             with editing(state.gm) as graph:

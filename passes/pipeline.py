@@ -20,6 +20,8 @@ from quartet.lowering import registry
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.canonicalize import canonicalize
+from quartet.passes.delayed import delayed
+from quartet.passes.embed import embed
 from quartet.passes.find_matmuls import find_matmuls
 from quartet.passes.lower import lower
 from quartet.passes.plan import plan
@@ -28,7 +30,9 @@ from quartet.passes.rotate import rotate
 from quartet.passes.save import save
 from quartet.passes.share import share
 from quartet.passes.sites import MatmulSite
+from quartet.passes.smooth_swiglu import smooth_swiglu
 from quartet.passes.state import Config, State
+from quartet.passes.unfold import unfold
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
 
@@ -36,10 +40,13 @@ log = logging.getLogger("quartet")
 
 Pass = Callable[[State], None]
 Signature = tuple[str, ...]
-PASSES: tuple[Pass, ...] = (canonicalize, find_matmuls, plan, rotate, quantize, share, save, lower)
+PASSES: tuple[Pass, ...] = (
+    canonicalize, unfold, find_matmuls, embed, plan, smooth_swiglu,
+    rotate, quantize, delayed, share, save, lower,
+)
 REQUIRED = ("canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
-OPTIONAL = tuple(n for n in NAMES if n not in ("find_matmuls", "plan", "rotate", "quantize"))
+OPTIONAL = tuple(n for n in NAMES if n not in ("find_matmuls", "plan", "rotate", "quantize", "delayed"))
 
 
 def signature(values: Iterable[Any]) -> Signature:
@@ -85,7 +92,7 @@ class Pipeline(CustomGraphPass):
             self._bodies.add(body)
         elif self._bodies:
             return None
-        return replace(self.config, weights=self.regions.get(body, {}))
+        return replace(self.config, weights=self.regions.get(body, {}), anchors=())
 
     def uuid(self) -> str | None:
         """Cache key: source of the package, configuration, and the earlier passes' own keys.
@@ -170,9 +177,9 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
     kernel = state.kernels.get((site.index, role))
     recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
     depth, multiple = site.dims(role)[2], _multiple(site, role, kernel)
-    notes: tuple[str, ...] = ()
+    notes = site.notes
     if kernel and isinstance(depth, int) and depth % multiple:
-        notes = (f"k padded to {-(-depth // multiple) * multiple}",)
+        notes += (f"k padded to {-(-depth // multiple) * multiple}",)
     if (site.index, role) in state.declined:
         notes += (f"no kernel took it ({state.declined[site.index, role]})",)
     if kernel and role in site.remarks:

@@ -51,7 +51,7 @@ def plan(state: State) -> None:
         site.remarks = {role: choice.reason for role, choice in choices.items() if _altered(choice, role)}
         site.recipe = resolution.effective if resolution.quantizes else None
         if site.recipe is not None:
-            key = (value_key(site.x[0]), site.x[1], site.recipe.fprop, site.recipe.wgrad)
+            key = (value_key(site.x[0]), site.x[1], str(site.batch), site.recipe.fprop, site.recipe.wgrad)
             site.x_group = groups.setdefault(key, site.index)
     if state.config.where_it_pays:
         _leave_slower(state)

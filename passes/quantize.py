@@ -8,6 +8,10 @@ codes, and their result is masked before the forward rotation is undone:
 Where one scale is the whole tensor's, quantising commutes with transposing: Q(Xᵀ) = Q(X)ᵀ. Such a quantiser is put on
 the tensor as it lies in memory and its codes are transposed, so that one quantise of E serves dgrad and wgrad, and a
 saved operand that is wanted in the format it was saved in is its codes, transposed.
+
+A backward GEMM without quantisers whose operand is ``saved`` multiplies what fprop quantised in the model's dtype:
+
+    dgrad   gX = E·Ŵ        wgrad   gW = Eᵀ·X̂        (straight through)
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from quartet.kernels.reference.philox import Draw
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.chains import REUSABLE, Source
-from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
+from quartet.lowering.graph import Builder, aten, editing, keep_as, replace_all, shape, val
 from quartet.lowering.recipe import Gemm
+from quartet.passes.delayed import amax_of
 from quartet.passes.find_matmuls import input_indices
 from quartet.passes.sites import SITE_KEY, MatmulSite, Product, Quantized
 from quartet.passes.state import State, draw_seed, recipe_of
@@ -39,6 +44,8 @@ def quantize(state: State) -> None:
                 gemm = site.active(role)
                 if gemm is not None and gemm.a.spec is not None:
                     _product(state, site, role, gemm)
+                elif gemm is not None and gemm.b.source == "saved":
+                    _straight_through(state, site, role)
 
 
 def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
@@ -60,11 +67,19 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
         bits = (draws[0].of(site.index), draws[1].of(owner))
     else:
         bits = (Draw.FPROP_A.of(site.x_group), Draw.FPROP_B.of(site.index))
-    qa = quantize_node(state, build, a, gemm.a.spec, bits[0])
-    qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1])
+    names = {"fprop": ("x", "w"), "dgrad": ("e", "w"), "wgrad": ("e", "x")}[role]
+    if gemm.a.spec.multiple != gemm.b.spec.multiple:
+        multiple = max(gemm.a.spec.multiple, gemm.b.spec.multiple)
+        a, b = build.padded(a, cols=multiple), build.padded(b, cols=multiple)
+    qa = quantize_node(state, build, a, gemm.a.spec, bits[0], (site, names[0]))
+    qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1], (site, names[1]))
     if state.config.reuse_weights and not backward and len(site.products) > 1:
         _mark_reusable(state, qb)
-    out = build(ir.SCALED_MM, qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype)
+    operands = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
+    if site.batch is None:
+        out = build(ir.SCALED_MM, *operands, *_outer_scales(qa, qb))
+    else:
+        out = build(ir.SCALED_BMM, *operands, build.size(site.batch), *_outer_scales(qa, qb))
     keep_as(out, product.node)
     out.meta[SITE_KEY] = (site.index, role)
     state.kernels[site.index, role] = "reference"  # until lowering finds better
@@ -72,11 +87,36 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
         site.quantized = {"x": qa, "w": qb}
         site.saved_bytes = _saved_bytes(site)
     elif product.source is not None:
-        mask = site.quantized["x" if role == "dgrad" else "w"].mask
-        if mask is not None:
-            out = build(ir.APPLY_MASK, out, mask)
+        out = _masked(build, site, role, out)
     state.replace(mm, out)
     product.mm = out
+
+
+def _straight_through(state: State, site: MatmulSite, role: str) -> None:
+    """Let the product in the model's dtype read what fprop quantised."""
+    product = site.products[role]
+    assert product.source is not None and product.mm is not None
+    product.source = state.current(product.source)
+    _start_from_saved(state, site, role, product)
+    made, mm = site.quantized["w" if role == "dgrad" else "x"], product.mm
+    site.reasons[role] = f"straight through: in high precision, with the dequantised {made.spec.element} of forward"
+    following = next(iter(mm.users))
+    out = _masked(Builder(state.gm.graph, like=mm, before=following, backward=True), site, role, mm)
+    if out is not mm:
+        replace_all(mm, out)
+        product.mm = out
+
+
+def _masked(build: Builder, site: MatmulSite, role: str, out: Node) -> Node:
+    """A gradient without the elements that fprop clipped, where its quantiser tells them."""
+    mask = site.quantized["x" if role == "dgrad" else "w"].mask
+    return out if mask is None else build(ir.APPLY_MASK, out, mask)
+
+
+def _outer_scales(a: Quantized, b: Quantized) -> tuple[Node | None, ...]:
+    """Further arguments of a scaled_mm whose operands have a factor for the whole tensor."""
+    factors = tuple(q.amax if q.spec.scale == "e4m3" else None for q in (a, b))
+    return () if factors == (None, None) else factors
 
 
 def _mark_reusable(state: State, weight: Quantized) -> None:
@@ -92,15 +132,27 @@ def _mark_reusable(state: State, weight: Quantized) -> None:
         quantizer.meta[REUSABLE] = origin
 
 
-def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: int) -> Quantized:
-    """Insert a quantise of ``x`` and its results."""
+def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: int,
+                  owner: tuple[MatmulSite, str]) -> Quantized:
+    """Insert a quantise of ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, and its results."""
     if spec.commutes_with_transpose and x.target is aten.permute.default:
         assert isinstance(x.args[0], Node)
-        return _transposed(build, quantize_node(state, build, x.args[0], spec, bits))
+        return _transposed(build, quantize_node(state, build, x.args[0], spec, bits, owner))
     seed = draw_seed(state, val(x).device) if spec.stochastic else None
-    node = build(ir.QUANTIZE, x, str(spec), seed, bits if spec.stochastic else 0)
+    amax = _amax(state, build, x, spec, owner) if spec.takes_amax else None
+    given = () if amax is None else (amax,)
+    node = build(ir.QUANTIZE, x, str(spec), seed, bits if spec.stochastic else 0, *given)
     codes, scales = build.item(node, 0), build.item(node, 1)
-    return Quantized(codes, scales, build.item(node, 2) if spec.mask else None, spec)
+    return Quantized(codes, scales, build.item(node, 2) if spec.mask else None, spec, amax)
+
+
+def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[MatmulSite, str]) -> Node:
+    """The largest magnitude of ``x``, which a transpose does not change."""
+    base = x.args[0] if x.target is aten.permute.default else x
+    assert isinstance(base, Node)
+    if spec.rule == "delayed":
+        return amax_of(state, build, base, spec, *owner)
+    return build(ir.AMAX, base)
 
 
 def _transposed(build: Builder, q: Quantized) -> Quantized:
@@ -114,16 +166,9 @@ def _saved(state: State, site: MatmulSite, role: str, product: Product) -> Quant
     made, b, source = site.quantized["w" if role == "dgrad" else "x"], product.b, product.source
     assert b is not None and source is not None
     if role == "dgrad" and not recipe_of(site).keep_weights:
-        return _quantize_again(state, _transpose_of_source(product), source, made)
+        assert product.reader is not None
+        return _quantize_again(state, product.reader, source, made)
     return made
-
-
-def _transpose_of_source(product: Product) -> Node:
-    b = product.b
-    assert b is not None
-    transposed = b.args[0] if b.target is ir.HADAMARD else b
-    assert isinstance(transposed, Node) and transposed.args[0] is product.source
-    return transposed
 
 
 def _saved_codes(state: State, build: Builder, site: MatmulSite, role: str, product: Product,
@@ -131,19 +176,20 @@ def _saved_codes(state: State, build: Builder, site: MatmulSite, role: str, prod
     """Operand b as the codes of fprop, transposed; None when it is rotated or wanted in another format."""
     made = site.quantized["w" if role == "dgrad" else "x"]
     rotated = product.b is not None and product.b.target is ir.HADAMARD
-    if rotated or made.spec != wanted or not wanted.commutes_with_transpose:
+    if rotated or made.spec != wanted or not wanted.commutes_with_transpose or site.batch is not None:
         return None
     return _transposed(build, _saved(state, site, role, product))
 
 
 def _start_from_saved(state: State, site: MatmulSite, role: str, product: Product) -> None:
     """Let operand b start from the codes of fprop instead of the tensor that fprop quantised."""
-    source, transposed = product.source, _transpose_of_source(product)
-    assert source is not None
+    source, reader = product.source, product.reader
+    assert source is not None and reader is not None
     made = _saved(state, site, role, product)
-    at = Builder(state.gm.graph, like=transposed, before=transposed, backward=True)
-    values = at(ir.DEQUANTIZE, made.codes, made.scales, str(made.spec), val(source).dtype)
-    transposed.replace_input_with(source, at.columns(values, shape(source)[1]))
+    at = Builder(state.gm.graph, like=reader, before=reader, backward=True)
+    values = at(ir.DEQUANTIZE, made.codes, made.scales, str(made.spec), val(source).dtype,
+                *(() if made.amax is None else (made.amax,)))
+    reader.replace_input_with(source, at.columns(values, shape(source)[1]))
 
 
 def _quantize_again(state: State, before: Node, source: Node, made: Quantized) -> Quantized:
@@ -154,13 +200,13 @@ def _quantize_again(state: State, before: Node, source: Node, made: Quantized) -
     """
     at = Builder(state.gm.graph, like=before, before=before, backward=True)
     quantizer, flipped = ir.quantizer_of(made.codes)
-    again, spec, seed, number = quantizer.args
+    again, spec, seed, number, *given = quantizer.args
     if source.target is ir.HADAMARD:
         again = at(source.target, *source.args)
     elif seed is None:
         number = 1
-    node = at(ir.QUANTIZE, again, spec, seed, number)
-    q = Quantized(at.item(node, 0), at.item(node, 1), None, made.spec)
+    node = at(ir.QUANTIZE, again, spec, seed, number, *given)
+    q = Quantized(at.item(node, 0), at.item(node, 1), None, made.spec, made.amax)
     return _transposed(at, q) if flipped else q
 
 
@@ -172,7 +218,7 @@ def _saved_bytes(site: MatmulSite) -> int | None:
     for name, role, gradient in (("x", "wgrad", "dgrad"), ("w", "dgrad", "wgrad")):
         made = site.quantized[name]
         parts = []
-        if name == "x" and site.x_group != site.index:
+        if name == "x" and (site.recomputes_x or site.x_group != site.index):
             continue
         gemm = site.active(role)
         if gemm is not None and gemm.b.source == "saved" and (name == "x" or recipe.keep_weights):

@@ -4,10 +4,13 @@
     dgrad   gX = [(E·S·H)(Ŵᵀ·S·H)ᵀ]·H       Ŵ = W·H when the operand is what fprop quantised, else W and no last H
     wgrad   gW = [(Eᵀ·S·H)(X̂ᵀ·S·H)ᵀ]·H      X̂ likewise
 
-The rotations of a GEMM's two operands cancel; what remains to undo is the rotation of fprop.
+The rotations of a GEMM's two operands cancel; what remains to undo is the rotation of fprop, and an outer one, of
+operand a along its rows: (H·A)·Bᵀ = H·(A·Bᵀ).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -15,8 +18,10 @@ from torch.fx import Node
 from quartet.kernels.reference.philox import Draw
 from quartet.lowering import ir
 from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
-from quartet.lowering.recipe import Rotation
-from quartet.passes.sites import MatmulSite, Product
+from quartet.lowering.recipe import Gemm, Rotation
+from quartet.passes import batched
+from quartet.passes.batched import flip, matrix, restored
+from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, draw_seed, recipe_of
 
 SIGN_DRAWS = {"fprop": Draw.FPROP_SIGNS, "dgrad": Draw.DGRAD_SIGNS, "wgrad": Draw.WGRAD_SIGNS}
@@ -33,9 +38,8 @@ def rotate(state: State) -> None:
                     _backward(state, site, role)
 
 
-def _normal(state: State, build: Builder, operand: tuple[Node, bool]) -> Node:
-    node = state.current(operand[0])
-    return build.transpose(node) if operand[1] else node
+def _normal(state: State, build: Builder, site: MatmulSite, operand: tuple[Node, bool]) -> Node:
+    return matrix(build, site, state.current(operand[0]), operand[1])
 
 
 def _signs(state: State, build: Builder, site: MatmulSite, role: str, rotation: Rotation) -> Node | None:
@@ -51,9 +55,24 @@ def _rotated(build: Builder, x: Node, rotation: Rotation | None, signs: Node | N
     return x if rotation is None else build(ir.HADAMARD, x, rotation.n, signs, False, torch.float32)
 
 
-def _product(build: Builder, site: MatmulSite, product: Product, a: Node, b: Node) -> Node:
+def _outer(build: Builder, site: MatmulSite, a: Node, gemm: Gemm) -> Node:
+    """Operand a, transformed along its rows where the GEMM says so; zeros fill the last block."""
+    if gemm.outer is None:
+        return a
+    return flip(build, site, build(ir.HADAMARD, flip(build, site, a), gemm.outer.n, None, False, val(a).dtype))
+
+
+def _undo_outer(build: Builder, site: MatmulSite, out: Node, gemm: Gemm, rows: Any) -> Node:
+    if gemm.outer is None:
+        return out
+    undone = build(ir.HADAMARD, flip(build, site, out), gemm.outer.n, None, True, val(out).dtype)
+    return flip(build, site, build.columns(undone, rows))
+
+
+def _product(build: Builder, site: MatmulSite, role: str, a: Node, b: Node) -> Node:
+    product = site.products[role]
     common = torch.promote_types(a.meta["val"].dtype, b.meta["val"].dtype)
-    mm = keep_as(build(aten.mm.default, build.cast(a, common), build.transpose(build.cast(b, common))), product.node)
+    mm = keep_as(batched.product(build, site, build.cast(a, common), build.cast(b, common)), product.node)
     product.a, product.b, product.mm = a, b, build.cast(mm, site.dtype)
     return product.mm
 
@@ -63,12 +82,11 @@ def _fprop(state: State, site: MatmulSite) -> None:
     assert gemm is not None
     build = Builder(state.gm.graph, like=product.node, before=product.node, backward=False)
     signs = _signs(state, build, site, "fprop", gemm.rotation) if gemm.rotation else None
-    a = _rotated(build, _normal(state, build, site.x), gemm.rotation, signs)
-    b = _rotated(build, _normal(state, build, site.w), gemm.rotation, signs)
-    out = _product(build, site, product, a, b)
-    if product.flipped:
-        out = build.transpose(out)
-    if product.node.target is aten.addmm.default:
+    a = _rotated(build, _outer(build, site, _normal(state, build, site, site.x), gemm), gemm.rotation, signs)
+    b = _rotated(build, _normal(state, build, site, site.w), gemm.rotation, signs)
+    out = _undo_outer(build, site, _product(build, site, "fprop", a, b), gemm, site.m)
+    out = restored(build, site, out, product.flipped)
+    if product.node.target in (aten.addmm.default, aten.baddbmm.default):
         out = build(aten.add.Tensor, out, product.node.args[0])
     state.replace(product.node, out)
 
@@ -78,9 +96,9 @@ def _backward(state: State, site: MatmulSite, role: str) -> None:
     gemm, forward = getattr(recipe, role), recipe.fprop
     build = Builder(state.gm.graph, like=product.node, before=product.node, backward=True)
     assert site.gradient is not None
-    e = _normal(state, build, site.gradient)
+    e = _normal(state, build, site, site.gradient)
     operand, width = (site.w, site.k) if role == "dgrad" else (site.x, site.k)
-    undo = None
+    rotation, undo = gemm.rotation, None
     if gemm.b.source == "saved":
         made = site.products["fprop"]
         kept = made.b if role == "dgrad" else made.a
@@ -88,17 +106,16 @@ def _backward(state: State, site: MatmulSite, role: str) -> None:
         source = product.source = state.current(kept)
         undo = forward.rotation if forward is not None else None
     else:
-        source = _normal(state, build, operand)
-    rotation = gemm.rotation
+        source = _normal(state, build, site, operand)
     signs = _signs(state, build, site, role, rotation) if rotation else None
-    a = _rotated(build, e if role == "dgrad" else build.transpose(e), rotation, signs)
-    b = _rotated(build, build.transpose(source), rotation, signs)
-    out = _product(build, site, product, a, b)
+    a = _rotated(build, _outer(build, site, e if role == "dgrad" else flip(build, site, e), gemm), rotation, signs)
+    across = flip(build, site, source)
+    product.reader = list(source.users)[-1]
+    b = _rotated(build, across, rotation, signs)
+    out = _undo_outer(build, site, _product(build, site, role, a, b), gemm, site.dims(role)[0])
     if undo is not None:
         assert source.target is ir.HADAMARD
         out = build(ir.HADAMARD, out, undo.n, source.args[2], True, site.dtype)
-    out = build.columns(out, width)
-    if product.flipped:
-        out = build.transpose(out)
+    out = restored(build, site, build.columns(out, width), product.flipped)
     assert str(shape(out)) == str(shape(product.node)), (shape(out), shape(product.node))
     state.replace(product.node, out)

@@ -13,6 +13,9 @@ from quartet.lowering.recipe import Gemm, Recipe
 from quartet.lowering.resolution import Resolution
 
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
+OP_CLASS_KEY = "quartet_op_class"  # of a forward product that a pass has written: its op class
+RECOMPUTED_KEY = "quartet_recomputed"  # of an X that a pass has tagged to be made again in backward
+NOTES_KEY = "quartet_notes"  # of the same: remarks for its record
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Product:
 
     ``node`` is the matmul that autograd wrote: the product in normal orientation, or its transpose when
     ``flipped``. After rotation ``a`` and ``b`` are its 2-D operands with the contraction axis last, ``mm``
-    their product in the model's dtype, and ``source`` the operand of fprop that ``b`` was made from.
+    their product in the model's dtype, and ``source`` the operand of fprop that ``b`` was made from, by ``reader``.
     """
 
     node: Node
@@ -30,31 +33,35 @@ class Product:
     b: Node | None = None
     mm: Node | None = None
     source: Node | None = None
+    reader: Node | None = None
 
 
 @dataclass
 class Quantized:
-    """Results of a quantise node: codes, scales and the packed clip mask (None when the spec has none)."""
+    """Results of a quantise node: codes, scales and the packed clip mask (None when the spec has none), and the amax
+    that it was given (None when the spec takes none)."""
 
     codes: Node
     scales: Node
     mask: Node | None
     spec: QuantSpec
+    amax: Node | None = None
 
 
 @dataclass
 class MatmulSite:
-    """A forward matmul of an activation with a weight, and its dgrad and wgrad where they exist.
+    """A forward matmul, and its dgrad and wgrad where they exist. W is a weight, or another activation.
 
     Attributes:
         index: number of the site in the graph; names its random bits.
         x: node of X and whether it is stored transposed; ``[tokens, in]`` in normal orientation.
         w: node of W likewise; ``[out, in]`` in normal orientation.
         m, n, k: tokens, out, in; ints or SymInts.
+        batch: how many matrices X, W and E are stacked of along a leading axis; None of a matrix each.
         gradient: node of E and whether it is stored transposed; ``[tokens, out]`` in normal orientation.
         resolution: what the policy decided; recipe: the effective recipe, None when left alone.
         reasons: role → why it is left alone.
-        remarks: role → how its GEMM differs from the recipe's.
+        remarks: role → how its GEMM differs from the recipe's; notes: what a reader should know of all three.
         x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
     """
 
@@ -73,14 +80,25 @@ class MatmulSite:
     recipe: Recipe | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     x_group: int = -1
     quantized: dict[str, Quantized] = field(default_factory=dict)
     saved_bytes: int | None = None
+    batch: Any = None
+
+    def remark(self, role: str, text: str) -> None:
+        """Add a remark on the GEMM of a role."""
+        self.remarks[role] = "; ".join(filter(None, (self.remarks.get(role), text)))
 
     def dims(self, role: str) -> tuple[Any, Any, Any]:
         """(M, N, K) of a role's GEMM; K is what it contracts."""
         return {"fprop": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n),
                 "wgrad": (self.n, self.k, self.m)}[role]
+
+    @property
+    def recomputes_x(self) -> bool:
+        """Whether X is made again in backward rather than kept."""
+        return self.x[0].meta.get(RECOMPUTED_KEY, False)
 
     def active(self, role: str) -> Gemm | None:
         """The GEMM to quantise in this role, where both the graph and the recipe have one."""

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from quartet.lowering.graph import FORWARD, Builder, aten, replace_all
 from quartet.lowering.recipe import Recipe
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.lowering.resolution import Resolution
 from quartet.passes.sites import MatmulSite
 from quartet.runtime.devices import Target
@@ -28,6 +28,8 @@ class Observer(Protocol):
     def after(self, index: int, name: str, gm: GraphModule, seconds: float) -> None: ...
 
     def finish(self, records: Sequence[MatmulRecord], gm: GraphModule) -> None: ...
+
+    def saved(self, records: Sequence[SavedRecord], forward: GraphModule, backward: GraphModule) -> None: ...
 
 
 ACCUMULATION = ("fast", "promoted")
@@ -49,6 +51,7 @@ class Config:
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         where_it_pays: leave layers alone that the policy's default would make slower.
         portable_rounding: no rounding by conversions that only some devices have.
+        anchors: indices of the dynamo inputs through which delayed scaling finds its histories, one a device.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
@@ -65,6 +68,7 @@ class Config:
     where_it_pays: bool = False
     target: Target | None = None
     portable_rounding: bool = False
+    anchors: tuple[int, ...] = ()
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""
@@ -83,6 +87,7 @@ class State:
     kernels: dict[tuple[int, str], str] = field(default_factory=dict)
     declined: dict[tuple[int, str], str] = field(default_factory=dict)
     replaced: dict[Node, Node] = field(default_factory=dict)
+    histories: dict[torch.device, Any] = field(default_factory=dict)
 
     def replace(self, old: Node, new: Node) -> None:
         """Every user of ``old`` reads ``new`` instead, and so does who asks for :meth:`current`."""

@@ -27,12 +27,13 @@ def verify(state: State, after: str) -> None:
         if node.target is ir.QUANTIZE:
             spec = QuantSpec.parse(str(node.args[1]))
             _require((node.args[2] is not None) == spec.stochastic, after, node, "stochastic quantisers have a seed")
-        if node.target is ir.SCALED_MM:
+            _require((len(node.args) > 4) == spec.takes_amax, after, node, "quantisers that take an amax have one")
+        if node.target in ir.PRODUCTS:
             _check_gemm(node, after)
 
 
 def _check_gemm(node: Node, after: str) -> None:
-    a, a_scales, b, b_scales, a_spec, b_spec, _ = node.args
+    a, a_scales, b, b_scales, a_spec, b_spec = node.args[:6]
     depths = []
     for codes, scales, text in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
         assert isinstance(codes, Node) and isinstance(scales, Node) and isinstance(text, str)

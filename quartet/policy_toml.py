@@ -27,11 +27,11 @@ from dataclasses import fields
 from typing import Any
 
 from quartet.kernels.spec import QuantSpec, SpecError
-from quartet.lowering.recipe import ROLES, Gemm, Operand, Recipe, Rotation
+from quartet.lowering.recipe import ROLES, Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.recipes import PolicyError, check, unknown
 
 _RECIPE_KEYS = tuple(field.name for field in fields(Recipe) if field.name != "name")
-_GEMM_KEYS = ("a", "b", "source", "rotation")
+_GEMM_KEYS = ("a", "b", "source", "rotation", "outer")
 
 
 def check_table(what: str, data: object, legal: tuple[str, ...]) -> Mapping[str, Any]:
@@ -51,7 +51,9 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         value = getattr(recipe, field.name)
         if field.name == "name" or value == field.default:
             continue
-        data[field.name] = _gemm_to_dict(value) if field.name in ROLES else value
+        if field.name in ROLES:
+            value = _gemm_to_dict(value)
+        data[field.name] = str(value) if isinstance(value, Saved | Delayed) else value
     return data
 
 
@@ -71,6 +73,10 @@ def recipe_from_dict(name: str, data: object) -> Recipe:
         else:
             values[key] = value
     try:
+        if "history" in values:
+            values["history"] = Delayed.parse(values["history"])
+        if "saved" in values:
+            values["saved"] = Saved.parse(values["saved"])
         return check(Recipe(name=name, **values))
     except SpecError as error:
         raise PolicyError(str(error)) from None
@@ -80,8 +86,9 @@ def _gemm_to_dict(gemm: Gemm) -> dict[str, str]:
     data = {"a": _spec_to_text(gemm.a.spec), "b": _spec_to_text(gemm.b.spec)}
     if gemm.b.source != "original":
         data["source"] = gemm.b.source
-    if gemm.rotation is not None:
-        data["rotation"] = _rotation_to_text(gemm.rotation)
+    for key in ("rotation", "outer"):
+        if (rotation := getattr(gemm, key)) is not None:
+            data[key] = _rotation_to_text(rotation)
     return data
 
 
@@ -99,8 +106,8 @@ def _gemm_from_dict(what: str, data: object, role: str) -> Gemm:
                               (role,))
     try:
         a, b = (None if table[key] == "none" else QuantSpec.parse(table[key]) for key in ("a", "b"))
-        rotation = _rotation_from_text(table["rotation"]) if "rotation" in table else None
-        return Gemm(Operand(a), Operand(b, table.get("source", "original")), rotation)
+        rotations = (_rotation_from_text(table[key]) if key in table else None for key in ("rotation", "outer"))
+        return Gemm(Operand(a), Operand(b, table.get("source", "original")), *rotations)
     except SpecError as error:
         raise PolicyError(f"{what}: {error}", (role,)) from None
 

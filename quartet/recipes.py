@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.recipe import OP_CLASSES, Gemm, Operand, Recipe, Rotation
+from quartet.lowering.recipe import OP_CLASSES, Gemm, Operand, Recipe, Rotation, Saved
 
 
 class PolicyError(ValueError):
@@ -38,20 +38,60 @@ def unknown(what: str, name: object, legal: Iterable[str], path: tuple[str | int
     return PolicyError(f"unknown {what} {name!r}; {did_you_mean(name, legal)}possible: {', '.join(legal)}", path)
 
 
+def _gemm(a: str, b: str, rotation: Rotation | None = None, outer: Rotation | None = None) -> Gemm:
+    """A GEMM whose operands are both quantised from the tensors themselves."""
+    return Gemm(Operand(QuantSpec.parse(a)), Operand(QuantSpec.parse(b)), rotation, outer)
+
+
 def _same(spec: str, rotation: Rotation | None = None) -> Gemm:
     """A GEMM whose operands are quantised alike."""
-    operand = Operand(QuantSpec.parse(spec))
-    return Gemm(operand, operand, rotation)
+    return _gemm(spec, spec, rotation)
 
 
-def _from_saved(spec: str, rotation: Rotation | None = None) -> Gemm:
+def _from_saved(spec: str, rotation: Rotation | None = None, gradient: str | None = None,
+                outer: Rotation | None = None) -> Gemm:
     """A backward GEMM: operand a is the gradient, operand b starts from the codes that fprop saved."""
-    return Gemm(Operand(QuantSpec.parse(spec)), Operand(QuantSpec.parse(spec), source="saved"), rotation)
+    return Gemm(Operand(QuantSpec.parse(gradient or spec)), Operand(QuantSpec.parse(spec), source="saved"), rotation,
+                outer)
 
 
 _QUARTET_BACKWARD = _from_saved("e2m1/32 e8m0 headroom stochastic", Rotation(32, "random"))
+_STRAIGHT_THROUGH = Gemm(Operand(None), Operand(None, source="saved"))
 _FP8_TENSOR = "e4m3/tensor fp32 amax nearest"
 _FP8_ROW = "e4m3/row fp32 amax_pow2 nearest"
+_FP8_BLOCK, _FP8_TILE = "e4m3/128 fp32 amax_pow2 nearest", "e4m3/128x128 fp32 amax_pow2 nearest"
+_FP8_DELAYED, _FP8_GRADIENT = "e4m3/tensor fp32 delayed nearest", "e5m2/tensor fp32 delayed nearest"
+_MXFP8 = "e4m3/32 e8m0 ceil nearest"
+_NVFP4, _NVFP4_TILE = "e2m1/16 e4m3 amax nearest", "e2m1/16x16 e4m3 amax nearest"
+_NVFP4_GRADIENT = "e2m1/16 e4m3 amax stochastic"
+_NVFP4_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+_INT8_ROW, _INT8_TENSOR = "int8/row fp32 amax nearest", "int8/tensor fp32 amax nearest"
+
+
+def _halo(name: str, spec: str, level: int) -> Recipe:
+    forward, outer = Rotation(32) if level >= 1 else None, Rotation(32) if level == 2 else None
+    return Recipe(
+        name=f"halo-{name}-{level}",
+        summary=f"{name.upper()} with one scale a tensor, " + (
+            "no rotation", "operands of forward rotated", "operands of forward rotated, and gradients over tokens")[level],
+        paper="HALO, arXiv 2501.02625",
+        fprop=_same(spec, forward),
+        dgrad=_from_saved(spec, outer=outer),
+        wgrad=_from_saved(spec),
+    )
+
+
+def _saved(name: str, summary: str, paper: str, what: str) -> Recipe:
+    return Recipe(name, summary, paper, skip=tuple(c for c in OP_CLASSES if c != "saved"), saved=Saved.parse(what))
+
+
+_SAVED = (
+    _saved("e4m3/16", "saved activations in E4M3, one scale for 16 elements", "COAT, arXiv 2410.19313", "e4m3/16"),
+    _saved("e4m3/16-attention", "the same, and also what a fused attention keeps", "COAT, arXiv 2410.19313",
+           "e4m3/16 attention"),
+    _saved("mesa8", "saved activations in 8 bits between minimum and maximum of 64, stochastic",
+           "Mesa, arXiv 2111.11124", "uint8/64 stochastic"),
+)
 
 _BUILT_IN: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -91,6 +131,71 @@ _BUILT_IN: Mapping[str, Recipe] = {
             dgrad=_same(_FP8_ROW),
             wgrad=_same(_FP8_ROW),
         ),
+        Recipe(
+            name="fp8-block",
+            summary="E4M3 with a power-of-two scale for 128 elements of X and E, and for 128 by 128 of W",
+            paper="DeepSeek-V3, arXiv 2412.19437",
+            fprop=_gemm(_FP8_BLOCK, _FP8_TILE),
+            dgrad=_gemm(_FP8_BLOCK, _FP8_TILE),
+            wgrad=_same(_FP8_BLOCK),
+        ),
+        Recipe(
+            name="mxfp8",
+            summary="E4M3 with a power-of-two scale for 32 elements of every operand, each quantised from the original",
+            paper="Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027",
+            fprop=_same(_MXFP8),
+            dgrad=_same(_MXFP8),
+            wgrad=_same(_MXFP8),
+        ),
+        Recipe(
+            name="nvfp4",
+            summary="NVFP4: square blocks of W, signed H16 of wgrad's operands, stochastic gradients",
+            paper="Pretraining LLMs with NVFP4, arXiv 2509.25149",
+            fprop=_gemm(_NVFP4, _NVFP4_TILE),
+            dgrad=_gemm(_NVFP4_GRADIENT, _NVFP4_TILE),
+            wgrad=_gemm(_NVFP4_GRADIENT, _NVFP4, Rotation(16, _NVFP4_SIGNS)),
+        ),
+        Recipe(
+            name="quartet2",
+            summary="NVFP4: four-over-six forward, rotated backward with unbiased block scales (MS-EDEN)",
+            paper="Quartet II, arXiv 2601.22813",
+            fprop=_same("e2m1/16 e4m3 four_six nearest"),
+            dgrad=_from_saved("e2m1/16 e4m3 eden stochastic", Rotation(128, "random")),
+            wgrad=_from_saved("e2m1/16 e4m3 eden stochastic", Rotation(128, "random")),
+        ),
+        Recipe(
+            name="tetrajet",
+            summary="MXFP4 without rotation: scales that never clip, stochastic gradients from the codes of forward",
+            paper="TetraJet, arXiv 2502.20853",
+            fprop=_same("e2m1/32 e8m0 ceil nearest"),
+            dgrad=_from_saved("e2m1/32 e8m0 ceil stochastic"),
+            wgrad=_from_saved("e2m1/32 e8m0 ceil stochastic"),
+        ),
+        *(_halo(name, spec, level) for name, spec in (("fp8", _FP8_TENSOR), ("int8", _INT8_TENSOR)) for level in range(3)),
+        Recipe(
+            name="int8",
+            summary="INT8 forward and dgrad, X and E with a scale a row, W with one; wgrad in high precision",
+            paper="SwitchBack, arXiv 2304.13013",
+            fprop=_gemm(_INT8_ROW, _INT8_TENSOR),
+            dgrad=_from_saved(_INT8_TENSOR, gradient=_INT8_ROW),
+        ),
+        Recipe(
+            name="int8-all",
+            summary="int8, and wgrad too, with a scale for each row of its operands",
+            paper="SwitchBack, arXiv 2304.13013",
+            fprop=_gemm(_INT8_ROW, _INT8_TENSOR),
+            dgrad=_from_saved(_INT8_TENSOR, gradient=_INT8_ROW),
+            wgrad=_same(_INT8_ROW),
+        ),
+        Recipe(
+            name="bitnet",
+            summary="ternary W by its mean magnitude, INT8 X a token; gradients straight through, in high precision",
+            paper="BitNet b1.58, arXiv 2402.17764",
+            fprop=_gemm(_INT8_ROW, "ternary/tensor fp32 absmean nearest"),
+            dgrad=_STRAIGHT_THROUGH,
+            wgrad=_STRAIGHT_THROUGH,
+        ),
+        *_SAVED,
     )
 }
 _registered: dict[str, Recipe] = {}

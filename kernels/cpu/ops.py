@@ -70,8 +70,8 @@ def unavailable() -> str | None:
 
 def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
-    if spec.element != "e2m1":
-        return f"the fused CPU kernels encode e2m1, not {spec.element}"
+    if spec.element != "e2m1" or spec.scale != "e8m0":
+        return f"the fused CPU kernels encode e2m1 with e8m0 scales, not {spec.element} with {spec.scale}"
     if rotation != 0 and rotation not in SIZES:
         return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
     if dtype not in _TYPES:

@@ -53,6 +53,11 @@ def fp8_encode(x: Tensor, element: str) -> Tensor:
     return x.clamp(-limit, limit).to(_FP8[element])
 
 
+def integer_encode(x: Tensor, limit: int) -> Tensor:
+    """fp32 → int8 to nearest even, saturating at ±limit; a NaN, whose scale is NaN too, becomes 0."""
+    return torch.where(x.isnan(), 0.0, x.round().clamp(-limit, limit)).to(torch.int8)
+
+
 def e8m0_decode(scale: Tensor) -> Tensor:
     """fp32 2^(byte − 127) from uint8 bytes; 255 is NaN, 0 is the subnormal 2^−127."""
     byte = scale.to(torch.int32)

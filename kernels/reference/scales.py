@@ -1,15 +1,19 @@
-"""Scale rules: E8M0 (floor, ceil, headroom, quest) as integers from exponent bits, never log2 or exp2; fp32 (amax)."""
+"""Scale rules: E8M0 (floor, ceil, headroom, quest) as integers from exponent bits, never log2 or exp2; fp32 ones."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quartet.kernels.reference.elements import E8M0_NAN
+from quartet.kernels.reference.hadamard import pad_last
 from quartet.kernels.spec import ELEMENT_EMAX, ELEMENT_MAX, QuantSpec
 
 QUEST_CLIP = 2.92247856 / 6.0  # Gaussian-MSE-optimal clip over the largest E2M1 value
 QUEST_FLOOR = 1e-8
+ABSMEAN_FLOOR = 1e-5
 _SQRT2_MANTISSA = 0x3504F4  # first fp32 significand above √2
 _MANTISSA = 0x7FFFFF
 _ONE_BYTE = 127
@@ -71,22 +75,55 @@ def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(torch.isfinite(amax), byte, E8M0_NAN).to(torch.uint8)
 
 
-def fp32_scale(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """(multiplier, scale) of a row or a tensor: codes are ``x · multiplier``, values ``code · scale``.
+def group_amax(blocks: Tensor, spec: QuantSpec) -> Tensor:
+    """Largest magnitude under each scale of ``[rows, blocks, block]``: ``[rows, blocks]``, or ``[⌈rows/block⌉, blocks]``
+    of tiles. NaN where there is one."""
+    amax = blocks.abs().amax(-1)
+    if not spec.tile:
+        return amax
+    amax = pad_last(amax.t(), spec.block)
+    return amax.reshape(amax.shape[0], amax.shape[1] // spec.block, spec.block).amax(-1).t()
+
+
+def spread(scales: Tensor, spec: QuantSpec, rows: Any) -> Tensor:
+    """Scales of tiles repeated for each of their ``rows``; others as they are."""
+    return scales.repeat_interleave(spec.block, 0)[:rows] if spec.tile else scales
+
+
+def fp32_scale(x: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(multiplier, scale) of a row, a tensor, a block or a tile: codes are ``x · multiplier``, values ``code · scale``.
 
     multiplier = max / amax, correctly rounded to fp32, at most 2^126, and 1 where amax is 0; ``amax_pow2`` clears its
-    significand. scale = 1 / multiplier, correctly rounded. A NaN or an infinity makes both NaN. Both quotients go
-    through float64, which rounds to the same fp32 number: compiled code divides fp32 only approximately on a GPU.
+    significand. ``absmean``: 1 / max(mean |x|, 10⁻⁵). scale = 1 / multiplier, correctly rounded. A NaN or an infinity
+    makes both NaN. Quotients go through float64, which rounds to the same fp32 number: compiled code divides fp32 only
+    approximately on a GPU. The mean is summed in float64, so that its order does not show.
 
+    Args:
+        x: ``[rows, cols]`` with at least one element; for blocks and tiles fp32 ``[rows, blocks, block]``.
+        amax: the largest magnitude that ``delayed`` takes, fp32 with one element.
     Returns:
-        fp32 ``[1, 1]`` or ``[rows, 1]`` of ``x [rows, cols]``, which has at least one element.
+        fp32 ``[1, 1]`` of a tensor, ``[rows, 1]`` of rows, ``[rows, blocks]`` or ``[⌈rows/block⌉, blocks]`` of tiles.
     """
-    axes = (0, 1) if spec.block == "tensor" else (1,)
-    amax = x.abs().amax(axes, keepdim=True).to(torch.float32)
+    if spec.rule == "absmean":
+        return _absmean_scale(x)
+    if spec.rule == "delayed":
+        assert amax is not None
+        amax = amax.reshape(1, 1).to(torch.float32)
+    elif spec.blocked:
+        amax = group_amax(x, spec)
+    else:
+        amax = x.abs().amax((0, 1) if spec.block == "tensor" else (1,), keepdim=True).to(torch.float32)
     multiplier = amax.to(torch.float64).reciprocal() * ELEMENT_MAX[spec.element]
     multiplier = multiplier.clamp(max=_LARGEST_MULTIPLIER).to(torch.float32)
     if spec.rule == "amax_pow2":
         multiplier = (multiplier.view(torch.int32) & _SIGN_AND_EXPONENT).view(torch.float32)
     multiplier = torch.where(amax == 0, 1.0, multiplier)
     multiplier = torch.where(amax < float("inf"), multiplier, float("nan"))
+    return multiplier, multiplier.to(torch.float64).reciprocal().to(torch.float32)
+
+
+def _absmean_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.to(torch.float64).abs().mean((0, 1), keepdim=True).to(torch.float32)
+    mean = torch.where(mean < float("inf"), mean, float("nan")).clamp(min=ABSMEAN_FLOOR)
+    multiplier = mean.to(torch.float64).reciprocal().to(torch.float32)
     return multiplier, multiplier.to(torch.float64).reciprocal().to(torch.float32)

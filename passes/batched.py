@@ -1,0 +1,52 @@
+"""Batches of matrices ``[batch, rows, cols]`` as the 2-D tensors ``[batch·rows, cols]`` that quantisers read, and back.
+
+A site without a batch passes through: its operands are matrices already.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from quartet.lowering.graph import Builder, aten, shape
+from quartet.passes.sites import MatmulSite
+
+SWAP = [0, 2, 1]
+
+
+def matrix(build: Builder, site: MatmulSite, node: Node, flipped: bool) -> Node:
+    """``[batch·rows, cols]`` of an operand ``[batch, rows, cols]``, or of one that is stored transposed."""
+    if site.batch is None:
+        return build.transpose(node) if flipped else node
+    return _flat(build, build(aten.permute.default, node, SWAP) if flipped else node)
+
+
+def flip(build: Builder, site: MatmulSite, x: Node) -> Node:
+    """``[batch·cols, rows]`` of ``[batch·rows, cols]``: every matrix transposed."""
+    if site.batch is None:
+        return build.transpose(x)
+    return _flat(build, build(aten.permute.default, stacked(build, site, x), SWAP))
+
+
+def product(build: Builder, site: MatmulSite, a: Node, b: Node) -> Node:
+    """``A · Bᵀ`` of every matrix: ``[batch·M, K]`` and ``[batch·N, K]`` → ``[batch·M, N]``."""
+    if site.batch is None:
+        return build(aten.mm.default, a, build.transpose(b))
+    right = build(aten.permute.default, stacked(build, site, b), SWAP)
+    return _flat(build, build(aten.bmm.default, stacked(build, site, a), right))
+
+
+def restored(build: Builder, site: MatmulSite, out: Node, flipped: bool) -> Node:
+    """The inverse of :func:`matrix`, laid out as what follows a batched product expects it."""
+    if site.batch is None:
+        return build.transpose(out) if flipped else out
+    out = stacked(build, site, out)
+    return build.contiguous(build(aten.permute.default, out, SWAP)) if flipped else out
+
+
+def stacked(build: Builder, site: MatmulSite, x: Node) -> Node:
+    """``[batch, rows, cols]`` of ``[batch·rows, cols]``."""
+    return build(aten.reshape.default, x, [build.size(site.batch), -1, build.size(shape(x)[1])])
+
+
+def _flat(build: Builder, x: Node) -> Node:
+    return build(aten.reshape.default, x, [-1, build.size(shape(x)[-1])])

@@ -1,0 +1,153 @@
+"""Delayed scaling: quantisers with rule ``delayed`` take the largest magnitude of earlier steps.
+
+A slot's magnitude is that of its history, or of the tensor itself while the history is empty:
+
+    used = 2^margin · (history > 0 ? history : amax(x))
+
+The histories advance once, at the start of forward and outside of any checkpointed region; what forward and backward
+see is recorded once, at the end of each. Both are ops of ``quartet.runtime.amax``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.graph import BACKWARD, Builder, aten, editing, is_backward, val
+from quartet.passes.find_matmuls import input_indices
+from quartet.passes.sites import MatmulSite
+from quartet.passes.state import State, recipe_of
+from quartet.runtime.amax import AMAX_BEGIN, AMAX_READ, AMAX_RECORD, Entry
+
+MUST_BE_IN_FORWARD = "must_be_in_forward"
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
+            aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default)
+
+
+@dataclass
+class Histories:
+    """The slots of a graph on one device.
+
+    Attributes:
+        anchor: the input that stands for the weights of a call. begin: the op that reads the histories.
+        used: (site, of a weight its input, operand, tensor) → its magnitude. current: slot → what the tensor's own was.
+    """
+
+    anchor: Node
+    begin: Node
+    entries: list[Entry] = field(default_factory=list)
+    used: dict[tuple[int, str, Node], Node] = field(default_factory=dict)
+    current: dict[int, Node] = field(default_factory=dict)
+
+
+def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: MatmulSite, operand: str) -> Node:
+    """fp32 ``[1, 1]`` that scales ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, under the rule ``delayed``.
+
+    A graph without an anchor, the body of a region, has no history and takes the tensor's own magnitude.
+    """
+    owner = state.sites[site.x_group] if operand == "x" else site
+    history = recipe_of(site).history
+    held = _histories(state, val(x).device)
+    weight = _weight_index(state, owner) if held is not None else None
+    if held is None or weight is None:
+        for role in site.products:
+            if site.active(role) and "no history" not in site.remarks.get(role, ""):
+                site.remark(role, "scaled by the current amax: no history in a nested region")
+        return _with_margin(build, build(ir.AMAX, x), history.margin)
+    origin = _origin(x)
+    key = weight if operand == "w" else owner.index, operand, origin
+    if key not in held.used:
+        held.used[key] = _new_slot(held, origin, Entry(weight, _free_name(held, weight, operand), history.entries),
+                                   history.margin)
+    return held.used[key]
+
+
+def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
+    """The magnitude for a new slot, computed where ``x`` is: all that read it come later."""
+    slot = len(held.entries)
+    held.entries.append(entry)
+    held.begin.args = (held.anchor, " ".join(map(str, held.entries)))
+    build = Builder(x.graph, like=x, before=max(x, held.begin).next, backward=is_backward(x))
+    with build.mode:
+        held.begin.meta["val"] = held.begin.target(val(held.anchor), held.begin.args[1])  # type: ignore[operator]
+    held.current[slot] = build(ir.AMAX, x)
+    known = build(aten.view.default, build(aten.slice.Tensor, held.begin, 0, slot, slot + 1), [1, 1])
+    amax = build(aten.where.self, build(aten.gt.Scalar, known, 0), known, held.current[slot])
+    return _with_margin(build, amax, margin)
+
+
+def _origin(x: Node) -> Node:
+    """What ``x`` shows in another shape."""
+    while x.op == "call_function" and x.target in RESHAPES and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return x
+
+
+def delayed(state: State) -> None:
+    """Record what the graph's tensors had, at the end of forward and of backward."""
+    for held in state.histories.values():
+        if held is not None and held.begin.target is AMAX_BEGIN:
+            with editing(state.gm):
+                alive = set(state.gm.graph.nodes)
+                for backward in (False, True):
+                    seen = {slot: node for slot, node in held.current.items()
+                            if node in alive and is_backward(node) == backward}
+                    if seen:
+                        _record(state, held, seen, backward)
+
+
+def _record(state: State, held: Histories, seen: dict[int, Node], backward: bool) -> None:
+    last = max(seen.values())
+    build = Builder(state.gm.graph, like=held.begin, before=last.next, backward=backward)
+    build.meta = {"partitioner_tag": BACKWARD if backward else MUST_BE_IN_FORWARD}
+    build(AMAX_RECORD, held.anchor, held.begin.args[1], list(seen), list(seen.values()))
+
+
+def _histories(state: State, device: torch.device) -> Histories | None:
+    if device not in state.histories:
+        index = input_indices(state.gm.graph)
+        anchor = next((node for node, position in index.items() if position in state.config.anchors
+                       and val(node).device == device), None)
+        state.histories[device] = None if anchor is None else Histories(anchor, _start(state, anchor))
+    return state.histories[device]
+
+
+def _start(state: State, anchor: Node) -> Node:
+    graph = state.gm.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    build = Builder(graph, like=first, before=first, backward=False)
+    build.meta = {"partitioner_tag": MUST_BE_IN_FORWARD}
+    trains = any(is_backward(node) for node in graph.nodes)
+    return build(AMAX_BEGIN if trains else AMAX_READ, anchor, "")
+
+
+def _weight_index(state: State, site: MatmulSite) -> int | None:
+    """Input of the dynamo graph that is the (first) parameter of a site's weight."""
+    index = input_indices(state.gm.graph)
+    frontier, seen = [site.w[0]], set()
+    while frontier:
+        node = frontier.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        position = index.get(node)
+        if position is not None and position in state.config.weights:
+            return position
+        if not is_backward(node):
+            frontier += reversed(node.all_input_nodes)
+    return None
+
+
+def _free_name(held: Histories, weight: int, operand: str) -> str:
+    """``x``; of a weight that multiplies several tensors also ``x2``, ``x3``, …"""
+    taken = {entry.operand for entry in held.entries if entry.weight == weight}
+    names = (operand if n == 1 else f"{operand}{n}" for n in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)
+
+
+def _with_margin(build: Builder, amax: Node, margin: int) -> Node:
+    return amax if margin == 0 else build(aten.mul.Tensor, amax, 2.0**margin)

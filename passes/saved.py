@@ -1,0 +1,255 @@
+"""Eight bits an element for what forward leaves to backward and no product reads: a partitioner around the partitioner.
+
+The graph is split first, as it would be without us, so what is kept and what is computed again stays the partitioner's
+choice. Then each kept tensor that may lose precision is replaced by its codes and scales in forward's results, and
+decoded in backward where it is first read. Forward's own values are not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from quartet.kernels.spec import ELEMENT_BITS, QuantSpec, dtype_name
+from quartet.lowering import ir
+from quartet.lowering.graph import Builder, aten, editing, shape, val
+from quartet.lowering.recipe import Saved
+from quartet.lowering.records import SavedRecord
+from quartet.lowering.resolution import SavedChoice
+from quartet.lowering.saved_ops import DECODE, ENCODE
+from quartet.passes.exact import Backward, maker_name, why_exact
+from quartet.passes.kept import (
+    Kept,
+    Storage,
+    byte_count,
+    chain,
+    dense_order,
+    is_symbol,
+    module_of,
+    pairs,
+    returned,
+    storages,
+    stored_bytes,
+)
+from quartet.passes.pipeline import source_digest
+from quartet.passes.state import STREAM_STRIDE, Config, State, draw_seed
+from quartet.runtime.compat import CustomPartitionerFn
+from quartet.runtime.streams import SEED
+
+log = logging.getLogger("quartet")
+
+DRAW = 15  # of the sixteen draws that a site has; the products take the first (see kernels.reference.philox.Draw)
+Pair = tuple[GraphModule, GraphModule]
+_KIND = ("saved_tensor_with_no_vc_check",)  # by which AOTAutograd sorts forward's results
+
+
+class SavedActivations(CustomPartitionerFn):  # type: ignore[misc]
+    """Splits a joint graph and encodes what is kept.
+
+    Args:
+        resolve: module name → what the policy decides for the tensors that it makes.
+        config: the pipeline's: stream of the random bits, and observers, which see the result.
+        key: everything that the result depends on beyond the graph and this package's source, as text.
+        own: the user's ``custom_partitioner_fn``, or None. default: what splits the graph without one.
+    """
+
+    def __init__(self, resolve: Callable[[str | None], SavedChoice], config: Config, key: str, own: Any,
+                 default: Callable[..., Pair]) -> None:
+        self.resolve, self.config, self.key, self.own, self.default = resolve, config, key, own, default
+        self.records: list[SavedRecord] = []
+
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Pair:
+        forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)
+        records = _Rewriting(forward, backward, kwargs["num_fwd_outputs"], self.config).run(self.resolve)
+        self.records += records
+        for observer in self.config.observers:
+            observer.saved(records, forward, backward)
+        return forward, backward
+
+    def uuid(self) -> str | None:
+        """Cache key; None, which keeps the graph out of the caches, when somebody observes or the user's has none."""
+        other = None if self.own is None else self.own.uuid()
+        if self.config.observers or (self.own is not None and other is None):
+            return None
+        return hashlib.sha256(repr((source_digest(), self.key, other)).encode()).hexdigest()
+
+
+class _Rewriting:
+    """One pair of graphs."""
+
+    def __init__(self, forward: GraphModule, backward: GraphModule, outputs: int, config: Config) -> None:
+        self.forward, self.backward, self.outputs = forward, backward, outputs
+        self.state = State(forward, config, seeds=_seeds(forward, config))
+        self.kept = pairs(forward, backward, outputs)
+        self.instead: dict[Node, list[Node]] = {}  # a result of forward → what is returned in its place
+        self.read: dict[Node, Node] = {kept.made: kept.read for kept in self.kept}
+
+    def run(self, resolve: Callable[[str | None], SavedChoice]) -> list[SavedRecord]:
+        """Rewrite both graphs; a record for everything kept that is no input."""
+        with editing(self.forward), editing(self.backward):
+            self.seen = Backward(self.backward.graph)
+            shown = [n for n in returned(self.forward)[:self.outputs] if isinstance(n, Node) and not is_symbol(n)]
+            self.shown = {storage.root for storage in storages([Kept(n, n) for n in shown])}
+            own = [storage for storage in storages(self.kept) if storage.root.op != "placeholder"]
+            records = [self._decide(site, storage, resolve) for site, storage in enumerate(own)]
+            self._return()
+        return records
+
+    def _decide(self, site: int, storage: Storage, resolve: Callable[[str | None], SavedChoice]) -> SavedRecord:
+        source, fqn = storage.source, module_of(storage.root)
+        before, choice = stored_bytes(storage), resolve(fqn)
+        record = SavedRecord(storage.parts[0].made.name, fqn or "", maker_name(storage.root),
+                             tuple(size if isinstance(size, int) else str(size) for size in shape(source)),
+                             dtype_name(val(source).dtype), before, None, before, choice.reason)
+        if choice.saved is None:
+            return record
+        if (reason := why_exact(storage, self.shown, self.seen, choice.saved)) is not None:
+            return replace(record, reason=reason)
+        if (quantizer := self._codes_already(storage)) is not None:
+            self._decode_from(storage, lambda build: self._dequantised(build, storage, quantizer))
+            return replace(record, saved=str(quantizer.args[1]), saved_bytes=0,
+                           reason="from the codes of a product's operand, which are kept anyway")
+        return replace(record, saved=str(choice.saved), saved_bytes=self._encode(storage, choice.saved, site))
+
+    def _encode(self, storage: Storage, saved: Saved, site: int) -> int:
+        """Codes and scales among forward's results, their values in backward; bytes that are kept now."""
+        source = storage.source
+        order = dense_order(source)
+        assert order is not None
+        seed = draw_seed(self.state, val(source).device) if saved.rounding == "stochastic" else None
+        build = Builder(self.forward.graph, source, self._after(source, seed), backward=False)
+        rows = build(aten.permute.default, source, order) if order != sorted(order) else source
+        encoded = build(ENCODE, rows, saved.element, saved.group, seed, site * 16 + DRAW if seed is not None else 0)
+        codes, scales = build.item(encoded, 0), build.item(encoded, 1)
+        made = [self._input(storage, codes, "codes"), self._input(storage, scales, "scales")]
+
+        def decoded(at: Builder) -> Node:
+            values = at(DECODE, *made, saved.element, saved.group, val(source).dtype)
+            back = sorted(range(len(order)), key=order.__getitem__)
+            return at(aten.permute.default, values, back) if order != sorted(order) else values
+
+        self._decode_from(storage, decoded, [codes, scales])
+        return byte_count(codes) + byte_count(scales)
+
+    def _after(self, source: Node, seed: Node | None) -> Node:
+        """The node before which both ``source`` and ``seed`` are known."""
+        for node in reversed(self.forward.graph.nodes):
+            if node is source or node is seed:
+                return node.next
+        raise AssertionError(f"{source} is in another graph")
+
+    def _input(self, storage: Storage, made: Node, what: str) -> Node:
+        """An input of backward for a new result of forward."""
+        read = storage.parts[0].read
+        with self.backward.graph.inserting_before(read):
+            node = self.backward.graph.placeholder(f"{read.name}_{what}")
+        node.meta["val"] = val(made)
+        return node
+
+    def _decode_from(self, storage: Storage, decode: Callable[[Builder], Node], made: Sequence[Node] = ()) -> None:
+        """Let backward read what ``decode`` builds, where the first part is read; ``made`` is returned instead."""
+        readers = {user for part in storage.parts for user in part.read.users}
+        first = next(n for n in self.backward.graph.nodes if n in readers or n.op == "output")
+        build = Builder(self.backward.graph, first, first, backward=True)
+        source, values = storage.source if made else storage.root, decode(build)
+        for number, part in enumerate(storage.parts):
+            value = values
+            for link in chain(part.made, source):
+                value = build(link.target, *self._arguments(build, link, value), **link.kwargs)
+            part.read.replace_all_uses_with(value)
+            self.backward.graph.erase_node(part.read)
+            self.instead[part.made] = list(made) if number == 0 else []
+        for node in made:
+            node.meta |= {key: storage.parts[0].made.meta[key] for key in _KIND if key in storage.parts[0].made.meta}
+
+    def _arguments(self, build: Builder, link: Node, value: Node) -> tuple[Any, ...]:
+        """The arguments of a view or cast of forward, in backward: sizes are found or computed there."""
+        rest = map_arg(link.args[1:], lambda n: size_node(build, n.meta["val"]))
+        return (value, *rest)
+
+    def _codes_already(self, storage: Storage) -> Node | None:
+        """The quantiser whose eight-bit codes of this very tensor are kept for a product, if there is one."""
+        todo = [storage.root]
+        while todo:
+            node = todo.pop()
+            todo += [u for u in node.users if u.target in (aten.view.default, aten._unsafe_view.default)]
+            for user in node.users:
+                if user.target is not ir.QUANTIZE or user.args[0] is not node:
+                    continue
+                spec, items = QuantSpec.parse(str(user.args[1])), {n.args[1]: n for n in user.users}
+                plain = not spec.stochastic and not spec.takes_amax and ELEMENT_BITS[spec.element] == 8
+                if plain and spec.element != "ternary" and items.get(0) in self.read and items.get(1) in self.read:
+                    return user
+        return None
+
+    def _dequantised(self, build: Builder, storage: Storage, quantizer: Node) -> Node:
+        items = {n.args[1]: n for n in quantizer.users}
+        x = quantizer.args[0]
+        assert isinstance(x, Node)
+        codes, scales = self.read[items[0]], self.read[items[1]]
+        values = build(ir.DEQUANTIZE, codes, scales, quantizer.args[1], val(storage.root).dtype)
+        values = build.columns(values, shape(x)[1])
+        return build(aten.view.default, values, [size_node(build, size) for size in shape(storage.root)])
+
+    def _return(self) -> None:
+        """Write forward's results anew, with their descriptions."""
+        output = self.forward.graph.output_node()
+        old = returned(self.forward)
+        descs = list(output.meta.get("desc") or [None] * len(old))
+        traces = list(output.meta.get("output_stack_traces") or [None] * len(old))
+        results: list[tuple[Any, Any, Any]] = []
+        for i, (node, desc, trace) in enumerate(zip(old, descs, traces, strict=True)):
+            replaced = isinstance(node, Node) and i >= self.outputs and node in self.instead
+            results += [(new, desc, trace) for new in (self.instead[node] if replaced else [node])]
+        values, descs, traces = (list(column) for column in zip(*results, strict=True))
+        output.args = (type(old)(values),)
+        if "desc" in output.meta:
+            kept = range(self.outputs, len(descs))
+            numbered = {i: replace(descs[i], idx=i - self.outputs) for i in kept if hasattr(descs[i], "idx")}
+            output.meta["desc"] = [numbered.get(i, desc) for i, desc in enumerate(descs)]
+        if "output_stack_traces" in output.meta:
+            output.meta["output_stack_traces"] = traces
+
+
+def size_node(build: Builder, value: Any) -> Any:
+    """A size in the graph: an int, the node that holds a symbolic one, or one computed of what its factors hold."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    try:
+        return build.size(value)
+    except RuntimeError:
+        expression = value.node.expr
+    pieces = [_symbol(build, value, part) for part in expression.args]
+    combine = operator.mul if expression.is_Mul else operator.add if expression.is_Add else None
+    if combine is None:
+        raise RuntimeError(f"size {value} is held by no node of the graph and is neither a sum nor a product")
+    whole = pieces[0]
+    for piece in pieces[1:]:
+        whole = build(combine, whole, piece)
+    return whole
+
+
+def _symbol(build: Builder, value: torch.SymInt, part: Any) -> Any:
+    if part.is_Integer:
+        return int(part)
+    environment = value.node.shape_env
+    return size_node(build, environment.create_symintnode(part, hint=int(part.subs(environment.var_to_val))))
+
+
+def _seeds(forward: GraphModule, config: Config) -> dict[torch.device, Node]:
+    """The seeds that the graph draws already, each with the rank's stream added."""
+    found = {}
+    for node in forward.graph.find_nodes(op="call_function", target=SEED):
+        offset = config.stream * STREAM_STRIDE % 2**62
+        added = [u for u in node.users if u.target is aten.add.Tensor and u.args[1] == offset]
+        if added or not config.stream:
+            found[val(node).device] = added[0] if added else node
+    return found

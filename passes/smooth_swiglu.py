@@ -1,0 +1,130 @@
+"""Smooth-SwiGLU (arXiv 2409.12517): take the range of the linear branch out of X = act(a) · b before it is quantised.
+
+s is a power of two from the largest magnitudes of b, of each channel or of each token; it is not differentiated.
+
+    per channel (the paper)               X' = X·s    W' = W·(1/s)    scaled by columns
+        Y = X'·W'ᵀ      gX = (E·W')·s      gW = (Eᵀ·X')·(1/s)
+    per token (the released code)         X' = s·X    E' = (1/s)·E    scaled by rows
+        Y = (1/s)·(X'·Wᵀ)      gX = s·(E'·W)      gW = E'ᵀ·X'
+
+Multiplying by powers of two is exact, so the function and its gradients are the same bit for bit until something is
+quantised. Products that stay in the model's dtype are not touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from quartet.kernels.reference.smooth import smooth_scale
+from quartet.lowering.fp8 import inline
+from quartet.lowering.graph import Builder, aten, editing, keep_as, val
+from quartet.passes.gated import Gated, gated_activation
+from quartet.passes.sites import MatmulSite
+from quartet.passes.state import State, recipe_of
+from quartet.runtime import compat
+
+
+@dataclass(frozen=True)
+class _Smoothed:
+    """X' ``[tokens, in]``, s and 1/s (fp32, ``[1, in]`` or ``[tokens, 1]``)."""
+
+    x: Node
+    scale: Node
+    inverse: Node
+
+
+def smooth_swiglu(state: State) -> None:
+    """Scale the operands of the planned sites that ask for it and whose X is a gated activation."""
+    shared: dict[Any, _Smoothed] = {}
+    with editing(state.gm):
+        for site in state.planned():
+            form = recipe_of(site).smooth
+            gated = gated_activation(site) if form != "none" else None
+            if gated is None:
+                continue
+            node = site.products["fprop"].node
+            roles = [role for role in site.products if site.active(role)]
+            if form == "token" and "wgrad" not in roles:
+                roles = [role for role in roles if role == "fprop"]  # dgrad = E·W has nothing of X
+            if not roles:
+                continue
+            key = site.x_group, form, str(node.meta.get("recompute")), node.meta.get("ac_graph_id")
+            if key not in shared:
+                shared[key] = _smoothed_x(state, site, gated, form)
+            factors = _scale_operands(state, site, form, shared[key], roles)
+            for role in roles:
+                _rewrite(state, site, role, factors[role])
+                site.remark(role, f"smoothed per {form} ({gated.activation})")
+
+
+def _smoothed_x(state: State, site: MatmulSite, gated: Gated, form: str) -> _Smoothed:
+    node = site.products["fprop"].node
+    build = Builder(state.gm.graph, like=node, before=node, backward=False)
+
+    def scales(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return smooth_scale(b, form)
+
+    scale, inverse = inline(build, compat.trace(scales, [val(gated.linear)]), [gated.linear])
+    return _Smoothed(_times(build, _normal(state, build, site.x), scale), scale, inverse)
+
+
+def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smoothed,
+                    roles: list[str]) -> dict[str, Node | None]:
+    """Give the site its scaled operands; returns the factor of each role's product."""
+    forward = site.products["fprop"].node
+    build = Builder(state.gm.graph, like=forward, before=forward, backward=False)
+    site.x = smoothed.x, False
+    if form == "channel":
+        site.w = _times(build, _normal(state, build, site.w), smoothed.inverse), False
+        return {"fprop": None, "dgrad": smoothed.scale, "wgrad": smoothed.inverse}
+    if "wgrad" in roles:
+        site.gradient = _smoothed_gradient(state, site, smoothed), False
+    return {"fprop": smoothed.inverse, "dgrad": smoothed.scale, "wgrad": None}
+
+
+def _smoothed_gradient(state: State, site: MatmulSite, smoothed: _Smoothed) -> Node:
+    first = min(site.products[role].node for role in ("dgrad", "wgrad") if role in site.products)
+    build = Builder(state.gm.graph, like=first, before=first, backward=True)
+    assert site.gradient is not None
+    return _times(build, _normal(state, build, site.gradient), smoothed.inverse)
+
+
+def _rewrite(state: State, site: MatmulSite, role: str, factor: Node | None) -> None:
+    """The product of a role from the site's operands, times a factor."""
+    product = site.products[role]
+    old, backward = product.node, role != "fprop"
+    build = Builder(state.gm.graph, like=old, before=old, backward=backward)
+
+    def operand(of: tuple[Node, bool] | None, flip: bool = False) -> Node:
+        assert of is not None
+        node = state.current(of[0])
+        return build.transpose(node) if of[1] != flip else node
+
+    e, x, w = site.gradient, site.x, site.w
+    a, b = {"fprop": lambda: (operand(x), operand(w, True)), "dgrad": lambda: (operand(e), operand(w)),
+            "wgrad": lambda: (operand(e, True), operand(x))}[role]()
+    common = torch.promote_types(val(a).dtype, val(b).dtype)
+    mm = keep_as(build(aten.mm.default, build.cast(a, common), build.cast(b, common)), old)
+    product.node, flipped, product.flipped = mm, product.flipped, False
+    out = mm if factor is None else _times(build, mm, factor)
+    out = build.cast(out, site.dtype)
+    if flipped:
+        out = build.transpose(out)
+    if old.target is aten.addmm.default:
+        out = build(aten.add.Tensor, out, old.args[0])
+    state.replace(old, out)
+
+
+def _normal(state: State, build: Builder, operand: tuple[Node, bool]) -> Node:
+    node = state.current(operand[0])
+    return build.transpose(node) if operand[1] else node
+
+
+def _times(build: Builder, x: Node, factor: Node) -> Node:
+    """``x · factor`` in the dtype of x; from float16 in float32, where the result stays."""
+    dtype = torch.float32 if val(x).dtype is torch.float16 else val(x).dtype
+    return build(aten.mul.Tensor, build.cast(x, dtype), build.cast(factor, dtype))
