@@ -20,6 +20,7 @@ class MatmulRecord:
         role: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``.
         m, n, k: sizes; a symbolic size is its expression as text, ``"s0*s1"``. Of an embedding: tokens, width and
             rows of the table.
+        batch: how many such products there are.
         dtype: dtype of the product, ``"bfloat16"``.
         recipe: name of the recipe planned for it, or None.
         kernel: name of the kernel that runs it, or None when it was left alone.
@@ -41,6 +42,7 @@ class MatmulRecord:
     reason: str = ""
     saved_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    batch: Size = 1
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -49,12 +51,12 @@ class MatmulRecord:
 
     @property
     def flops(self) -> int | None:
-        """``2·m·n·k``, or None when a size is symbolic; 0 of an embedding, which gathers."""
+        """``2·batch·m·n·k``, or None when a size is symbolic; 0 of an embedding, which gathers."""
         if self.op_class == "embedding":
             return 0
-        m, n, k = self.m, self.n, self.k
-        if isinstance(m, int) and isinstance(n, int) and isinstance(k, int):
-            return 2 * m * n * k
+        m, n, k, batch = self.m, self.n, self.k, self.batch
+        if isinstance(m, int) and isinstance(n, int) and isinstance(k, int) and isinstance(batch, int):
+            return 2 * batch * m * n * k
         return None
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import Graph, Node
 
 from quartet.lowering.graph import aten, is_backward, shape
@@ -88,18 +90,18 @@ def activations_class_of(node: Node, a: Node) -> str:
 
 def _comes_from_softmax(node: Node) -> bool:
     """Whether a softmax, decomposed or not, lies above through views, casts and a dropout."""
-    for _ in range(_DEPTH):
-        if node.op != "call_function" or not node.all_input_nodes:
-            return False
-        name = str(node.target)
+    frontier, seen = [(node, 0)], {node}
+    while frontier:
+        at, depth = frontier.pop()
+        name, above = str(at.target), at.all_input_nodes
         if name.startswith(("aten._softmax", "aten._safe_softmax")):
             return True
-        above = node.all_input_nodes
-        if name.startswith("aten.div") and len(above) == 2:
-            return any(str(n.target).startswith("aten.exp") for n in _above_views(above[0]))
-        if node.target not in _PASS and not name.startswith((*_PASS_NAMES, *_MIXED, "<built-in function getitem>")):
-            return False
-        node = max(above, key=lambda n: len(shape(n)) if hasattr(n.meta.get("val"), "shape") else 0)
+        if name.startswith("aten.div") and any(str(n.target).startswith("aten.exp") for n in _above_views(above[0])):
+            return True
+        passes = at.target in (*_PASS, operator.getitem) or name.startswith((*_PASS_NAMES, *_MIXED))
+        if at.op == "call_function" and passes and depth < _DEPTH:
+            frontier += [(n, depth + 1) for n in above if n not in seen]
+            seen.update(above)
     return False
 
 

@@ -9,6 +9,8 @@ either orientation: autograd writes gW = Eᵀ·X or gWᵀ = Xᵀ·E by the strid
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -21,6 +23,7 @@ from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
 from quartet.passes.state import State
 
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+ATTENTION = "aten._scaled_dot_product_"
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 
@@ -118,6 +121,8 @@ def find_matmuls(state: State) -> None:
             backward.setdefault(node.meta.get("seq_nr"), []).append(node)
     claimed: set[Node] = set()
     for node in state.gm.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(ATTENTION):
+            state.alone.extend(_fused_attention(node))
         if node.op == "call_function" and "grouped_mm" in str(node.target):
             state.alone.extend(_grouped(node))
         if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
@@ -200,6 +205,23 @@ def _unplanned(node: Node, role: str) -> MatmulRecord:
     reason = ("multiplies weights with weights, or scales its sum (beta, alpha)" if role == "fprop" else
               "belongs to no forward product of the graph")
     return left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+
+
+def _fused_attention(node: Node) -> list[MatmulRecord]:
+    """Records of the products inside of a fused attention: of ``[batch, heads, length, width]`` q, k and v.
+
+    Its backward has the gradient first, then q, k and v.
+    """
+    backward = is_backward(node)
+    q, k, v = node.args[int(backward):][:3]
+    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    (*batch, m, d), n, width = shape(q), shape(k)[-2], shape(v)[-1]
+    each = {"attention_qk": {"fprop": (m, n, d), "dgrad": (m, d, n), "wgrad": (n, d, m)},
+            "attention_pv": {"fprop": (m, width, n), "dgrad": (m, n, width), "wgrad": (width, n, m)}}
+    reason = "inside of scaled_dot_product_attention; the option open_attention=True writes it as matmuls"
+    records = [left_alone(node, op_class, role, sizes, val(q).dtype, reason)
+               for op_class, roles in each.items() for role, sizes in roles.items() if (role == "fprop") != backward]
+    return [replace(record, batch=_plain(prod(batch))) for record in records]
 
 
 def _grouped(node: Node) -> list[MatmulRecord]:

@@ -173,7 +173,7 @@ def _multiple(site: MatmulSite, role: str, kernel: str | None) -> int:
 
 
 def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
-    m, n, k = (size if isinstance(size, int) else str(size) for size in site.dims(role))
+    m, n, k, batch = (size if isinstance(size, int) else str(size) for size in (*site.dims(role), site.batch or 1))
     kernel = state.kernels.get((site.index, role))
     recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
     depth, multiple = site.dims(role)[2], _multiple(site, role, kernel)
@@ -188,4 +188,4 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
         site=site.index, fqn=site.fqn, op_class=site.op_class, role=role, m=m, n=n, k=k,
         dtype=dtype_name(site.dtype), recipe=recipe.name if recipe is not None else None, kernel=kernel,
         reason="" if kernel else site.reasons.get(role, "no pass quantised it"),
-        saved_bytes=site.saved_bytes if role == "fprop" else None, notes=notes)
+        saved_bytes=site.saved_bytes if role == "fprop" else None, notes=notes, batch=batch)

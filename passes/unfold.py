@@ -53,7 +53,7 @@ class Convolution:
     @staticmethod
     def of(node: Node, backward: Node | None, fqn: str) -> Convolution:
         _, weight, _, stride, padding, dilation, transposed, _, groups = node.args
-        assert isinstance(weight, Node)
+        assert isinstance(weight, Node) and isinstance(groups, int)
         kernel, out = shape(weight)[2:], shape(node)
 
         def each(values: Any) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Convolution:
 
         mnk = out[0] * prod(out[2:]), out[1], prod(shape(weight)[1:])
         return Convolution(node, backward, fqn, kernel, each(stride), each(padding), each(dilation), bool(transposed),
-                           int(groups), mnk)  # type: ignore[call-overload]
+                           groups, mnk)
 
     @property
     def x(self) -> Node:

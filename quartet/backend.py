@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.dump import GraphDump
 from quartet.lowering import inductor, registry
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.find_matmuls import module_path
+from quartet.passes.saved import SavedActivations
 from quartet.passes.state import Config, Observer
 from quartet.policy import Policy
+from quartet.policy_saved import saves, unmatched_saved
 from quartet.recipes import resolve
 from quartet.runtime import compat
+from quartet.runtime.amax import Anchored
+from quartet.runtime.anchored_graph import with_inputs
 from quartet.runtime.streams import data_parallel_stream
 
 log = logging.getLogger("quartet")
@@ -44,17 +50,32 @@ def quartet(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
 
 def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
                   inner_compile: Callable[..., Any] | None = None,
-                  collect: Callable[[list[MatmulRecord]], None] | None = None) -> Callable[..., Any]:
+                  collect: Callable[[list[MatmulRecord]], None] | None = None,
+                  collect_saved: Callable[[list[SavedRecord]], None] | None = None) -> Callable[..., Any]:
     """:func:`quartet` with parsed options; ``inner_compile`` replaces Inductor's code generation."""
     compat.warn_if_untested()
     step = make_pipeline(gm, example_inputs, options)
+    weights, devices = step.config.weights, anchor_devices(options.policy, example_inputs)
+    if devices:
+        gm, example_inputs = with_inputs(gm, example_inputs, [torch.zeros(1, device=device) for device in devices])
     patches = {**options.inductor, "joint_custom_pre_pass": step}
+    saved = make_partitioner(step, options)
+    if saved is not None:
+        patches["custom_partitioner_fn"] = saved
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-    compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext():
+        compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    if devices:
+        compiled = Anchored(compiled, sorted(weights), devices)
     if step.records:
         _warn_unmatched(options.policy, step.records)
     if collect is not None:
         collect(step.records)
+    if saved is not None and saved.records:
+        for unmatched in unmatched_saved(options.policy, {record.fqn for record in saved.records}):
+            warnings.warn(f"quartet policy: {unmatched}", stacklevel=2)
+        if collect_saved is not None:
+            collect_saved(saved.records)
     return compiled
 
 
@@ -66,16 +87,37 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if options.dump is not None:
         observers = (GraphDump(options.dump, emit_artifact=compat.emit_artifact),)
     disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
+    anchors = tuple(len(example_inputs) + n for n in range(len(anchor_devices(options.policy, example_inputs))))
     config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers, options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
-                    options.policy.where_it_pays, options.target, options.portable_rounding)
+                    options.policy.where_it_pays, options.target, options.portable_rounding, anchors)
     regions = region_weights(gm, weights)
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
-                options.portable_rounding, str(options.target), stream, torch.__version__, torch.get_num_threads()))
+                options.portable_rounding, options.open_attention, str(options.target), stream, anchors,
+                torch.__version__,
+                torch.get_num_threads()))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), regions)
+
+
+def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivations | None:
+    """What splits the graph that ``step`` has rewritten, where the policy is about saved activations."""
+    if not saves(options.policy):
+        return None
+    own, default = compat.partitioner(options.inductor)
+    if isinstance(own, SavedActivations):
+        own = own.own
+    return SavedActivations(options.policy.resolve_saved, step.config, step.key, own, default)
+
+
+def anchor_devices(policy: Policy, example_inputs: Sequence[Any]) -> list[torch.device]:
+    """Devices of the weights, where the policy has a recipe with delayed scaling."""
+    chosen = [resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules)]
+    if not any(recipe is not None and recipe.remembers for recipe in chosen):
+        return []
+    return list(dict.fromkeys(p.device for p in example_inputs if isinstance(p, torch.nn.Parameter)))
 
 
 def quantizes(policy: Policy) -> bool:

@@ -267,6 +267,10 @@ def describe_recipe(recipe: Recipe) -> str:
     lines.append("weights  " + ("kept packed for backward" if recipe.keep_weights else "quantised again in backward"))
     if recipe.recompute == "gemm":
         lines.append("output   computed again in backward from the saved codes")
+    if recipe.remembers:
+        lines.append(f"history  {recipe.history}")
+    if recipe.smooth != "none":
+        lines.append(f"smooth   gated activations, per {recipe.smooth}")
     return "\n".join(lines)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from quartet.graph_code import op_name, print_graph
-from quartet.lowering.records import MatmulRecord
-from quartet.report import Report, page
+from quartet.lowering.records import MatmulRecord, SavedRecord
+from quartet.report import Report, page, saved_table
 from quartet.svg import dataflow, draw, kind_of
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,9 @@ class GraphDump:
         03_quantize.diff.txt     operations added and removed, seconds
         matmuls.json             the report as data
         matmuls.svg              the dataflow between matmuls, after the last pass with the most quantised ones
+        saved.forward.py         where activations are saved in eight bits: the two graphs after partitioning,
+        saved.backward.py        and what is kept between them
+        saved.txt, saved.json
 
     A failure to write never stops a compilation: it warns once, and ``failed`` is True.
 
@@ -150,6 +153,15 @@ class GraphDump:
         self._text(graph, "matmuls.svg", drawing)
         self._text(graph, "index.html", _index(graph, report, drawing))
         graph.finished = True
+
+    @_harmless
+    def saved(self, records: Sequence[SavedRecord], forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        """The graph was split and what forward keeps was encoded: write both parts and the table."""
+        graph = self._graph if self._graph is not None else self._open()
+        self._text(graph, "saved.txt", saved_table(records) + "\n")
+        self._text(graph, "saved.json", json.dumps([record.as_dict() for record in records], indent=1) + "\n")
+        for name, gm in (("forward", forward), ("backward", backward)):
+            self._code(graph, f"saved.{name}", f"{graph.name}, {name} after partitioning", gm)
 
     def _open(self) -> _Graph:
         prefix = ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.report import Report
 
@@ -38,15 +38,17 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         options, mode = own_options, own_mode
     parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
     records: list[MatmulRecord] = []
+    saved: list[SavedRecord] = []
     capture = Capture()
     if target is not None:
         parsed, capture = replace(parsed, target=Target.named(target)), Pretence()
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend)
+        return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
+                             collect_saved=saved.extend)
 
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)
     device = target or next((str(t.device) for t in (*inner.parameters(), *inner.buffers())), "cpu")
     return Report(records, saved_bytes_total=capture.saved_bytes, device=device, policy=str(parsed.policy),
-                  notes=capture.notes)
+                  notes=capture.notes, saved=saved)

@@ -13,7 +13,7 @@ from quartet.recipes import PolicyError, did_you_mean
 from quartet.runtime.devices import Target
 
 KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation",
-        "reuse_weights", "portable_rounding")
+        "reuse_weights", "portable_rounding", "open_attention")
 RECOMPUTE = ("none", "gemm")
 
 
@@ -42,6 +42,8 @@ class Options:
             (see ``quartet.runtime.weights``); its codes are kept meanwhile. CUDA graphs quantise every time.
         portable_rounding: quantise in integer arithmetic where the GPU has conversions of its own (Blackwell), so that
             results are bit-equal on all devices.
+        open_attention: write ``scaled_dot_product_attention`` as two matmuls and a softmax, whose op classes are
+            ``attention_qk`` and ``attention_pv``; the probabilities are then kept for backward.
     """
 
     policy: Policy = field(default_factory=lambda: Policy.coerce(AUTO))
@@ -56,6 +58,7 @@ class Options:
     accumulation: str = ACCUMULATION[0]
     reuse_weights: bool = True
     portable_rounding: bool = False
+    open_attention: bool = False
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None, *,
@@ -94,6 +97,7 @@ class Options:
             accumulation=_accumulation(given.get("accumulation", ACCUMULATION[0])),
             reuse_weights=_switch("reuse_weights", given.get("reuse_weights", True)),
             portable_rounding=_switch("portable_rounding", given.get("portable_rounding", False)),
+            open_attention=_switch("open_attention", given.get("open_attention", False)),
             mode=mode,
             inductor=inductor,
         )

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import EllipsisType
@@ -21,7 +19,9 @@ from typing import Any
 
 from quartet import policy_toml
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe
-from quartet.lowering.resolution import Choice, Resolution
+from quartet.lowering.resolution import Choice, Resolution, SavedChoice
+from quartet.policy_saved import SAVED, check_rule, saved_choice
+from quartet.policy_unmatched import Site, Unmatched, explain_unmatched
 from quartet.predicate import holds, normalise
 from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resolve, unknown
 
@@ -30,8 +30,6 @@ ROLE_ALIASES: Mapping[str, str] = {"forward": "fprop"}
 _RULE_KEYS = ("pattern", "op", "recipe", "role", "shape")
 _POLICY_KEYS = ("default", "where_it_pays", "rule", "recipe")
 AUTO = "auto"  # stands for Policy(where_it_pays=True)
-
-Site = tuple[str, str | None, Any, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Rule:
             raise PolicyError(f"a pattern is an op class or a glob over module names, not {self.fqn!r}", ("pattern",))
         if self.shape is not None:
             object.__setattr__(self, "shape", normalise(self.shape))
+        check_rule(self)
 
     def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any) -> bool:
         """Whether the rule is about this matmul. A rule that names neither an op class nor a module leaves the op
@@ -118,18 +117,6 @@ def _roles(roles: object) -> tuple[str, ...]:
     return tuple(role for role in ROLES if role in named)
 
 
-@dataclass(frozen=True)
-class Unmatched:
-    """A rule that matched no matmul: its index, why, and the nearest names that it could have meant."""
-
-    rule: int
-    reason: str
-    nearest: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.reason}; nearest: {', '.join(map(repr, self.nearest))}" if self.nearest else self.reason
-
-
 @dataclass(frozen=True, repr=False)
 class Policy:
     """A default recipe and rules on top of it, each decided anew for every matmul and role; the last match wins.
@@ -173,6 +160,7 @@ class Policy:
         Args:
             pattern: an op class (``"lm_head"``), the group ``"attention"``, or a glob over module names
                 (``"*.down_proj"``, ``"layers.0.*"``). ``"fqn:lm_head"`` is the module of that name.
+                With ``op="saved"`` the module that makes what is saved (see ``quartet.policy_saved``).
             recipe: name, Recipe, or None for high precision.
             op: op class or group; beside a glob both have to match.
             role: ``"fprop"`` (or ``"forward"``), ``"dgrad"``, ``"wgrad"``, a tuple of them, or None for all.
@@ -232,11 +220,15 @@ class Policy:
             why += f", which leaves {role if recipe.quantizes else 'everything'} in high precision"
         return Choice(gemm, recipe, why, i)
 
+    def resolve_saved(self, fqn: str | None) -> SavedChoice:
+        """What happens to the tensors that a module leaves for backward beside the operands of its products."""
+        return saved_choice(self, fqn)
+
     def unmatched(self, sites: Iterable[Site]) -> tuple[Unmatched, ...]:
         """The rules that are about none of the matmuls ``(op_class, fqn, m, n, k)``, for a warning."""
         sites = list(sites)
-        return tuple(_explain_unmatched(i, rule, sites) for i, rule in enumerate(self.rules)
-                     if not any(rule.matches(*site) for site in sites))
+        return tuple(explain_unmatched(i, rule, sites) for i, rule in enumerate(self.rules)
+                     if rule.op != SAVED and not any(rule.matches(*site) for site in sites))
 
     def digest(self) -> str:
         """32 hex digits that change with anything the policy says, the content of its recipes included."""
@@ -373,27 +365,3 @@ def _detach(choice: Choice, fprop: Choice) -> Choice:
     return replace(choice, gemm=replace(gemm, b=replace(gemm.b, source="original")),
                    reason=f"{choice.reason}; operand b from the original tensor, because fprop is {other} and "
                           f"has no saved codes of {recipe.name!r}")
-
-
-def _explain_unmatched(i: int, rule: Rule, sites: list[Site]) -> Unmatched:
-    reason = f"rule {i}: {rule.call()} matches no matmul"
-    named = [site for site in sites if rule._names(site[0], site[1])]
-    if named:
-        return Unmatched(i, f"{reason}: none of the {len(named)} that it names satisfies {rule.shape!r}", ())
-    if rule.fqn is not None and any(fnmatchcase(fqn or "", rule.fqn) for _, fqn, *_ in sites):
-        return Unmatched(i, f"{reason}: no module like {rule.fqn!r} is of op class {rule.op!r}", ())
-    if rule.fqn is None:
-        classes = ", ".join(sorted({op_class for op_class, *_ in sites})) or "none"
-        return Unmatched(i, f"{reason}: op classes in the model: {classes}", ())
-    return Unmatched(i, reason, _nearest_names(rule.fqn, sites))
-
-
-def _nearest_names(glob: str, sites: list[Site]) -> tuple[str, ...]:
-    """Up to three module names, nearest first, one for all layers that differ in numbers only."""
-    score: dict[str, tuple[float, str]] = {}
-    for fqn in (fqn for _, fqn, *_ in sites if fqn):
-        tail = ".".join(fqn.split(".")[-len(glob.strip("*.").split(".")):])
-        ratio = max(SequenceMatcher(None, glob.strip("*.").lower(), name.lower()).ratio() for name in (fqn, tail))
-        score.setdefault(re.sub(r"\d+", "#", fqn), (ratio, fqn))
-    near = sorted((entry for entry in score.values() if entry[0] >= 0.5), key=lambda entry: -entry[0])
-    return tuple(fqn for _, fqn in near[:3])

@@ -12,10 +12,11 @@ from itertools import pairwise
 import torch
 
 from quartet.lowering.recipe import ROLES
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering.records import MatmulRecord, SavedRecord
 
 WIDTH = 140
 LEFT_ALONE = "left alone"
+SMALL = 1 << 13  # bytes of a tensor that gets no line of its own
 HEADER = ("matmul", "class", "role", "×", "m × n × k", "dtype", "recipe", "kernel", "kept", "remarks")
 FAIR = (34, 6, 5, 4, 14, 5, 7, 12, 10, 4)
 RIGHT = ("×", "kept")
@@ -89,7 +90,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The columns of ``HEADER`` but the last, unshortened."""
         r = self.record
-        return (self.name, r.op_class, r.role, str(self.count) if self.count > 1 else "", f"{r.m} × {r.n} × {r.k}",
+        size = f"{r.m} × {r.n} × {r.k}" + ("" if r.batch == 1 else f" ({r.batch} of them)")
+        return (self.name, r.op_class, r.role, str(self.count) if self.count > 1 else "", size,
                 r.dtype.removeprefix("torch."), r.recipe or "–", r.kernel or LEFT_ALONE, human_bytes(r.saved_bytes))
 
 
@@ -125,6 +127,33 @@ def rows(records: Sequence[MatmulRecord], collapse: bool = True) -> list[Row]:
     return sorted(out, key=Row.place)
 
 
+def saved_table(records: Sequence[SavedRecord]) -> str:
+    """What forward keeps for backward, largest first: a line for all that differ in the numbers of their names only,
+    one for everything beside activations, and the reasons below."""
+    groups: dict[SavedRecord, list[str]] = {}
+    for r in records:
+        blank = replace(r, name="", fqn=_INDEX.sub("#", r.fqn))
+        if r.saved is None and (not r.dtype.endswith(("float16", "float32")) or r.bytes < SMALL):
+            blank = replace(blank, fqn="(small, or no activation)", op="", shape=(), dtype="", bytes=0, saved_bytes=0,
+                            reason="codes, scales, masks, indices, statistics and small tensors stay as they are")
+        groups.setdefault(blank, []).append(r.fqn)
+    aside = sum(r.bytes for r in records) - sum(g.bytes * len(names) for g, names in groups.items())
+    rows, reasons = [], list(dict.fromkeys(g.reason for g in groups))
+    for g, names in sorted(groups.items(), key=lambda item: -item[0].bytes * len(item[1])):
+        fqn = g.fqn
+        for slot in zip(*{tuple(int(i) for i in _INDEX.findall(name)) for name in names if "#" in fqn}, strict=True):
+            fqn = fqn.replace("#", _ranges(set(slot)), 1)
+        before, after = (human_bytes(n * len(names) if g.shape else aside) for n in (g.bytes, g.saved_bytes))
+        rows.append((fqn or "(no module)", g.op, str(len(names)) if len(names) > 1 else "", "×".join(map(str, g.shape)),
+                     g.dtype.removeprefix("torch."), before, g.saved or "exact", after,
+                     f"[{reasons.index(g.reason) + 1}]"))
+    head = ("saved by", "op", "×", "shape", "dtype", "before", "kept as", "after", "why")
+    widths = [min(max(map(len, column)), 32) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(shorten(c, w).rjust(w) if h in ("×", "before", "after") else shorten(c, w).ljust(w)
+                       for h, c, w in zip(head, row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    return "\n".join([*lines, *(f"{f'[{i}]':<9} {reason}" for i, reason in enumerate(reasons, 1))])
+
+
 class Report:
     """What the compiler did with each matmul of a model.
 
@@ -138,16 +167,18 @@ class Report:
         device: what it was compiled for, ``"cuda:0 (NVIDIA H200)"``.
         policy: the policy as text.
         notes: remarks on the whole graph.
+        saved: what is kept between forward and backward, where the policy is about it.
     """
 
     def __init__(self, records: Iterable[MatmulRecord], saved_bytes_total: int | None = None, *,
                  torch_version: str | None = None, device: str | None = None, policy: str | None = None,
-                 notes: Iterable[str] = ()) -> None:
+                 notes: Iterable[str] = (), saved: Iterable[SavedRecord] = ()) -> None:
         self.records = tuple(records)
         self.torch_version = torch_version or torch.__version__
         self.device = device
         self.policy = policy
         self.notes = tuple(notes)
+        self.saved = tuple(saved)
         known = [r.saved_bytes for r in self.records if r.saved_bytes is not None]
         self.saved_bytes_total = saved_bytes_total if saved_bytes_total is not None else sum(known) if known else None
 
@@ -226,7 +257,8 @@ class Report:
         return "\n".join([line(HEADER), rule, *map(line, cells), rule])
 
     def __str__(self) -> str:
-        return "\n".join([self.title(), self.table(), *self.summary()])
+        saved = ["", saved_table(self.saved)] if self.saved else []
+        return "\n".join([self.title(), self.table(), *self.summary(), *saved])
 
     def __repr__(self) -> str:
         return f"<Report: {len(self.lowered)} of {len(self.records)} matmuls lowered>"
@@ -240,6 +272,7 @@ class Report:
             "flops_share": {**{role: self.flops_share(role) for role in ROLES}, "total": self.flops_share()},
             "reasons": self.reasons,
             "matmuls": [r.as_dict() for r in self.records],
+            **({"saved": [r.as_dict() for r in self.saved]} if self.saved else {}),
         }
 
     def html_fragment(self, collapse: bool = True) -> str:
@@ -252,7 +285,8 @@ class Report:
             body.append(f'<tr class="{style} {row.record.role}">' + "".join(
                 f'<td{" class=num" if h in RIGHT else ""}>{html.escape(c)}</td>'
                 for h, c in zip(HEADER, cells, strict=True)) + "</tr>")
-        summary = html.escape("\n".join(self.summary()))
+        saved = ["", saved_table(self.saved)] if self.saved else []
+        summary = html.escape("\n".join([*self.summary(), *saved]))
         return (f'<div class="quartet"><p>{html.escape(self.title())}</p><div class="wide"><table><thead><tr>{head}'
                 f'</tr></thead><tbody>\n{chr(10).join(body)}\n</tbody></table></div><pre>{summary}</pre></div>')
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from quartet.runtime.amax import frozen
 from quartet.runtime.compat import compiled_settings, fresh_dynamo
 
 
@@ -99,10 +100,10 @@ def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put buffers, gradients and the random state back afterwards; compile without touching dynamo's caches."""
+    """Put buffers, gradients and the random state back afterwards, leave amax histories alone; compile without touching dynamo's caches."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
     gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
-    with torch.random.fork_rng(), fresh_dynamo():
+    with torch.random.fork_rng(), fresh_dynamo(), frozen():
         try:
             yield
         finally:

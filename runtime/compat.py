@@ -27,6 +27,8 @@ PRIVATE = (
     ("torch._inductor", "ir", "fixes the layout of that copy"),
     ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
     ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
+    ("torch._inductor.custom_graph_pass", "CustomPartitionerFn", "where saved activations become codes"),
+    ("torch._functorch.partitioners", "min_cut_rematerialization_partition", "the partitioner that comes before that"),
     ("torch._ops", "OpOverload", "tells an operator of a printed graph from a function"),
     ("torch._ops", "OperatorBase", "the same for higher-order operators"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
@@ -67,6 +69,8 @@ def _load(module: str, name: str) -> Any:
 compile_fx: Callable[..., Any] = _load("torch._inductor.compile_fx", "compile_fx")
 CustomGraphPass: type = _load("torch._inductor.custom_graph_pass", "CustomGraphPass")
 list_mode_options: Callable[..., dict[str, Any]] = _load("torch._inductor", "list_mode_options")
+CustomPartitionerFn: Any = getattr(importlib.import_module("torch._inductor.custom_graph_pass"), "CustomPartitionerFn",
+                                   object)
 OpOverload: Any = _load("torch._ops", "OpOverload")
 OperatorBase: Any = _load("torch._ops", "OperatorBase")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
@@ -100,6 +104,21 @@ def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     if own is None:
         return ()
     return tuple(own) if isinstance(own, (list, tuple)) else (own,)
+
+
+def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
+    """The user's own ``custom_partitioner_fn`` (of ``options``, else of Inductor's config) or None, and what splits the
+    joint graph where there is none.
+
+    Raises:
+        ImportError: this PyTorch lets nobody replace the partitioner.
+    """
+    if CustomPartitionerFn is object or not hasattr(inductor_config, "custom_partitioner_fn"):
+        raise ImportError(f"torch {torch.__version__} has no torch._inductor.config.custom_partitioner_fn, without "
+                          f"which activations cannot be saved in eight bits; tested versions: {', '.join(TESTED)}. "
+                          "Leave out the rules with op='saved'")
+    own = options.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+    return own, _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
 
 
 _warned = False

@@ -103,13 +103,18 @@ def _quantize_fp32(x: Tensor, spec: QuantSpec, amax: Tensor | None,
         scaled = (blocks * spread(multiplier, spec, rows).unsqueeze(-1)).reshape(rows, cols)
     if spec.rule == "delayed":
         scaled = torch.where(x.isfinite(), scaled, float("nan"))  # the scale has not seen x
+    return encode_fp32(scaled, spec, store), scales
+
+
+def encode_fp32(scaled: Tensor, spec: QuantSpec, store: Callable[[Tensor], Tensor] = _as_is) -> Tensor:
+    """Codes to nearest of ``[rows, padded]`` that is divided by its fp32 scales already."""
     if spec.element == "e2m1":
         codes = store(pack_nibbles(e2m1_encode(scaled)))
     elif spec.element in ("int8", "ternary"):
         codes = integer_encode(scaled, int(spec.max))
     else:
         codes = fp8_encode(scaled, spec.element)
-    return codes.contiguous(), scales
+    return codes.contiguous()
 
 
 def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32,
@@ -167,7 +172,7 @@ def scaled_bmm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec:
     """
     exact = a_spec.exact_in_bf16 and b_spec.exact_in_bf16
     compute = torch.bfloat16 if dtype == torch.bfloat16 and exact else torch.float32
-    left, right = (_inner(c, s, s_, compute, unpack) for c, s, s_ in ((a, a_scales, a_spec), (b, b_scales, b_spec)))
+    left, right = (inner(c, s, s_, compute, unpack) for c, s, s_ in ((a, a_scales, a_spec), (b, b_scales, b_spec)))
     if batch is None:
         product = left @ right.t()
     else:
@@ -192,8 +197,8 @@ def _along(scales: Tensor, spec: QuantSpec, axis: int, batch: Any) -> Tensor:
     return scales if axis == -2 else scales.transpose(-2, -1)
 
 
-def _inner(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype,
-           unpack: Callable[[Tensor], Tensor]) -> Tensor:
+def inner(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype,
+          unpack: Callable[[Tensor], Tensor]) -> Tensor:
     """What a GEMM multiplies: codes under their block scales; the codes themselves when a row or the tensor has one."""
     if spec.blocked:
         return _scaled(codes, scales, spec, unpack).to(dtype)

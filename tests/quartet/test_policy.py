@@ -347,7 +347,7 @@ def test_every_form_reads_back_equal(policy):
 
 def test_every_field_of_a_recipe_has_a_place_in_toml():
     """A field added to these types has to be added to policy_toml too."""
-    assert [f.name for f in fields(Gemm)] == ["a", "b", "rotation"]
+    assert [f.name for f in fields(Gemm)] == ["a", "b", "rotation", "outer"]
     assert [f.name for f in fields(Operand)] == ["spec", "source"]
     assert [f.name for f in fields(Rotation)] == ["n", "signs"]
     assert [f.name for f in fields(Recipe)] == ["name", "summary", "paper", *ROLES, "skip", "keep_weights", "recompute"]

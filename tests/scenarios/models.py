@@ -155,6 +155,7 @@ def data(*shape: int, grad: bool = False) -> Callable[[], tuple[Tensor]]:
 X = data(2, 20, 64, grad=True)
 BLOCK = {f"layers.0.{name}": ALL for name in ("q", "k", "v", "o", "gate", "up", "down")}
 W = {"weight": ALL}
+ENDS = {"embed": frozenset({"fprop"}), "lm_head": ALL}
 
 
 def _product(function: Callable[..., Tensor], *shape: int, inputs=X, bias: int = 0) -> Case:
@@ -164,8 +165,8 @@ def _product(function: Callable[..., Tensor], *shape: int, inputs=X, bias: int =
 CASES: dict[str, Case] = {
     "mlp": Case(MLP, data(40, 64), {"up": FIRST, "down": ALL}),
     "mlp_input_grad": Case(MLP, X, {"up": ALL, "down": ALL}),
-    "llama": Case(Llama, tokens, BLOCK, {"lm_head": ALL}),
-    "llama_tied": Case(lambda: Llama(tied=True), tokens, BLOCK, {"lm_head": ALL}),
+    "llama": Case(Llama, tokens, BLOCK, ENDS),
+    "llama_tied": Case(lambda: Llama(tied=True), tokens, BLOCK, ENDS),
     "lora": Case(LoRA, X, {"base1": frozenset({"fprop", "dgrad"}), "base2": frozenset({"fprop", "dgrad"}),
                            "a": ALL, "b": ALL}),
     "twice": Case(Twice, X, {"fc": ALL}),
@@ -184,5 +185,5 @@ CASES: dict[str, Case] = {
     "chunked": _product(_chunked, 144, 64),
     "column_major_weight": Case(lambda: Product(lambda x, w, b: x @ w.t().contiguous().t(), 64, 48), X, W),
     "column_major_input": _product(lambda x, w, b: F.linear(x.t(), w), 48, 64, inputs=data(64, 40, grad=True)),
-    "bf16": Case(lambda: Llama().bfloat16(), tokens, BLOCK, {"lm_head": ALL}),
+    "bf16": Case(lambda: Llama().bfloat16(), tokens, BLOCK, ENDS),
 }

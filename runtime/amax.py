@@ -1,0 +1,350 @@
+"""Delayed scaling: the largest magnitudes that an operand had in the last steps, and the ops that read and write them.
+
+A *slot* is one operand (``x``, ``w``, ``e``) of the products of one weight. It holds fp32 ``[1 + length]``: the largest
+magnitude seen since the history last advanced (pending), then the history, newest first, 0 where there is none yet.
+
+    amax_begin(anchor, table)      fp32 [slots]: largest entry of each history, 0 when empty; first the history of every
+                                   slot that is due advances by its pending value, maximised over the ranks
+    amax_read(anchor, table)       the same without advancing, for graphs that have no backward
+    amax_record(anchor, table, slots, amax)      pending = max(pending, amax): doing it twice changes nothing
+
+A graph does not own its slots: several graphs read the same ones, and one graph serves several modules. So it has an
+input more, the ``anchor``, an fp32 [1] that stands for the weights of the call, and the table says in text which slots
+the graph means, by weight. Everything that a cached graph needs at run time is in the arguments of its ops.
+
+A slot is due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind has stepped its weight,
+it is due at the first forward after each step, so that the micro-batches of a step count once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+library = torch.library.Library("quartet", "FRAGMENT")
+library.define("amax_begin(Tensor(a!) anchor, str table) -> Tensor")
+library.define("amax_read(Tensor anchor, str table) -> Tensor")
+library.define("amax_record(Tensor(a!) anchor, str table, int[] slots, Tensor[] amax) -> ()")
+
+
+@dataclass(eq=False)
+class Slot:
+    """One operand's state: row ``index`` of ``home`` (fp32 ``[rows, 1 + length]``).
+
+    ``due``: the history advances at the next forward. ``counted``: an optimizer tells when.
+    """
+
+    home: Tensor
+    index: int = 0
+    due: bool = True
+    counted: bool = False
+
+    @property
+    def row(self) -> Tensor:
+        return self.home[self.index]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A slot as a table names it: the weight's input of the graph, the operand, the length of the history."""
+
+    weight: int
+    operand: str
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.weight}.{self.operand}/{self.length}"
+
+    @staticmethod
+    def parse_all(table: str) -> list[Entry]:
+        return [Entry(int(i), operand, int(length)) for i, operand, length in re.findall(r"(\d+)\.(\S+)/(\d+)", table)]
+
+
+class Slots:
+    """All slots of this process, by weight and operand; they live as long as their weight."""
+
+    def __init__(self) -> None:
+        self.of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.moved = 0  # counts changes of place
+        self.frozen = 0
+        self._watching = False
+
+    def of(self, weight: Tensor) -> dict[str, Slot]:
+        """operand → slot of a weight."""
+        return self.of_weight.get(weight, {})
+
+    def put(self, weight: Tensor, operand: str, slot: Slot) -> None:
+        self.of_weight.setdefault(weight, {})[operand] = slot
+        self.moved += 1
+
+    def watch(self) -> None:
+        """Learn of optimizer steps from now on."""
+        if not self._watching:
+            self._watching = True
+            register_optimizer_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                for slot in self.of(weight).values():
+                    slot.due = slot.counted = True
+
+
+SLOTS = Slots()
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Nothing that runs meanwhile changes a slot, or makes one."""
+    SLOTS.frozen += 1
+    try:
+        yield
+    finally:
+        SLOTS.frozen -= 1
+
+
+def new_rows(rows: int, length: int, device: torch.device) -> Tensor:
+    """Empty histories, also when called under ``torch.inference_mode``."""
+    with torch.inference_mode(False):
+        return torch.zeros(rows, 1 + length, dtype=torch.float32, device=device)
+
+
+class Group:
+    """Slots of one length: where a table has them, and their rows as one tensor.
+
+    ``home`` is that tensor where the slots are its rows in order; otherwise rows are gathered and scattered.
+    """
+
+    def __init__(self, positions: list[int], slots: list[Slot]) -> None:
+        self.positions, self.slots = positions, slots
+        first = slots[0].home
+        whole = first.shape[0] == len(slots) and all(s.home is first and s.index == i for i, s in enumerate(slots))
+        self.home = first if whole else None
+        self.at = None if self.home is None else torch.arange(len(slots), device=first.device)
+
+    def read(self) -> Tensor:
+        return self.home if self.home is not None else torch.stack([slot.row for slot in self.slots])
+
+    def write(self, rows: Tensor) -> None:
+        if self.home is not None:
+            self.home.copy_(rows)
+        else:
+            torch._foreach_copy_([slot.row for slot in self.slots], list(rows.unbind()))
+
+    def advance(self) -> None:
+        """Push the pending values of the slots that are due; zero and what is not finite keep the history as it is."""
+        due = [slot.due for slot in self.slots]
+        if not any(due):
+            return
+        rows = self.read()
+        pending, history = rows[:, :1], rows[:, 1:]
+        seen = torch.where(torch.isfinite(pending), pending, float("inf"))
+        if not all(due):
+            seen = torch.where(torch.tensor(due, device=rows.device)[:, None], seen, 0.0)
+        seen = _largest_of_all_ranks(seen)
+        usable = torch.logical_and(seen > 0, seen < float("inf"))
+        history = torch.where(usable, torch.cat((seen, history[:, :-1]), 1), history)
+        if not all(due):
+            seen = torch.where(torch.tensor(due, device=rows.device)[:, None], 0.0, pending)
+        else:
+            seen = torch.zeros_like(seen)
+        self.write(torch.cat((seen, history), 1))
+        for slot in self.slots:
+            slot.due = slot.due and not slot.counted
+
+    def largest(self) -> Tensor:
+        return self.read()[:, 1:].amax(1)
+
+    def record(self, which: list[int], amax: Tensor) -> None:
+        """``which``: numbers of slots of the group, each once."""
+        if self.home is not None:
+            at = torch.tensor(which, device=self.home.device)
+            self.home[at, 0] = torch.maximum(self.home[at, 0], amax)
+        else:
+            for number, value in zip(which, amax.unbind(), strict=True):
+                pending = self.slots[number].row[:1]
+                pending.copy_(torch.maximum(pending, value))
+
+
+class Table:
+    """The slots that one graph means, for one set of weights."""
+
+    def __init__(self, entries: list[Entry], weights: Mapping[int, Tensor], device: torch.device) -> None:
+        self.entries = entries
+        lengths: dict[int, list[int]] = {}
+        for position, entry in enumerate(entries):
+            lengths.setdefault(entry.length, []).append(position)
+        self.groups = [Group(positions, _slots([entries[p] for p in positions], weights, device))
+                       for positions in lengths.values()]
+        self.place = {p: (g, n) for g in self.groups for n, p in enumerate(g.positions)}
+
+    def advance(self) -> None:
+        for group in self.groups:
+            group.advance()
+
+    def largest(self) -> Tensor:
+        if len(self.groups) == 1:
+            return self.groups[0].largest()
+        order = [p for group in self.groups for p in group.positions]
+        flat = torch.cat([group.largest() for group in self.groups])
+        return flat[torch.tensor(order, device=flat.device).argsort()]
+
+    def record(self, slots: Sequence[int], amax: Tensor) -> None:
+        for group in self.groups:
+            mine = [i for i, slot in enumerate(slots) if self.place[slot][0] is group]
+            if mine:
+                values = amax if len(mine) == len(slots) else amax[torch.tensor(mine, device=amax.device)]
+                group.record([self.place[slots[i]][1] for i in mine], values)
+
+
+def _slots(entries: list[Entry], weights: Mapping[int, Tensor], device: torch.device) -> list[Slot]:
+    """Slots of one length. Unless all exist as they should, they are put together in one new tensor."""
+    length = entries[0].length
+    found = [SLOTS.of(weights[e.weight]).get(e.operand) for e in entries]
+    fit = all(s is not None and s.home.device == device and s.home.shape[1] == 1 + length for s in found)
+    loaded = len(found) > 1 and any(s is not None and len(s.home) == 1 for s in found)
+    if fit and not loaded:
+        return [slot for slot in found if slot is not None]
+    home, slots = new_rows(len(entries), length, device), []
+    for index, (entry, slot) in enumerate(zip(entries, found, strict=True)):
+        if slot is None:
+            slot = Slot(home, index)
+        else:
+            kept = slot.row[: 1 + length].to(device)
+            home[index, : len(kept)] = kept
+            slot.home, slot.index = home, index
+        SLOTS.put(weights[entry.weight], entry.operand, slot)
+        slots.append(slot)
+    return slots
+
+
+class Anchor:
+    """What a graph's extra input on one device stands for: the weights of a call, by input of the graph."""
+
+    def __init__(self, weights: Mapping[int, Tensor], device: torch.device) -> None:
+        self.tensor = torch.zeros(1, dtype=torch.float32, device=device)
+        self.weights = {index: ref(weight) for index, weight in weights.items()}
+        self._tables: dict[str, Table] = {}
+        self._moved = SLOTS.moved
+        _ANCHORS[_address(self.tensor)] = self
+
+    @property
+    def alive(self) -> bool:
+        return all(weight() is not None for weight in self.weights.values())
+
+    def stands_for(self, weights: Mapping[int, Any]) -> bool:
+        return all(self.weights[index]() is weight for index, weight in weights.items())
+
+    def table(self, text: str) -> Table:
+        found = self._tables.get(text) if self._moved == SLOTS.moved else None
+        if found is None:
+            weights = {index: weight for index, get in self.weights.items() if (weight := get()) is not None}
+            found = Table(Entry.parse_all(text), weights, self.tensor.device)
+            if self._moved != SLOTS.moved:
+                self._tables.clear()
+            self._moved, self._tables[text] = SLOTS.moved, found
+        return found
+
+
+_ANCHORS: WeakValueDictionary[tuple[torch.device, int], Anchor] = WeakValueDictionary()
+
+
+def _address(anchor: Tensor) -> tuple[torch.device, int]:
+    return anchor.device, anchor.data_ptr()
+
+
+class Anchored:
+    """A compiled graph with the anchors that its last inputs are, one a device, found anew for each call's weights."""
+
+    def __init__(self, compiled: Callable[..., Any], weights: Sequence[int], devices: Sequence[torch.device]) -> None:
+        self.compiled, self.indices, self.devices = compiled, tuple(weights), tuple(devices)
+        self._anchors: dict[int, list[Anchor]] = {}
+        SLOTS.watch()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args, *(anchor.tensor for anchor in self._find(args)))
+
+    def _find(self, args: Sequence[Any]) -> list[Anchor]:
+        weights = {index: args[index] for index in self.indices}
+        key = id(weights[self.indices[0]]) if weights else 0
+        found = self._anchors.get(key)
+        if found is None or not found[0].stands_for(weights):
+            self._anchors = {k: anchors for k, anchors in self._anchors.items() if anchors[0].alive}
+            found = self._anchors[key] = [Anchor(weights, device) for device in self.devices]
+        return found
+
+
+_group: Any = None
+
+
+def reduce_over(group: Any) -> None:
+    """Maximise pending magnitudes over this process group instead of all ranks; ``False``: over none.
+
+    All ranks of the group have to run the same graphs: under pipeline parallelism give the data-parallel group.
+    """
+    global _group
+    _group = group
+
+
+def _largest_of_all_ranks(seen: Tensor) -> Tensor:
+    dist = torch.distributed
+    if _group is False or not (dist.is_available() and dist.is_initialized()):
+        return seen
+    if dist.get_world_size(_group) > 1:
+        seen = seen.contiguous()
+        dist.all_reduce(seen, dist.ReduceOp.MAX, _group)
+    return seen
+
+
+def _read(anchor: Tensor, table: str) -> Tensor:
+    return _largest(anchor, table, False)
+
+
+def _begin(anchor: Tensor, table: str) -> Tensor:
+    return _largest(anchor, table, not SLOTS.frozen)
+
+
+@torch.no_grad()
+def _largest(anchor: Tensor, text: str, advance: bool) -> Tensor:
+    owner = _ANCHORS.get(_address(anchor))
+    if owner is None or SLOTS.frozen:
+        return anchor.new_zeros(len(Entry.parse_all(text)))
+    table = owner.table(text)
+    if advance:
+        table.advance()
+    return table.largest()
+
+
+@torch.no_grad()
+def _record(anchor: Tensor, table: str, slots: list[int], amax: list[Tensor]) -> None:
+    owner = _ANCHORS.get(_address(anchor))
+    if owner is not None and not SLOTS.frozen:
+        owner.table(table).record(slots, torch.cat([a.detach().reshape(1) for a in amax]))
+
+
+def _fake_amax(anchor: Tensor, table: str) -> Tensor:
+    return anchor.new_empty(len(Entry.parse_all(table)))
+
+
+for _name, _impl, _fake in (
+    ("amax_begin", _begin, _fake_amax),
+    ("amax_read", _read, _fake_amax),
+    ("amax_record", _record, lambda anchor, table, slots, amax: None),
+):
+    library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+AMAX_BEGIN = torch.ops.quartet.amax_begin.default
+AMAX_READ = torch.ops.quartet.amax_read.default
+AMAX_RECORD = torch.ops.quartet.amax_record.default

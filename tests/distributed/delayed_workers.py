@@ -1,0 +1,117 @@
+"""What one of two gloo processes does with delayed scaling; the test looks at what the ranks return."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import quartet
+from quartet.backend import compile_graph
+from quartet.options import Options
+from quartet.policy import Policy
+from quartet.runtime import amax
+from quartet.runtime.capture import Capture
+
+WIDTH, STEPS = 32, 3
+SPEC = quartet.QuantSpec.parse("e4m3/tensor fp32 delayed nearest")
+
+
+def main(rank, name, folder, ranks):
+    """Run the function ``name`` on one rank and store what it returns."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    try:
+        torch.save(globals()[name](rank), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def backend():
+    operand, saved = quartet.Operand(SPEC), quartet.Operand(SPEC, "saved")
+    recipe = quartet.Recipe("delayed", fprop=quartet.Gemm(operand, operand), dgrad=quartet.Gemm(operand, saved),
+                            wgrad=quartet.Gemm(operand, saved), history=quartet.Delayed(4))
+    capture, options = Capture(), Options(policy=Policy(recipe))
+    return lambda gm, inputs: compile_graph(gm, inputs, options, capture)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(MLP() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def size(rank, step):
+    """Largest magnitude of a rank's data: on rank 0 in the first step and on rank 1 afterwards it is the larger one."""
+    return 5.0 if step == 0 and rank == 0 else 1.0 + rank + step
+
+
+def train(run, model, rank):
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    losses = []
+    for step in range(STEPS):
+        loss = run(torch.full((4, WIDTH), size(rank, step))).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def data_parallel(rank):
+    found = {}
+    for name, group in (("all", None), ("none", False)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        amax.reduce_over(group)
+        model = MLP()
+        run = torch.compile(DistributedDataParallel(model), backend=backend())
+        train(run, model, rank)
+        found[name] = quartet.state_dict(model)["delayed"]
+    return found
+
+
+def sharded(rank):
+    mesh = init_device_mesh("cpu", (2,))
+
+    def build():
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Deep()
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for layer in model.layers:
+            layer.compile(backend=backend())
+        return model
+
+    model = build()
+    train(model, model, rank)
+    state = quartet.state_dict(model)
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    goes_on = train(model, model, rank)
+
+    model = build()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.distributed.tensor.distribute_tensor(weights[name], mesh, p.placements))
+    quartet.load_state_dict(model, state)
+    return {"state": state["delayed"], "goes on": goes_on, "resumes": train(model, model, rank)}
