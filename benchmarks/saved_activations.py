@@ -69,8 +69,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """``model(images, labels)`` is the mean cross-entropy; images [batch, 3, size, size], labels int64 [batch]."""
 
-    def __init__(self, dim: int, layers: int, heads: int, size: int = 224, patch: int = 16, classes: int = 1000) -> None:
+    def __init__(self, dim: int, layers: int, heads: int, size: int = 224, classes: int = 1000) -> None:
         super().__init__()
+        patch = 16
         self.patch = nn.Conv2d(3, dim, patch, patch)
         self.position = nn.Parameter(torch.zeros(1, (size // patch) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))

@@ -31,8 +31,8 @@ ir.library.define("gather_rows(Tensor x, Tensor index) -> Tensor", tags=_ANY_STR
 ir.library.define("quantize_groups(Tensor x, str spec, Tensor ends) -> (Tensor, Tensor, Tensor)", tags=_ANY_STRIDES)
 ir.library.define("grouped_mm(Tensor a, Tensor b, Tensor ends, bool over_tokens) -> Tensor", tags=_ASKS_THE_HOST)
 ir.library.define("scaled_grouped_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, str a_spec, str b_spec, "
-                  "ScalarType dtype, Tensor ends, bool over_tokens, Tensor? a_amax=None, Tensor? b_amax=None) -> Tensor",
-                  tags=_ASKS_THE_HOST)
+                  "ScalarType dtype, Tensor ends, bool over_tokens, Tensor? a_amax=None, Tensor? b_amax=None) "
+                  "-> Tensor", tags=_ASKS_THE_HOST)
 
 
 def _group_layout_fake(offs: Tensor, multiple: int, tokens: Any) -> ir.Three:

@@ -18,6 +18,7 @@ from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.reference.saved import SAVED_ELEMENTS
 from quartet.kernels.reference.smooth import FORMS
 from quartet.kernels.spec import QuantSpec, SpecError
+from quartet.lowering.depth import normalise_depth
 
 ROLES = ("fprop", "dgrad", "wgrad")
 OP_CLASSES = ("linear", "lm_head", "router", "embedding", "attention_qk", "attention_pv", "bmm", "grouped", "conv",
@@ -185,6 +186,8 @@ class Recipe:
             ``"token"`` (its released code).
         history: what quantisers with the rule ``delayed`` scale by.
         saved: what is kept between forward and backward for other purposes than products; None leaves it exact.
+        keep: layers that the recipe leaves in high precision unless a rule names them, ``("last 15%",)``; see
+            ``quartet.lowering.depth``.
     """
 
     name: str
@@ -199,8 +202,13 @@ class Recipe:
     smooth: str = "none"
     history: Delayed = Delayed()
     saved: Saved | None = None
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.keep, tuple):
+            raise SpecError(f"recipe {self.name!r}: keep is a tuple such as ('last 15%',), not {self.keep!r}")
+        for layers in self.keep:
+            normalise_depth(layers)
         if self.smooth not in ("none", *FORMS):
             raise SpecError(f"smooth {self.smooth!r} does not exist; possible: 'none', 'channel', 'token'")
         if self.recompute not in ("none", "gemm"):

@@ -71,6 +71,7 @@ class Resolution:
             keep_weights=lead.keep_weights,
             recompute=lead.recompute,
             smooth=lead.smooth,
+            keep=lead.keep,
             history=lead.history,
         )
 

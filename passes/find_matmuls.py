@@ -84,7 +84,7 @@ def _described_index(desc: Any) -> int | None:
 
 
 def parameter_origins(state: State) -> dict[Node, str]:
-    """Nodes computed from parameters alone → name of their first parameter."""
+    """Nodes computed from parameters alone, or chosen by data from a stack of matrices → name of the parameter."""
     weights, origin, data = state.config.weights, {}, set()
     index = input_indices(state.gm.graph)
     for node in state.gm.graph.nodes:
@@ -97,13 +97,24 @@ def parameter_origins(state: State) -> dict[Node, str]:
                 data.add(node)
         elif node.op == "call_function" and not is_backward(node):
             inputs = [i for i in node.all_input_nodes if _holds_tensors(i)]
-            if any(i in data for i in inputs):
+            if _chosen(node) and inputs[0] in origin:
+                origin[node] = origin[inputs[0]]
+            elif any(i in data for i in inputs):
                 data.add(node)
             else:
                 named = [origin[i] for i in inputs if i in origin]
                 if named:
                     origin[node] = named[0]
     return origin
+
+
+def _chosen(node: Node) -> bool:
+    """Whether the node picks matrices from a stack ``[E, rows, cols]``: the weights of the experts of each token."""
+    if node.target is not aten.index.Tensor or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return False
+    stack, chooser = node.args[0], node.args[1][0]  # type: ignore[index]
+    return isinstance(stack, Node) and isinstance(chooser, Node) and len(shape(stack)) == 3 and (
+        not val(chooser).dtype.is_floating_point)
 
 
 def _holds_tensors(node: Node) -> bool:
@@ -123,8 +134,6 @@ def find_matmuls(state: State) -> None:
     for node in state.gm.graph.nodes:
         if node.op == "call_function" and str(node.target).startswith(ATTENTION):
             state.alone.extend(_fused_attention(node))
-        if node.op == "call_function" and "grouped_mm" in str(node.target):
-            state.alone.extend(_grouped(node))
         if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
             continue
         site = _site(state, node, origin)
@@ -154,7 +163,7 @@ def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite | Non
     batch = shape(node)[0] if len(shape(node)) == 3 else None
     if w[0] not in origin:
         op_class, fqn = activations_class_of(node, a), module_of(node)
-    elif batch is not None:
+    elif batch is not None or _chosen(canonical(w[0])[0]):
         op_class, fqn = "grouped", module_name(origin[w[0]])
     else:
         name = origin[w[0]]
@@ -222,23 +231,6 @@ def _fused_attention(node: Node) -> list[MatmulRecord]:
     records = [left_alone(node, op_class, role, sizes, val(q).dtype, reason)
                for op_class, roles in each.items() for role, sizes in roles.items() if (role == "fprop") != backward]
     return [replace(record, batch=_plain(prod(batch))) for record in records]
-
-
-def _grouped(node: Node) -> list[MatmulRecord]:
-    """Records of a grouped product of tokens ``[S, in]`` with expert weights ``[E, in, out]``, or of its gradients.
-
-    The gradients are ops of the same kind (``aten._grouped_mm``: a 3-D result is wgrad's) or one op with both.
-    """
-    a, b = (shape(i) for i in node.all_input_nodes[:2])
-    made = node.meta["val"]
-    if isinstance(made, (tuple, list)):
-        sizes = {"dgrad": (a[0], a[1], b[-1]), "wgrad": (a[1], b[-1], a[0])}
-        made = made[0]
-    else:
-        m, n = tuple(made.shape)[-2:]
-        sizes = {"fprop" if not is_backward(node) else "wgrad" if made.dim() == 3 else "dgrad": (m, n, a[-1])}
-    return [left_alone(node, "grouped", role, mnk, made.dtype, "multiplies groups of weights; no kernel of ours does")
-            for role, mnk in sizes.items()]
 
 
 def left_alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], dtype: Any, reason: str,

@@ -161,8 +161,12 @@ def dense_order(node: Node) -> list[int] | None:
 
 
 def stored_bytes(storage: Storage) -> int:
-    """What a storage takes now: its parts are views of one tensor, but a cast of it lies in memory of its own."""
-    return sum({val(part.made).dtype: byte_count(part.made) for part in storage.parts}.values())
+    """What a storage takes now: views share it, or hold a part of it; a cast lies in memory of its own."""
+    total = 0
+    for dtype in dict.fromkeys(val(part.made).dtype for part in storage.parts):
+        whole = hint(val(storage.root).numel()) * dtype.itemsize
+        total += min(whole, sum(byte_count(part.made) for part in storage.parts if val(part.made).dtype is dtype))
+    return total
 
 
 def module_of(node: Node) -> str | None:

@@ -14,6 +14,7 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import blackwell, fp8, ir, registry
 from quartet.lowering.graph import editing, val
+from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
@@ -34,6 +35,8 @@ def lower(state: State) -> None:
         chosen.setdefault((kernel, device), []).append(node)
     for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_BMM):
         state.kernels[node.meta[SITE_KEY]] = "inductor"  # no kernel of ours takes batches
+    for node in state.gm.graph.find_nodes(op="call_function", target=SCALED_GROUPED_MM):
+        state.kernels[node.meta[SITE_KEY]] = "grouped-mm"
     for (kernel, device), nodes in chosen.items():
         if kernel.lower is not None:
             with editing(state.gm) as graph:

@@ -23,10 +23,12 @@ from quartet.passes.canonicalize import canonicalize
 from quartet.passes.delayed import delayed
 from quartet.passes.embed import embed
 from quartet.passes.find_matmuls import find_matmuls
+from quartet.passes.grouped import find_grouped
 from quartet.passes.lower import lower
 from quartet.passes.plan import plan
 from quartet.passes.quantize import quantize
 from quartet.passes.rotate import rotate
+from quartet.passes.rotate_grouped import rotate_grouped
 from quartet.passes.save import save
 from quartet.passes.share import share
 from quartet.passes.sites import MatmulSite
@@ -41,12 +43,13 @@ log = logging.getLogger("quartet")
 Pass = Callable[[State], None]
 Signature = tuple[str, ...]
 PASSES: tuple[Pass, ...] = (
-    canonicalize, unfold, find_matmuls, embed, plan, smooth_swiglu,
-    rotate, quantize, delayed, share, save, lower,
+    canonicalize, unfold, find_matmuls, find_grouped, embed, plan, smooth_swiglu,
+    rotate, rotate_grouped, quantize, delayed, share, save, lower,
 )
 REQUIRED = ("canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
-OPTIONAL = tuple(n for n in NAMES if n not in ("find_matmuls", "plan", "rotate", "quantize", "delayed"))
+OPTIONAL = tuple(n for n in NAMES if n not in ("find_matmuls", "find_grouped", "plan", "rotate", "rotate_grouped",
+                                               "quantize", "delayed"))
 
 
 def signature(values: Iterable[Any]) -> Signature:
@@ -178,7 +181,7 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
     recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
     depth, multiple = site.dims(role)[2], _multiple(site, role, kernel)
     notes = site.notes
-    if kernel and isinstance(depth, int) and depth % multiple:
+    if kernel and isinstance(depth, int) and depth % multiple and (site.groups is None or role != "wgrad"):
         notes += (f"k padded to {-(-depth // multiple) * multiple}",)
     if (site.index, role) in state.declined:
         notes += (f"no kernel took it ({state.declined[site.index, role]})",)

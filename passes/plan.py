@@ -16,6 +16,7 @@ from quartet.lowering.graph import aten, shape, val
 from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice
+from quartet.passes.layers import layers_of
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
 from quartet.runtime.devices import Target
@@ -35,8 +36,10 @@ class UnsupportedMatmul(ValueError):
 def plan(state: State) -> None:
     """Set ``recipe``, ``reasons`` and ``x_group`` of every site. Raises UnsupportedMatmul when strict."""
     groups: dict[Any, int] = {}
+    layers = layers_of(site.fqn for site in state.sites)
     for site in state.sites:
-        resolution = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k)
+        layer = layers.get(site.fqn)
+        resolution = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer)
         site.resolution = resolution
         obstacle = _obstacle(site)
         if obstacle is not None and resolution.quantizes:
@@ -51,7 +54,11 @@ def plan(state: State) -> None:
         site.remarks = {role: choice.reason for role, choice in choices.items() if _altered(choice, role)}
         site.recipe = resolution.effective if resolution.quantizes else None
         if site.recipe is not None:
-            key = (value_key(site.x[0]), site.x[1], str(site.batch), site.recipe.fprop, site.recipe.wgrad)
+            if site.recipe.keep and layer is None:
+                site.notes += (f"which layer this is does not show in its name, so the {site.recipe.keep[0]} are not "
+                               "left alone",)
+            key = (value_key(site.x[0]), site.x[1], str(site.batch), site.groups and site.groups.offs,
+                   site.recipe.fprop, site.recipe.wgrad)
             site.x_group = groups.setdefault(key, site.index)
     if state.config.where_it_pays:
         _leave_slower(state)

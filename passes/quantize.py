@@ -26,6 +26,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.chains import REUSABLE, Source
 from quartet.lowering.graph import Builder, aten, editing, keep_as, replace_all, shape, val
+from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
 from quartet.lowering.recipe import Gemm
 from quartet.passes.delayed import amax_of
 from quartet.passes.find_matmuls import input_indices
@@ -71,12 +72,15 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     if gemm.a.spec.multiple != gemm.b.spec.multiple:
         multiple = max(gemm.a.spec.multiple, gemm.b.spec.multiple)
         a, b = build.padded(a, cols=multiple), build.padded(b, cols=multiple)
-    qa = quantize_node(state, build, a, gemm.a.spec, bits[0], (site, names[0]))
-    qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1], (site, names[1]))
+    ends = site.groups.ends if site.groups is not None and role == "wgrad" else None
+    qa = quantize_node(state, build, a, gemm.a.spec, bits[0], (site, names[0]), ends)
+    qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not backward and len(site.products) > 1:
         _mark_reusable(state, qb)
     operands = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
-    if site.batch is None:
+    if site.groups is not None:
+        out = build(SCALED_GROUPED_MM, *operands, site.groups.ends, role == "wgrad", *_outer_scales(qa, qb))
+    elif site.batch is None:
         out = build(ir.SCALED_MM, *operands, *_outer_scales(qa, qb))
     else:
         out = build(ir.SCALED_BMM, *operands, build.size(site.batch), *_outer_scales(qa, qb))
@@ -133,8 +137,14 @@ def _mark_reusable(state: State, weight: Quantized) -> None:
 
 
 def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: int,
-                  owner: tuple[MatmulSite, str]) -> Quantized:
-    """Insert a quantise of ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, and its results."""
+                  owner: tuple[MatmulSite, str], ends: Node | None = None) -> Quantized:
+    """Insert a quantise of ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, and its results.
+
+    ``ends``: where the groups end along the last axis, if it has groups; a row's scale is then one in each.
+    """
+    if ends is not None and spec.block == "row":
+        node = build(QUANTIZE_GROUPS, x, str(spec), ends)
+        return Quantized(build.item(node, 0), build.item(node, 1), None, spec)
     if spec.commutes_with_transpose and x.target is aten.permute.default:
         assert isinstance(x.args[0], Node)
         return _transposed(build, quantize_node(state, build, x.args[0], spec, bits, owner))
@@ -176,7 +186,8 @@ def _saved_codes(state: State, build: Builder, site: MatmulSite, role: str, prod
     """Operand b as the codes of fprop, transposed; None when it is rotated or wanted in another format."""
     made = site.quantized["w" if role == "dgrad" else "x"]
     rotated = product.b is not None and product.b.target is ir.HADAMARD
-    if rotated or made.spec != wanted or not wanted.commutes_with_transpose or site.batch is not None:
+    stacked = site.batch is not None or (site.groups is not None and role == "dgrad")
+    if rotated or made.spec != wanted or not wanted.commutes_with_transpose or stacked:
         return None
     return _transposed(build, _saved(state, site, role, product))
 

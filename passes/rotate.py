@@ -31,6 +31,8 @@ def rotate(state: State) -> None:
     """Rewrite every active GEMM of the planned sites."""
     with editing(state.gm):
         for site in state.planned():
+            if site.groups is not None:
+                continue
             if site.active("fprop"):
                 _fprop(state, site)
             for role in ("dgrad", "wgrad"):
@@ -42,7 +44,7 @@ def _normal(state: State, build: Builder, site: MatmulSite, operand: tuple[Node,
     return matrix(build, site, state.current(operand[0]), operand[1])
 
 
-def _signs(state: State, build: Builder, site: MatmulSite, role: str, rotation: Rotation) -> Node | None:
+def signs_of(state: State, build: Builder, site: MatmulSite, role: str, rotation: Rotation) -> Node | None:
     if rotation.signs == "none":
         return None
     if isinstance(rotation.signs, tuple):
@@ -51,7 +53,7 @@ def _signs(state: State, build: Builder, site: MatmulSite, role: str, rotation: 
     return build(ir.SIGNS, draw_seed(state, val(site.x[0]).device), SIGN_DRAWS[role].of(owner), rotation.n)
 
 
-def _rotated(build: Builder, x: Node, rotation: Rotation | None, signs: Node | None) -> Node:
+def rotated(build: Builder, x: Node, rotation: Rotation | None, signs: Node | None) -> Node:
     return x if rotation is None else build(ir.HADAMARD, x, rotation.n, signs, False, torch.float32)
 
 
@@ -81,9 +83,9 @@ def _fprop(state: State, site: MatmulSite) -> None:
     product, gemm = site.products["fprop"], recipe_of(site).fprop
     assert gemm is not None
     build = Builder(state.gm.graph, like=product.node, before=product.node, backward=False)
-    signs = _signs(state, build, site, "fprop", gemm.rotation) if gemm.rotation else None
-    a = _rotated(build, _outer(build, site, _normal(state, build, site, site.x), gemm), gemm.rotation, signs)
-    b = _rotated(build, _normal(state, build, site, site.w), gemm.rotation, signs)
+    signs = signs_of(state, build, site, "fprop", gemm.rotation) if gemm.rotation else None
+    a = rotated(build, _outer(build, site, _normal(state, build, site, site.x), gemm), gemm.rotation, signs)
+    b = rotated(build, _normal(state, build, site, site.w), gemm.rotation, signs)
     out = _undo_outer(build, site, _product(build, site, "fprop", a, b), gemm, site.m)
     out = restored(build, site, out, product.flipped)
     if product.node.target in (aten.addmm.default, aten.baddbmm.default):
@@ -107,11 +109,11 @@ def _backward(state: State, site: MatmulSite, role: str) -> None:
         undo = forward.rotation if forward is not None else None
     else:
         source = _normal(state, build, site, operand)
-    signs = _signs(state, build, site, role, rotation) if rotation else None
-    a = _rotated(build, _outer(build, site, e if role == "dgrad" else flip(build, site, e), gemm), rotation, signs)
+    signs = signs_of(state, build, site, role, rotation) if rotation else None
+    a = rotated(build, _outer(build, site, e if role == "dgrad" else flip(build, site, e), gemm), rotation, signs)
     across = flip(build, site, source)
     product.reader = list(source.users)[-1]
-    b = _rotated(build, across, rotation, signs)
+    b = rotated(build, across, rotation, signs)
     out = _undo_outer(build, site, _product(build, site, role, a, b), gemm, site.dims(role)[0])
     if undo is not None:
         assert source.target is ir.HADAMARD

@@ -12,12 +12,13 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from quartet.lowering import grouped_ops
 from quartet.lowering.graph import editing, is_backward
 from quartet.lowering.ir import SEMANTIC
 from quartet.passes.plan import VIEWS
 from quartet.passes.state import State
 
-MERGED = frozenset((*SEMANTIC, *VIEWS))
+MERGED = frozenset((*SEMANTIC, *grouped_ops.SEMANTIC, *VIEWS))
 
 
 def share(state: State) -> None:

@@ -49,6 +49,23 @@ class Quantized:
 
 
 @dataclass
+class Groups:
+    """How the tokens of a grouped product are divided among ``count`` matrices W ``[E, out, in]``.
+
+    Attributes:
+        offs: where each group ends; ends: where it ends in the padded layout; place: each token's row there.
+        x, e: X and E in the padded layout.
+    """
+
+    offs: Node
+    count: Any
+    ends: Node | None = None
+    place: Node | None = None
+    x: Node | None = None
+    e: Node | None = None
+
+
+@dataclass
 class MatmulSite:
     """A forward matmul, and its dgrad and wgrad where they exist. W is a weight, or another activation.
 
@@ -62,6 +79,7 @@ class MatmulSite:
         resolution: what the policy decided; recipe: the effective recipe, None when left alone.
         reasons: role → why it is left alone.
         remarks: role → how its GEMM differs from the recipe's; notes: what a reader should know of all three.
+        groups: of a product of tokens in groups, each with a W of its own.
         x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
     """
 
@@ -85,6 +103,7 @@ class MatmulSite:
     quantized: dict[str, Quantized] = field(default_factory=dict)
     saved_bytes: int | None = None
     batch: Any = None
+    groups: Groups | None = None
 
     def remark(self, role: str, text: str) -> None:
         """Add a remark on the GEMM of a role."""

@@ -43,7 +43,8 @@ def smooth_swiglu(state: State) -> None:
     with editing(state.gm):
         for site in state.planned():
             form = recipe_of(site).smooth
-            gated = gated_activation(site) if form != "none" else None
+            plain = site.batch is None and site.groups is None
+            gated = gated_activation(site) if form != "none" and plain else None
             if gated is None:
                 continue
             node = site.products["fprop"].node

@@ -40,7 +40,8 @@ class Config:
     """The pipeline's configuration as plain data.
 
     Attributes:
-        resolve: (op class, FQN, m, n, k) → what the policy decides for the three GEMMs.
+        resolve: (op class, FQN, m, n, k[, layer]) → what the policy decides for the three GEMMs; layer as of
+            ``quartet.passes.layers``.
         weights: index of a dynamo input → parameter name, for the inputs that are parameters.
         strict: a planned matmul that cannot be lowered is an error.
         disable_passes, disable_kernels: names left out.
@@ -55,7 +56,7 @@ class Config:
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
-    resolve: Callable[[str, str, Any, Any, Any], Resolution]
+    resolve: Callable[..., Resolution]
     weights: Mapping[int, str] = field(default_factory=dict)
     strict: bool = False
     disable_passes: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.graph import is_backward
+from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
 from quartet.passes.state import State
 
 
@@ -16,7 +17,7 @@ class BrokenGraph(AssertionError):
 
 def verify(state: State, after: str) -> None:
     """Raise BrokenGraph naming the pass, the node and the rule."""
-    tagged = any("partitioner_tag" in n.meta for n in state.gm.graph.nodes)
+    tagged = any(is_backward(n) for n in state.gm.graph.nodes)
     for node in state.gm.graph.nodes:
         if node.op != "call_function" or "quartet" not in str(node.target):
             continue
@@ -28,13 +29,13 @@ def verify(state: State, after: str) -> None:
             spec = QuantSpec.parse(str(node.args[1]))
             _require((node.args[2] is not None) == spec.stochastic, after, node, "stochastic quantisers have a seed")
             _require((len(node.args) > 4) == spec.takes_amax, after, node, "quantisers that take an amax have one")
-        if node.target in ir.PRODUCTS:
+        if node.target in (*ir.PRODUCTS, SCALED_GROUPED_MM):
             _check_gemm(node, after)
 
 
 def _check_gemm(node: Node, after: str) -> None:
     a, a_scales, b, b_scales, a_spec, b_spec = node.args[:6]
-    depths = []
+    depths, grouped = [], node.target is SCALED_GROUPED_MM and node.args[8]
     for codes, scales, text in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
         assert isinstance(codes, Node) and isinstance(scales, Node) and isinstance(text, str)
         spec = QuantSpec.parse(text)
@@ -45,7 +46,8 @@ def _check_gemm(node: Node, after: str) -> None:
         maker, flipped = ir.quantizer_of(codes)
         _require(maker is scales.args[0], after, node, "codes and scales come from one quantiser")
         _require(not flipped or spec.commutes_with_transpose, after, node, f"codes of {spec} cannot be transposed")
-        _require(maker.target is ir.QUANTIZE and maker.args[1] == text, after, node,
+        makers = (QUANTIZE_GROUPS,) if grouped and spec.block == "row" else (ir.QUANTIZE,)
+        _require(maker.target in makers and maker.args[1] == text, after, node,
                  "a GEMM reads an operand in the format its quantiser wrote")
     _require(depths[0] == depths[1], after, node, f"both operands contract the same length, not {depths}")
 

@@ -17,6 +17,7 @@ from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.find_matmuls import module_path
+from quartet.passes.layers import layers_of
 from quartet.passes.saved import SavedActivations
 from quartet.passes.state import Config, Observer
 from quartet.policy import Policy
@@ -156,6 +157,7 @@ def region_weights(gm: torch.fx.GraphModule, weights: Mapping[int, str]) -> dict
 
 
 def _warn_unmatched(policy: Policy, records: Sequence[MatmulRecord]) -> None:
-    sites = [(r.op_class, r.fqn, r.m, r.n, r.k) for r in records if r.role == "fprop"]
+    layers = layers_of(r.fqn for r in records)
+    sites = [(r.op_class, r.fqn, r.m, r.n, r.k, layers.get(r.fqn)) for r in records if r.role == "fprop"]
     for unmatched in policy.unmatched(sites):
         warnings.warn(f"quartet policy: {unmatched}", stacklevel=2)

@@ -271,6 +271,8 @@ def describe_recipe(recipe: Recipe) -> str:
         lines.append(f"history  {recipe.history}")
     if recipe.smooth != "none":
         lines.append(f"smooth   gated activations, per {recipe.smooth}")
+    if recipe.saved is not None:
+        lines.append(f"saved    {recipe.saved}")
     return "\n".join(lines)
 
 

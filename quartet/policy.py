@@ -18,6 +18,8 @@ from types import EllipsisType
 from typing import Any
 
 from quartet import policy_toml
+from quartet.kernels.spec import SpecError
+from quartet.lowering.depth import Layer, is_within, normalise_depth
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe
 from quartet.lowering.resolution import Choice, Resolution, SavedChoice
 from quartet.policy_saved import SAVED, check_rule, saved_choice
@@ -27,7 +29,7 @@ from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resol
 
 OP_GROUPS: Mapping[str, tuple[str, ...]] = {"attention": ("attention_qk", "attention_pv")}
 ROLE_ALIASES: Mapping[str, str] = {"forward": "fprop"}
-_RULE_KEYS = ("pattern", "op", "recipe", "role", "shape")
+_RULE_KEYS = ("pattern", "op", "recipe", "role", "shape", "layers")
 _POLICY_KEYS = ("default", "where_it_pays", "rule", "recipe")
 AUTO = "auto"  # stands for Policy(where_it_pays=True)
 
@@ -42,6 +44,7 @@ class Rule:
         op: op class of ``OP_CLASSES`` or group of ``OP_GROUPS``.
         roles: the GEMMs that it decides: ``fprop`` (or ``forward``), ``dgrad``, ``wgrad``, several, or None for all.
         shape: predicate over m, n, k (see ``quartet.predicate``).
+        layers: ``"last 15%"``, ``"first 2"``: layers of a stack, told by the numbers in module names.
 
     Raises:
         PolicyError: something that does not exist; names the nearest that does.
@@ -52,6 +55,7 @@ class Rule:
     op: str | None = None
     roles: str | tuple[str, ...] | None = None
     shape: str | None = None
+    layers: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipe", reference(self.recipe))
@@ -62,11 +66,18 @@ class Rule:
             raise PolicyError(f"a pattern is an op class or a glob over module names, not {self.fqn!r}", ("pattern",))
         if self.shape is not None:
             object.__setattr__(self, "shape", normalise(self.shape))
+        if self.layers is not None:
+            try:
+                normalise_depth(self.layers)
+            except SpecError as error:
+                raise PolicyError(str(error), ("layers",)) from None
         check_rule(self)
 
-    def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any) -> bool:
+    def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any, layer: Layer | None = None) -> bool:
         """Whether the rule is about this matmul. A rule that names neither an op class nor a module leaves the op
-        classes alone that its recipe skips."""
+        classes alone that its recipe skips; one that names layers is about none whose layer is not known."""
+        if self.layers is not None and (layer is None or not is_within(layer, self.layers)):
+            return False
         return self._names(op_class, fqn) and (self.shape is None or holds(self.shape, m, n, k))
 
     def _names(self, op_class: str, fqn: str | None) -> bool:
@@ -88,8 +99,9 @@ class Rule:
         data["recipe"] = self.recipe
         if self.roles != ROLES:
             data["role"] = self.roles[0] if self.roles is not None and len(self.roles) == 1 else self.roles
-        if self.shape is not None:
-            data["shape"] = self.shape
+        for key in ("shape", "layers"):
+            if getattr(self, key) is not None:
+                data[key] = getattr(self, key)
         return data
 
     def call(self, full: bool = False) -> str:
@@ -154,7 +166,8 @@ class Policy:
                                   "dataclasses.replace(recipe, name=…)", ("recipe",))
 
     def on(self, pattern: str | None = None, recipe: str | Recipe | None | EllipsisType = ..., *,
-           op: str | None = None, role: str | tuple[str, ...] | None = None, shape: str | None = None) -> Policy:
+           op: str | None = None, role: str | tuple[str, ...] | None = None, shape: str | None = None,
+           layers: str | None = None) -> Policy:
         """This policy with one more rule, which wins over the earlier ones.
 
         Args:
@@ -165,6 +178,7 @@ class Policy:
             op: op class or group; beside a glob both have to match.
             role: ``"fprop"`` (or ``"forward"``), ``"dgrad"``, ``"wgrad"``, a tuple of them, or None for all.
             shape: predicate over m (tokens), n (out), k (in) of the matmul, ``"k >= 4096 and n % 32 == 0"``.
+            layers: of a stack, ``"last 15%"`` or ``"first 2"``; a module's layer is the first number in its name.
 
         Raises:
             PolicyError: something that does not exist; names the nearest that does.
@@ -182,9 +196,10 @@ class Policy:
                 fqn, op = None, pattern
             else:
                 fqn = pattern.removeprefix("fqn:")
-        return replace(self, rules=(*self.rules, Rule(recipe, fqn, op, role, shape)))
+        return replace(self, rules=(*self.rules, Rule(recipe, fqn, op, role, shape, layers)))
 
-    def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any) -> Resolution:
+    def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any,
+                layer: Layer | None = None) -> Resolution:
         """What happens to one matmul ``[m, k] · [n, k]ᵀ``.
 
         A backward GEMM that starts from saved codes needs fprop quantised the way its recipe expects. Where the
@@ -194,16 +209,17 @@ class Policy:
             op_class: one of ``OP_CLASSES``.
             fqn: name of the module, or None if it is not known (then no glob matches).
             m, n, k: tokens, output and input features; int or symbolic.
+            layer: (index, how many there are) of the layer that the module is in, or None if that is not known.
         """
         if op_class not in OP_CLASSES:
             raise unknown("op class", op_class, OP_CLASSES)
-        matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k)]
-        choices = {role: self._choose(role, op_class, matching) for role in ROLES}
+        matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k, layer)]
+        choices = {role: self._choose(role, op_class, matching, layer) for role in ROLES}
         for role in ("dgrad", "wgrad"):
             choices[role] = _detach(choices[role], choices["fprop"])
         return Resolution(**choices)
 
-    def _choose(self, role: str, op_class: str, matching: list[tuple[int, Rule]]) -> Choice:
+    def _choose(self, role: str, op_class: str, matching: list[tuple[int, Rule]], layer: Layer | None) -> Choice:
         i: int | None
         for i, rule in reversed(matching):
             if role in (rule.roles or ()):
@@ -215,6 +231,12 @@ class Policy:
             if recipe is not None and op_class in recipe.skip:
                 why = f"recipe {recipe.name!r} leaves {op_class} in high precision unless a rule names it"
                 recipe = None
+            elif recipe is not None and layer is not None:
+                kept = next((text for text in recipe.keep if is_within(layer, text)), None)
+                if kept is not None:
+                    why = (f"recipe {recipe.name!r} keeps the {kept} of the layers in high precision unless a rule names "
+                           f"them; this is layer {layer[0]} of {layer[1]}")
+                    recipe = None
         gemm: Gemm | None = getattr(recipe, role) if recipe is not None else None
         if recipe is not None and gemm is None:
             why += f", which leaves {role if recipe.quantizes else 'everything'} in high precision"
@@ -237,7 +259,7 @@ class Policy:
             return None if found is None else asdict(found)
 
         parts = [content(self.default), self.where_it_pays]
-        parts += [[rule.fqn, rule.op, rule.roles, rule.shape, content(rule.recipe)] for rule in self.rules]
+        parts += [[rule.fqn, rule.op, rule.roles, rule.shape, rule.layers, content(rule.recipe)] for rule in self.rules]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @classmethod

@@ -65,7 +65,7 @@ def recipe_from_dict(name: str, data: object) -> Recipe:
         kind = bool if key == "keep_weights" else str
         if key in ROLES:
             values[key] = _gemm_from_dict(f"{key} of recipe {name!r}", value, key)
-        elif key == "skip":
+        elif key in ("skip", "keep"):
             values[key] = tuple(value) if isinstance(value, list | tuple) else value
         elif not isinstance(value, kind):
             raise PolicyError(f"{key} of recipe {name!r} is a {kind.__name__}, not {type(value).__name__} {value!r}",

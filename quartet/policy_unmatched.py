@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Any
 
-Site = tuple[str, str | None, Any, Any, Any]
+Site = tuple[Any, ...]  # op class, FQN, m, n, k and, where it is known, the layer
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ _BUILT_IN: Mapping[str, Recipe] = {
             fprop=_gemm(_NVFP4, _NVFP4_TILE),
             dgrad=_gemm(_NVFP4_GRADIENT, _NVFP4_TILE),
             wgrad=_gemm(_NVFP4_GRADIENT, _NVFP4, Rotation(16, _NVFP4_SIGNS)),
+            keep=("last 15%",),
         ),
         Recipe(
             name="quartet2",

@@ -131,7 +131,7 @@ class Group:
         first = slots[0].home
         whole = first.shape[0] == len(slots) and all(s.home is first and s.index == i for i, s in enumerate(slots))
         self.home = first if whole else None
-        self.at = None if self.home is None else torch.arange(len(slots), device=first.device)
+        self._at: dict[tuple[int, ...], Tensor] = {}
 
     def read(self) -> Tensor:
         return self.home if self.home is not None else torch.stack([slot.row for slot in self.slots])
@@ -149,19 +149,16 @@ class Group:
             return
         rows = self.read()
         pending, history = rows[:, :1], rows[:, 1:]
-        seen = torch.where(torch.isfinite(pending), pending, float("inf"))
+        pushed = torch.where(torch.isfinite(pending), pending, float("inf"))
+        rest = torch.zeros_like(pending)
         if not all(due):
-            seen = torch.where(torch.tensor(due, device=rows.device)[:, None], seen, 0.0)
-        seen = _largest_of_all_ranks(seen)
-        usable = torch.logical_and(seen > 0, seen < float("inf"))
-        history = torch.where(usable, torch.cat((seen, history[:, :-1]), 1), history)
-        if not all(due):
-            seen = torch.where(torch.tensor(due, device=rows.device)[:, None], 0.0, pending)
-        else:
-            seen = torch.zeros_like(seen)
-        self.write(torch.cat((seen, history), 1))
+            now = torch.tensor(due, device=rows.device)[:, None]
+            pushed, rest = torch.where(now, pushed, 0.0), torch.where(now, rest, pending)
+        pushed = _largest_of_all_ranks(pushed)
+        usable = torch.logical_and(pushed > 0, pushed < float("inf"))
+        self.write(torch.cat((rest, torch.where(usable, torch.cat((pushed, history[:, :-1]), 1), history)), 1))
         for slot in self.slots:
-            slot.due = slot.due and not slot.counted
+            slot.due = not slot.counted
 
     def largest(self) -> Tensor:
         return self.read()[:, 1:].amax(1)
@@ -169,8 +166,11 @@ class Group:
     def record(self, which: list[int], amax: Tensor) -> None:
         """``which``: numbers of slots of the group, each once."""
         if self.home is not None:
-            at = torch.tensor(which, device=self.home.device)
-            self.home[at, 0] = torch.maximum(self.home[at, 0], amax)
+            at = self._at.get(tuple(which))
+            if at is None:
+                at = self._at[tuple(which)] = torch.tensor(which, device=self.home.device)
+            pending = self.home[:, 0]
+            pending.index_copy_(0, at, torch.maximum(pending.index_select(0, at), amax))
         else:
             for number, value in zip(which, amax.unbind(), strict=True):
                 pending = self.slots[number].row[:1]
@@ -330,7 +330,7 @@ def _largest(anchor: Tensor, text: str, advance: bool) -> Tensor:
 def _record(anchor: Tensor, table: str, slots: list[int], amax: list[Tensor]) -> None:
     owner = _ANCHORS.get(_address(anchor))
     if owner is not None and not SLOTS.frozen:
-        owner.table(table).record(slots, torch.cat([a.detach().reshape(1) for a in amax]))
+        owner.table(table).record(slots, torch.cat(amax).flatten())
 
 
 def _fake_amax(anchor: Tensor, table: str) -> Tensor:

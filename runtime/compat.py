@@ -69,8 +69,10 @@ def _load(module: str, name: str) -> Any:
 compile_fx: Callable[..., Any] = _load("torch._inductor.compile_fx", "compile_fx")
 CustomGraphPass: type = _load("torch._inductor.custom_graph_pass", "CustomGraphPass")
 list_mode_options: Callable[..., dict[str, Any]] = _load("torch._inductor", "list_mode_options")
-CustomPartitionerFn: Any = getattr(importlib.import_module("torch._inductor.custom_graph_pass"), "CustomPartitionerFn",
-                                   object)
+try:
+    CustomPartitionerFn: Any = _load("torch._inductor.custom_graph_pass", "CustomPartitionerFn")
+except ImportError:  # only policies about saved activations need it
+    CustomPartitionerFn = object
 OpOverload: Any = _load("torch._ops", "OpOverload")
 OperatorBase: Any = _load("torch._ops", "OperatorBase")
 inductor_config: Any = importlib.import_module("torch._inductor.config")

@@ -59,7 +59,7 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def quantize_groups(x: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """``[rows, padded tokens]`` with one scale for the part of a row in each group: what ``"row"`` means within a group.
+    """``[rows, padded tokens]`` with a scale for the part of a row in each group: what ``"row"`` means within one.
 
     Args:
         x: any float dtype, zeros behind ``ends[-1]``.

@@ -109,6 +109,44 @@ def test_stochastic_quantize_draws_the_bits_of_the_reference():
     assert "quartet.random_bits" in code
 
 
+FORMATS = ("e2m1/16x16 e4m3 amax nearest", "e2m1/16 e4m3 amax stochastic", "e2m1/16 e4m3 four_six nearest",
+           "e2m1/16 e4m3 eden stochastic", "e4m3/128x128 fp32 amax_pow2 nearest", "int8/row fp32 amax nearest",
+           "ternary/tensor fp32 absmean nearest", "e4m3/tensor fp32 delayed nearest")
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_every_other_format_and_its_product(spec):
+    q = QuantSpec.parse(spec)
+
+    def layer(x, w, seed):
+        made = []
+        for site, t in enumerate((x, w)):
+            amax = ops.amax(t) if q.takes_amax else None
+            codes, scales, _ = ops.quantize(t, spec, seed if q.stochastic else None, site, amax)
+            made.append((codes, scales, amax, ops.dequantize(codes, scales, spec, torch.float32, amax)))
+        return made[0], made[1]
+
+    def run(x, w, seed):
+        (a, a_scales, _, values), (b, b_scales, _, _) = layer(x, w, seed)
+        return a, a_scales, b, b_scales, values
+
+    x, w, seed = awkward(34, 200)[5:], torch.randn(20, 200) * 3, torch.tensor(12345)
+    agree(run, x, w, seed)
+    (a, a_scales, a_amax, _), (b, b_scales, b_amax, _) = layer(x, w, seed)
+    outer = (a_amax, b_amax) if q.scale == "e4m3" else (None, None)
+
+    def products(a, a_scales, b, b_scales, a_amax, b_amax):
+        return (ops.scaled_mm(a, a_scales, b, b_scales, spec, spec, torch.float32, *outer_of(a_amax, b_amax)),
+                ops.scaled_bmm(b, b_scales, b, b_scales, spec, spec, torch.float32, 1, *outer_of(b_amax, b_amax)))
+
+    def outer_of(*amax):
+        return amax if q.scale == "e4m3" else (None, None)
+
+    got, _ = compiled(products, a, a_scales, b, b_scales, *(t if t is not None else x.new_ones(1, 1) for t in outer))
+    for ours, want in zip(got, products(a, a_scales, b, b_scales, *outer), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)  # the order of its sums is the library's
+
+
 def test_dequantize_mask_and_product():
     x, w = torch.randn(9, 96), torch.randn(7, 96)
     (a, a_scales, mask), (b, b_scales, _) = (reference.quantize(t, QUEST) for t in (x, w))

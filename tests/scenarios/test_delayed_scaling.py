@@ -1,5 +1,6 @@
 """Delayed scaling: histories as their definition has them, through everything that torch.compile does to a model."""
 
+import contextlib
 import copy
 import io
 import math
@@ -451,3 +452,70 @@ def test_smooth_and_delayed_together():
     state = histories(model)
     assert {k for k in state if "down_proj" in k} == {f"blocks.0.ffn.down_proj.weight.{o}" for o in "xwe"}
     assert all(len(history) == 1 for _, history in state.values())
+
+
+class Region(MLP):
+    forward = torch.compiler.nested_compile_region(MLP.forward)
+
+
+def test_the_body_of_a_nested_region_scales_by_the_current_amax_and_says_so():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = Region(), Region(), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.c(self.b(torch.tanh(self.a(x))))
+
+    model, inputs = Net(), data()
+    compiled, backend = compile_eager(model, recipe())
+    for _ in range(2):
+        got = step(compiled, model, inputs)
+    assert sorted(histories(model)) == [f"c.weight.{o}" for o in "ewx"]
+    assert torch.isfinite(got[0])
+    notes = {(r.fqn, r.role): r.notes for r in backend.records}
+    assert "no history in a nested region" in notes["a.up", "fprop"][0] and notes["c", "fprop"] == ()
+
+
+def test_interleaved_and_repeated_backwards():
+    layer = nn.Linear(WIDTH, 16, bias=False)
+    compiled, _ = compile_eager(layer, recipe())
+    outputs = [compiled(torch.full((2, WIDTH), size)) for size in (1.0, 2.0, 3.0)]
+    for number, y in enumerate(outputs):
+        y.backward(torch.full_like(y, 1.0 + number), retain_graph=True)
+    first = layer.weight.grad.clone()
+    layer.weight.grad = None
+    for number, y in enumerate(outputs):
+        y.backward(torch.full_like(y, 1.0 + number))
+    assert torch.equal(layer.weight.grad, first)
+    assert histories(layer)["weight.x"] == (3.0, [2.0, 1.0])
+    assert histories(layer)["weight.e"] == (3.0, [])
+
+
+@pytest.mark.parametrize("how", ["eager", "quartet"])
+def test_compiled_autograd(how):
+    results = []
+    for enabled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = MLP()
+        compiled, backend = compile_eager(model, recipe())
+        compiler = torch.compile(backend=backend if how == "quartet" else "eager")
+        with torch._dynamo.compiled_autograd._enable(compiler) if enabled else contextlib.nullcontext():
+            for number in range(3):
+                torch.manual_seed(number)
+                loss, gradients = step(compiled, model, data(1.0 + number))
+        results.append((loss, gradients["up.weight"], histories(model)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[0][2] == results[1][2]
+
+
+def test_a_delayed_scale_saturates_what_grew():
+    layer = nn.Linear(WIDTH, 16, bias=False)
+    compiled, _ = compile_eager(layer, recipe())
+    for _ in range(2):
+        compiled(torch.ones(2, WIDTH)).sum().backward()
+    y = compiled(torch.full((2, WIDTH), 100.0))
+    torch.testing.assert_close(y, compiled(torch.ones(2, WIDTH)), rtol=0.1, atol=1e-3)
+    state = histories(layer)["weight.x"]
+    assert state[1][0] == 100.0 and compiled(torch.full((2, WIDTH), 100.0)).abs().max() > 50 * y.abs().max()

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from harness import ALL, assert_close, assert_same, compile_eager, loss_of, step
 from torch import nn
 
 from examples.llama import PRESETS, Llama
-from quartet import Policy, recipes
+from quartet import Policy, SpecError, recipes
 from quartet.kernels.reference.smooth import smooth_scale
 from quartet.passes import pipeline
 from quartet.passes.canonicalize import canonicalize
@@ -261,3 +262,43 @@ def test_an_outlier_takes_the_signal_from_plain_fp8(form):
     plain, smooth = (errors(form, Policy(None).on("down", r)) for r in ("fp8", recipe(form)))
     for lost, kept in zip(plain, smooth, strict=True):
         assert kept < 0.05 and lost > 5 * kept, (plain, smooth)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_under_activation_checkpointing(form):
+    class Checkpointed(Gated):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    plain, inputs = Gated(GATED["silu"][0]), [data()]
+    model = Checkpointed(plain.mix)
+    model.load_state_dict(plain.state_dict())
+    policy = recipe(form, "fp8-rowwise")
+    expected = step(compile_eager(plain, policy)[0], plain, inputs)
+    compiled, backend = compile_eager(model, policy)
+    assert_same(step(compiled, model, inputs), expected)
+    assert smoothed(backend)["wgrad"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_layers_that_read_one_gated_activation(form):
+    class Two(Gated):
+        def __init__(self, mix):
+            super().__init__(mix)
+            self.other = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+        def forward(self, x):
+            mixed = self.mix(self.gate(x), self.up(x))
+            return self.down(mixed) + self.other(mixed)
+
+    model = Two(GATED["silu"][0])
+    backend = check(model, form, "silu", [data()])
+    assert smoothed(backend, "other") == smoothed(backend)
+    amaxes = [n for n in backend.forwards()[0].graph.nodes if str(n.target) == "aten.amax.default"]
+    assert len(amaxes) == 1, "one scale for both"
+
+
+def test_a_form_that_does_not_exist_is_refused():
+    with pytest.raises(SpecError, match="'rows'.*'channel', 'token'"):
+        recipe("rows")
