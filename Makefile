@@ -2,7 +2,7 @@
 # make test                 the test suite
 # make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
 # make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; about half an hour)
-# make lint | bench         ruff and mypy | the step benchmark on a CPU
+# make lint | bench | docs  ruff and mypy | the step benchmark on a CPU | docs/recipes.md anew
 
 PYTHON ?= python3
 TORCH  ?=
@@ -13,7 +13,7 @@ ROOMS  := passes lowering kernels runtime
 TYPED  := $(VENV)/typed/quartet# the package as mypy has to see it: the rooms inside quartet/
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: install demo test test-cutlass lint bench clean
+.PHONY: install demo test test-cutlass lint bench docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -42,6 +42,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/quartet recipes --markdown > docs/recipes.md.new
+	mv docs/recipes.md.new docs/recipes.md
 
 clean:
 	rm -rf build dist *.egg-info demo-out bench-out

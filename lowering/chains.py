@@ -12,8 +12,10 @@ from torch.fx import Graph, Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, shape, val
+from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.runtime.compat import OpOverload
 
+PRODUCTS = (*ir.PRODUCTS, SCALED_GROUPED_MM)
 REUSABLE = "quartet_parameter"  # node.meta key of a quantise: see Source.parameter
 Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
 
@@ -70,7 +72,7 @@ def accepted(graph: Graph, gemms: list[Node], accepts: Accepts) -> list[Node]:
     nodes, chosen, device = [], set(gemms), val(gemms[0]).device
     for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE):
         source = Source.of(node)
-        readers = {user for item in node.users for user in item.users if user.target is ir.SCALED_MM}
+        readers = {user for item in node.users for user in item.users if user.target in PRODUCTS}
         x = val(source.x)
         if x.device == device and readers <= chosen and accepts(QuantSpec.parse(source.spec), source.rotation, x.dtype):
             nodes.append(node)

@@ -14,7 +14,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quartet.kernels.reference.estimator import ESTIMATORS
 from quartet.kernels.reference.hadamard import SIZES
+from quartet.kernels.reference.outliers import tail_parts
 from quartet.kernels.reference.saved import SAVED_ELEMENTS
 from quartet.kernels.reference.smooth import FORMS
 from quartet.kernels.spec import QuantSpec, SpecError
@@ -188,6 +190,12 @@ class Recipe:
         saved: what is kept between forward and backward for other purposes than products; None leaves it exact.
         keep: layers that the recipe leaves in high precision unless a rule names them, ``("last 15%",)``; see
             ``quartet.lowering.depth``.
+        estimator: gradient of the weights: ``"straight-through"``, or ``"dge"``: times the slope of a softened quantiser
+            (arXiv 2501.17116).
+        outliers: X of fprop is clipped to the quantiles (1 − q, q) of its elements, and what was cut off is multiplied
+            in high precision (arXiv 2501.17116); a quantile q between 0.5 and 1, such as 0.99, in steps of 0.0001.
+        average: decay of a moving average of W; W of fprop is rounded to whichever of its two neighbours is nearer to
+            that (Q-EMA, arXiv 2502.20853).
     """
 
     name: str
@@ -203,8 +211,12 @@ class Recipe:
     history: Delayed = Delayed()
     saved: Saved | None = None
     keep: tuple[str, ...] = ()
+    estimator: str = ESTIMATORS[0]
+    outliers: float | None = None
+    average: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_weight_options()
         if not isinstance(self.keep, tuple):
             raise SpecError(f"recipe {self.name!r}: keep is a tuple such as ('last 15%',), not {self.keep!r}")
         for layers in self.keep:
@@ -224,6 +236,33 @@ class Recipe:
                 raise SpecError(f"recipe {self.name!r}: operand a of {role} is a live tensor; only operand b of dgrad "
                                 "and wgrad can be 'saved'")
 
+    def _check_weight_options(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise SpecError(f"gradient estimator {self.estimator!r} does not exist; possible: {', '.join(ESTIMATORS)}")
+        if self.outliers is not None and not (isinstance(self.outliers, float) and 0.5 < self.outliers < 1
+                                              and tail_parts(self.outliers) > 0):
+            raise SpecError(f"outliers beyond the quantile {self.outliers!r} are not possible; use a float above 0.5, up "
+                            "to 0.9999, such as 0.99")
+        if self.average is not None and not (isinstance(self.average, float) and 0 <= self.average < 1):
+            raise SpecError(f"a moving average that decays by {self.average!r} is not possible; use a float from 0 to "
+                            "less than 1, such as 0.998")
+        if self.fprop is None or self.fprop.b.spec is None:
+            return
+        spec = self.fprop.b.spec
+        for field, wanted, fits, remedy in (
+            ("estimator", self.estimator == "dge", spec.scale != "e4m3", "E8M0 or fp32 scales"),
+            ("average", self.average is not None, spec.rule in ("floor", "ceil"), "E8M0 scales by 'floor' or 'ceil'"),
+        ):
+            if wanted and not (spec.element == "e2m1" and not spec.stochastic and fits):
+                raise SpecError(f"recipe {self.name!r}: {field}={getattr(self, field)!r} needs W of fprop in e2m1, to "
+                                f"nearest, with {remedy}; it is '{spec}'")
+            if wanted and field == "average" and self.smooth != "none":
+                raise SpecError(f"recipe {self.name!r}: average is of the weight itself, and smooth={self.smooth!r} "
+                                "quantises another one every step; use one of the two")
+            if wanted and self.fprop.rotation is not None:
+                raise SpecError(f"recipe {self.name!r}: {field}={getattr(self, field)!r} is about the weight itself, but "
+                                "fprop quantises a rotation of it; leave out the rotation of fprop")
+
     def only(self, roles: frozenset[str] | set[str]) -> Recipe:
         """The same recipe with the other roles left in the model's dtype."""
         left_alone: dict[str, Any] = {role: None for role in ROLES if role not in roles}
@@ -231,7 +270,9 @@ class Recipe:
 
     @property
     def remembers(self) -> bool:
-        """Whether any operand is scaled by what it was in earlier steps."""
+        """Whether any operand is scaled, or rounded, by what it was in earlier steps."""
+        if self.average is not None and self.fprop is not None:
+            return True
         gemms = [gemm for role in ROLES if (gemm := getattr(self, role)) is not None]
         return any(operand.spec is not None and operand.spec.rule == "delayed"
                    for gemm in gemms for operand in (gemm.a, gemm.b))

@@ -73,6 +73,9 @@ class Resolution:
             smooth=lead.smooth,
             keep=lead.keep,
             history=lead.history,
+            estimator=lead.estimator,
+            outliers=lead.outliers,
+            average=lead.average,
         )
 
     @property

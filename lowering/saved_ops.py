@@ -9,6 +9,9 @@ what reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,4 +62,4 @@ def encode_inlined(x: Tensor, element: str, group: int, seed: Tensor | None, sit
     return saved.encode_saved(x, element, group, seed, site, random)
 
 
-DECOMPOSITIONS = {ENCODE: encode_inlined, DECODE: saved.decode_saved}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {ENCODE: encode_inlined, DECODE: saved.decode_saved}

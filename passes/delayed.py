@@ -52,7 +52,7 @@ def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: Matmul
     owner = state.sites[site.x_group] if operand == "x" else site
     history = recipe_of(site).history
     held = _histories(state, val(x).device)
-    weight = _weight_index(state, owner) if held is not None else None
+    weight = weight_index(state, owner) if held is not None else None
     if held is None or weight is None:
         for role in site.products:
             if site.active(role) and "no history" not in site.remarks.get(role, ""):
@@ -70,10 +70,10 @@ def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
     """The magnitude for a new slot, computed where ``x`` is: all that read it come later."""
     slot = len(held.entries)
     held.entries.append(entry)
-    held.begin.args = (held.anchor, " ".join(map(str, held.entries)))
+    held.begin.update_arg(1, " ".join(map(str, held.entries)))
     build = Builder(x.graph, like=x, before=max(x, held.begin).next, backward=is_backward(x))
     with build.mode:
-        held.begin.meta["val"] = held.begin.target(val(held.anchor), held.begin.args[1])  # type: ignore[operator]
+        held.begin.meta["val"] = val(held.begin).new_empty(len(held.entries))
     held.current[slot] = build(ir.AMAX, x)
     known = build(aten.view.default, build(aten.slice.Tensor, held.begin, 0, slot, slot + 1), [1, 1])
     amax = build(aten.where.self, build(aten.gt.Scalar, known, 0), known, held.current[slot])
@@ -110,22 +110,22 @@ def _record(state: State, held: Histories, seen: dict[int, Node], backward: bool
 def _histories(state: State, device: torch.device) -> Histories | None:
     if device not in state.histories:
         index = input_indices(state.gm.graph)
-        anchor = next((node for node, position in index.items() if position in state.config.anchors
-                       and val(node).device == device), None)
-        state.histories[device] = None if anchor is None else Histories(anchor, _start(state, anchor))
+        wanted = state.config.anchor
+        anchor = next((node for node, position in index.items() if wanted is not None and position == wanted), None)
+        state.histories[device] = None if anchor is None else Histories(anchor, _start(state, anchor, device))
     return state.histories[device]
 
 
-def _start(state: State, anchor: Node) -> Node:
+def _start(state: State, anchor: Node, device: torch.device) -> Node:
     graph = state.gm.graph
     first = next(n for n in graph.nodes if n.op != "placeholder")
     build = Builder(graph, like=first, before=first, backward=False)
     build.meta = {"partitioner_tag": MUST_BE_IN_FORWARD}
     trains = any(is_backward(node) for node in graph.nodes)
-    return build(AMAX_BEGIN if trains else AMAX_READ, anchor, "")
+    return build(AMAX_BEGIN if trains else AMAX_READ, anchor, "", device)
 
 
-def _weight_index(state: State, site: MatmulSite) -> int | None:
+def weight_index(state: State, site: MatmulSite) -> int | None:
     """Input of the dynamo graph that is the (first) parameter of a site's weight."""
     index = input_indices(state.gm.graph)
     frontier, seen = [site.w[0]], set()

@@ -87,11 +87,13 @@ def storages(kept: Sequence[Kept]) -> list[Storage]:
 def origin(node: Node) -> Node:
     """The node that computes what ``node`` is a view or an exact cast of; a cast of an input is computed itself."""
     cast = None
-    while (above := above_view(node)) is not None or widens(node):
-        if above is None:
-            cast, above = node, node.args[0]
-        assert isinstance(above, Node)
-        node = above
+    while True:
+        if (above := above_view(node)) is not None:
+            node = above
+        elif widens(node):
+            cast, node = node, node.all_input_nodes[0]
+        else:
+            break
     return cast if node.op == "placeholder" and cast is not None else node
 
 

@@ -22,9 +22,11 @@ from quartet.lowering.records import MatmulRecord
 from quartet.passes.canonicalize import canonicalize
 from quartet.passes.delayed import delayed
 from quartet.passes.embed import embed
+from quartet.passes.estimator import estimator
 from quartet.passes.find_matmuls import find_matmuls
 from quartet.passes.grouped import find_grouped
 from quartet.passes.lower import lower
+from quartet.passes.outliers import outliers
 from quartet.passes.plan import plan
 from quartet.passes.quantize import quantize
 from quartet.passes.rotate import rotate
@@ -34,6 +36,7 @@ from quartet.passes.share import share
 from quartet.passes.sites import MatmulSite
 from quartet.passes.smooth_swiglu import smooth_swiglu
 from quartet.passes.state import Config, State
+from quartet.passes.toward import toward
 from quartet.passes.unfold import unfold
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
@@ -43,8 +46,8 @@ log = logging.getLogger("quartet")
 Pass = Callable[[State], None]
 Signature = tuple[str, ...]
 PASSES: tuple[Pass, ...] = (
-    canonicalize, unfold, find_matmuls, find_grouped, embed, plan, smooth_swiglu,
-    rotate, rotate_grouped, quantize, delayed, share, save, lower,
+    canonicalize, unfold, find_matmuls, find_grouped, embed, plan, smooth_swiglu, outliers, estimator,
+    toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
 )
 REQUIRED = ("canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
@@ -95,7 +98,7 @@ class Pipeline(CustomGraphPass):
             self._bodies.add(body)
         elif self._bodies:
             return None
-        return replace(self.config, weights=self.regions.get(body, {}), anchors=())
+        return replace(self.config, weights=self.regions.get(body, {}), anchor=None)
 
     def uuid(self) -> str | None:
         """Cache key: source of the package, configuration, and the earlier passes' own keys.

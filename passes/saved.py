@@ -51,7 +51,7 @@ Pair = tuple[GraphModule, GraphModule]
 _KIND = ("saved_tensor_with_no_vc_check",)  # by which AOTAutograd sorts forward's results
 
 
-class SavedActivations(CustomPartitionerFn):  # type: ignore[misc]
+class SavedActivations(CustomPartitionerFn):
     """Splits a joint graph and encodes what is kept.
 
     Args:
@@ -163,6 +163,7 @@ class _Rewriting:
         for number, part in enumerate(storage.parts):
             value = values
             for link in chain(part.made, source):
+                assert callable(link.target)
                 value = build(link.target, *self._arguments(build, link, value), **link.kwargs)
             part.read.replace_all_uses_with(value)
             self.backward.graph.erase_node(part.read)
@@ -210,7 +211,7 @@ class _Rewriting:
             replaced = isinstance(node, Node) and i >= self.outputs and node in self.instead
             results += [(new, desc, trace) for new in (self.instead[node] if replaced else [node])]
         values, descs, traces = (list(column) for column in zip(*results, strict=True))
-        output.args = (type(old)(values),)
+        output.args = (tuple(values) if isinstance(old, tuple) else values,)
         if "desc" in output.meta:
             kept = range(self.outputs, len(descs))
             numbered = {i: replace(descs[i], idx=i - self.outputs) for i in kept if hasattr(descs[i], "idx")}

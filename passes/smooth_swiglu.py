@@ -13,6 +13,7 @@ quantised. Products that stay in the model's dtype are not touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch.fx import Node
 
 from quartet.kernels.reference.smooth import smooth_scale
 from quartet.lowering.fp8 import inline
-from quartet.lowering.graph import Builder, aten, editing, keep_as, val
+from quartet.lowering.graph import Builder, aten, editing, val
 from quartet.passes.gated import Gated, gated_activation
+from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
 from quartet.runtime import compat
@@ -58,7 +60,7 @@ def smooth_swiglu(state: State) -> None:
                 shared[key] = _smoothed_x(state, site, gated, form)
             factors = _scale_operands(state, site, form, shared[key], roles)
             for role in roles:
-                _rewrite(state, site, role, factors[role])
+                rewrite(state, site, role, _finish(factors[role]))
                 site.remark(role, f"smoothed per {form} ({gated.activation})")
 
 
@@ -70,7 +72,7 @@ def _smoothed_x(state: State, site: MatmulSite, gated: Gated, form: str) -> _Smo
         return smooth_scale(b, form)
 
     scale, inverse = inline(build, compat.trace(scales, [val(gated.linear)]), [gated.linear])
-    return _Smoothed(_times(build, _normal(state, build, site.x), scale), scale, inverse)
+    return _Smoothed(_times(build, normal(state, build, site.x), scale), scale, inverse)
 
 
 def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smoothed,
@@ -80,7 +82,7 @@ def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smooth
     build = Builder(state.gm.graph, like=forward, before=forward, backward=False)
     site.x = smoothed.x, False
     if form == "channel":
-        site.w = _times(build, _normal(state, build, site.w), smoothed.inverse), False
+        site.w = _times(build, normal(state, build, site.w), smoothed.inverse), False
         return {"fprop": None, "dgrad": smoothed.scale, "wgrad": smoothed.inverse}
     if "wgrad" in roles:
         site.gradient = _smoothed_gradient(state, site, smoothed), False
@@ -91,38 +93,11 @@ def _smoothed_gradient(state: State, site: MatmulSite, smoothed: _Smoothed) -> N
     first = min(site.products[role].node for role in ("dgrad", "wgrad") if role in site.products)
     build = Builder(state.gm.graph, like=first, before=first, backward=True)
     assert site.gradient is not None
-    return _times(build, _normal(state, build, site.gradient), smoothed.inverse)
+    return _times(build, normal(state, build, site.gradient), smoothed.inverse)
 
 
-def _rewrite(state: State, site: MatmulSite, role: str, factor: Node | None) -> None:
-    """The product of a role from the site's operands, times a factor."""
-    product = site.products[role]
-    old, backward = product.node, role != "fprop"
-    build = Builder(state.gm.graph, like=old, before=old, backward=backward)
-
-    def operand(of: tuple[Node, bool] | None, flip: bool = False) -> Node:
-        assert of is not None
-        node = state.current(of[0])
-        return build.transpose(node) if of[1] != flip else node
-
-    e, x, w = site.gradient, site.x, site.w
-    a, b = {"fprop": lambda: (operand(x), operand(w, True)), "dgrad": lambda: (operand(e), operand(w)),
-            "wgrad": lambda: (operand(e, True), operand(x))}[role]()
-    common = torch.promote_types(val(a).dtype, val(b).dtype)
-    mm = keep_as(build(aten.mm.default, build.cast(a, common), build.cast(b, common)), old)
-    product.node, flipped, product.flipped = mm, product.flipped, False
-    out = mm if factor is None else _times(build, mm, factor)
-    out = build.cast(out, site.dtype)
-    if flipped:
-        out = build.transpose(out)
-    if old.target is aten.addmm.default:
-        out = build(aten.add.Tensor, out, old.args[0])
-    state.replace(old, out)
-
-
-def _normal(state: State, build: Builder, operand: tuple[Node, bool]) -> Node:
-    node = state.current(operand[0])
-    return build.transpose(node) if operand[1] else node
+def _finish(factor: Node | None) -> Callable[[Builder, Node], Node]:
+    return lambda build, product: product if factor is None else _times(build, product, factor)
 
 
 def _times(build: Builder, x: Node, factor: Node) -> Node:

@@ -52,7 +52,7 @@ class Config:
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         where_it_pays: leave layers alone that the policy's default would make slower.
         portable_rounding: no rounding by conversions that only some devices have.
-        anchors: indices of the dynamo inputs through which delayed scaling finds its histories, one a device.
+        anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.amax``).
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
@@ -69,7 +69,7 @@ class Config:
     where_it_pays: bool = False
     target: Target | None = None
     portable_rounding: bool = False
-    anchors: tuple[int, ...] = ()
+    anchor: int | None = None
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""

@@ -6,8 +6,9 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.graph import is_backward
+from quartet.lowering.graph import aten, is_backward
 from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
+from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
 
 
@@ -17,7 +18,8 @@ class BrokenGraph(AssertionError):
 
 def verify(state: State, after: str) -> None:
     """Raise BrokenGraph naming the pass, the node and the rule."""
-    tagged = any(is_backward(n) for n in state.gm.graph.nodes)
+    nodes = state.gm.graph.nodes
+    tagged = any("partitioner_tag" in n.meta for n in nodes if n.target is not aten.copy_.default)
     for node in state.gm.graph.nodes:
         if node.op != "call_function" or "quartet" not in str(node.target):
             continue
@@ -29,7 +31,7 @@ def verify(state: State, after: str) -> None:
             spec = QuantSpec.parse(str(node.args[1]))
             _require((node.args[2] is not None) == spec.stochastic, after, node, "stochastic quantisers have a seed")
             _require((len(node.args) > 4) == spec.takes_amax, after, node, "quantisers that take an amax have one")
-        if node.target in (*ir.PRODUCTS, SCALED_GROUPED_MM):
+        if SITE_KEY in node.meta and node.target in (*ir.PRODUCTS, SCALED_GROUPED_MM):  # not of an earlier compilation
             _check_gemm(node, after)
 
 

@@ -24,8 +24,8 @@ from quartet.policy import Policy
 from quartet.policy_saved import saves, unmatched_saved
 from quartet.recipes import resolve
 from quartet.runtime import compat
-from quartet.runtime.amax import Anchored
-from quartet.runtime.anchored_graph import with_inputs
+from quartet.runtime.amax import Anchored, no_anchor
+from quartet.runtime.anchored_graph import with_input
 from quartet.runtime.streams import data_parallel_stream
 
 log = logging.getLogger("quartet")
@@ -56,9 +56,9 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     """:func:`quartet` with parsed options; ``inner_compile`` replaces Inductor's code generation."""
     compat.warn_if_untested()
     step = make_pipeline(gm, example_inputs, options)
-    weights, devices = step.config.weights, anchor_devices(options.policy, example_inputs)
-    if devices:
-        gm, example_inputs = with_inputs(gm, example_inputs, [torch.zeros(1, device=device) for device in devices])
+    anchored = step.config.anchor is not None
+    if anchored:
+        gm, example_inputs = with_input(gm, example_inputs, no_anchor())
     patches = {**options.inductor, "joint_custom_pre_pass": step}
     saved = make_partitioner(step, options)
     if saved is not None:
@@ -66,8 +66,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
-    if devices:
-        compiled = Anchored(compiled, sorted(weights), devices)
+    if anchored:
+        compiled = Anchored(compiled, sorted(step.config.weights))
     if step.records:
         _warn_unmatched(options.policy, step.records)
     if collect is not None:
@@ -88,17 +88,16 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if options.dump is not None:
         observers = (GraphDump(options.dump, emit_artifact=compat.emit_artifact),)
     disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
-    anchors = tuple(len(example_inputs) + n for n in range(len(anchor_devices(options.policy, example_inputs))))
+    anchor = len(example_inputs) if weights and remembers(options.policy) else None
     config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers, options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
-                    options.policy.where_it_pays, options.target, options.portable_rounding, anchors)
+                    options.policy.where_it_pays, options.target, options.portable_rounding, anchor)
     regions = region_weights(gm, weights)
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
-                options.portable_rounding, options.open_attention, str(options.target), stream, anchors,
-                torch.__version__,
-                torch.get_num_threads()))
+                options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
+                torch.__version__, torch.get_num_threads()))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), regions)
 
@@ -113,12 +112,10 @@ def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivati
     return SavedActivations(options.policy.resolve_saved, step.config, step.key, own, default)
 
 
-def anchor_devices(policy: Policy, example_inputs: Sequence[Any]) -> list[torch.device]:
-    """Devices of the weights, where the policy has a recipe with delayed scaling."""
+def remembers(policy: Policy) -> bool:
+    """Whether a recipe of the policy scales by what operands were in earlier steps."""
     chosen = [resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules)]
-    if not any(recipe is not None and recipe.remembers for recipe in chosen):
-        return []
-    return list(dict.fromkeys(p.device for p in example_inputs if isinstance(p, torch.nn.Parameter)))
+    return any(recipe is not None and recipe.remembers for recipe in chosen)
 
 
 def quantizes(policy: Policy) -> bool:

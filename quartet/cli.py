@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one in full")
     recipes.add_argument("name", nargs="?")
+    recipes.add_argument("--markdown", action="store_true", help="tables of the built-in ones, as docs/recipes.md has them")
     recipes.set_defaults(run=_recipes)
 
     build = commands.add_parser("build", help="compile the CUTLASS kernels for Blackwell ahead of time")
@@ -172,6 +173,11 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from quartet.recipes import recipes
 
     known: Mapping[str, Recipe] = recipes()
+    if arguments.markdown:
+        from quartet.recipe_table import markdown
+
+        print(markdown(), end="")
+        return 0
     if arguments.name is None:
         width = max(map(len, known))
         for recipe in known.values():

@@ -24,6 +24,7 @@ from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe
 from quartet.lowering.resolution import Choice, Resolution, SavedChoice
 from quartet.policy_saved import SAVED, check_rule, saved_choice
 from quartet.policy_unmatched import Site, Unmatched, explain_unmatched
+from quartet.possible import obstacle, possible
 from quartet.predicate import holds, normalise
 from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resolve, unknown
 
@@ -72,6 +73,10 @@ class Rule:
             except SpecError as error:
                 raise PolicyError(str(error), ("layers",)) from None
         check_rule(self)
+        recipe = resolve(self.recipe)
+        if recipe is not None and self.op in OP_CLASSES and (reason := obstacle(recipe, self.op)) is not None:
+            raise PolicyError(f"{reason}; possible on op class {self.op!r}: "
+                              f"{', '.join(possible(self.op, recipes().values()))}, or None", ("recipe",))
 
     def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any, layer: Layer | None = None) -> bool:
         """Whether the rule is about this matmul. A rule that names neither an op class nor a module leaves the op

@@ -31,6 +31,7 @@ from quartet.lowering.recipe import ROLES, Delayed, Gemm, Operand, Recipe, Rotat
 from quartet.recipes import PolicyError, check, unknown
 
 _RECIPE_KEYS = tuple(field.name for field in fields(Recipe) if field.name != "name")
+_KINDS = {"keep_weights": bool, "outliers": float, "average": float}  # all others: str
 _GEMM_KEYS = ("a", "b", "source", "rotation", "outer")
 
 
@@ -62,7 +63,7 @@ def recipe_from_dict(name: str, data: object) -> Recipe:
     table = check_table(f"recipe {name!r}", data, _RECIPE_KEYS)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        kind = bool if key == "keep_weights" else str
+        kind = _KINDS.get(key, str)
         if key in ROLES:
             values[key] = _gemm_from_dict(f"{key} of recipe {name!r}", value, key)
         elif key in ("skip", "keep"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
 
@@ -65,6 +66,7 @@ _MXFP8 = "e4m3/32 e8m0 ceil nearest"
 _NVFP4, _NVFP4_TILE = "e2m1/16 e4m3 amax nearest", "e2m1/16x16 e4m3 amax nearest"
 _NVFP4_GRADIENT = "e2m1/16 e4m3 amax stochastic"
 _NVFP4_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+_FP4_ROW, _E5M2_ROW, _E4M3_ROW = (f"{element}/row fp32 amax nearest" for element in ("e2m1", "e5m2", "e4m3"))
 _INT8_ROW, _INT8_TENSOR = "int8/row fp32 amax nearest", "int8/tensor fp32 amax nearest"
 
 
@@ -85,6 +87,14 @@ def _saved(name: str, summary: str, paper: str, what: str) -> Recipe:
     return Recipe(name, summary, paper, skip=tuple(c for c in OP_CLASSES if c != "saved"), saved=Saved.parse(what))
 
 
+_TETRAJET = Recipe(
+    name="tetrajet",
+    summary="MXFP4 without rotation: scales that never clip, stochastic gradients from the codes of forward",
+    paper="TetraJet, arXiv 2502.20853",
+    fprop=_same("e2m1/32 e8m0 ceil nearest"),
+    dgrad=_from_saved("e2m1/32 e8m0 ceil stochastic"),
+    wgrad=_from_saved("e2m1/32 e8m0 ceil stochastic"),
+)
 _SAVED = (
     _saved("e4m3/16", "saved activations in E4M3, one scale for 16 elements", "COAT, arXiv 2410.19313", "e4m3/16"),
     _saved("e4m3/16-attention", "the same, and also what a fused attention keeps", "COAT, arXiv 2410.19313",
@@ -140,6 +150,23 @@ _BUILT_IN: Mapping[str, Recipe] = {
             wgrad=_same(_FP8_BLOCK),
         ),
         Recipe(
+            name="fp8-delayed",
+            summary="E4M3 and E5M2 for gradients, one scale a tensor from the largest magnitude of the last 1024 steps",
+            paper="FP8 Formats for Deep Learning, arXiv 2209.05433",
+            fprop=_same(_FP8_DELAYED),
+            dgrad=_from_saved(_FP8_DELAYED, gradient=_FP8_GRADIENT),
+            wgrad=_from_saved(_FP8_DELAYED, gradient=_FP8_GRADIENT),
+        ),
+        Recipe(
+            name="fp8-trillion",
+            summary="fp8-delayed with Smooth-SwiGLU; train it with quartet.optim's FP8 Adam",
+            paper="Scaling FP8 Training to Trillion-Token LLMs, arXiv 2409.12517",
+            fprop=_same(_FP8_DELAYED),
+            dgrad=_from_saved(_FP8_DELAYED, gradient=_FP8_GRADIENT),
+            wgrad=_from_saved(_FP8_DELAYED, gradient=_FP8_GRADIENT),
+            smooth="channel",
+        ),
+        Recipe(
             name="mxfp8",
             summary="E4M3 with a power-of-two scale for 32 elements of every operand, each quantised from the original",
             paper="Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027",
@@ -164,13 +191,22 @@ _BUILT_IN: Mapping[str, Recipe] = {
             dgrad=_from_saved("e2m1/16 e4m3 eden stochastic", Rotation(128, "random")),
             wgrad=_from_saved("e2m1/16 e4m3 eden stochastic", Rotation(128, "random")),
         ),
+        _TETRAJET,
+        replace(
+            _TETRAJET,
+            name="tetrajet-ema",
+            summary="tetrajet with weights that round toward their moving average (Q-EMA)",
+            average=0.998,
+        ),
         Recipe(
-            name="tetrajet",
-            summary="MXFP4 without rotation: scales that never clip, stochastic gradients from the codes of forward",
-            paper="TetraJet, arXiv 2502.20853",
-            fprop=_same("e2m1/32 e8m0 ceil nearest"),
-            dgrad=_from_saved("e2m1/32 e8m0 ceil stochastic"),
-            wgrad=_from_saved("e2m1/32 e8m0 ceil stochastic"),
+            name="fp4-dge",
+            summary="FP4 forward with a scale a token and an output channel, outliers apart; FP8 gradients, W's by DGE",
+            paper="Optimizing LLM Training Using FP4 Quantization, arXiv 2501.17116",
+            fprop=_same(_FP4_ROW),
+            dgrad=_from_saved(_E4M3_ROW, gradient=_E5M2_ROW),
+            wgrad=_from_saved(_E4M3_ROW, gradient=_E5M2_ROW),
+            estimator="dge",
+            outliers=0.99,
         ),
         *(_halo(name, spec, level) for name, spec in (("fp8", _FP8_TENSOR), ("int8", _INT8_TENSOR)) for level in range(3)),
         Recipe(
@@ -205,6 +241,11 @@ _registered: dict[str, Recipe] = {}
 def recipes() -> Mapping[str, Recipe]:
     """A read-only mapping of name to recipe: the built-in ones in their order, then those registered."""
     return MappingProxyType({**_BUILT_IN, **_registered})
+
+
+def built_in() -> list[Recipe]:
+    """The recipes that come with the package, in their order."""
+    return list(_BUILT_IN.values())
 
 
 def register(recipe: Recipe) -> Recipe:

@@ -3,14 +3,15 @@
 A *slot* is one operand (``x``, ``w``, ``e``) of the products of one weight. It holds fp32 ``[1 + length]``: the largest
 magnitude seen since the history last advanced (pending), then the history, newest first, 0 where there is none yet.
 
-    amax_begin(anchor, table)      fp32 [slots]: largest entry of each history, 0 when empty; first the history of every
-                                   slot that is due advances by its pending value, maximised over the ranks
-    amax_read(anchor, table)       the same without advancing, for graphs that have no backward
-    amax_record(anchor, table, slots, amax)      pending = max(pending, amax): doing it twice changes nothing
+    amax_begin(anchor, table, device)        fp32 [slots]: largest entry of each history, 0 when empty. Before that the
+                                             slots that are due advance by their pending value, maximised over the ranks
+    amax_read(anchor, table, device)         the same without advancing, for graphs that have no backward
+    amax_record(anchor, table, slots, amax)  pending = max(pending, amax): doing it twice changes nothing
 
 A graph does not own its slots: several graphs read the same ones, and one graph serves several modules. So it has an
-input more, the ``anchor``, an fp32 [1] that stands for the weights of the call, and the table says in text which slots
-the graph means, by weight. Everything that a cached graph needs at run time is in the arguments of its ops.
+input more, the ``anchor``, whose value is a number that stands for the weights of the call (int64 [1] on the CPU), and
+the table says in text which slots the graph means, by weight. All that a cached graph needs at run time is in the
+arguments of its ops. Nothing is ever written to the anchor; that the ops are declared to do so keeps them in order.
 
 A slot is due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind has stepped its weight,
 it is due at the first forward after each step, so that the micro-batches of a step count once.
@@ -22,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
@@ -31,9 +33,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 library = torch.library.Library("quartet", "FRAGMENT")
-library.define("amax_begin(Tensor(a!) anchor, str table) -> Tensor")
-library.define("amax_read(Tensor anchor, str table) -> Tensor")
-library.define("amax_record(Tensor(a!) anchor, str table, int[] slots, Tensor[] amax) -> ()")
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # a replayed graph would not ask which slots are due
+library.define("amax_begin(Tensor(a!) anchor, str table, Device device) -> Tensor", tags=_TAGS)
+library.define("amax_read(Tensor anchor, str table, Device device) -> Tensor", tags=_TAGS)
+library.define("amax_record(Tensor(a!) anchor, str table, int[] slots, Tensor[] amax) -> ()", tags=_TAGS)
 
 
 @dataclass(eq=False)
@@ -140,7 +143,8 @@ class Group:
         if self.home is not None:
             self.home.copy_(rows)
         else:
-            torch._foreach_copy_([slot.row for slot in self.slots], list(rows.unbind()))
+            for slot, row in zip(self.slots, rows.unbind(), strict=True):
+                slot.row.copy_(row)
 
     def advance(self) -> None:
         """Push the pending values of the slots that are due; zero and what is not finite keep the history as it is."""
@@ -230,14 +234,16 @@ def _slots(entries: list[Entry], weights: Mapping[int, Tensor], device: torch.de
 
 
 class Anchor:
-    """What a graph's extra input on one device stands for: the weights of a call, by input of the graph."""
+    """What a graph's extra input stands for: the weights of a call, by input of the graph."""
 
-    def __init__(self, weights: Mapping[int, Tensor], device: torch.device) -> None:
-        self.tensor = torch.zeros(1, dtype=torch.float32, device=device)
+    def __init__(self, weights: Mapping[int, Tensor]) -> None:
+        number = next(_NUMBERS)
+        with torch.inference_mode(False):
+            self.tensor = torch.tensor([number])
         self.weights = {index: ref(weight) for index, weight in weights.items()}
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[tuple[str, torch.device], Table] = {}
         self._moved = SLOTS.moved
-        _ANCHORS[_address(self.tensor)] = self
+        _ANCHORS[number] = self
 
     @property
     def alive(self) -> bool:
@@ -246,42 +252,50 @@ class Anchor:
     def stands_for(self, weights: Mapping[int, Any]) -> bool:
         return all(self.weights[index]() is weight for index, weight in weights.items())
 
-    def table(self, text: str) -> Table:
-        found = self._tables.get(text) if self._moved == SLOTS.moved else None
+    def table(self, text: str, device: torch.device) -> Table:
+        found = self._tables.get((text, device)) if self._moved == SLOTS.moved else None
         if found is None:
             weights = {index: weight for index, get in self.weights.items() if (weight := get()) is not None}
-            found = Table(Entry.parse_all(text), weights, self.tensor.device)
+            found = Table(Entry.parse_all(text), weights, device)
             if self._moved != SLOTS.moved:
                 self._tables.clear()
-            self._moved, self._tables[text] = SLOTS.moved, found
+            self._moved, self._tables[text, device] = SLOTS.moved, found
         return found
 
 
-_ANCHORS: WeakValueDictionary[tuple[torch.device, int], Anchor] = WeakValueDictionary()
+_NUMBERS = count(1)
+_ANCHORS: WeakValueDictionary[int, Anchor] = WeakValueDictionary()
 
 
-def _address(anchor: Tensor) -> tuple[torch.device, int]:
-    return anchor.device, anchor.data_ptr()
+def weight_of(anchor: Tensor, index: int) -> Tensor | None:
+    """The parameter at an input of the graph that an anchor was given to; None for no anchor, and while frozen."""
+    owner = _ANCHORS.get(int(anchor.item()))
+    return None if owner is None or SLOTS.frozen else owner.weights[index]()
+
+
+def no_anchor() -> Tensor:
+    """An anchor that stands for nothing, to trace with."""
+    return torch.tensor([0])
 
 
 class Anchored:
-    """A compiled graph with the anchors that its last inputs are, one a device, found anew for each call's weights."""
+    """A compiled graph whose last input is an anchor, found anew for each call's weights."""
 
-    def __init__(self, compiled: Callable[..., Any], weights: Sequence[int], devices: Sequence[torch.device]) -> None:
-        self.compiled, self.indices, self.devices = compiled, tuple(weights), tuple(devices)
-        self._anchors: dict[int, list[Anchor]] = {}
+    def __init__(self, compiled: Callable[..., Any], weights: Sequence[int]) -> None:
+        self.compiled, self.indices = compiled, tuple(weights)
+        self._anchors: dict[int, Anchor] = {}
         SLOTS.watch()
 
     def __call__(self, *args: Any) -> Any:
-        return self.compiled(*args, *(anchor.tensor for anchor in self._find(args)))
+        return self.compiled(*args, self._find(args).tensor)
 
-    def _find(self, args: Sequence[Any]) -> list[Anchor]:
+    def _find(self, args: Sequence[Any]) -> Anchor:
         weights = {index: args[index] for index in self.indices}
-        key = id(weights[self.indices[0]]) if weights else 0
+        key = id(weights[self.indices[0]])
         found = self._anchors.get(key)
-        if found is None or not found[0].stands_for(weights):
-            self._anchors = {k: anchors for k, anchors in self._anchors.items() if anchors[0].alive}
-            found = self._anchors[key] = [Anchor(weights, device) for device in self.devices]
+        if found is None or not found.stands_for(weights):
+            self._anchors = {k: anchor for k, anchor in self._anchors.items() if anchor.alive}
+            found = self._anchors[key] = Anchor(weights)
         return found
 
 
@@ -307,34 +321,38 @@ def _largest_of_all_ranks(seen: Tensor) -> Tensor:
     return seen
 
 
-def _read(anchor: Tensor, table: str) -> Tensor:
-    return _largest(anchor, table, False)
+def _read(anchor: Tensor, table: str, device: torch.device) -> Tensor:
+    return _largest(anchor, table, device, False)
 
 
-def _begin(anchor: Tensor, table: str) -> Tensor:
-    return _largest(anchor, table, not SLOTS.frozen)
+def _begin(anchor: Tensor, table: str, device: torch.device) -> Tensor:
+    return _largest(anchor, table, device, True)
+
+
+def _table(anchor: Tensor, text: str, device: torch.device) -> Table | None:
+    owner = _ANCHORS.get(int(anchor.item()))
+    return None if owner is None or SLOTS.frozen else owner.table(text, device)
 
 
 @torch.no_grad()
-def _largest(anchor: Tensor, text: str, advance: bool) -> Tensor:
-    owner = _ANCHORS.get(_address(anchor))
-    if owner is None or SLOTS.frozen:
-        return anchor.new_zeros(len(Entry.parse_all(text)))
-    table = owner.table(text)
+def _largest(anchor: Tensor, text: str, device: torch.device, advance: bool) -> Tensor:
+    table = _table(anchor, text, device)
+    if table is None:
+        return torch.zeros(len(Entry.parse_all(text)), device=device)
     if advance:
         table.advance()
     return table.largest()
 
 
 @torch.no_grad()
-def _record(anchor: Tensor, table: str, slots: list[int], amax: list[Tensor]) -> None:
-    owner = _ANCHORS.get(_address(anchor))
-    if owner is not None and not SLOTS.frozen:
-        owner.table(table).record(slots, torch.cat(amax).flatten())
+def _record(anchor: Tensor, text: str, slots: list[int], amax: list[Tensor]) -> None:
+    table = _table(anchor, text, amax[0].device)
+    if table is not None:
+        table.record(slots, torch.cat(amax).flatten())
 
 
-def _fake_amax(anchor: Tensor, table: str) -> Tensor:
-    return anchor.new_empty(len(Entry.parse_all(table)))
+def _fake_amax(anchor: Tensor, table: str, device: torch.device) -> Tensor:
+    return anchor.new_empty(len(Entry.parse_all(table)), dtype=torch.float32, device=device)
 
 
 for _name, _impl, _fake in (

@@ -1,4 +1,4 @@
-"""Give a graph that dynamo captured more inputs than it has, without touching the original."""
+"""Give a graph that dynamo captured one more input, without touching the original."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
+from quartet.runtime.compat import detect_fake_mode
 
-def with_inputs(gm: GraphModule, example_inputs: Sequence[Any], more: Sequence[torch.Tensor]
-                ) -> tuple[GraphModule, list[Any]]:
-    """A copy of ``gm`` with unused inputs for the tensors ``more`` after its own, and its example inputs."""
+
+def with_input(gm: GraphModule, example_inputs: Sequence[Any], tensor: torch.Tensor) -> tuple[GraphModule, list[Any]]:
+    """A copy of ``gm`` with an unused input for ``tensor`` after its own, and its example inputs."""
     graph = Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     copied: dict[Any, Any] = {}
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
         copied[node] = graph.node_copy(node)
-    for number, tensor in enumerate(more):
-        added = graph.placeholder(f"quartet_anchor_{number}")
-        added.meta["example_value"] = _like_an_input(gm, tensor)
-        added._dynamo_source = None  # type: ignore[attr-defined]  # as an intermediate value that DDP makes an input
+    added = graph.placeholder("quartet_anchor")
+    added.meta["example_value"] = _like_an_input(gm, tensor)
+    added._dynamo_source = None  # type: ignore[attr-defined]  # as an intermediate value that DDP makes an input
     graph.output(graph.graph_copy(gm.graph, copied))
     graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
     for node, twin in copied.items():
@@ -32,12 +32,10 @@ def with_inputs(gm: GraphModule, example_inputs: Sequence[Any], more: Sequence[t
     for name, value in vars(gm).items():
         if name not in vars(made):
             setattr(made, name, value)
-    return made, [*example_inputs, *more]
+    return made, [*example_inputs, tensor]
 
 
 def _like_an_input(gm: GraphModule, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` under the fake mode of the graph, where it has one."""
-    from quartet.runtime.compat import detect_fake_mode
-
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")])
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)

@@ -100,7 +100,10 @@ def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put buffers, gradients and the random state back afterwards, leave amax histories alone; compile without touching dynamo's caches."""
+    """Put buffers, gradients and the random state back afterwards; compile without touching dynamo's caches.
+
+    The histories of delayed scaling are not written meanwhile.
+    """
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
     gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
     with torch.random.fork_rng(), fresh_dynamo(), frozen():

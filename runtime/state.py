@@ -1,4 +1,5 @@
-"""State that belongs to a model and is not in its ``state_dict``: what delayed scaling remembers of its operands."""
+"""State that belongs to a model and is not in its ``state_dict``: what delayed scaling remembers of its operands, and the
+moving averages of weights."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.runtime.amax import SLOTS, Slot
+from quartet.runtime.averages import AVERAGES, Average
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -19,13 +21,16 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         ``{"delayed": {"layers.0.up.weight.x": {"amax": fp32 [1 + length], "due": bool, "counted": bool}, …}}``:
         for each weight by name and each of its operands (``x``, ``w``, ``e``) the pending magnitude and the history,
         newest first, as copies. ``torch.save`` and ``torch.load(weights_only=True)`` take it. Empty for a model
-        without delayed scaling. Under FSDP2 it gathers the parameters, so all ranks call it.
+        without delayed scaling. Where weights have moving averages also ``"averages"``: ``{"layers.0.up.weight.w":
+        {"average": fp32 of the weight's shape, "due": bool, "counted": bool}, …}``. Under FSDP2 it gathers the parameters, so all ranks call it.
     """
     found = {}
     for name, weight in _parameters(model):
         for operand, slot in sorted(SLOTS.of(weight).items()):
             found[f"{name}.{operand}"] = {"amax": slot.row.clone(), "due": slot.due, "counted": slot.counted}
-    return {"delayed": found}
+    averages = {f"{name}.{part}": {"average": average.value.clone(), "due": average.due, "counted": average.counted}
+                for name, weight in _parameters(model) for part, average in sorted(AVERAGES.of(weight).items())}
+    return {"delayed": found, "averages": averages} if averages else {"delayed": found}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -39,6 +44,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
                          f"{sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__}")
     weights = dict(_parameters(model))
     slots = [(*_owner(key, weights), _checked(key, entry)) for key, entry in state["delayed"].items()]
+    averages = [(*_owner(key, weights), _average(key, entry)) for key, entry in state.get("averages", {}).items()]
     for weight in weights.values():
         for slot in SLOTS.of(weight).values():
             slot.row.zero_()
@@ -47,6 +53,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             row = entry["amax"].detach().to(weight.device, torch.float32, copy=True).reshape(1, -1)
         SLOTS.put(weight, operand, Slot(row, 0, bool(entry["due"]), bool(entry["counted"])))
+    for weight in weights.values():
+        mine = {name: average for of, name, average in averages if of is weight}
+        if mine or AVERAGES.of(weight):
+            AVERAGES.put(weight, mine)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -86,3 +96,11 @@ def _checked(key: str, entry: Any) -> Mapping[str, Any]:
     if not isinstance(row, Tensor) or row.dim() != 1 or row.numel() < 2 or not {"due", "counted"} <= set(entry):
         raise ValueError(f"entry {key!r} of the state is not {{'amax': fp32 [1 + length], 'due', 'counted'}}")
     return entry
+
+
+def _average(key: str, entry: Any) -> Average:
+    value = entry.get("average") if isinstance(entry, Mapping) else None
+    if not isinstance(value, Tensor) or not {"due", "counted"} <= set(entry):
+        raise ValueError(f"entry {key!r} of the state is not {{'average': fp32 of the weight's shape, 'due', 'counted'}}")
+    with torch.inference_mode(False), torch.no_grad():
+        return Average(value.detach().to(torch.float32, copy=True), bool(entry["due"]), bool(entry["counted"]))

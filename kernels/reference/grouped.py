@@ -26,8 +26,11 @@ from quartet.kernels.spec import QuantSpec
 
 
 def padded_rows(tokens: Any, groups: Any, multiple: int) -> Any:
-    """Rows that suffice for ``tokens`` in whatever groups: an upper bound, so that shapes do not depend on data."""
-    return (tokens + groups * (multiple - 1) + multiple - 1) // multiple * multiple
+    """Rows that suffice for ``tokens`` in whatever groups: an upper bound, so that shapes do not depend on data.
+
+    A group of c tokens takes at most c + multiple − 1 rows, and all of them together take a multiple.
+    """
+    return (tokens + groups * (multiple - 1)) // multiple * multiple
 
 
 def group_layout(offs: Tensor, multiple: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -159,7 +159,8 @@ def test_routers_and_experts_of_mixtral(trained):
     grouped = [r for r in records if r.op_class == "grouped"]
     assert sorted(r.role for r in grouped) == ["dgrad"] * 2 + ["fprop"] * 2 + ["wgrad"] * 2
     assert {(r.m, r.n, r.k) for r in grouped if r.role == "fprop"} == {(128, 192, 64), (128, 64, 96)}
-    assert all(r.fqn == "model.layers.0.mlp.experts" and not r.lowered and r.reason for r in grouped)
+    assert {r.fqn for r in grouped} == {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert all(not r.lowered and "grouped" in r.reason for r in grouped)
 
 
 def test_the_model_is_unchanged(trained):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quartet.kernels.spec import POWERS, SIGMAS, QuantSpec
-from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Operand, Recipe, Rotation
+from quartet.lowering.recipe import OP_CLASSES, ROLES, Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.lowering.resolution import Choice, Resolution
 from quartet.options import KEYS
 from quartet.policy import OP_GROUPS, Policy, PolicyError, Rule
@@ -22,7 +22,7 @@ catalogue = importlib.import_module("quartet.recipes")
 CEIL = QuantSpec.parse("e2m1/32 e8m0 ceil nearest")
 MINE = Recipe("mine", fprop=Gemm(Operand(CEIL), Operand(CEIL)), dgrad=Gemm(Operand(CEIL), Operand(CEIL, "saved")))
 NAMES = {"Policy": Policy, "Recipe": Recipe, "Gemm": Gemm, "Operand": Operand, "Rotation": Rotation,
-         "QuantSpec": QuantSpec}
+         "QuantSpec": QuantSpec, "Delayed": Delayed, "Saved": Saved}
 
 
 @pytest.fixture(autouse=True)
@@ -350,7 +350,9 @@ def test_every_field_of_a_recipe_has_a_place_in_toml():
     assert [f.name for f in fields(Gemm)] == ["a", "b", "rotation", "outer"]
     assert [f.name for f in fields(Operand)] == ["spec", "source"]
     assert [f.name for f in fields(Rotation)] == ["n", "signs"]
-    assert [f.name for f in fields(Recipe)] == ["name", "summary", "paper", *ROLES, "skip", "keep_weights", "recompute"]
+    assert [f.name for f in fields(Recipe)] == ["name", "summary", "paper", *ROLES, "skip", "keep_weights", "recompute",
+                                                "smooth", "history", "saved", "keep", "estimator", "outliers",
+                                                "average"]
 
 
 # --- TOML ------------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def data(*shape: int, grad: bool = False) -> Callable[[], tuple[Tensor]]:
 X = data(2, 20, 64, grad=True)
 BLOCK = {f"layers.0.{name}": ALL for name in ("q", "k", "v", "o", "gate", "up", "down")}
 W = {"weight": ALL}
-ENDS = {"embed": frozenset({"fprop"}), "lm_head": ALL}
+ENDS = {"embed": frozenset({"fprop"}), "layers.0": ALL, "lm_head": ALL}  # layers.0: its fused attention
 
 
 def _product(function: Callable[..., Tensor], *shape: int, inputs=X, bias: int = 0) -> Case:
@@ -170,8 +170,8 @@ CASES: dict[str, Case] = {
     "lora": Case(LoRA, X, {"base1": frozenset({"fprop", "dgrad"}), "base2": frozenset({"fprop", "dgrad"}),
                            "a": ALL, "b": ALL}),
     "twice": Case(Twice, X, {"fc": ALL}),
-    "self_attention": Case(Attention, X, {"mha.in_proj_weight": ALL, "mha.out_proj": ALL}),
-    "cross_attention": Case(lambda: Attention(cross=True), X, {"mha.in_proj_weight": ALL, "mha.out_proj": ALL}),
+    "self_attention": Case(Attention, X, {"mha.in_proj_weight": ALL, "mha.out_proj": ALL}, {"mha": ALL}),
+    "cross_attention": Case(lambda: Attention(cross=True), X, {"mha.in_proj_weight": ALL, "mha.out_proj": ALL}, {"mha": ALL}),
     "weight_norm": Case(lambda: weight_norm(nn.Linear(64, 48)), X, W),
     "conv1d": _product(lambda x, w, b: torch.addmm(b, x.view(-1, 64), w).view(2, 20, 48), 64, 48, bias=48),
     "linear_bias": _product(lambda x, w, b: F.linear(x, w, b), 48, 64, bias=48),

@@ -1,0 +1,43 @@
+"""Write a planned product anew from the operands of its site, with something done to the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from quartet.lowering.graph import Builder, aten, keep_as, val
+from quartet.passes.sites import MatmulSite
+from quartet.passes.state import State
+
+
+def normal(state: State, build: Builder, operand: tuple[Node, bool] | None, flip: bool = False) -> Node:
+    """An operand in normal orientation, or in the other one."""
+    assert operand is not None
+    node = state.current(operand[0])
+    return build.transpose(node) if operand[1] != flip else node
+
+
+def rewrite(state: State, site: MatmulSite, role: str, finish: Callable[[Builder, Node], Node]) -> None:
+    """Put ``finish(build, product)`` in place of the product of a role, which is made from the site's operands.
+
+    The product is in normal orientation and without bias, and is what the site has from then on.
+    """
+    product = site.products[role]
+    old = product.node
+    build = Builder(state.gm.graph, like=old, before=old, backward=role != "fprop")
+    e, x, w = site.gradient, site.x, site.w
+    (left, left_flip), (right, right_flip) = {"fprop": ((x, False), (w, True)), "dgrad": ((e, False), (w, False)),
+                                              "wgrad": ((e, True), (x, False))}[role]
+    a, b = normal(state, build, left, left_flip), normal(state, build, right, right_flip)
+    common = torch.promote_types(val(a).dtype, val(b).dtype)
+    mm = keep_as(build(aten.mm.default, build.cast(a, common), build.cast(b, common)), old)
+    flipped = product.flipped
+    product.node, product.flipped = mm, False
+    out = build.cast(finish(build, mm), site.dtype)
+    if flipped:
+        out = build.transpose(out)
+    if old.target is aten.addmm.default:
+        out = build(aten.add.Tensor, out, old.args[0])
+    state.replace(old, out)
