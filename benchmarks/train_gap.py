@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,12 @@ def windows(data: Tensor, batch: int, length: int) -> Iterator[tuple[Tensor, Ten
         yield tokens, targets
 
 
-def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one model to the end; its losses and times."""
+Compile = Callable[[str, nn.Module, Any], Any]  # policy, model, the recipe of a variant
+
+
+def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace,
+          compile: Compile | None = None) -> dict[str, Any]:
+    """Train one model to the end; its losses and times. ``compile``: instead of ``gpu_common.compiled``."""
     device: torch.device = args.device
     torch.manual_seed(seed)
     model = Llama(PRESETS[args.size], args.seq).to(device)
@@ -99,7 +103,8 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> d
         model = model.bfloat16()
     optimizer = adamw(model, args.lr)
     recipe = variant(policy)
-    compiled = common.compiled(policy, model, args.compiler, recipe, args.cuda_graphs)
+    compiled = (common.compiled(policy, model, args.compiler, recipe, args.cuda_graphs) if compile is None else
+                compile(policy, model, recipe))
 
     def loss_of(*batch: Tensor) -> Tensor:
         if device.type == "cuda":  # from pinned memory the copy does not wait for the step before it

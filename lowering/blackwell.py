@@ -1,4 +1,4 @@
-"""Lower the quantised IR to Blackwell's block-scaled FP4 tensor cores: kernels generated with CUTLASS, or Triton's.
+"""Lower MXFP4 to Blackwell's block-scaled tensor cores: kernels generated with CUTLASS, or Triton's.
 
 Operands stay as they are quantised: packed codes and the scales of their blocks, in the layout that the tensor cores
 read. Both gains of a product are the factor that the kernel multiplies its result by.
@@ -14,13 +14,13 @@ from torch.fx import Graph, Node
 from quartet.kernels.cutlass.configuration import N_MULTIPLE, arch_of
 from quartet.kernels.cutlass.gemm import OUTPUT_OF
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import blackwell_ops, cuda, cuda_ops, ir
+from quartet.lowering import blackwell_ops, block_scaled_ops, cuda, cuda_ops, ir
 from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, both_axes, finish, is_stored, quantize_both
 from quartet.lowering.graph import Builder, is_backward, keep_as, shape, val
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
-NAMES = {blackwell_ops.MM: "cutlass", blackwell_ops.DOT: "dot-scaled"}
+NAMES = {block_scaled_ops.MM: "cutlass", blackwell_ops.DOT: "dot-scaled"}
 
 
 def arch(target: Target) -> str | None:
@@ -29,20 +29,24 @@ def arch(target: Target) -> str | None:
 
 
 def unavailable(target: Target) -> str | None:
-    """None where there are block-scaled FP4 tensor cores, else why not."""
+    """None where there are block-scaled tensor cores, else why not."""
     if target.type != "cuda" or target.capability is None:
-        return f"block-scaled FP4 tensor cores are on NVIDIA GPUs, not on {target.type}"
+        return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
     if arch(target) is None:
-        return "block-scaled FP4 tensor cores need compute capability 10.0, 10.3, 12.0 or 12.1, not {}.{}".format(
+        return "block-scaled tensor cores need compute capability 10.0, 10.3, 12.0 or 12.1, not {}.{}".format(
             *target.capability)
     return None
 
 
 def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """:func:`supports`, and None only where the kernels can be built."""
-    reason = supports(target, dtype, spec, rotation)
-    if reason is not None or target.pretended:
-        return reason
+    return supports(target, dtype, spec, rotation) or unbuildable(target)
+
+
+def unbuildable(target: Target) -> str | None:
+    """None where CUTLASS kernels for a target can be built, or nothing will run, else why not."""
+    if target.pretended:
+        return None
     from quartet.kernels.cutlass.toolchain import unavailable
 
     return unavailable(str(arch(target)))
@@ -60,7 +64,7 @@ def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int)
 
 def lower_cutlass(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen scaled_mm nodes to CUTLASS kernels, and the chains around them."""
-    _lower(graph, gemms, accepts, blackwell_ops.MM)
+    _lower(graph, gemms, accepts, block_scaled_ops.MM)
 
 
 def lower_dot(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
@@ -114,9 +118,12 @@ def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
     a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
     gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
-    if product is blackwell_ops.MM:
+    if product is block_scaled_ops.MM:
         b = build.padded(b, rows=N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])  # type: ignore[arg-type]
-    out = keep_as(build(product, a, a_scales, b, b_scales, gain, dtype), gemm)
+        made = build(product, a, a_scales, b, b_scales, "mxf4", gain, dtype)
+    else:
+        made = build(product, a, a_scales, b, b_scales, gain, dtype)
+    out = keep_as(made, gemm)
     out.meta["quartet_kernel"] = NAMES[product]
     follows, width = Epilogue.of(gemm), shape(out)[1]
     if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):

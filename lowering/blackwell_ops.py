@@ -1,10 +1,9 @@
-"""Graph ops over the block-scaled FP4 GEMMs of Blackwell and the Triton quantisers that feed them.
+"""Graph ops over the Triton quantisers of MXFP4 for Blackwell, and the product in Triton.
 
     fp4_quantize       hadamard → quantize: packed codes, swizzled scales, mask
     fp4_quantize_both  the same of a tensor and of its transpose, from one read
     fp4_requantize     dequantize → transpose → hadamard → quantize, from packed codes and swizzled scales
-    fp4_mm             gain · A · Bᵀ of packed codes under their scales, by a kernel generated with CUTLASS
-    fp4_dot            the same in Triton
+    fp4_dot            gain · A · Bᵀ of packed codes under their scales, in Triton
     fp4_unswizzle      swizzled scales → [R, K/32], for what is not of this family
 
 Codes are uint8 ``[R, K/2]``, K a multiple of 32. Scales are uint8 ``[swizzled_size(R, K/32)]`` in the layout of
@@ -13,7 +12,6 @@ Codes are uint8 ``[R, K/2]``, K a multiple of 32. Scales are uint8 ``[swizzled_s
 
 from __future__ import annotations
 
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -30,9 +28,7 @@ library.define(f"fp4_quantize(Tensor x, {CHAIN}, Tensor? parameter=None, {_HOW})
 library.define(f"fp4_quantize_both(Tensor x, {CHAIN}, {OTHER}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"fp4_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, {_HOW}) "
                "-> (Tensor, Tensor)")
-_PRODUCT = "(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float gain, ScalarType dtype) -> Tensor"
-library.define(f"fp4_mm{_PRODUCT}")
-library.define(f"fp4_dot{_PRODUCT}")
+library.define("fp4_dot(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float gain, ScalarType dtype) -> Tensor")
 library.define("fp4_unswizzle(Tensor scales, SymInt rows, SymInt cols) -> Tensor")
 
 Two = tuple[Tensor, Tensor]
@@ -71,12 +67,6 @@ def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, sign
     return _kernels().requantize(codes, scales, QuantSpec.parse(in_spec), chain, hardware=hardware)
 
 
-def _mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
-    from quartet.kernels.cutlass.gemm import gemm
-
-    return gemm(a, a_scales, b, b_scales, _scalar(gain, a.device), kind="mxf4", dtype=dtype)
-
-
 def _dot(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
     from quartet.kernels.triton.scaled_gemm import gemm
 
@@ -85,16 +75,6 @@ def _dot(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, 
 
 def _unswizzle(scales: Tensor, rows: int, cols: int) -> Tensor:
     return unswizzle_scales(scales, rows, cols)
-
-
-@cache
-def _scalar(value: float, device: torch.device) -> Tensor | None:
-    """fp32 on the device; None for 1."""
-    from quartet.kernels.triton.fold import lasting
-
-    if value == 1.0:
-        return None
-    return lasting(device, lambda: torch.full((), value, dtype=torch.float32, device=device))
 
 
 def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:
@@ -123,7 +103,7 @@ def _unswizzle_fake(scales, rows, cols):
     return scales.new_empty(rows, cols)
 
 
-def _mm_fake(a, a_scales, b, b_scales, gain, dtype):
+def _dot_fake(a, a_scales, b, b_scales, gain, dtype):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
@@ -131,8 +111,7 @@ for _name, _impl, _fake in (
     ("fp4_quantize", _quantize, _quantize_fake),
     ("fp4_quantize_both", _quantize_both, _quantize_both_fake),
     ("fp4_requantize", _requantize, _requantize_fake),
-    ("fp4_mm", _mm, _mm_fake),
-    ("fp4_dot", _dot, _mm_fake),
+    ("fp4_dot", _dot, _dot_fake),
     ("fp4_unswizzle", _unswizzle, _unswizzle_fake),
 ):
     library.impl(_name, _impl, "CUDA")
@@ -141,7 +120,6 @@ for _name, _impl, _fake in (
 QUANTIZE = torch.ops.quartet.fp4_quantize.default
 QUANTIZE_BOTH = torch.ops.quartet.fp4_quantize_both.default
 REQUANTIZE = torch.ops.quartet.fp4_requantize.default
-MM = torch.ops.quartet.fp4_mm.default
 DOT = torch.ops.quartet.fp4_dot.default
 UNSWIZZLE = torch.ops.quartet.fp4_unswizzle.default
 QUANTIZERS = (QUANTIZE, QUANTIZE_BOTH, REQUANTIZE)

@@ -17,6 +17,7 @@ dequantised operands in fp32.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,14 @@ SPECS = {
 }
 STRIP = 4  # what cuBLASLt wants the rows of 1x128 and the columns of 128x128 scales to be a multiple of
 
+_SCALING = F.ScalingType
+_LIBRARY = {  # ScalingType, and what scaled_mm calls the dtypes of codes and scales
+    "nvf4": (_SCALING.BlockWise1x16, torch.float4_e2m1fn_x2, torch.float8_e4m3fn),
+    "mxf8": (_SCALING.BlockWise1x32, torch.float8_e4m3fn, torch.float8_e8m0fnu),
+    "1x128": (_SCALING.BlockWise1x128, None, torch.float32),
+    "128x128": (_SCALING.BlockWise128x128, None, torch.float32),
+}
+
 _EXACT = (torch.Tag.needs_exact_strides,)
 _OPERANDS = "Tensor a, Tensor a_scales, Tensor b, Tensor b_scales"
 library.define("swizzle_scales(Tensor scales, int tile) -> Tensor", tags=(torch.Tag.flexible_layout,))
@@ -50,11 +59,6 @@ def swizzle(scales: Tensor, tile: int) -> Tensor:
     """``[R, C]`` one-byte scales, each of ``tile`` rows, in the order of ``reference.swizzle_scales``: uint8."""
     scales = scales.view(torch.uint8)
     return reference.swizzle_scales(scales.repeat_interleave(tile, 0) if tile > 1 else scales)
-
-
-def _swizzle_fake(scales, tile):
-    rows, cols = scales.shape
-    return scales.new_empty(ceil_to(rows * tile, 128) * ceil_to(cols, 4), dtype=torch.uint8)
 
 
 def values(codes: Tensor, scales: Tensor, format: str) -> Tensor:
@@ -100,20 +104,62 @@ def _scalar(value: float, device: torch.device) -> Tensor:
     return lasting(device, lambda: torch.full((), value, dtype=torch.float32, device=device))
 
 
+def library_call(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format: str, b_format: str,
+                 dtype: torch.dtype, factors: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """The arguments of ``torch.nn.functional.scaled_mm`` for a product, no value of which is read.
+
+    ``factors``: fp32 of A and of B, each with one element; given with ``nvf4``.
+    """
+    sides = {}
+    for name, codes, scales, format in (("a", a, a_scales, a_format), ("b", b, b_scales, b_format)):
+        recipe, codes_dtype, scale_dtype = _LIBRARY[format]
+        codes = codes if codes_dtype is None else codes.view(codes_dtype)
+        swizzled = scale_dtype is not torch.float32
+        scale = [scales.view(scale_dtype) if swizzled else scales.t()]
+        recipes, swizzles = [recipe], [F.SwizzleType.SWIZZLE_32_4_4 if swizzled else F.SwizzleType.NO_SWIZZLE]
+        if factors is not None:
+            scale.append(factors[name == "b"].reshape(()))
+            recipes.append(F.ScalingType.TensorWise)
+            swizzles.append(F.SwizzleType.NO_SWIZZLE)
+        sides |= {f"mat_{name}": codes if name == "a" else codes.t(), f"scale_{name}": scale,
+                  f"scale_recipe_{name}": recipes, f"swizzle_{name}": swizzles}
+    return {**sides, "output_dtype": dtype}
+
+
 def _library(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format: str, b_format: str,
              dtype: torch.dtype, alpha: Tensor | None = None) -> Tensor:
     rows = a.shape[0]
-    if a_format == "1x128" and rows % STRIP:
-        a, a_scales = F.pad(a.view(torch.uint8), (0, 0, 0, -rows % STRIP)).view(a.dtype), F.pad(a_scales, (0, -rows % STRIP))
-    left, right = library_arguments(a, a_scales, a_format, alpha), library_arguments(b, b_scales, b_format, None)
-    if a_format == "nvf4":
-        one = _scalar(1.0, a.device)
-        left[1][1:], right[1][1:] = [one if alpha is None else alpha.reshape(())], [one]
-    out = F.scaled_mm(left[0], right[0].t(), left[1], left[2], right[1], right[2], left[3], right[3],
-                      output_dtype=dtype)
+    missing = -rows % STRIP if a_format == "1x128" else 0
+    if missing:
+        a = F.pad(a.view(torch.uint8), (0, 0, 0, missing)).view(a.dtype)
+        a_scales = F.pad(a_scales, (0, missing))
+    one = _scalar(1.0, a.device) if a_format == "nvf4" else None
+    factors = None if one is None else (one if alpha is None else alpha, one)
+    out = F.scaled_mm(**library_call(a, a_scales, b, b_scales, a_format, b_format, dtype, factors))
     return out[:rows]
 
 
-def _product_fake(a, a_scales, b, b_scales, *rest):
-    dtype = next(value for value in rest if isinstance(value, torch.dtype))
+def _swizzle_fake(scales, tile):
+    rows, cols = scales.shape
+    return scales.new_empty(ceil_to(rows * tile, 128) * ceil_to(cols, 4), dtype=torch.uint8)
+
+
+def _cutlass_fake(a, a_scales, b, b_scales, kind, gain, dtype, alpha=None):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+def _library_fake(a, a_scales, b, b_scales, a_format, b_format, dtype, alpha=None):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+library.impl("swizzle_scales", swizzle, "CompositeExplicitAutograd")
+for _name, _cpu, _cuda in (("block_scaled_mm", _cutlass_cpu, _cutlass), ("library_scaled_mm", _product, _library)):
+    library.impl(_name, _cpu, "CPU")
+    library.impl(_name, _cuda, "CUDA")
+for _name, _fake in (("swizzle_scales", _swizzle_fake), ("block_scaled_mm", _cutlass_fake),
+                     ("library_scaled_mm", _library_fake)):
+    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+
+SWIZZLE = torch.ops.quartet.swizzle_scales.default
+MM = torch.ops.quartet.block_scaled_mm.default
+LIBRARY_MM = torch.ops.quartet.library_scaled_mm.default

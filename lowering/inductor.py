@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import grouped_ops, ir, saved_ops, weight_ops
+from quartet.lowering import block_scaled_ops, grouped_ops, ir, saved_ops, weight_ops
 from quartet.runtime import compat
 
 RADICES = {16: (4, 4), 32: (8, 4), 64: (8, 8), 128: (8, 4, 4)}
@@ -119,6 +119,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     ir.APPLY_MASK: _apply_mask,
     ir.SCALED_MM: _scaled_mm,
     ir.SCALED_BMM: _scaled_bmm,
+    block_scaled_ops.SWIZZLE: block_scaled_ops.swizzle,
     **saved_ops.DECOMPOSITIONS,
     **grouped_ops.DECOMPOSITIONS,
     **weight_ops.DECOMPOSITIONS,

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.spec import ELEMENT_EMAX, QuantSpec
-from quartet.lowering import blackwell, cuda, fp8
+from quartet.lowering import blackwell, block_scaled, cuda, fp8, int8, scaled_mm
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering.chains import Accepts
 from quartet.runtime.devices import Target
@@ -62,14 +62,18 @@ def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int
 
 KERNELS = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
-    Kernel("cutlass", "fused Triton quantisers, block-scaled FP4 tensor cores through CUTLASS",
-           blackwell.supports_cutlass, blackwell.lower_cutlass, reads=cuda.supports),
+    Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
+           block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports),
+    Kernel("scaled-mm", "block-scaled tensor cores through torch.nn.functional.scaled_mm", scaled_mm.supports,
+           scaled_mm.lower, scaled_mm.supports_pair),
     Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
            blackwell.lower_dot, reads=cuda.supports),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
            cuda.lower_fold, reads=cuda.supports),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,
            fp8.ALIGN),
+    Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
+           align=int8.ALIGN),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
            cuda.lower_plain),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
@@ -100,6 +104,7 @@ _PROBED = (
     ("fp8 a row", "e4m3/row fp32 amax nearest"),
     ("fp8 a tensor", "e4m3/tensor fp32 amax nearest"),
     ("fp8 a block", "e4m3/128 fp32 amax_pow2 nearest"),
+    ("fp8 a tile", "e4m3/128x128 fp32 amax_pow2 nearest"),
     ("int8 a row", "int8/row fp32 amax nearest"),
 )
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.find_matmuls import canonical, left_alone, module_name, module_of, parameter_origins
+from quartet.passes.plan import UnsupportedMatmul
 from quartet.passes.sites import Groups, MatmulSite, Product
 from quartet.passes.state import State
 
@@ -27,7 +28,10 @@ _ROLES_OF_RESULTS = {0: "dgrad", 1: "wgrad"}  # of the fallback's backward
 
 
 def find_grouped(state: State) -> None:
-    """Append the grouped products with expert weights to ``state.sites`` and record all others."""
+    """Append the grouped products with expert weights to ``state.sites`` and record all others.
+
+    Raises UnsupportedMatmul when strict.
+    """
     nodes = [node for node in state.gm.graph.nodes if node.op == "call_function" and "grouped_mm" in str(node.target)]
     if not nodes:
         return
@@ -38,6 +42,7 @@ def find_grouped(state: State) -> None:
             continue
         obstacle = _obstacle(node, origin)
         if obstacle is not None:
+            _refuse(state, node, obstacle)
             state.alone += _left(node, obstacle)
             continue
         site = _site(state, node, origin)
@@ -57,7 +62,7 @@ def _argument(node: Node, position: int, name: str) -> Any:
 def _obstacle(node: Node, origin: dict[Node, str]) -> str | None:
     """Why a forward node is no product of tokens with expert weights."""
     if not str(node.target).startswith((_FALLBACK, "aten._grouped_mm")):
-        return f"{node.target} is not known; aten._grouped_mm is"
+        return f"is {node.target}, which is not known; aten._grouped_mm is"
     x, w = node.all_input_nodes[:2]
     if len(shape(x)) != 2 or len(shape(w)) != 3:
         return (f"multiplies {len(shape(x))}-D with {len(shape(w))}-D operands; only tokens [tokens, in] with weights "
@@ -69,6 +74,15 @@ def _obstacle(node: Node, origin: dict[Node, str]) -> str | None:
     if x in origin or w not in origin:
         return "multiplies activations with activations; only expert weights are quantised"
     return None
+
+
+def _refuse(state: State, node: Node, obstacle: str) -> None:
+    """Under ``strict=True``, raise for a product that the policy quantises and that is none of ours."""
+    (record, *_) = _left(node, obstacle)
+    fqn = module_of(node)
+    if state.config.strict and state.config.resolve("grouped", fqn, record.m, record.n, record.k).quantizes:
+        raise UnsupportedMatmul(f"strict=True, and the grouped product {fqn or node.name} (m={record.m} n={record.n} "
+                                f"k={record.k}, {record.dtype}) cannot be quantised: it {obstacle}")
 
 
 def stack(node: Node) -> tuple[Node, bool]:

@@ -73,6 +73,10 @@ def _leave_slower(state: State) -> None:
         rates = rates_of(target)
         if rates is None or resolution is None or any(resolution.choice(role).rule is not None for role in ROLES):
             continue
+        if site.groups is not None:
+            site.recipe = None
+            site.reasons = dict.fromkeys(ROLES, "the cost model knows no groups: name it in a rule")
+            continue
         recompute = (state.config.recompute or recipe.recompute) == "gemm" and len(site.products) > 1
         m, n, k = map(_known, (site.m, site.n, site.k))
         kernels = {role: _kernel(state, site, role, target) for role in site.products}

@@ -45,9 +45,11 @@ def smooth_swiglu(state: State) -> None:
     with editing(state.gm):
         for site in state.planned():
             form = recipe_of(site).smooth
-            plain = site.batch is None and site.groups is None
-            gated = gated_activation(site) if form != "none" and plain else None
+            gated = gated_activation(site) if form != "none" else None
             if gated is None:
+                continue
+            if site.batch is not None or site.groups is not None:
+                site.remark("fprop", "not smoothed: W is not one matrix")
                 continue
             node = site.products["fprop"].node
             roles = [role for role in site.products if site.active(role)]

@@ -2,12 +2,12 @@
 
 from quartet.explain import explain
 from quartet.kernels.spec import QuantSpec, SpecError
-from quartet.lowering.recipe import Delayed, Gemm, Operand, Recipe, Rotation
+from quartet.lowering.recipe import Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.policy import Policy, Rule
 from quartet.recipes import PolicyError, recipes, register
 from quartet.runtime.state import load_state_dict, state_dict
 from quartet.statistics import statistics
 
 __version__ = "0.1.0"
-__all__ = ["Delayed", "Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "SpecError",
-           "explain", "load_state_dict", "recipes", "register", "state_dict", "statistics"]
+__all__ = ["Delayed", "Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "Saved",
+           "SpecError", "explain", "load_state_dict", "recipes", "register", "state_dict", "statistics"]

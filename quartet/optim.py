@@ -5,6 +5,10 @@
     optimizer = quartet.optim.AdamW(model.bfloat16().parameters(), stochastic_rounding=True)
     optimizer = quartet.optim.Lion(model.parameters(), state_format="dynamic")
 
+Around any optimizer of ``torch.optim``, for weights that are trained in FP4:
+
+    optimizer = quartet.optim.QRamping(torch.optim.AdamW(model.parameters()), model)  # oscillating weights step rarely
+
 ``docs/optimizers.md`` has the formats, their arithmetic and their speed.
 """
 
@@ -16,7 +20,7 @@ from quartet.kernels.reference.state_format import (
     FP32,
     StateFormat,
 )
-from quartet.runtime.optim import SGD, Adam, AdamW, Lion, LowBitOptimizer
+from quartet.runtime.optim import SGD, Adam, AdamW, Lion, LowBitOptimizer, QRamping
 
 __all__ = ["COAT", "DYNAMIC", "E4M3_BLOCKS", "E4M3_E5M2", "FP32", "SGD", "Adam", "AdamW", "Lion", "LowBitOptimizer",
-           "StateFormat"]
+           "QRamping", "StateFormat"]

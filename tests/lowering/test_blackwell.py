@@ -11,7 +11,7 @@ from traced import assert_no_semantics, linear, targets, trace
 
 import quartet
 from quartet.kernels.reference.packing import swizzle_scales, swizzled_size
-from quartet.lowering import blackwell_ops, cuda_ops, ir, registry
+from quartet.lowering import blackwell_ops, block_scaled_ops, cuda_ops, ir, registry
 from quartet.runtime.devices import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))
@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 aten = torch.ops.aten
 ARCHS = ("sm_100a", "sm_103a", "sm_120a", "sm_121a")
-PACKED = (*blackwell_ops.QUANTIZERS, cuda_ops.UNROTATE, blackwell_ops.MM)
+PACKED = (*blackwell_ops.QUANTIZERS, cuda_ops.UNROTATE, block_scaled_ops.MM)
 
 
 def origin(node):
@@ -39,8 +39,9 @@ def block():
 def test_every_product_of_a_llama_block_is_an_fp4_gemm(target):
     records = []
     forward, backward = trace(target, *block(), records=records, recompute="none")
-    assert {r.kernel for r in records} == {"cutlass"} and len(records) == 21
-    assert targets(forward)[blackwell_ops.MM] == 7 and targets(backward)[blackwell_ops.MM] == 14
+    assert [r.kernel for r in records if r.lowered] == ["cutlass"] * 21
+    assert all("scaled_dot_product_attention" in r.reason for r in records if not r.lowered)
+    assert targets(forward)[block_scaled_ops.MM] == 7 and targets(backward)[block_scaled_ops.MM] == 14
     assert_no_semantics(forward, backward)
     for gm in (forward, backward):
         used = targets(gm)
@@ -67,7 +68,7 @@ def test_layouts_agree_along_every_edge(recompute):
 
     checked = 0
     for gm in (forward, backward):
-        for node in gm.graph.find_nodes(op="call_function", target=blackwell_ops.MM):
+        for node in gm.graph.find_nodes(op="call_function", target=block_scaled_ops.MM):
             for codes, scales in (node.args[0:2], node.args[2:4]):
                 (op, first), (same, second) = maker(gm, codes), maker(gm, scales)
                 assert op is same and op.target in blackwell_ops.QUANTIZERS and (first, second) in ((0, 1), (2, 3))
@@ -81,8 +82,8 @@ def test_layouts_agree_along_every_edge(recompute):
 
 def test_gains_are_the_kernels_factor_and_the_mask_and_rotation_follow_it():
     forward, backward = trace("sm_100a", *linear(), recompute="none")
-    (there,), back = (gm.graph.find_nodes(op="call_function", target=blackwell_ops.MM) for gm in (forward, backward))
-    assert there.args[4] == 1.0 and [node.args[4] for node in back] == [pytest.approx(16 / 9)] * 2
+    (there,), back = (gm.graph.find_nodes(op="call_function", target=block_scaled_ops.MM) for gm in (forward, backward))
+    assert there.args[4:6] == ("mxf4", 1.0) and [node.args[5] for node in back] == [pytest.approx(16 / 9)] * 2
     for node in back:
         (follows,) = node.users
         assert follows.target is cuda_ops.UNROTATE and follows.args[4] == 1.0  # no second gain
@@ -93,7 +94,7 @@ def test_gains_are_the_kernels_factor_and_the_mask_and_rotation_follow_it():
 def test_shapes_of_the_products(k, n, tokens):
     forward, backward = trace("sm_120a", *linear(k=k, n=n, tokens=tokens))
     for gm in (forward, backward):
-        for node in gm.graph.find_nodes(op="call_function", target=blackwell_ops.MM):
+        for node in gm.graph.find_nodes(op="call_function", target=block_scaled_ops.MM):
             a, a_scales, b, b_scales = (arg.meta["val"] for arg in node.args[:4])
             assert a.shape[1] == b.shape[1] and a.shape[1] % 16 == 0 and b.shape[0] % 8 == 0
             assert a_scales.numel() == swizzled_size(a.shape[0], a.shape[1] // 16)
@@ -105,7 +106,7 @@ def test_shapes_of_the_products(k, n, tokens):
 def test_dynamic_tokens():
     forward, *_, backward = trace("sm_100a", *linear(n=30), dynamic=True)
     assert_no_semantics(forward, backward)
-    assert targets(backward)[blackwell_ops.MM] == 2
+    assert targets(backward)[block_scaled_ops.MM] == 2
 
 
 def test_what_another_recipe_reads_of_our_codes_gets_their_scales_row_by_row():

@@ -24,8 +24,8 @@ LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head
 ZOO = {
     "mixtral": ("Mixtral", dict(num_local_experts=EXPERTS)),
     "qwen3": ("Qwen3Moe", dict(head_dim=16, num_experts=EXPERTS, moe_intermediate_size=48)),
-    "deepseek": ("DeepseekV3", dict(num_key_value_heads=4, n_routed_experts=EXPERTS, moe_intermediate_size=48, n_group=2,
-                                    topk_group=1, first_k_dense_replace=0, n_shared_experts=1, **LATENT)),
+    "deepseek": ("DeepseekV3", dict(num_key_value_heads=4, n_routed_experts=EXPERTS, n_shared_experts=1, n_group=2,
+                                    moe_intermediate_size=48, topk_group=1, first_k_dense_replace=0, **LATENT)),
     "gpt-oss": ("GptOss", dict(head_dim=16, num_local_experts=EXPERTS)),
 }
 BOTH = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}

@@ -1,0 +1,36 @@
+"""Graph op over integer products that ``aten._int_mm`` refuses, or whose size is known only when they run.
+
+    int_mm   A · Bᵀ of int8 codes, ``[M, K]`` and ``[N, K]`` → fp32
+
+Few rows are padded. K is cut where int32 could overflow: each part is exact, and rounded to fp32 once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quartet.lowering.ir import library
+
+ALIGN = 16
+FEWEST_ROWS = 17  # that _int_mm takes on a GPU
+LONGEST = 2**17  # of K: 127² · 2^17 < 2^31
+
+library.define("int_mm(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    rows = a.shape[0]
+    if rows < FEWEST_ROWS:
+        a = F.pad(a, (0, 0, 0, 2 * ALIGN - rows))
+    parts = [torch._int_mm(x, y.t()).to(torch.float32)
+             for x, y in zip(a.split(LONGEST, 1), b.split(LONGEST, 1), strict=True)]
+    return sum(parts[1:], parts[0])[:rows]
+
+
+library.impl("int_mm", _int_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("quartet::int_mm", lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32),
+                            lib=library)
+
+INT_MM = torch.ops.quartet.int_mm.default
