@@ -1,8 +1,9 @@
-"""What a compiled model keeps in memory between its forward and its backward."""
+"""What training keeps in memory: between forward and backward, and from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -32,3 +33,8 @@ def saved_for_backward(compiled: Callable[..., Tensor], model: nn.Module, *input
     if not loss.requires_grad:
         raise ValueError("the forward saved nothing, its output needs no gradient; measure with gradients enabled")
     return sum(kept.values())
+
+
+def stored_bytes(states: Mapping[Tensor, Mapping[str, Any]]) -> int:
+    """Bytes of all tensors in an optimizer's ``state``: moments, scales, steps."""
+    return sum(x.nbytes for state in states.values() for x in state.values() if isinstance(x, Tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
         ("first step, with compilation unless cached, s", [r.first_step for r in runs], "{:.1f}", ""),
         ("step after it, median, ms", [1e3 * median(r.seconds) for r in runs], "{:.1f}", "× {:.2f}"),
         ("kept for backward, MB", [r.saved_bytes / 1e6 for r in runs], "{:.2f}", "× {:.2f}"),
+        ("optimizer's states, MB", [r.state_bytes / 1e6 for r in runs], "{:.2f}", "× {:.2f}"),
     ]
     table = Table(title="result")
     table.add_column("")
@@ -63,7 +65,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for colour, run in zip(("tab:orange", "tab:blue"), runs, strict=False):
+    for colour, run in zip(itertools.cycle(("tab:orange", "tab:blue", "tab:green", "tab:red")), runs, strict=False):
         axes.plot(run.losses, color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(smooth(run.losses), color=colour, label=f"{run.name} (validation {run.validation:.3f})")
     axes.set(xlabel="step", ylabel="training loss, nats a byte")
@@ -86,6 +88,7 @@ def write_json(path: Path, runs: Sequence[Run], described: dict[str, Any]) -> di
                 "first_step_s": r.first_step,
                 "median_step_s": median(r.seconds),
                 "saved_bytes": r.saved_bytes,
+                "state_bytes": r.state_bytes,
                 "losses": r.losses,
             }
             for r in runs

@@ -26,11 +26,13 @@ import torch
 import torch.nn as nn
 from corpus import Corpus, read_corpus
 from llama import PRESETS, Llama, LlamaConfig
-from measure import saved_for_backward
+from measure import saved_for_backward, stored_bytes
 from outcome import median, plot, show, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+
+import quartet
 
 BASELINE = "inductor"
 VALIDATION_BATCHES = 64
@@ -76,12 +78,19 @@ class Run:
             losses.append(self.compiled(*on_device(corpus, "validation", args, i)).item())
         self.validation = sum(losses) / len(losses)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states, their scales and steps included."""
+        return stored_bytes(self.optimizer.state)
+
     def state(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "quartet": quartet.state_dict(self.model), "losses": self.losses}
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        quartet.load_state_dict(self.model, state["quartet"])
         self.losses = list(state["losses"])
 
 
@@ -99,12 +108,16 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW(.9, .95) with weight decay .1 on matrices and none on norms."""
+def decayed(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay .1 on matrices and none on norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW(.9, .95) on the groups of ``decayed``."""
+    return torch.optim.AdamW(decayed(model), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def sizes(args: argparse.Namespace) -> LlamaConfig:
@@ -194,36 +207,39 @@ def train(runs: list[Run], corpus: Corpus, args: argparse.Namespace, described: 
 
 def explain_matmuls(args: argparse.Namespace, run: Run, batch: tuple[Tensor, Tensor], console: Console) -> Any:
     """The table "matmul → kernel, or why not" on the console and as HTML."""
-    import quartet
-
     report = quartet.explain(run.model, *batch, options=quartet_options(args))
     console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     (args.out / "explain.html").write_text(report.to_html(), encoding="utf-8")
     return report.to_dict()
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=PRESETS, default="small", help="tiny .1M, small 3.5M, demo 28M parameters")
+def add_arguments(parser: argparse.ArgumentParser, size: str, steps: int, out: str) -> None:
+    """What every program that trains with :func:`train` takes; ``size``, ``steps`` and ``out`` are defaults."""
+    parser.add_argument("--size", choices=PRESETS, default=size, help="tiny .1M, small 3.5M, demo 28M parameters")
     parser.add_argument("--dim", type=int, help="width, with heads of 64 and a feed-forward of 3 times it")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--steps", type=int, default=400, help="length of the learning-rate schedule")
+    parser.add_argument("--steps", type=int, default=steps, help="length of the learning-rate schedule")
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="end earlier than the schedule")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--seq", type=int, default=64, help="bytes a sequence")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--policy", help="recipe name or .toml file; default: quartet's own")
-    parser.add_argument("--backend", default="quartet", help="torch.compile backend to train with")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile-mode", help="a mode of torch.compile, for both runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, metavar="FILE", help="text to learn; default: Python's standard library")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help="save here every --checkpoint-every steps; '{step}' in the name becomes their number")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue a checkpoint, bit for bit")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR")
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="train the baseline too")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "small", 400, "demo-out")
+    parser.add_argument("--policy", help="recipe name or .toml file; default: quartet's own")
+    parser.add_argument("--backend", default="quartet", help="torch.compile backend to train with")
+    parser.add_argument("--compile-mode", help="a mode of torch.compile, for both runs")
     args = parser.parse_args(argv)
     args.stop_at = min(args.stop_at or args.steps, args.steps)
     if args.backend == BASELINE:
@@ -231,24 +247,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    args = parse(argv)
+def prepare(args: argparse.Namespace, *settings: str) -> tuple[LlamaConfig, Corpus, Console, dict[str, Any]]:
+    """Seed everything; the model's sizes, the text, the console, and what a checkpoint must agree in."""
     args.out.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
     config, corpus = sizes(args), read_corpus(args.data)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     described = {"model": asdict(config), "train_bytes": len(corpus.train)} | {
-        key: getattr(args, key) for key in ("steps", "batch", "seq", "lr", "policy", "seed", "compile_mode")}
-    runs = make_runs(args, config)
-    parameters = sum(p.numel() for p in runs[0].model.parameters())
+        key: getattr(args, key) for key in ("steps", "batch", "seq", "lr", "seed", *settings)}
+    return config, corpus, Console(width=None if sys.stdout.isatty() else 120), described
+
+
+def announce(model: Llama, corpus: Corpus, args: argparse.Namespace, console: Console) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {args.batch} × {args.seq} bytes a step\n"
                   f"{len(corpus.train):,} bytes of {corpus.source}", highlight=False)
-    train(runs, corpus, args, described, console)
+
+
+def measure(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> None:
+    """Validation loss and bytes kept for backward of each run."""
     batch = on_device(corpus, "train", args, args.stop_at)
     for run in runs:
         run.validate(corpus, args)
         run.saved_bytes = saved_for_backward(run.compiled, run.model, *batch)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    config, corpus, console, described = prepare(args, "policy", "compile_mode")
+    runs = make_runs(args, config)
+    announce(runs[0].model, corpus, args, console)
+    train(runs, corpus, args, described, console)
+    measure(runs, corpus, args)
+    batch = on_device(corpus, "train", args, args.stop_at)
     matmuls = explain_matmuls(args, runs[0], batch, console) if args.backend == "quartet" else None
     show(runs, console)
     plot(runs, args.out / "loss.png")

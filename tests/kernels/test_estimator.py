@@ -49,7 +49,7 @@ def test_slope_in_units_of_the_row(dtype):
         top = w[i].abs().max().item() or 6.0
         expected = [slope(v * 6 / top) for v in w[i].tolist()]
         torch.testing.assert_close(got[i], torch.tensor(expected), rtol=2e-3, atol=2e-3)
-    assert (got[3] == pytest.approx(0.2)) if got[3].dim() == 0 else torch.allclose(got[3], torch.tensor(0.2))
+    torch.testing.assert_close(got[3], torch.full((37,), 0.2))
 
 
 def test_slope_at_the_grid_and_between():
@@ -99,7 +99,7 @@ def by_definition(x, ref, spec):
             s = decoded[i, j // spec.block].item()
             value, aim = min(abs(x[i, j].item()) / s, 6.0), math.copysign(1, x[i, j].item()) * ref[i, j].item() / s
             low = max(v for v in E2M1_VALUES if v <= value)
-            high = min((v for v in E2M1_VALUES if v >= value))
+            high = min(v for v in E2M1_VALUES if v >= value)
             even = low if E2M1_VALUES.index(low) % 2 == 0 else high
             near = low if abs(aim - low) < abs(aim - high) else high if abs(aim - high) < abs(aim - low) else even
             out[i, j] = math.copysign(near * s, x[i, j].item())
@@ -126,10 +126,7 @@ def test_toward_itself_is_to_nearest(spec):
     x[0, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])  # ties
     x[1, :32] = 0
     for ref in (x, torch.full_like(x, math.nan)):
-        moved = toward(x, ref, spec)
-        assert torch.equal(moved, rounded(x, spec))
-        assert torch.equal(reference.quantize(moved, spec)[0] & 0x77, reference.quantize(x, spec)[0] & 0x77) \
-            or spec.rule == "ceil", "only a smaller scale changes codes"
+        assert torch.equal(toward(x, ref, spec), rounded(x, spec))
 
 
 def test_toward_takes_only_neighbours():
