@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-ELEMENTS = ("e2m1", "e4m3", "e5m2", "int8", "ternary")
+from quartet.kernels import extension
+from quartet.kernels.element import ELEMENTS, Element
+
 SCALES = ("e8m0", "e4m3", "fp32")
 BLOCKS = (16, 32, 64, 128)
 WHOLES = ("row", "tensor")
@@ -26,9 +28,6 @@ RULES_OF_SCALE = {
     "e4m3": ("amax", "four_six", "eden"),
     "fp32": ("amax", "amax_pow2", "delayed", "absmean"),
 }
-ELEMENT_BITS = {"e2m1": 4, "e4m3": 8, "e5m2": 8, "int8": 8, "ternary": 8}
-ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "ternary": 1.0}
-ELEMENT_EMAX = {"e2m1": 2, "e4m3": 8, "e5m2": 15}
 EDEN_GROUP = 128  # elements over which the eden rule corrects the length of what it rounded
 _ROUNDED_BY_RULE = ("eden",)  # stochastic in their scales, to nearest in their codes
 
@@ -47,7 +46,7 @@ class QuantSpec:
     """A quantiser along the last (contraction) axis of a 2-D tensor.
 
     Args:
-        element: element format, one of ``ELEMENTS``.
+        element: element format, one of ``ELEMENTS``, registered ones among them.
         block: how many elements along that axis share one scale, one of ``BLOCKS`` (32 for the OCP MX formats, 16 for
             NVFP4), or ``"row"`` or ``"tensor"``: all that lie in one.
         scale: scale format, one of ``SCALES``: ``"e8m0"`` of a block; ``"e4m3"`` of a block of 16, times one fp32
@@ -119,7 +118,7 @@ class QuantSpec:
         if self.rule in ("quest", "headroom") and self.element != "e2m1":
             raise SpecError(f"scale rule {self.rule!r} is defined for e2m1 only, not {self.element}; "
                             "use 'floor' or 'ceil'")
-        if self.scale == "e8m0" and self.element not in ELEMENT_EMAX:
+        if self.scale == "e8m0" and self.format.emax is None:
             raise SpecError(f"{self.element} has no 'e8m0' scales; it has 'fp32' scales")
         if (self.element == "ternary") != (self.rule == "absmean"):
             raise SpecError(f"ternary codes and scale rule 'absmean' belong together; got {self.element} and "
@@ -135,14 +134,28 @@ class QuantSpec:
                             "rounding; use rounding='nearest' or rule 'amax' or 'eden'")
 
     @property
+    def format(self) -> Element:
+        """The element format. Raises SpecError where it is registered no more."""
+        found = ELEMENTS.get(self.element)
+        if found is None:
+            raise SpecError(f"element {self.element!r} of quantiser '{self}' is not registered in this process; import "
+                            "the module that registers it")
+        return found
+
+    @property
     def bits(self) -> int:
         """Bits an element's code takes."""
-        return ELEMENT_BITS[self.element]
+        return self.format.bits
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte; else each has one."""
+        return self.format.packed
 
     @property
     def max(self) -> float:
         """Largest finite magnitude of the element format."""
-        return ELEMENT_MAX[self.element]
+        return self.format.max
 
     @property
     def gain(self) -> float:
@@ -163,7 +176,7 @@ class QuantSpec:
         """What the contraction axis is zero-padded to a multiple of."""
         if self.rule == "eden":
             return EDEN_GROUP
-        return int(self.block) if self.blocked else 2 if self.element == "e2m1" else 1
+        return int(self.block) if self.blocked else 2 if self.packed else 1
 
     @property
     def takes_amax(self) -> bool:
@@ -188,14 +201,18 @@ class QuantSpec:
         return f"{self.element}/{block} {self.scale} {rule} {self.rounding}{tail}"
 
     @staticmethod
-    @cache
     def parse(text: str) -> QuantSpec:
         """Read ``str(spec)`` back. Raises SpecError with the expected form."""
-        m = re.fullmatch(r"(\w+)/([a-z]+|\d+?)(x\2)? (\w+) (\w+)(?:\((\w+),(\w+)\))? (\w+)( mask)?", text)
-        if m is None:
-            raise SpecError(f"cannot read quantiser {text!r}; expected 'element/block scale rule rounding [mask]', "
-                            "for example 'e2m1/32 e8m0 quest(guarded,floor) nearest mask', "
-                            "'e2m1/16x16 e4m3 amax nearest' or 'e4m3/tensor fp32 amax nearest'")
-        element, block, tile, scale, rule, sigma, power, rounding, mask = m.groups()
-        return QuantSpec(element, int(block) if block.isdecimal() else block, scale, rule, rounding,
-                         sigma or QuantSpec.sigma, power or QuantSpec.power, mask is not None, tile is not None)
+        return _parse(text, extension.changes())
+
+
+@cache
+def _parse(text: str, changes: int) -> QuantSpec:
+    m = re.fullmatch(r"(\w+)/([a-z]+|\d+?)(x\2)? (\w+) (\w+)(?:\((\w+),(\w+)\))? (\w+)( mask)?", text)
+    if m is None:
+        raise SpecError(f"cannot read quantiser {text!r}; expected 'element/block scale rule rounding [mask]', "
+                        "for example 'e2m1/32 e8m0 quest(guarded,floor) nearest mask', "
+                        "'e2m1/16x16 e4m3 amax nearest' or 'e4m3/tensor fp32 amax nearest'")
+    element, block, tile, scale, rule, sigma, power, rounding, mask = m.groups()
+    return QuantSpec(element, int(block) if block.isdecimal() else block, scale, rule, rounding,
+                     sigma or QuantSpec.sigma, power or QuantSpec.power, mask is not None, tile is not None)

@@ -56,8 +56,9 @@ class Source:
     def stored(self) -> Node | None:
         """The dequantize behind a transpose: its packed codes can be read directly."""
         source = self.transposed
-        if source is not None and source.target is ir.DEQUANTIZE and val(source.args[0]).dtype is torch.uint8:  # type: ignore[arg-type]
-            return source
+        if source is not None and source.target is ir.DEQUANTIZE:
+            spec = QuantSpec.parse(source.args[2])  # type: ignore[arg-type]
+            return source if spec.packed and spec.scale == "e8m0" else None
         return None
 
     @property

@@ -1,6 +1,7 @@
 """Graph ops of the FP8 lowering whose results have a fixed, row-major layout.
 
-    fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read
+    fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
+                    not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_row_major   codes that lie in another order → a row-major copy
 
 Inductor chooses the layout of what it computes itself; a matrix product of one-byte operands takes only this one.
@@ -19,7 +20,8 @@ library.define("fp8_row_major(Tensor codes) -> Tensor")
 
 
 def _cast(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    codes = fp8_encode(x.to(torch.float32) * multiplier, element)
+    scaled = torch.where(x.isfinite(), x.to(torch.float32) * multiplier, float("nan"))
+    codes = fp8_encode(scaled, element)
     none = codes.new_empty(0)
     return codes.contiguous() if plain else none, codes.t().contiguous() if transposed else none
 

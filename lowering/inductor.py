@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quartet.kernels import reference
+from quartet.kernels import extension, reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import block_scaled_ops, grouped_ops, ir, saved_ops, weight_ops
 from quartet.runtime import compat
@@ -130,7 +130,8 @@ def _inline(op: Any, node: Node, operands: tuple[Any, ...]) -> Any:
     """Inductor IR of ``op`` applied to ``operands``; ``node`` is the graph node being lowered."""
     values = [a.meta["val"] for a in node.args if isinstance(a, Node)]
     constants = map_arg(node.args, lambda n: None)
-    key = (op, str(constants), tuple((str(tuple(v.shape)), str(v.stride()), v.dtype, str(v.device)) for v in values))
+    shapes = tuple((str(tuple(v.shape)), str(v.stride()), v.dtype, str(v.device)) for v in values)
+    key = (op, str(constants), extension.changes(), shapes)
     if key not in _traced or any(isinstance(s, torch.SymInt) for v in values for s in v.shape):
 
         def call(*tensors: Tensor) -> Any:

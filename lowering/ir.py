@@ -57,13 +57,12 @@ def ceil_to(size, multiple: int):
 
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-CODES = {**FLOAT8, "int8": torch.int8, "ternary": torch.int8}
 _SCALES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "fp32": torch.float32}
 
 
 def code_layout(spec: QuantSpec, padded: Any) -> tuple[torch.dtype, Any]:
     """dtype and last-axis length of the codes of ``padded`` elements."""
-    return (torch.uint8, padded // 2) if spec.element == "e2m1" else (CODES[spec.element], padded)
+    return (spec.format.storage, padded // 2 if spec.packed else padded)
 
 
 def scale_layout(spec: QuantSpec, rows: Any, padded: Any) -> tuple[torch.dtype, tuple[Any, Any]]:
@@ -133,7 +132,7 @@ def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype, am
 
 def _dequantize_fake(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype,
                      amax: Tensor | None = None) -> Tensor:
-    width = codes.shape[1] * (2 if QuantSpec.parse(spec).element == "e2m1" else 1)
+    width = codes.shape[1] * (2 if QuantSpec.parse(spec).packed else 1)
     return codes.new_empty(codes.shape[0], width, dtype=dtype)
 
 

@@ -190,8 +190,8 @@ class Recipe:
         saved: what is kept between forward and backward for other purposes than products; None leaves it exact.
         keep: layers that the recipe leaves in high precision unless a rule names them, ``("last 15%",)``; see
             ``quartet.lowering.depth``.
-        estimator: gradient of the weights: ``"straight-through"``, or ``"dge"``: times the slope of a softened quantiser
-            (arXiv 2501.17116).
+        estimator: gradient of the weights: ``"straight-through"``, or ``"dge"``: times the slope of a softened
+            quantiser (arXiv 2501.17116).
         outliers: X of fprop is clipped to the quantiles (1 − q, q) of its elements, and what was cut off is multiplied
             in high precision (arXiv 2501.17116); a quantile q between 0.5 and 1, such as 0.99, in steps of 0.0001.
         average: decay of a moving average of W; W of fprop is rounded to whichever of its two neighbours is nearer to
@@ -241,8 +241,8 @@ class Recipe:
             raise SpecError(f"gradient estimator {self.estimator!r} does not exist; possible: {', '.join(ESTIMATORS)}")
         if self.outliers is not None and not (isinstance(self.outliers, float) and 0.5 < self.outliers < 1
                                               and tail_parts(self.outliers) > 0):
-            raise SpecError(f"outliers beyond the quantile {self.outliers!r} are not possible; use a float above 0.5, up "
-                            "to 0.9999, such as 0.99")
+            raise SpecError(f"outliers beyond the quantile {self.outliers!r} are not possible; use a float above 0.5, "
+                            "up to 0.9999, such as 0.99")
         if self.average is not None and not (isinstance(self.average, float) and 0 <= self.average < 1):
             raise SpecError(f"a moving average that decays by {self.average!r} is not possible; use a float from 0 to "
                             "less than 1, such as 0.998")
@@ -260,8 +260,8 @@ class Recipe:
                 raise SpecError(f"recipe {self.name!r}: average is of the weight itself, and smooth={self.smooth!r} "
                                 "quantises another one every step; use one of the two")
             if wanted and self.fprop.rotation is not None:
-                raise SpecError(f"recipe {self.name!r}: {field}={getattr(self, field)!r} is about the weight itself, but "
-                                "fprop quantises a rotation of it; leave out the rotation of fprop")
+                raise SpecError(f"recipe {self.name!r}: {field}={getattr(self, field)!r} is about the weight itself, "
+                                "but fprop quantises a rotation of it; leave out the rotation of fprop")
 
     def only(self, roles: frozenset[str] | set[str]) -> Recipe:
         """The same recipe with the other roles left in the model's dtype."""

@@ -16,7 +16,7 @@ class MatmulRecord:
     Args:
         site: number of the forward matmul that this one belongs to; its dgrad and wgrad share it.
         fqn: fully qualified name of the module, ``"layers.0.q_proj"``; empty when there is none.
-        op_class: one of ``quartet.lowering.recipe.OP_CLASSES``.
+        op_class: one of ``quartet.lowering.op_classes.op_classes()``.
         role: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``.
         m, n, k: sizes; a symbolic size is its expression as text, ``"s0*s1"``. Of an embedding: tokens, width and
             rows of the table.

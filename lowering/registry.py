@@ -1,19 +1,23 @@
 """Which kernel computes which piece of the quantised IR, and why another one does not.
 
 A kernel registers for a chain of semantic ops. ``supports`` gives None or the reason it declines; the
-first in ``KERNELS`` that accepts is taken. The reference stands last: it takes everything.
+first in ``KERNELS`` that accepts is taken. The reference stands last: it takes everything. :func:`register` puts a
+program's own among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch.fx import Graph, Node
 
+from quartet.kernels import extension
 from quartet.kernels.cpu import ops as cpu
-from quartet.kernels.spec import ELEMENT_EMAX, QuantSpec
+from quartet.kernels.extension import ExtensionError
+from quartet.kernels.spec import ELEMENTS, QuantSpec
 from quartet.lowering import blackwell, block_scaled, cuda, fp8, int8, scaled_mm
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering.chains import Accepts
@@ -79,6 +83,39 @@ KERNELS = (
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
 )
 NAMES = tuple(kernel.name for kernel in KERNELS)
+_KIND, _OTHER_NAMES = "kernel", ("grouped-mm", "reference")  # what reports call that is in no list
+
+
+def register(kernel: Kernel, before: str = "inductor") -> Kernel:
+    """Prefer ``kernel`` to the one called ``before`` and to all after it, and return it; the same one again changes
+    nothing.
+
+    Raises:
+        ExtensionError: a name that is taken, or no kernel called ``before``.
+    """
+    if kernel in KERNELS:
+        return kernel
+    extension.check_name(_KIND, kernel.name, (*NAMES, *_OTHER_NAMES))
+    if before not in NAMES:
+        near = get_close_matches(before, NAMES, n=1)
+        raise ExtensionError(f"kernel {kernel.name!r}: no kernel {before!r} to stand before; "
+                             f"{f'did you mean {near[0]!r}? ' if near else ''}possible: {', '.join(NAMES)}")
+    at = NAMES.index(before)
+    _set(*KERNELS[:at], kernel, *KERNELS[at:])
+    facts = kernel.align, before
+    extension.add(_KIND, kernel.name, facts, kernel.supports, kernel.lower, kernel.supports_pair, kernel.reads)
+    return kernel
+
+
+def unregister(name: str) -> None:
+    """Forget a registered kernel. Raises ExtensionError where there is none of that name."""
+    extension.remove(_KIND, name)
+    _set(*(kernel for kernel in KERNELS if kernel.name != name))
+
+
+def _set(*kernels: Kernel) -> None:
+    global KERNELS, NAMES
+    KERNELS, NAMES = kernels, tuple(kernel.name for kernel in kernels)
 
 
 def choose(device: torch.device | Target, dtype: torch.dtype,
@@ -111,7 +148,8 @@ _PROBED = (
 
 def probe(device: torch.device | Target) -> list[tuple[str, str, str | None]]:
     """(format, kernel, None or the reason it cannot) for every format and kernel on a device, for bfloat16 models."""
-    formats = [(f"mx {element}", QuantSpec(element=element, rule="ceil"), 32) for element in ELEMENT_EMAX]
+    formats = [(f"mx {element.name}", QuantSpec(element=element.name, rule="ceil"), 32) for element in ELEMENTS.values()
+               if element.emax is not None]
     formats += [(name, QuantSpec.parse(text), 0) for name, text in _PROBED]
     target = Target.of(device)
     return [(name, k.name, target.missing or k.supports(target, torch.bfloat16, spec, rotation))

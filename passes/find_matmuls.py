@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering.graph import aten, is_backward, shape, val
+from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
@@ -141,6 +142,7 @@ def find_matmuls(state: State) -> None:
             state.alone.append(_unplanned(node, "fprop"))
             continue
         _attach_backward(site, backward.get(node.meta.get("seq_nr"), []), claimed)
+        site.op_class = own_class(site) or site.op_class
         state.sites.append(site)
     left = [n for nodes in backward.values() for n in nodes if n not in claimed]
     state.alone.extend(_unplanned(n, "dgrad") for n in left)

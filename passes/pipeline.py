@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
+from quartet.kernels import extension
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.recipe import ROLES
@@ -101,13 +102,14 @@ class Pipeline(CustomGraphPass):
         return replace(self.config, weights=self.regions.get(body, {}), anchor=None)
 
     def uuid(self) -> str | None:
-        """Cache key: source of the package, configuration, and the earlier passes' own keys.
+        """Cache key: source of the package and of what is registered, configuration, and the earlier passes' own keys.
 
-        None, which keeps the graph out of the caches, when somebody observes the passes or an earlier one has no key.
+        None, which keeps the graph out of the caches, when somebody observes the passes, or an earlier one or something
+        registered has no key.
         """
         if self.config.observers:
             return None
-        others: list[Any] = [getattr(p, "uuid", lambda: None)() for p in self.earlier]
+        others: list[Any] = [extension.digest(), *(getattr(p, "uuid", lambda: None)() for p in self.earlier)]
         if None in others:
             return None
         return hashlib.sha256(repr((source_digest(), self.key, others)).encode()).hexdigest()

@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quartet.kernels.spec import ELEMENT_BITS, QuantSpec, dtype_name
+from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.graph import Builder, aten, editing, shape, val
 from quartet.lowering.recipe import Saved
@@ -186,7 +186,7 @@ class _Rewriting:
                 if user.target is not ir.QUANTIZE or user.args[0] is not node:
                     continue
                 spec, items = QuantSpec.parse(str(user.args[1])), {n.args[1]: n for n in user.users}
-                plain = not spec.stochastic and not spec.takes_amax and ELEMENT_BITS[spec.element] == 8
+                plain = not spec.stochastic and not spec.takes_amax and spec.bits == 8
                 if plain and spec.element != "ternary" and items.get(0) in self.read and items.get(1) in self.read:
                     return user
         return None

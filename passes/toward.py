@@ -10,13 +10,16 @@ W' is made, so that what is computed again in backward reads the same.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from quartet.lowering.graph import Builder, editing, is_backward, val
 from quartet.lowering.weight_ops import TOWARD
 from quartet.passes.delayed import MUST_BE_IN_FORWARD, weight_index
-from quartet.passes.find_matmuls import input_indices
+from quartet.passes.find_matmuls import canonical, input_indices
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
@@ -25,10 +28,24 @@ from quartet.runtime.averages import AVERAGE_ADVANCE, AVERAGE_READ
 CASTS = (torch.ops.prims.convert_element_type.default,)
 
 
+@dataclass(frozen=True)
+class _Average:
+    """The average of ``base``, by the anchor of the graph, the input that is the parameter, and its name there."""
+
+    anchor: Node
+    base: Node
+    weight: int
+    name: str
+    decay: float
+
+    def node(self, build: Builder, op: Any) -> Node:
+        return build(op, self.anchor, self.base, self.weight, self.name, self.decay)
+
+
 def toward(state: State) -> None:
     """Move W of the planned sites that ask for it and whose fprop is quantised."""
-    names: dict[Node, tuple[int, str]] = {}
-    moved: dict[tuple[object, ...], Node] = {}
+    averages: dict[Node, _Average] = {}
+    moved: dict[tuple[Any, ...], Node] = {}
     with editing(state.gm) as graph:
         wanted = state.config.anchor
         anchor = next((n for n, i in input_indices(graph).items() if wanted is not None and i == wanted), None)
@@ -41,49 +58,53 @@ def toward(state: State) -> None:
                 site.remark("fprop", "rounded to nearest: no moving average "
                             + ("in a nested region" if anchor is None else "of such a weight"))
                 continue
-            base = _uncast(site.w[0])
-            if base not in names:
-                names[base] = weight, _free_name(names, weight)
-                _advance(state, site, anchor, base, *names[base], recipe.average)
-            node, gemm = site.products["fprop"].node, recipe.fprop
-            assert gemm is not None
-            key = (*site.w, str(gemm.b.spec), str(node.meta.get("recompute")), node.meta.get("ac_graph_id"))
+            base, flipped = _weight_itself(site.w)
+            if base not in averages:
+                averages[base] = _Average(anchor, base, weight, _free_name(averages, weight), recipe.average)
+                _advance(state, site, averages[base])
+            node, assigned = site.products["fprop"].node, recipe.fprop
+            assert assigned is not None
+            spec = str(assigned.b.spec)
+            region = str(node.meta.get("recompute")), node.meta.get("ac_graph_id")
+            key = base, flipped, val(site.w[0]).dtype, spec, region
             if key not in moved:
-                moved[key] = _moved(state, site, anchor, base, *names[base], recipe.average)
+                moved[key] = _moved(state, site, averages[base], flipped, spec)
             site.w = moved[key], False
             rewrite(state, site, "fprop", lambda build, product: product)
             site.remark("fprop", f"W rounds toward its moving average ({recipe.average:g})")
 
 
-def _advance(state: State, site: MatmulSite, anchor: Node, base: Node, weight: int, name: str, decay: float) -> None:
+def _advance(state: State, site: MatmulSite, average: _Average) -> None:
     """Advance an average, in graphs that train."""
     if not any(is_backward(node) for node in state.gm.graph.nodes):
         return
     node = site.products["fprop"].node
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
     build.meta = {"partitioner_tag": MUST_BE_IN_FORWARD}
-    build(AVERAGE_ADVANCE, anchor, base, weight, name, decay)
+    average.node(build, AVERAGE_ADVANCE)
 
 
-def _moved(state: State, site: MatmulSite, anchor: Node, base: Node, weight: int, name: str, decay: float) -> Node:
+def _moved(state: State, site: MatmulSite, average: _Average, flipped: bool, spec: str) -> Node:
     """W', in normal orientation."""
-    fprop = recipe_of(site).fprop
-    assert fprop is not None
     node = site.products["fprop"].node
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
-    average = build(AVERAGE_READ, anchor, base, weight, name, decay)
-    w = normal(state, build, site.w)
-    return build(TOWARD, w, normal(state, build, (average, site.w[1])), str(fprop.b.spec))
+    given = average.node(build, AVERAGE_READ)
+    return build(TOWARD, normal(state, build, site.w), normal(state, build, (given, flipped)), spec)
 
 
-def _uncast(node: Node) -> Node:
-    """What ``node`` is in another dtype: the average is of the parameter itself, not of a rounded copy."""
-    while node.target in CASTS and isinstance(node.args[0], Node) and val(node.args[0]).is_floating_point():
-        node = node.args[0]
-    return node
+def _weight_itself(operand: tuple[Node, bool]) -> tuple[Node, bool]:
+    """What an operand shows transposed or in another dtype: the average is of the parameter, not of a rounded copy."""
+    node, flipped = operand
+    while True:
+        source, turned = canonical(node)
+        if source.target in CASTS and isinstance(source.args[0], Node) and val(source.args[0]).is_floating_point():
+            source = source.args[0]
+        if source is node or val(source).dim() != 2:
+            return node, flipped
+        node, flipped = source, flipped != turned
 
 
-def _free_name(names: dict[Node, tuple[int, str]], weight: int) -> str:
+def _free_name(averages: dict[Node, _Average], weight: int) -> str:
     """``w``; for more that is made of the same parameter ``w2``, ``w3``, …"""
-    number = 1 + sum(of == weight for of, _ in names.values())
+    number = 1 + sum(average.weight == weight for average in averages.values())
     return "w" if number == 1 else f"w{number}"

@@ -20,7 +20,8 @@ from typing import Any
 from quartet import policy_toml
 from quartet.kernels.spec import SpecError
 from quartet.lowering.depth import Layer, is_within, normalise_depth
-from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe
+from quartet.lowering.op_classes import OP_GROUPS, op_classes, skips
+from quartet.lowering.recipe import ROLES, Gemm, Recipe
 from quartet.lowering.resolution import Choice, Resolution, SavedChoice
 from quartet.policy_saved import SAVED, check_rule, saved_choice
 from quartet.policy_unmatched import Site, Unmatched, explain_unmatched
@@ -28,7 +29,6 @@ from quartet.possible import obstacle, possible
 from quartet.predicate import holds, normalise
 from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resolve, unknown
 
-OP_GROUPS: Mapping[str, tuple[str, ...]] = {"attention": ("attention_qk", "attention_pv")}
 ROLE_ALIASES: Mapping[str, str] = {"forward": "fprop"}
 _RULE_KEYS = ("pattern", "op", "recipe", "role", "shape", "layers")
 _POLICY_KEYS = ("default", "where_it_pays", "rule", "recipe")
@@ -42,7 +42,7 @@ class Rule:
     Args:
         recipe: name, Recipe, or None to leave the matmul in high precision.
         fqn: glob over the fully qualified module name (``fnmatch``; without a wildcard it is the exact name).
-        op: op class of ``OP_CLASSES`` or group of ``OP_GROUPS``.
+        op: op class of ``op_classes()`` or group of ``OP_GROUPS``.
         roles: the GEMMs that it decides: ``fprop`` (or ``forward``), ``dgrad``, ``wgrad``, several, or None for all.
         shape: predicate over m, n, k (see ``quartet.predicate``).
         layers: ``"last 15%"``, ``"first 2"``: layers of a stack, told by the numbers in module names.
@@ -61,8 +61,8 @@ class Rule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipe", reference(self.recipe))
         object.__setattr__(self, "roles", _roles(self.roles))
-        if self.op is not None and self.op not in (*OP_CLASSES, *OP_GROUPS):
-            raise unknown("op class", self.op, (*OP_CLASSES, *OP_GROUPS), ("op",))
+        if self.op is not None and self.op not in (*op_classes(), *OP_GROUPS):
+            raise unknown("op class", self.op, (*op_classes(), *OP_GROUPS), ("op",))
         if self.fqn is not None and (not isinstance(self.fqn, str) or not self.fqn):
             raise PolicyError(f"a pattern is an op class or a glob over module names, not {self.fqn!r}", ("pattern",))
         if self.shape is not None:
@@ -73,10 +73,10 @@ class Rule:
             except SpecError as error:
                 raise PolicyError(str(error), ("layers",)) from None
         check_rule(self)
-        recipe = resolve(self.recipe)
-        if recipe is not None and self.op in OP_CLASSES and (reason := obstacle(recipe, self.op)) is not None:
-            raise PolicyError(f"{reason}; possible on op class {self.op!r}: "
-                              f"{', '.join(possible(self.op, recipes().values()))}, or None", ("recipe",))
+        recipe, op = resolve(self.recipe), None if self.op in OP_GROUPS else self.op
+        if recipe is not None and op is not None and (reason := obstacle(recipe, op)) is not None:
+            raise PolicyError(f"{reason}; possible on op class {op!r}: "
+                              f"{', '.join(possible(op, recipes().values()))}, or None", ("recipe",))
 
     def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any, layer: Layer | None = None) -> bool:
         """Whether the rule is about this matmul. A rule that names neither an op class nor a module leaves the op
@@ -91,13 +91,13 @@ class Rule:
         if self.fqn is not None:
             return bool(fqn) and fnmatchcase(fqn or "", self.fqn)
         recipe = resolve(self.recipe)
-        return self.op is not None or recipe is None or op_class not in recipe.skip
+        return self.op is not None or recipe is None or not skips(recipe, op_class)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments of ``Policy.on`` that make this rule, those at their default left out."""
         data: dict[str, Any] = {}
         if self.fqn is not None:
-            plain = self.fqn not in (*OP_CLASSES, *OP_GROUPS) and not self.fqn.startswith("fqn:")
+            plain = self.fqn not in (*op_classes(), *OP_GROUPS) and not self.fqn.startswith("fqn:")
             data["pattern"] = self.fqn if plain else f"fqn:{self.fqn}"
         if self.op is not None:
             data["op"] = self.op
@@ -194,7 +194,7 @@ class Policy:
                               ("recipe",))
         fqn = pattern
         if isinstance(pattern, str):
-            if pattern in (*OP_CLASSES, *OP_GROUPS):
+            if pattern in (*op_classes(), *OP_GROUPS):
                 if op not in (None, pattern):
                     raise PolicyError(f"the rule names two op classes, {pattern!r} and op={op!r}; give one, or "
                                       f"'fqn:{pattern}' for the module of that name", ("op",))
@@ -211,13 +211,13 @@ class Policy:
         rules part the two, its operand b is quantised from the original tensor, and the reason says so.
 
         Args:
-            op_class: one of ``OP_CLASSES``.
+            op_class: one of ``op_classes()``.
             fqn: name of the module, or None if it is not known (then no glob matches).
             m, n, k: tokens, output and input features; int or symbolic.
             layer: (index, how many there are) of the layer that the module is in, or None if that is not known.
         """
-        if op_class not in OP_CLASSES:
-            raise unknown("op class", op_class, OP_CLASSES)
+        if op_class not in op_classes():
+            raise unknown("op class", op_class, op_classes())
         matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k, layer)]
         choices = {role: self._choose(role, op_class, matching, layer) for role in ROLES}
         for role in ("dgrad", "wgrad"):
@@ -233,7 +233,7 @@ class Policy:
         else:
             i, recipe = None, resolve(self.default)
             why = "default None: high precision" if recipe is None else f"default recipe {recipe.name!r}"
-            if recipe is not None and op_class in recipe.skip:
+            if recipe is not None and skips(recipe, op_class):
                 why = f"recipe {recipe.name!r} leaves {op_class} in high precision unless a rule names it"
                 recipe = None
             elif recipe is not None and layer is not None:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from quartet.kernels.spec import QuantSpec
+from quartet.lowering.op_classes import op_classes
 from quartet.lowering.recipe import OP_CLASSES, Gemm, Operand, Recipe, Rotation, Saved
 
 
@@ -304,6 +305,6 @@ def check(recipe: Recipe) -> Recipe:
         raise PolicyError(f"recipe {name!r}: skip is a tuple of op classes, not {type(recipe.skip).__name__}",
                           ("skip",))
     for op in recipe.skip:
-        if op not in OP_CLASSES:
-            raise unknown(f"op class in skip of recipe {name!r}:", op, OP_CLASSES, ("skip",))
+        if op not in op_classes():
+            raise unknown(f"op class in skip of recipe {name!r}:", op, op_classes(), ("skip",))
     return recipe

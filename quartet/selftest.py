@@ -13,11 +13,10 @@ from quartet.doctor import table
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.runtime.devices import Target
+from quartet.selftest_products import MXFP4, PRODUCTS, Operand, Product, exact
 
-NEAREST = QuantSpec(rule="quest", mask=True)
+NEAREST = MXFP4
 STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
-FP8 = QuantSpec(element="e4m3", block="tensor", scale="fp32", rule="amax")
-PRODUCTS = ("cutlass", "dot-scaled", "triton-fp8", "cublaslt")
 SHAPES = ((256, 512, 1024), (300, 144, 4096), (1, 48, 96))  # M, N and K of the products
 QUANTIZED = ((256, 512), (33, 80), (1, 32))
 MANY = (2048, 4096)
@@ -118,14 +117,14 @@ def product_checks(target: Target, device: torch.device) -> Iterator[Check]:
     """Of the products of quantised operands, in the registry's order."""
     from quartet.lowering.registry import KERNELS
 
-    run = {"cutlass": _cutlass, "dot-scaled": _dot_scaled, "triton-fp8": _triton_fp8, "cublaslt": _fp8}
     for kernel in KERNELS:
-        if kernel.name in PRODUCTS:
-            spec, rotation = (FP8, 0) if kernel.name == "cublaslt" else (NEAREST, 32)
-            declined = kernel.supports(target, torch.bfloat16, spec, rotation)
-            for m, n, k in SHAPES if declined is None else SHAPES[:1]:
-                shape = f"{m}×{n}×{k}" if declined is None else "-"
-                yield Check(kernel.name, shape, partial(_product, device, m, n, k, spec, run[kernel.name]), declined)
+        for product in PRODUCTS:
+            if product.kernel == kernel.name:
+                declined = next((reason for spec in (product.a, product.b) if (
+                    reason := kernel.supports(target, torch.bfloat16, spec, product.rotation)) is not None), None)
+                for m, n, k in SHAPES if declined is None else SHAPES[:1]:
+                    shape = f"{m}×{n}×{k}" if declined is None else "-"
+                    yield Check(product.name, shape, partial(_product, device, m, n, k, product), declined)
 
 
 def unfairness(values: Tensor, exact: Tensor, resolution: float) -> tuple[float, int]:
@@ -239,38 +238,10 @@ def _fair(device: torch.device, rows: int, cols: int, hardware: bool) -> Verdict
     return sigmas < SIGMAS and not strangers, f"{sigmas:.1f} σ" + f", {strangers} not neighbours" * (strangers > 0)
 
 
-Operand = tuple[Tensor, Tensor]
-
-
-def _product(device: torch.device, m: int, n: int, k: int, spec: QuantSpec,
-             multiply: Callable[[Operand, Operand], Tensor]) -> Verdict:
-    a, b = (reference.quantize(_data(device, r, k, seed), spec)[:2] for r, seed in ((m, 1), (n, 2)))
-    wanted = reference.scaled_mm(*a, *b, spec, spec, torch.float32)
-    got = multiply(a, b)
+def _product(device: torch.device, m: int, n: int, k: int, product: Product) -> Verdict:
+    a, b = Operand.of(_data(device, m, k, 1), product.a), Operand.of(_data(device, n, k, 2), product.b)
+    wanted, got = exact(a, b), product.multiply(a, b)
     if got.shape != wanted.shape:
         return False, f"{list(got.shape)} instead of {list(wanted.shape)}"
     distance = float((got.float() - wanted).norm() / wanted.norm())
     return distance < DISTANCE, f"{distance:.1e}"
-
-
-def _cutlass(a: Operand, b: Operand) -> Tensor:
-    from quartet.kernels.cutlass.gemm import gemm
-
-    return gemm(a[0], reference.swizzle_scales(a[1]), b[0], reference.swizzle_scales(b[1]), kind="mxf4")
-
-
-def _dot_scaled(a: Operand, b: Operand) -> Tensor:
-    from quartet.kernels.triton.scaled_gemm import gemm
-
-    return gemm(a[0], reference.swizzle_scales(a[1]), b[0], reference.swizzle_scales(b[1]), 1.0, torch.bfloat16)
-
-
-def _triton_fp8(a: Operand, b: Operand) -> Tensor:
-    from quartet.kernels.triton.ops import fold
-
-    (a_values, a_scales), (b_values, b_scales) = fold(*a, NEAREST), fold(*b, NEAREST)
-    return _fp8((a_values, a_scales), (b_values, b_scales))
-
-
-def _fp8(a: Operand, b: Operand) -> Tensor:
-    return torch.ops.aten._scaled_mm.default(a[0], b[0].t(), a[1], b[1].t(), None, None, torch.bfloat16, False)

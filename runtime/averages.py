@@ -5,9 +5,9 @@
 
 The first of them starts an average at w. As with histories of magnitudes (``quartet.runtime.amax``) a graph finds its
 state through its anchor: ``weight`` is the input of the graph that is the parameter, ``name`` tells apart what is made
-of one parameter. An average is due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind has
-stepped the parameter, it is due at the first forward after each step. Forwards without a backward read the average as
-the next training step will have it.
+of one parameter. An average is due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind
+has stepped the parameter, it is due at the first forward after each step. Forwards without a backward read the average
+as the next training step will have it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from quartet.runtime.amax import library, weight_of
 
 @dataclass(eq=False)
 class Average:
-    """fp32 ``value`` of a weight's shape. ``due``: the next forward advances it. ``counted``: an optimizer tells when."""
+    """fp32 ``value``, shaped like a weight.
+
+    ``due``: the next forward advances it. ``counted``: an optimizer tells when.
+    """
 
     value: Tensor
     due: bool = True

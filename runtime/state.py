@@ -1,4 +1,4 @@
-"""State that belongs to a model and is not in its ``state_dict``: what delayed scaling remembers of its operands, and the
+"""State that belongs to a model and is not in its ``state_dict``: what delayed scaling remembers of its operands, and
 moving averages of weights."""
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         for each weight by name and each of its operands (``x``, ``w``, ``e``) the pending magnitude and the history,
         newest first, as copies. ``torch.save`` and ``torch.load(weights_only=True)`` take it. Empty for a model
         without delayed scaling. Where weights have moving averages also ``"averages"``: ``{"layers.0.up.weight.w":
-        {"average": fp32 of the weight's shape, "due": bool, "counted": bool}, …}``. Under FSDP2 it gathers the parameters, so all ranks call it.
+        {"average": fp32 of the weight's shape, "due": bool, "counted": bool}, …}``. Under FSDP2 it gathers the
+        parameters, so all ranks call it.
     """
     found = {}
     for name, weight in _parameters(model):
@@ -53,10 +54,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             row = entry["amax"].detach().to(weight.device, torch.float32, copy=True).reshape(1, -1)
         SLOTS.put(weight, operand, Slot(row, 0, bool(entry["due"]), bool(entry["counted"])))
-    for weight in weights.values():
-        mine = {name: average for of, name, average in averages if of is weight}
-        if mine or AVERAGES.of(weight):
-            AVERAGES.put(weight, mine)
+    for parameter in weights.values():
+        mine = {name: average for of, name, average in averages if of is parameter}
+        if mine or AVERAGES.of(parameter):
+            AVERAGES.put(parameter, mine)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -101,6 +102,6 @@ def _checked(key: str, entry: Any) -> Mapping[str, Any]:
 def _average(key: str, entry: Any) -> Average:
     value = entry.get("average") if isinstance(entry, Mapping) else None
     if not isinstance(value, Tensor) or not {"due", "counted"} <= set(entry):
-        raise ValueError(f"entry {key!r} of the state is not {{'average': fp32 of the weight's shape, 'due', 'counted'}}")
+        raise ValueError(f"entry {key!r} of the state is not {{'average': fp32 like the weight, 'due', 'counted'}}")
     with torch.inference_mode(False), torch.no_grad():
         return Average(value.detach().to(torch.float32, copy=True), bool(entry["due"]), bool(entry["counted"]))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quartet.kernels.element import ELEMENTS, encode
+
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_NAN = 255
 STEPS = 512  # from one E2M1 value to the next, as stochastic rounding sees them
-_FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_FP8_MAX = {"e4m3": 448.0, "e5m2": 57344.0}
 
 
 def e2m1_encode(x: Tensor, random: Tensor | None = None) -> Tensor:
@@ -49,13 +49,7 @@ def e2m1_decode(codes: Tensor) -> Tensor:
 
 def fp8_encode(x: Tensor, element: str) -> Tensor:
     """fp32 → ``torch.float8_*`` to nearest even, saturating; NaN stays NaN."""
-    limit = _FP8_MAX[element]
-    return x.clamp(-limit, limit).to(_FP8[element])
-
-
-def integer_encode(x: Tensor, limit: int) -> Tensor:
-    """fp32 → int8 to nearest even, saturating at ±limit; a NaN, whose scale is NaN too, becomes 0."""
-    return torch.where(x.isnan(), 0.0, x.round().clamp(-limit, limit)).to(torch.int8)
+    return encode(x, ELEMENTS[element])
 
 
 def e8m0_decode(scale: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from quartet.kernels.reference.grid import grid_cell, in_units_of_scale

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference.hadamard import pad_last
 from quartet.kernels.reference.elements import e8m0_decode, e8m0_reciprocal
+from quartet.kernels.reference.hadamard import pad_last
 from quartet.kernels.reference.scales import e8m0_scale, fp32_scale
 from quartet.kernels.spec import QuantSpec
 

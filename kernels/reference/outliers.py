@@ -1,8 +1,8 @@
-"""Outliers apart from the rest (outlier clamping and compensation, arXiv 2501.17116): clipped to quantiles of the tensor,
-with what was cut off as a sparse matrix.
+"""Outliers apart from the rest (outlier clamping and compensation, arXiv 2501.17116): a tensor clipped to quantiles of
+its elements, and what was cut off as a sparse matrix.
 
-A sparse ``[rows, cols]`` is compressed by rows in room for a fixed number of elements: ``values`` and ``columns`` (int32),
-zeros after the last, and ``starts`` (int32 ``[rows + 1]``), where each row begins and ends.
+A sparse ``[rows, cols]`` is compressed by rows in room for a fixed number of elements: ``values`` and ``columns``
+(int32), zeros after the last, and ``starts`` (int32 ``[rows + 1]``), where each row begins and ends.
 """
 
 from __future__ import annotations

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartet.kernels.element import decode, encode
 from quartet.kernels.reference import nvfp4
 from quartet.kernels.reference.elements import (
     e2m1_decode,
     e2m1_encode,
     e8m0_decode,
     e8m0_reciprocal,
-    fp8_encode,
-    integer_encode,
 )
 from quartet.kernels.reference.hadamard import pad_last
 from quartet.kernels.reference.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
@@ -56,7 +55,7 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
         amax: fp32 with one element, needed when ``spec.takes_amax``: the largest magnitude of x, or under the rule
             ``delayed`` what stands for it.
     Returns:
-        codes (uint8 ``[rows, padded/2]``, two E2M1 to a byte; float8 or int8 ``[rows, padded]``),
+        codes (uint8 ``[rows, padded/2]``, two E2M1 to a byte; else ``[rows, padded]`` of the element's storage),
         scales (uint8 E8M0 or float8_e4m3fn ``[rows, padded/block]``; fp32 ``[rows, 1]`` of rows, ``[1, 1]`` of a
         tensor, ``[rows, padded/block]`` of blocks; ``[⌈rows/block⌉, padded/block]`` of tiles) and, if
         ``spec.mask``, the packed bits of ``|x/scale| < max`` (uint8 ``[rows, padded/8]``), else an empty uint8 tensor.
@@ -80,10 +79,10 @@ def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int =
     scaled = blocks * store(e8m0_reciprocal(scales)).unsqueeze(-1)
     if spec.rule == "headroom":
         scaled = scaled * 0.75
-    if spec.element == "e2m1":
+    if spec.packed:
         codes = store(pack_nibbles(e2m1_encode(scaled, None if random is None else random.reshape(blocks.shape))))
     else:
-        codes = fp8_encode(scaled, spec.element)
+        codes = encode(scaled, spec.format)
     if spec.mask:
         mask = store(pack_bits(scaled.abs() < spec.max)).reshape(rows, cols // 8)
     codes = codes.flatten(1)
@@ -108,12 +107,7 @@ def _quantize_fp32(x: Tensor, spec: QuantSpec, amax: Tensor | None,
 
 def encode_fp32(scaled: Tensor, spec: QuantSpec, store: Callable[[Tensor], Tensor] = _as_is) -> Tensor:
     """Codes to nearest of ``[rows, padded]`` that is divided by its fp32 scales already."""
-    if spec.element == "e2m1":
-        codes = store(pack_nibbles(e2m1_encode(scaled)))
-    elif spec.element in ("int8", "ternary"):
-        codes = integer_encode(scaled, int(spec.max))
-    else:
-        codes = fp8_encode(scaled, spec.element)
+    codes = store(pack_nibbles(e2m1_encode(scaled))) if spec.packed else encode(scaled, spec.format)
     return codes.contiguous()
 
 
@@ -135,7 +129,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
 
 def _scaled(codes: Tensor, scales: Tensor, spec: QuantSpec, unpack: Callable[[Tensor], Tensor]) -> Tensor:
     """``code · scale`` in fp32, without gain and without the factor of the tensor."""
-    values = e2m1_decode(unpack(codes)) if spec.element == "e2m1" else codes.to(torch.float32)
+    values = e2m1_decode(unpack(codes)) if spec.packed else decode(codes, spec.format)
     if not spec.blocked:
         return values * scales
     rows, cols = values.shape
@@ -202,4 +196,4 @@ def inner(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype,
     """What a GEMM multiplies: codes under their block scales; the codes themselves when a row or the tensor has one."""
     if spec.blocked:
         return _scaled(codes, scales, spec, unpack).to(dtype)
-    return (e2m1_decode(unpack(codes)) if spec.element == "e2m1" else codes).to(dtype)
+    return e2m1_decode(unpack(codes)).to(dtype) if spec.packed else decode(codes, spec.format, dtype)

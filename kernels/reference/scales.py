@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quartet.kernels.reference.elements import E8M0_NAN
 from quartet.kernels.reference.hadamard import pad_last
-from quartet.kernels.spec import ELEMENT_EMAX, ELEMENT_MAX, QuantSpec
+from quartet.kernels.spec import QuantSpec
 
 QUEST_CLIP = 2.92247856 / 6.0  # Gaussian-MSE-optimal clip over the largest E2M1 value
 QUEST_FLOOR = 1e-8
@@ -66,9 +66,11 @@ def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
         byte = _quest_byte(blocks, amax, spec)
     else:
         exponent, mantissa = _exponent_and_mantissa(amax)
-        byte = exponent - ELEMENT_EMAX[spec.element] + 127
+        emax = spec.format.emax
+        assert emax is not None
+        byte = exponent - emax + 127
         if spec.rule == "ceil":
-            significand = ELEMENT_MAX[spec.element] / 2.0 ** ELEMENT_EMAX[spec.element]
+            significand = spec.max / 2.0**emax
             byte = byte + (mantissa > int((significand - 1.0) * 2**23)).to(torch.int32)
     byte = byte.clamp(0, 254)
     byte = torch.where(amax == 0, _ONE_BYTE, byte)
@@ -113,7 +115,7 @@ def fp32_scale(x: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> tuple[
         amax = group_amax(x, spec)
     else:
         amax = x.abs().amax((0, 1) if spec.block == "tensor" else (1,), keepdim=True).to(torch.float32)
-    multiplier = amax.to(torch.float64).reciprocal() * ELEMENT_MAX[spec.element]
+    multiplier = amax.to(torch.float64).reciprocal() * spec.max
     multiplier = multiplier.clamp(max=_LARGEST_MULTIPLIER).to(torch.float32)
     if spec.rule == "amax_pow2":
         multiplier = (multiplier.view(torch.int32) & _SIGN_AND_EXPONENT).view(torch.float32)

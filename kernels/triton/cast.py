@@ -24,7 +24,8 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
         by = tl.load(multiplier + col, mask=col < cols, other=0.0)[None, :]
     else:
         by = tl.load(multiplier)
-    made = (tile * by).to(TYPE).to(tl.uint8, bitcast=True)
+    scaled = tl.where(tl.abs(tile) < float("inf"), tile * by, float("nan"))  # the conversion saturates infinities
+    made = scaled.to(TYPE).to(tl.uint8, bitcast=True)
     if PLAIN:
         tl.store(codes + row[:, None] * cols + col[None, :], made, mask=inside)
     if TRANSPOSED:
@@ -42,7 +43,8 @@ def _transpose_tile(x, out, rows, cols, row_stride, M: tl.constexpr, N: tl.const
 
 def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
          transposed: bool) -> tuple[Tensor, Tensor]:
-    """``x · multiplier`` to nearest even, saturating, and its transpose, from one read of ``x``.
+    """``x · multiplier`` to nearest even, saturating, and its transpose, from one read of ``x``; NaN where x is not
+    finite, whatever the multiplier.
 
     Args:
         x: ``[R, K]`` float32, bfloat16 or float16 on a GPU, row-major. multiplier: one fp32, or one a column if

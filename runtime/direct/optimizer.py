@@ -13,11 +13,11 @@ from quartet.kernels.reference import lowbit
 from quartet.runtime.direct.weight import LowBitWeight
 from quartet.runtime.optim.base import LowBitOptimizer
 from quartet.runtime.optim.layout import like, local
+from quartet.runtime.optim.seed import philox_seed
 
 RESCALES = ("radial", "rare", None)
 RESIDUAL = "direct_residual"
 SEED, STEP = "direct_seed", "direct_step"
-_SEED_FROM = 1 << 62
 Factory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -43,7 +43,7 @@ class Optimizer(torch.optim.Optimizer):
             Weights under the paper's rule keep their scale.
         feedback: keep what rounding left, 8 bits a weight, and round to nearest (error feedback). Off by default.
         bucket_bytes: fp32 weights that may exist at one time; at least one parameter's do.
-        generator: draws the seed.
+        generator: draws the seed; default: it follows from ``torch.manual_seed``'s and the shapes.
 
     Raises:
         ValueError: options that do not exist, no low-bit parameter, an inner optimizer with master weights.
@@ -63,7 +63,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__([torch.empty(0)], {})
         self.rescale, self.rescale_every, self.feedback = rescale, rescale_every, feedback
         self.bucket_bytes = bucket_bytes
-        seed = _SEED_FROM + int(torch.randint(0, _SEED_FROM, (), generator=generator).item())
+        seed = philox_seed(inner.param_groups, generator)
         self._adopt(inner)
         for group in inner.param_groups:
             group.setdefault(SEED, seed)
@@ -131,13 +131,8 @@ class Optimizer(torch.optim.Optimizer):
                 group["params"] = [p for p in params if id(p) not in low]
             if any(p.grad is not None for group in groups for p in group["params"]):
                 inner.step()
-            prepared = getattr(inner, "_batches", None)  # quartet.optim keeps pointers to what it stepped
             for group, bucket in buckets:
-                if isinstance(inner, LowBitOptimizer):
-                    inner._batches = {}
                 self._step_bucket(inner, group, bucket)
-            if isinstance(inner, LowBitOptimizer) and prepared is not None:
-                inner._batches = prepared
         finally:
             inner.param_groups = groups
             for group, params in zip(groups, members, strict=True):
@@ -170,9 +165,12 @@ class Optimizer(torch.optim.Optimizer):
                 inner.state[number] = inner.state.pop(param)
             residuals.append(inner.state[number].pop(RESIDUAL, None) if number in inner.state else None)
             numbers.append(number)
-        group["params"], inner.param_groups = numbers, [group]
         try:
-            inner.step()
+            if isinstance(inner, LowBitOptimizer):
+                inner.step_tensors(numbers, group)
+            else:
+                group["params"], inner.param_groups = numbers, [group]
+                inner.step()
         finally:
             group["params"] = []
             for (param, _), number in zip(bucket, numbers, strict=True):

@@ -37,7 +37,8 @@ class Adam(LowBitOptimizer):
         stochastic_rounding: round bfloat16 parameters stochastically, which needs no master weights. The bits follow
             from the optimizer's seed, the step, the parameter's number and the element.
         min_quantized: parameters of fewer elements keep fp32 states.
-        generator: of the seed; default: PyTorch's. Ranks that hold copies of a parameter must draw the same seed.
+        generator: draws the seed. Without one it follows from the last ``torch.manual_seed`` and the shapes of all
+            parameters, and no generator is touched. Ranks that hold copies of a parameter must have the same seed.
         amsgrad: not possible here. foreach, capturable, differentiable, fused: accepted for compatibility; the step is
             fused and capturable always, and never differentiable.
     Raises:

@@ -15,11 +15,11 @@ from quartet.kernels.reference.states import scale_shape
 from quartet.runtime.optim import layout as place
 from quartet.runtime.optim import states
 from quartet.runtime.optim.runners import Item, Reduction, Runner, Scaling, runner
+from quartet.runtime.optim.seed import philox_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASTERS = {"fp16": FP16_MASTER, "fp32": FP32}
 MASTER = "master"
-_SEED_FROM = 1 << 62
 _OURS = ("state_format", "master", "stochastic_rounding", "min_quantized", "seed")
 
 
@@ -58,11 +58,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
                              "leave out master= or stochastic_rounding=True")
         if min_quantized < 0:
             raise ValueError(f"min_quantized must be at least 0, not {min_quantized}")
-        seed = torch.randint(0, _SEED_FROM, (), generator=generator).item()
         ours = {"state_format": state_format, "master": master, "stochastic_rounding": stochastic_rounding,
-                "min_quantized": min_quantized, "seed": _SEED_FROM + int(seed)}
+                "min_quantized": min_quantized, "seed": None}
         self._batches: dict[int, tuple[Any, list[_Batch]]] = {}
         super().__init__(params, defaults | ours)
+        self.defaults["seed"] = philox_seed(self.param_groups, generator)
+        for group in self.param_groups:
+            if group["seed"] is None:
+                group["seed"] = self.defaults["seed"]
 
     # ---- what a subclass says ------------------------------------------------------------------------------------
 
@@ -146,8 +149,40 @@ class LowBitOptimizer(torch.optim.Optimizer):
             site += len(group["params"])
         return loss
 
+    @torch.no_grad()
+    def step_tensors(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """One step of tensors that are in no group, for callers whose weights are numbers only while they are stepped.
+
+        Each is stepped by its ``grad`` (one without is left alone) and by its state in ``self.state``, which is made
+        where there is none and stays there: take it out with ``self.state.pop(tensor)``. Nothing else of them is kept.
+
+        Args:
+            tensors: leaves of a dtype that a group takes.
+            group: whose options hold, one of ``param_groups``; its parameters are not stepped.
+        Raises:
+            RuntimeError: a sparse gradient.
+            ValueError: a state of another format than the group's.
+        """
+        group = {**group, "params": list(tensors)}
+        active = self._active(group)
+        if active:
+            sites = {id(t): i for i, t in enumerate(tensors)}
+            self._run(group, self._batched(group, active, sites), (None, None))
+
     def _step_group(self, number: int, group: dict[str, Any], site: int, scaling: tuple[Any, Any]) -> None:
         sites = {id(p): site + i for i, p in enumerate(group["params"])}
+        active = self._active(group)
+        signature = [(id(p), p.data_ptr() if not _is_dtensor(p) else place.local(p).data_ptr(), p.grad.dtype,
+                      *map(id, self.state[p].values())) for p in active]
+        signature.append((*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov")))
+        known = self._batches.get(number)
+        if known is None or known[0] != signature:
+            known = (signature, self._batched(group, active, sites))
+            self._batches[number] = known
+        self._run(group, known[1], scaling)
+
+    def _active(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters that have a gradient, with their states."""
         active = [p for p in group["params"] if p.grad is not None]
         for param in active:
             if param.grad.is_sparse:
@@ -156,15 +191,11 @@ class LowBitOptimizer(torch.optim.Optimizer):
                                    "embedding")
             if not self.state[param]:
                 self._init_state(group, param)
-        signature = [(id(p), p.data_ptr() if not _is_dtensor(p) else place.local(p).data_ptr(), p.grad.dtype,
-                      *map(id, self.state[p].values())) for p in active]
-        signature.append((*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov")))
-        known = self._batches.get(number)
-        if known is None or known[0] != signature:
-            known = (signature, self._batched(group, active, sites))
-            self._batches[number] = known
+        return active
+
+    def _run(self, group: dict[str, Any], batches: Sequence[_Batch], scaling: tuple[Any, Any]) -> None:
         hyper = self.hyper(group)
-        for batch in known[1]:
+        for batch in batches:
             grads = []
             for param, order, empty in zip(batch.parameters, batch.orders, batch.empty, strict=True):
                 if not empty:

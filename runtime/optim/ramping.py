@@ -1,4 +1,4 @@
-"""Q-Ramping (TetraJet, arXiv 2502.20853): weights that oscillate between two codes step rarely, on accumulated gradients.
+"""Q-Ramping (TetraJet, arXiv 2502.20853): weights that oscillate between two codes step rarely, by gathered gradients.
 
 For every element of a watched weight W, with its quantised form Ŵ, a probe of T optimizer steps measures
 
@@ -75,16 +75,16 @@ class QRamping:
                  spec: QuantSpec | str = "e2m1/32 e8m0 ceil nearest", probe: int = 30, interval: int | None = None,
                  largest: int = 16) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LowBitOptimizer):
-            raise TypeError(f"Q-Ramping holds back single elements, which {type(optimizer).__name__} cannot; give it an "
-                            "optimizer of torch.optim such as AdamW")
+            raise TypeError(f"Q-Ramping holds back single elements, which {type(optimizer).__name__} cannot; give it "
+                            "an optimizer of torch.optim such as AdamW")
         self.optimizer = optimizer
         self.spec = QuantSpec.parse(spec) if isinstance(spec, str) else spec
         if self.spec.stochastic or self.spec.takes_amax:
-            raise ValueError(f"quantiser '{self.spec}' is not a function of the weight alone; give one to nearest whose "
-                             "scales follow from the weight, such as 'e2m1/32 e8m0 ceil nearest'")
+            raise ValueError(f"quantiser '{self.spec}' is not a function of the weight alone; give one to nearest "
+                             "whose scales follow from the weight, such as 'e2m1/32 e8m0 ceil nearest'")
         if probe < 1 or (interval is not None and interval < probe) or not 1 <= largest <= _LONGEST:
-            raise ValueError(f"probe={probe}, interval={interval}, largest={largest} are not possible; probe is at least "
-                             f"1, interval at least probe, largest from 1 to {_LONGEST}")
+            raise ValueError(f"probe={probe}, interval={interval}, largest={largest} are not possible; probe is at "
+                             f"least 1, interval at least probe, largest from 1 to {_LONGEST}")
         self.probe, self.interval, self.largest = probe, interval, largest
         self.steps = self.left = 0
         self.watched = {weight: _new(weight) for weight in self._weights(weights)}
@@ -98,8 +98,8 @@ class QRamping:
             chosen = list(dict.fromkeys(weights))
         wrong = [tuple(w.shape) for w in chosen if id(w) not in held or w.dim() != 2]
         if wrong or not chosen:
-            raise ValueError(f"weights of shapes {wrong} are not 2-D or not in the optimizer; give 2-D parameters that it "
-                             "holds" if wrong else "no weight to watch: the model has no nn.Linear whose weight the "
+            raise ValueError(f"weights of shapes {wrong} are not 2-D or not in the optimizer; give 2-D parameters that "
+                             "it holds" if wrong else "no weight to watch: the model has no nn.Linear whose weight the "
                              "optimizer holds; give the parameters themselves")
         return chosen
 

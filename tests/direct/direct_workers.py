@@ -1,11 +1,11 @@
 """What one of several gloo processes does; the tests look at what the ranks return."""
 
-import os
-
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from direct_models import Net, stored, task
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,17 +19,6 @@ CASES = {
     "8-paper": (8, True, torch.optim.AdamW),
 }
 STEPS = 4
-
-
-def main(rank, name, folder, ranks):
-    """Run the function ``name`` on one rank and store what it returns."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=ranks)
-    try:
-        torch.save(globals()[name](rank, ranks), f"{folder}/{name}{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def model(case, seed=0):
@@ -51,35 +40,91 @@ def steps(run, optimizer, rank=0, ranks=1):
         optimizer.zero_grad()
 
 
-def ddp(rank, ranks):
+def ddp(rank, folder):
     """Ranks start with other weights, rank 0's are broadcast."""
     found = {}
     for case in CASES:
         net = model(case, seed=rank)
         run = DistributedDataParallel(direct.broadcast(net), init_sync=False)
-        steps(run, wrapped(case, net), rank, ranks)
+        steps(run, wrapped(case, net), rank, dist.get_world_size())
         found[case] = stored(net)
     return found
 
 
-def fsdp(rank, ranks):
+def fsdp(rank, folder):
     found = {}
     for case in CASES:
-        net = model(case)
-        for layer in (net.up, net.down):
-            fully_shard(layer)
-        fully_shard(net)
+        net = sharded(case)
         optimizer = wrapped(case, net)
-        steps(net, optimizer, rank, ranks)
+        steps(net, optimizer, rank, dist.get_world_size())
         assert isinstance(net.up.weight, DTensor)
         part = net.up.weight.to_local()
-        found[case] = {name: (p.to_local().codes.clone(), p.to_local().scale.clone())
-                       for name, p in net.named_parameters() if isinstance(p.to_local(), direct.LowBitWeight)}
+        found[case] = rows(net)
         found[case]["bytes"] = part.codes.untyped_storage().nbytes()
     return found
 
 
-def uneven(rank, ranks):
+def sharded(case):
+    net = model(case)
+    for layer in (net.up, net.down):
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def rows(net):
+    """Codes and scales of this rank's rows."""
+    return {name: (w.codes.clone(), w.scale.clone()) for name, p in net.named_parameters()
+            if isinstance(w := p.to_local() if isinstance(p, DTensor) else p, direct.LowBitWeight)}
+
+
+def push(net, optimizer, seeds):
+    """Steps by gradients that do not depend on the weights, the same for whole parameters and for their shards."""
+    for seed in seeds:
+        for i, p in enumerate(net.parameters()):
+            full = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i)) * 1e-2
+            if isinstance(p, DTensor):
+                part = full.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
+                full = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
+            p.grad = full
+        optimizer.step()
+
+
+def save(rank, folder):
+    """Two ranks step, save, and go on; what the rows were when saved and in the end."""
+    found = {}
+    for case in CASES:
+        net = sharded(case)
+        optimizer = wrapped(case, net)
+        push(net, optimizer, range(3))
+        weights, states = get_state_dict(net, optimizer)
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=f"{folder}/{case}")
+        found[case] = {"saved": rows(net)}
+        push(net, optimizer, range(3, 5))
+        found[case]["then"] = rows(net)
+    return found
+
+
+def load(rank, folder, make=model):
+    """Load each checkpoint into other weights and another optimizer, and go on: on one rank, unless ``make`` shards."""
+    found = {}
+    for case in CASES:
+        net = make(case)
+        optimizer = wrapped(case, net)
+        weights, states = get_state_dict(net, optimizer)
+        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=f"{folder}/{case}")
+        set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=states)
+        found[case] = {"loaded": rows(net)}
+        push(net, optimizer, range(3, 5))
+        found[case]["then"] = rows(net)
+    return found
+
+
+def load_sharded(rank, folder):
+    """Two ranks again."""
+    return load(rank, folder, sharded)
+
+
+def uneven(rank, folder):
     """The error of rows that no number of ranks divides."""
     net = direct.convert(nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 4)), 8)
     fully_shard(net)

@@ -3,18 +3,15 @@
 import sys
 from pathlib import Path
 
+import gloo
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-HERE = str(Path(__file__).parent)
-sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).parent))
 
 import direct_workers as workers  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()),
-                                reason="this PyTorch is built without gloo")
+pytestmark = gloo.available
 RANKS = 2
 
 
@@ -23,10 +20,9 @@ def ranks(tmp_path_factory):
     """A function: what the worker of a name returned, one entry a rank."""
     folder, found = tmp_path_factory.mktemp("direct"), {}
 
-    def run(name):
+    def run(name, ranks=RANKS):
         if name not in found:
-            mp.spawn(workers.main, (name, str(folder), RANKS), nprocs=RANKS)
-            found[name] = [torch.load(folder / f"{name}{rank}.pt") for rank in range(RANKS)]
+            found[name] = gloo.run(workers.__file__, name, folder, ranks)
         return found[name]
 
     return run
@@ -67,3 +63,20 @@ def test_fsdp_shards_rows_and_trains_like_one(case, ranks):
 def test_rows_that_do_not_divide_say_so(ranks):
     for message in ranks("uneven"):
         assert "9 rows cannot be sharded over 2 ranks" in message and "10" in message
+
+
+def whole_rows(ranks, key, name, paper):
+    codes, scales = zip(*(rank[key][name] for rank in ranks), strict=True)
+    return torch.cat(codes), scales[0] if paper else torch.cat(scales)
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_a_checkpoint_of_two_ranks_goes_on_with_two_and_with_one(case, ranks):
+    saved, (alone,) = [rank[case] for rank in ranks("save")], [rank[case] for rank in ranks("load", 1)]
+    again = [rank[case] for rank in ranks("load_sharded")]
+    for name in ("up.weight", "down.weight"):
+        for key, earlier in (("loaded", "saved"), ("then", "then")):
+            expected = whole_rows(saved, earlier, name, workers.CASES[case][1])
+            for found in (alone[key][name], whole_rows(again, key, name, workers.CASES[case][1])):
+                assert all(map(torch.equal, found, expected)), (name, key)
+        assert not torch.equal(alone["loaded"][name][0], alone["then"][name][0])

@@ -1,9 +1,6 @@
 """What one of two gloo processes does with delayed scaling; the test looks at what the ranks return."""
 
-import os
-
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,17 +15,6 @@ from quartet.runtime.capture import Capture
 
 WIDTH, STEPS = 32, 3
 SPEC = quartet.QuantSpec.parse("e4m3/tensor fp32 delayed nearest")
-
-
-def main(rank, name, folder, ranks):
-    """Run the function ``name`` on one rank and store what it returns."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    try:
-        torch.save(globals()[name](rank), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def backend():
@@ -76,7 +62,7 @@ def train(run, model, rank):
     return losses
 
 
-def data_parallel(rank):
+def data_parallel(rank, folder):
     found = {}
     for name, group in (("all", None), ("none", False)):
         torch._dynamo.reset()
@@ -89,7 +75,7 @@ def data_parallel(rank):
     return found
 
 
-def sharded(rank):
+def sharded(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
 
     def build():

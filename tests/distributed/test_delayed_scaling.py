@@ -1,30 +1,17 @@
 """Amax histories of delayed scaling on two processes."""
 
-import sys
 from pathlib import Path
 
+import gloo
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-RANKS = 2
+pytestmark = gloo.available
 
 
 @pytest.fixture
 def ranks(tmp_path):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this PyTorch is built without gloo")
-    here = str(Path(__file__).parent)
-    sys.path.insert(0, here)  # spawned processes inherit it
-    import delayed_workers
-
-    def run(name):
-        mp.spawn(delayed_workers.main, (name, str(tmp_path), RANKS), nprocs=RANKS)
-        return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
-
-    yield run
-    sys.path.remove(here)
+    return lambda name: gloo.run(Path(__file__).with_name("delayed_workers.py"), name, tmp_path)
 
 
 def history(state, key):

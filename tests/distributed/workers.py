@@ -1,9 +1,6 @@
 """What one of several gloo processes does; the tests look at what the ranks return."""
 
-import os
-
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -25,17 +22,6 @@ from quartet.options import Options
 from quartet.runtime.capture import Capture
 
 WIDTH, HEADS, RATE = 64, 4, 3e-3
-
-
-def main(rank, name, folder, ranks):
-    """Run the function ``name`` on one rank and store what it returns."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    try:
-        torch.save(globals()[name](rank, folder), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 class Backend:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from quartet.kernels.reference import e8m0_scale, quantize, tree_sum
-from quartet.kernels.spec import ELEMENT_EMAX, ELEMENT_MAX, QuantSpec
+from quartet.kernels.spec import ELEMENTS, QuantSpec
 
 FLT_MAX = torch.finfo(torch.float32).max
 CLIP = 2.92247856 / 6
 QUEST = QuantSpec(rule="quest", sigma="centred")
+MX = [element.name for element in ELEMENTS.values() if element.emax is not None]
 
 
 def floor_log2(x: Fraction) -> int:
@@ -23,11 +24,11 @@ def exact_byte(amax: float, element: str, rule: str) -> int:
     """The rule in rational arithmetic."""
     a = Fraction(amax)
     if rule == "ceil":
-        ratio = a / Fraction(ELEMENT_MAX[element])
+        ratio = a / Fraction(ELEMENTS[element].max)
         e = floor_log2(ratio)
         e += Fraction(2) ** e < ratio
     else:
-        e = floor_log2(a) - ELEMENT_EMAX[element]
+        e = floor_log2(a) - ELEMENTS[element].emax
     return min(max(e + 127, 0), 254)
 
 
@@ -45,7 +46,7 @@ def around_powers() -> torch.Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-@pytest.mark.parametrize("element", ELEMENT_EMAX)
+@pytest.mark.parametrize("element", MX)
 @pytest.mark.parametrize("rule", ("floor", "ceil", "headroom"))
 def test_rules_in_exact_arithmetic(element, rule):
     if rule == "headroom" and element != "e2m1":
@@ -65,7 +66,7 @@ def torchao_to_mx(x: torch.Tensor, element: str, rule: str):
     return scales.view(torch.uint8), codes.view(torch.uint8)
 
 
-@pytest.mark.parametrize("element", ELEMENT_EMAX)
+@pytest.mark.parametrize("element", MX)
 @pytest.mark.parametrize("rule", ("floor", "ceil"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_torchao_bit_for_bit(element, rule, dtype, gen):
@@ -77,7 +78,7 @@ def test_torchao_bit_for_bit(element, rule, dtype, gen):
     assert torch.equal(ours.view(torch.uint8), codes)
 
 
-@pytest.mark.parametrize("element", ELEMENT_EMAX)
+@pytest.mark.parametrize("element", MX)
 def test_torchao_floor_on_the_edges(element):
     """Every amax next to a power of two. Below 2^-126 torchao divides by 2^-126 instead of the scale it stores."""
     amax = around_powers()
@@ -89,7 +90,7 @@ def test_torchao_floor_on_the_edges(element):
     assert torch.equal(ours.view(torch.uint8)[normal], codes[normal]) and normal.float().mean() > 0.85
 
 
-@pytest.mark.parametrize("element", ELEMENT_EMAX)
+@pytest.mark.parametrize("element", MX)
 def test_torchao_rceil_on_the_edges(element):
     """torchao's fp32 log2 may miss that amax/max is an ulp above a power of two; there, and only there, we differ."""
     amax = around_powers()
@@ -97,13 +98,13 @@ def test_torchao_rceil_on_the_edges(element):
     scales, _ = torchao_to_mx(blocks_with_amax(amax), element, "ceil")
     ours = e8m0_scale(blocks_with_amax(amax), QuantSpec(element, rule="ceil"))
     differs = ours != scales[:, 0]
-    ratio = amax.double() / ELEMENT_MAX[element]
+    ratio = amax.double() / ELEMENTS[element].max
     above = torch.frexp(ratio).mantissa * 2 - 1
     assert bool(((above > 0) & (above < 2.0**-21))[differs].all())
     assert bool((ours[differs] == scales[:, 0][differs] + 1).all())
 
 
-@pytest.mark.parametrize("element", ELEMENT_EMAX)
+@pytest.mark.parametrize("element", MX)
 @pytest.mark.parametrize("rule", ("floor", "ceil", "headroom", "quest"))
 def test_zero_nan_and_infinite_blocks(element, rule):
     if rule in ("headroom", "quest") and element != "e2m1":

@@ -21,7 +21,7 @@ import triton_expected as expected
 
 from quartet.kernels import reference as ref
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import blackwell, ops, scaled_gemm
+from quartet.kernels.triton import blackwell, cast, ops, scaled_gemm
 from quartet.kernels.triton.ops import Chain
 
 CPU = torch.device("cpu")
@@ -277,6 +277,24 @@ case("mask-rotate-none", check_mask_rotate, 64, 0, False, True, 1.0)
 case("mask-rotate-16", check_mask_rotate, 32, 16, True, False, 0.5)
 case("empty-rows", check_empty, 0, 64)
 case("empty-columns", check_empty, 3, 0)
+
+
+
+
+def check_cast(multiplier: float) -> list[str]:
+    """Which codes are NaN: the interpreter rounds the others its own way, and makes no NaN of E4M3 at all."""
+    x = expected.data(40, 70)
+    x[3, 4:7] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    wanted = ~x.isfinite() | (multiplier != multiplier)
+    plain, _ = cast.cast(x, torch.full((1,), multiplier), torch.float8_e5m2, plain=True, transposed=False)
+    _, turned = cast.cast(x, torch.full((70,), multiplier), torch.float8_e5m2, plain=False, transposed=True)
+    return [f"{name}: {int((codes.float().isnan() != wanted).sum())} codes are NaN or not, and should not or be"
+            for name, codes in (("plain", plain), ("transposed", turned.t()))
+            if not torch.equal(codes.float().isnan(), wanted)]
+
+
+case("cast-keeps-what-is-not-finite", check_cast, 2.0)
+case("cast-under-a-broken-scale", check_cast, float("nan"))
 
 
 @triton.jit

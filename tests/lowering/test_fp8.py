@@ -224,6 +224,34 @@ def test_aten_ops_in_place_of_a_quantiser_give_its_codes(spec, bad):
         same(got, want)
 
 
+@pytest.mark.parametrize("element", ("e4m3", "e5m2"))
+@pytest.mark.parametrize("amax", (2.0, 0.0, float("inf")))
+def test_a_scale_from_earlier_steps_hides_nothing(element, amax):
+    """Codes and their transpose: saturated where x is larger than it was, NaN where it is not finite."""
+    spec = QuantSpec.parse(f"{element}/tensor fp32 delayed nearest")
+    x, w, given = awkward(9, 40), awkward(16, 40), torch.full((1, 1), amax)
+    x[3, 4:7] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+
+    def codes(x, w, given):
+        a, b = ops.quantize(x, str(spec), None, 0, given), ops.quantize(w, str(TENSOR), None, 0)
+        turned = a[0].t()
+        y = ops.quantize(w[:9].t(), str(TENSOR), None, 0)
+        return (*a[:2], turned, ops.scaled_mm(*a[:2], *b[:2], str(spec), str(TENSOR), torch.float32),
+                ops.scaled_mm(turned, a[1], *y[:2], str(spec), str(TENSOR), torch.float32))
+
+    with FakeTensorMode() as mode:
+        gm = lowered(codes, *map(mode.from_tensor, (x, w, given)))
+    (cast,) = [node for node in calls(gm, fp8_ops.CAST) if node.args[2:] == (element, True, True)]
+    outputs = gm.graph.output_node()
+    outputs.args = (outputs.args[0][:3],)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    got, want = gm(x, w, given), codes(x, w, given)
+    for mine, reference_ in zip(got, want[:3], strict=True):
+        same(mine, reference_)
+    assert got[0][3, 4:7].isnan().all() and got[0][0].isnan().any() == (amax == float("inf"))
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     inductor.register()

@@ -1,7 +1,5 @@
 """What one of several gloo processes does; the tests look at what the ranks return."""
 
-import os
-
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,17 +24,6 @@ CASES = {
 
 def generator():
     return torch.Generator().manual_seed(5)
-
-
-def main(rank, name, folder, ranks):
-    """Run the function ``name`` on one rank and store what it returns."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{name}", rank=rank, world_size=ranks)
-    try:
-        torch.save(globals()[name](rank, folder), f"{folder}/{name}{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def model(case):

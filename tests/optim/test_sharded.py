@@ -3,29 +3,23 @@
 import sys
 from pathlib import Path
 
+import gloo
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-HERE = str(Path(__file__).parent)
-sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).parent))
 
 import optim_workers as workers  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()),
-                                reason="this PyTorch is built without gloo")
+pytestmark = gloo.available
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each worker returned, by name, one entry a rank."""
     folder = tmp_path_factory.mktemp("optimizers")
-    found = {}
-    for name, ranks in (("save", 2), ("load", 1), ("load_sharded", 2)):
-        mp.spawn(workers.main, (name, str(folder), ranks), nprocs=ranks)
-        found[name] = [torch.load(folder / f"{name}{rank}.pt") for rank in range(ranks)]
-    return found
+    return {name: gloo.run(workers.__file__, name, folder, ranks)
+            for name, ranks in (("save", 2), ("load", 1), ("load_sharded", 2))}
 
 
 def whole(case):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,18 +91,30 @@ def test_a_fair_rounding_is_told_from_a_biased_one():
 
 def test_products_come_in_the_order_of_the_registry():
     checks = list(st.product_checks(Target("cuda", (9, 0)), CPU))
-    assert list(dict.fromkeys(check.kernel for check in checks)) == list(st.PRODUCTS)
+    assert list(dict.fromkeys(check.kernel for check in checks)) == [product.name for product in st.PRODUCTS]
     declined = {check.kernel: check.declined for check in checks}
-    assert "compute capability" in declined["cutlass"] and declined["triton-fp8"] is declined["cublaslt"] is None
-    assert sum(check.kernel == "triton-fp8" for check in checks) == len(st.SHAPES)
+    for name in ("cutlass, MXFP4", "cutlass, NVFP4", "cutlass, MXFP8", "scaled-mm, NVFP4"):
+        assert "compute capability" in declined[name]
+    assert declined["triton-fp8, MXFP4"] is declined["cublaslt, FP8"] is declined["int-mm, INT8"] is None
+    assert sum(check.kernel == "triton-fp8, MXFP4" for check in checks) == len(st.SHAPES)
 
 
 @pytest.mark.parametrize("factor, right", [(1.0, True), (1.01, False)])
-def test_products_are_compared_with_the_references(factor, right):
+@pytest.mark.parametrize("product", st.PRODUCTS, ids=lambda product: product.name)
+def test_products_are_compared_with_the_references(product, factor, right):
     def multiply(a, b):
-        return (reference.scaled_mm(*a, *b, st.NEAREST, st.NEAREST, torch.float32) * factor).bfloat16()
+        return (st.exact(a, b) * factor).bfloat16()
 
-    assert st._product(CPU, 33, 16, 64, st.NEAREST, multiply)[0] is right
+    assert st._product(CPU, 33, 16, 64, replace(product, multiply=multiply))[0] is right
+
+
+@pytest.mark.parametrize("product", [p for p in st.PRODUCTS if p.kernel in ("cutlass", "scaled-mm", "int-mm")],
+                         ids=lambda product: product.name)
+@pytest.mark.parametrize("shape", st.SHAPES, ids=str)
+def test_operands_are_handed_over_as_the_kernels_read_them(product, shape):
+    """Their ops compute on a CPU too, from the same layouts."""
+    right, worst = st._product(CPU, *shape, product)
+    assert right, worst
 
 
 def test_bytes_and_shapes_are_compared():

@@ -14,7 +14,7 @@ from quartet.backend import compile_graph
 from quartet.lowering import ir, registry
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.runtime.capture import Pretence
+from quartet.runtime.capture import Capture, Pretence
 from quartet.runtime.devices import Target
 
 
@@ -34,18 +34,35 @@ def trace(target: str, model: Any, *inputs: Any, records: list | None = None, dy
           policy: Any = "quartet", **options: Any) -> list[GraphModule]:
     """Forward and backward graphs as compiled for ``target``; ``options`` as for the backend."""
     capture = _Stop()
+    with pytest.raises(Traced):
+        _compiled(target, model, capture, records, dynamic, policy=policy, **options)(*inputs).sum().backward()
     torch._dynamo.reset()
-    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    return capture.graphs
+
+
+def carry_out(target: str, model: Any, x: torch.Tensor, policy: Any, gradient: torch.Tensor, seed: int = 1,
+              **options: Any) -> tuple[list[torch.Tensor], list[GraphModule]]:
+    """Output and gradients, x's first, of the graphs compiled for ``target``, run eagerly here, and the graphs."""
+    capture = Capture()
+    run = _compiled(target, model, capture, None, False, policy=policy, **options)
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)
+    out = run(x)
+    grads = torch.autograd.grad(out, [x, *model.parameters()], gradient)
+    torch._dynamo.reset()
+    return [out.detach(), *grads], capture.graphs
+
+
+def _compiled(target: str, model: Any, capture: Capture, records: list | None, dynamic: bool, **options: Any) -> Any:
+    torch._dynamo.reset()
+    parsed = Options.parse(None, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
     parsed = replace(parsed, target=Target.named(target))
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, parsed, inner_compile=capture,
                              collect=records.extend if records is not None else None)
 
-    with pytest.raises(Traced):
-        torch.compile(model, backend=backend, dynamic=dynamic)(*inputs).sum().backward()
-    torch._dynamo.reset()
-    return capture.graphs
+    return torch.compile(model, backend=backend, dynamic=dynamic)
 
 
 def targets(gm: GraphModule) -> Counter[Any]:
