@@ -94,7 +94,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
 
 
-def measure(policy: str, corpus: Any, exact: Tensor, batch: tuple[Tensor, ...], args: argparse.Namespace) -> dict[str, Any]:
+def measure(policy: str, corpus: Any, exact: Tensor, batch: tuple[Tensor, ...],
+            args: argparse.Namespace) -> dict[str, Any]:
     """The row of one recipe, or why it failed."""
     try:
         made = gradients(policy, batch, args, args.draws)

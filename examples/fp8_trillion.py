@@ -20,12 +20,13 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
-from llama import Llama
+from llama import FeedForward, Llama
 from outcome import plot, show, write_json
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +48,7 @@ from quartet import optim
 
 SYSTEM, UNSMOOTHED = "fp8-trillion", "fp8-delayed"
 CHANNEL = 0
+ERROR_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class GradientErrors:
 @torch.no_grad()
 def plant(model: Llama, factor: float) -> None:
     """Make channel 0 of every feed-forward an outlier: gate and up the same vector, ``factor`` times longer."""
-    for block in model.blocks:
-        gate, up = block.ffn.gate_proj.weight, block.ffn.up_proj.weight
-        gate[CHANNEL] *= factor
-        up[CHANNEL] = gate[CHANNEL]
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            gate, up = module.gate_proj.weight, module.up_proj.weight
+            gate[CHANNEL] *= factor
+            up[CHANNEL] = gate[CHANNEL]
 
 
 def make_runs(args: argparse.Namespace, model: Llama) -> list[Run]:
@@ -91,23 +94,29 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def gradient_errors(run: Run, batch: tuple[Tensor, Tensor]) -> GradientErrors:
-    """How far the gradients of a batch are from those that the run's weights have in eager PyTorch.
+def gradient_errors(run: Run, batches: Sequence[tuple[Tensor, Tensor]]) -> GradientErrors:
+    """How far the gradients of some batches are from those that the run's weights have in eager PyTorch.
 
     Before a first step this is what compiles, and is timed as such.
     """
-    exact = gradients(run.model, run.model(*batch))
-    start = time.perf_counter()
-    found = gradients(run.model, run.compiled(*batch))
-    if math.isnan(run.first_step):
-        run.first_step = time.perf_counter() - start
+    off: dict[str, Tensor] = {}
+    size: dict[str, Tensor] = {}
+    for batch in batches:
+        exact = gradients(run.model, run.model(*batch))
+        start = time.perf_counter()
+        found = gradients(run.model, run.compiled(*batch))
+        if math.isnan(run.first_step):
+            run.first_step = time.perf_counter() - start
+        for name, g in exact.items():  # squares by channel
+            for sums, t in ((off, found[name] - g), (size, g)):
+                sums[name] = sums.get(name, 0) + t.double().square().reshape(-1, t.shape[-1]).sum(0)
 
-    def error(names: list[str], first: int = 0) -> float:
-        off = sum((found[n] - exact[n])[..., first:].square().sum().item() for n in names)
-        return float((off / sum(exact[n][..., first:].square().sum().item() for n in names)) ** 0.5)
+    def error(names: Iterable[str], first: int = 0) -> float:
+        apart, whole = (sum(sums[n][first:].sum().item() for n in names) for sums in (off, size))
+        return float((apart / whole) ** 0.5)
 
-    down = [name for name in exact if name.endswith("down_proj.weight")]
-    return GradientErrors(error(list(exact)), sum(error([n]) for n in down) / len(down),
+    down = [name for name in size if name.endswith("down_proj.weight")]
+    return GradientErrors(error(list(size)), sum(error([n]) for n in down) / len(down),
                           sum(error([n], CHANNEL + 1) for n in down) / len(down))
 
 
@@ -123,10 +132,9 @@ def show_errors(errors: dict[str, dict[str, GradientErrors]], console: Console) 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, "small", 300, "fp8-trillion-out")
+    add_arguments(parser, "tiny", 500, "fp8-trillion-out")
     parser.add_argument("--outlier", type=float, nargs="?", const=30.0, metavar="FACTOR",
                         help="plant a channel of aligned gate and up weights, this many times longer (30)")
-    parser.set_defaults(layers=2)
     args = parser.parse_args(argv)
     args.stop_at = min(args.stop_at or args.steps, args.steps)
     return args
@@ -140,11 +148,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         plant(model, args.outlier)
     runs = make_runs(args, model)
     announce(model, corpus, args, console)
-    batch, errors = on_device(corpus, "train", args, args.steps), {}
+    batches, errors = [on_device(corpus, "validation", args, i) for i in range(ERROR_BATCHES)], {}
     if args.resume is None:
-        errors["at the start"] = {run.name: gradient_errors(run, batch) for run in runs}
+        errors["at the start"] = {run.name: gradient_errors(run, batches) for run in runs}
     train(runs, corpus, args, described, console)
-    errors["at the end"] = {run.name: gradient_errors(run, batch) for run in runs}
+    errors["at the end"] = {run.name: gradient_errors(run, batches) for run in runs}
     measure(runs, corpus, args)
     show(runs, console)
     show_errors(errors, console)

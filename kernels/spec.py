@@ -111,8 +111,8 @@ class QuantSpec:
             raise SpecError(f"scale rule {self.rule!r} gives one scale a tensor, not one a {self.block}; "
                             "use block='tensor'")
         if self.tile and (self.block in WHOLES or self.scale == "e8m0" or self.rule in ("four_six", "eden")):
-            raise SpecError(f"tiles of {self.block} by {self.block} with scale {self.scale!r} and rule {self.rule!r} do "
-                            "not exist; tile=True goes with blocks, scale 'fp32' (amax, amax_pow2) or 'e4m3' (amax)")
+            raise SpecError(f"tiles of {self.block} by {self.block} with scale {self.scale!r} and rule {self.rule!r} "
+                            "do not exist; tile=True goes with blocks, scale 'fp32' (amax, amax_pow2) or 'e4m3' (amax)")
 
     def _check_element(self) -> None:
         if self.rule in ("quest", "headroom") and self.element != "e2m1":
@@ -130,8 +130,8 @@ class QuantSpec:
         if self.rule in _ROUNDED_BY_RULE and not self.stochastic:
             raise SpecError(f"scale rule {self.rule!r} rounds its scales stochastically; use rounding='stochastic'")
         if self.stochastic and self.rule == "four_six":
-            raise SpecError("scale rule 'four_six' chooses by the error of rounding to nearest, which biases stochastic "
-                            "rounding; use rounding='nearest' or rule 'amax' or 'eden'")
+            raise SpecError("scale rule 'four_six' chooses by the error of rounding to nearest, which biases "
+                            "stochastic rounding; use rounding='nearest' or rule 'amax' or 'eden'")
 
     @property
     def format(self) -> Element:

@@ -110,7 +110,7 @@ def library_call(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_for
 
     ``factors``: fp32 of A and of B, each with one element; given with ``nvf4``.
     """
-    sides = {}
+    sides: dict[str, Any] = {}
     for name, codes, scales, format in (("a", a, a_scales, a_format), ("b", b, b_scales, b_format)):
         recipe, codes_dtype, scale_dtype = _LIBRARY[format]
         codes = codes if codes_dtype is None else codes.view(codes_dtype)

@@ -24,7 +24,7 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     rows = a.shape[0]
     if rows < FEWEST_ROWS:
         a = F.pad(a, (0, 0, 0, 2 * ALIGN - rows))
-    parts = [torch._int_mm(x, y.t()).to(torch.float32)
+    parts = [torch.ops.aten._int_mm.default(x, y.t()).to(torch.float32)
              for x, y in zip(a.split(LONGEST, 1), b.split(LONGEST, 1), strict=True)]
     return sum(parts[1:], parts[0])[:rows]
 

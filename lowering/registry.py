@@ -64,7 +64,7 @@ def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int
     return None if target.type in ("cpu", "cuda") else f"Inductor has no code generator of ours for {target.type}"
 
 
-KERNELS = (
+KERNELS: tuple[Kernel, ...] = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports),
@@ -82,7 +82,7 @@ KERNELS = (
            cuda.lower_plain),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
 )
-NAMES = tuple(kernel.name for kernel in KERNELS)
+NAMES: tuple[str, ...] = tuple(kernel.name for kernel in KERNELS)
 _KIND, _OTHER_NAMES = "kernel", ("grouped-mm", "reference")  # what reports call that is in no list
 
 

@@ -3,8 +3,8 @@
     dge(w, spec)                     [R, C] → fp32 [R, C], the slope of what quantises w
     toward(x, reference, spec)       [R, C] → [R, C] on the grid, by the neighbour nearer to the reference
 
-``quartet.kernels.reference.estimator`` and ``toward`` say what they compute. Inductor inlines both, so that the slope
-fuses with the product of a gradient and a weight's movement with its quantiser.
+``quartet.kernels.reference.estimator`` and ``toward`` say what they compute. Inductor inlines the slope, which fuses
+with what it multiplies, and calls the other.
 """
 
 from __future__ import annotations
@@ -48,4 +48,10 @@ for _name, _impl, _fake in (("dge", _dge, _dge_fake), ("toward", _toward, _towar
 
 DGE = torch.ops.quartet.dge.default
 TOWARD = torch.ops.quartet.toward.default
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {DGE: _dge, TOWARD: _toward}
+
+
+def _dge_inlined(w: Tensor, spec: str) -> Tensor:
+    return dge_slope(w, QuantSpec.parse(spec), torch.ops.quartet.store)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {DGE: _dge_inlined}

@@ -71,7 +71,7 @@ _MIXED = ("aten.where", "aten.masked_fill", "aten.maximum", "aten.clamp", "aten.
 
 
 def activations_class_of(node: Node, a: Node) -> str:
-    """``attention_qk``: a softmax of its results follows; ``attention_pv``: ``a`` comes from a softmax; else ``bmm``."""
+    """``attention_qk``: a softmax of its results follows; ``attention_pv``: ``a`` comes from one; else ``bmm``."""
     if _comes_from_softmax(a):
         return "attention_pv"
     frontier, seen = [(node, 0)], {node}

@@ -26,8 +26,8 @@ _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 _ARITHMETIC = (*_CASTS, *_RESHAPES, *_PRODUCTS, *_QUOTIENTS, aten.neg.default, aten.exp.default, aten.add.Tensor,
                aten.pow.Tensor_Scalar, aten.sigmoid.default, aten.erf.default, aten.tanh.default)
-_WHOLE = {aten.silu.default: "silu", aten.gelu.default: "gelu", aten.relu.default: "relu"}
-_GATES = {aten.erf.default: "gelu", aten.tanh.default: "gelu"}
+_WHOLE: dict[Any, str] = {aten.silu.default: "silu", aten.gelu.default: "gelu", aten.relu.default: "relu"}
+_GATES: dict[Any, str] = {aten.erf.default: "gelu", aten.tanh.default: "gelu"}
 _DEPTH = 12
 
 

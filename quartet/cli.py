@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list the recipes, or show one in full")
     recipes.add_argument("name", nargs="?")
-    recipes.add_argument("--markdown", action="store_true", help="tables of the built-in ones, as docs/recipes.md has them")
+    recipes.add_argument("--markdown", action="store_true", help="tables of the built-in ones, for docs/recipes.md")
     recipes.set_defaults(run=_recipes)
 
     build = commands.add_parser("build", help="compile the CUTLASS kernels for Blackwell ahead of time")

@@ -239,8 +239,8 @@ class Policy:
             elif recipe is not None and layer is not None:
                 kept = next((text for text in recipe.keep if is_within(layer, text)), None)
                 if kept is not None:
-                    why = (f"recipe {recipe.name!r} keeps the {kept} of the layers in high precision unless a rule names "
-                           f"them; this is layer {layer[0]} of {layer[1]}")
+                    why = (f"recipe {recipe.name!r} keeps the {kept} of the layers in high precision unless a rule "
+                           f"names them; this is layer {layer[0]} of {layer[1]}")
                     recipe = None
         gemm: Gemm | None = getattr(recipe, role) if recipe is not None else None
         if recipe is not None and gemm is None:

@@ -33,8 +33,8 @@ def markdown() -> str:
     """The three tables of the built-in recipes, with headings."""
     recipes = built_in()
     return "\n".join([
-        HEADING, "## What they compute\n", _table(("recipe", "what it is", "source", "fprop", "dgrad", "wgrad", "further"),
-                                         map(_computes, recipes)),
+        HEADING, "## What they compute\n",
+        _table(("recipe", "what it is", "source", *ROLES, "further"), map(_computes, recipes)),
         "## Where they apply\n", _table(("recipe", *OP_CLASSES), map(_applies, recipes)),
         "## Which kernels run them\n",
         _table(("recipe", *TARGETS), (_kernels(recipe) for recipe in recipes if recipe.quantizes))])
@@ -48,6 +48,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _computes(recipe: Recipe) -> tuple[str, ...]:
     further = [f"keeps the {layers} of the layers" for layers in recipe.keep]
     further += [f"Smooth-SwiGLU a {recipe.smooth}"] if recipe.smooth != "none" else []
+    if recipe.outliers is not None:
+        further.append(f"X beyond the quantiles {1 - recipe.outliers:g} and {recipe.outliers:g} apart")
+    further += [f"gradient of W by {recipe.estimator}"] if recipe.estimator != "straight-through" else []
+    further += [f"W rounded towards its average, decay {recipe.average:g}"] if recipe.average is not None else []
     further += ["fprop again in backward where its output is needed"] if recipe.recompute == "gemm" else []
     further += [f"saves {recipe.saved}"] if recipe.saved is not None else []
     return (f"`{recipe.name}`", recipe.summary, recipe.paper, *(_gemm(getattr(recipe, role)) for role in ROLES),

@@ -76,7 +76,7 @@ def _halo(name: str, spec: str, level: int) -> Recipe:
     return Recipe(
         name=f"halo-{name}-{level}",
         summary=f"{name.upper()} with one scale a tensor, " + (
-            "no rotation", "operands of forward rotated", "operands of forward rotated, and gradients over tokens")[level],
+            "no rotation", "operands of forward rotated", "operands of forward and gradients rotated")[level],
         paper="HALO, arXiv 2501.02625",
         fprop=_same(spec, forward),
         dgrad=_from_saved(spec, outer=outer),
@@ -209,7 +209,8 @@ _BUILT_IN: Mapping[str, Recipe] = {
             estimator="dge",
             outliers=0.99,
         ),
-        *(_halo(name, spec, level) for name, spec in (("fp8", _FP8_TENSOR), ("int8", _INT8_TENSOR)) for level in range(3)),
+        *(_halo("fp8", _FP8_TENSOR, level) for level in range(3)),
+        *(_halo("int8", _INT8_TENSOR, level) for level in range(3)),
         Recipe(
             name="int8",
             summary="INT8 forward and dgrad, X and E with a scale a row, W with one; wgrad in high precision",

@@ -21,7 +21,7 @@ def with_input(gm: GraphModule, example_inputs: Sequence[Any], tensor: torch.Ten
         copied[node] = graph.node_copy(node)
     added = graph.placeholder("quartet_anchor")
     added.meta["example_value"] = _like_an_input(gm, tensor)
-    added._dynamo_source = None  # type: ignore[attr-defined]  # as an intermediate value that DDP makes an input
+    added._dynamo_source = None  # as an intermediate value that DDP makes an input
     graph.output(graph.graph_copy(gm.graph, copied))
     graph.output_node().meta = copy.copy(gm.graph.output_node().meta)
     for node, twin in copied.items():

@@ -50,12 +50,12 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         for slot in SLOTS.of(weight).values():
             slot.row.zero_()
             slot.due, slot.counted = True, False
-    for weight, operand, entry in slots:
+    for owner, operand, entry in slots:
         with torch.inference_mode(False), torch.no_grad():
-            row = entry["amax"].detach().to(weight.device, torch.float32, copy=True).reshape(1, -1)
-        SLOTS.put(weight, operand, Slot(row, 0, bool(entry["due"]), bool(entry["counted"])))
+            row = entry["amax"].detach().to(owner.device, torch.float32, copy=True).reshape(1, -1)
+        SLOTS.put(owner, operand, Slot(row, 0, bool(entry["due"]), bool(entry["counted"])))
     for parameter in weights.values():
-        mine = {name: average for of, name, average in averages if of is parameter}
+        mine = {name: average for whose, name, average in averages if whose is parameter}
         if mine or AVERAGES.of(parameter):
             AVERAGES.put(parameter, mine)
 

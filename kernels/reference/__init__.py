@@ -36,6 +36,6 @@ __all__ = [
     "Draw", "E2M1_VALUES", "QuartetLinear", "apply_mask", "dequantize", "e2m1_decode", "e2m1_encode", "e8m0_decode",
     "e8m0_reciprocal", "e8m0_scale", "fp32_scale", "fp8_encode", "hadamard", "largest_magnitude", "linear_backward",
     "linear_forward", "pack_bits", "pack_nibbles", "pad_last", "philox4x32", "quantize", "random_bits", "random_shape",
-    "random_signs", "scaled_bmm", "scaled_mm", "swizzle_scales", "swizzled_offset", "swizzled_size", "tree_sum", "unpack_bits",
-    "unpack_nibbles", "unswizzle_scales",
+    "random_signs", "scaled_bmm", "scaled_mm", "swizzle_scales", "swizzled_offset", "swizzled_size", "tree_sum",
+    "unpack_bits", "unpack_nibbles", "unswizzle_scales",
 ]

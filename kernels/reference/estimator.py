@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from quartet.kernels.reference.grid import grid_cell, in_units_of_scale
@@ -12,7 +14,7 @@ SHARPNESS = 5  # k
 LARGEST = 3.0  # where the slope is clipped
 
 
-def dge_slope(x: Tensor, spec: QuantSpec) -> Tensor:
+def dge_slope(x: Tensor, spec: QuantSpec, store: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
     """The factor on the gradient of ``x``, fp32 ``[rows, cols]`` like x.
 
     In a cell [g, g + δ] of the grid the quantiser is taken for ``g + δ/2·(1 + sign(u)·|u|^(1/k))`` with
@@ -24,9 +26,9 @@ def dge_slope(x: Tensor, spec: QuantSpec) -> Tensor:
     Values beyond ±6 count as ±6; NaN gives NaN. The power is fp32: compiled code may differ in the last bits.
 
     Args:
-        spec: what quantises x; see :func:`quartet.kernels.reference.grid.in_units_of_scale`.
+        spec: what quantises x. store: see :func:`quartet.kernels.reference.grid.in_units_of_scale` for both.
     """
-    units, _ = in_units_of_scale(x, spec)
+    units, _ = in_units_of_scale(x, spec, store)
     a = units.abs().clamp(max=spec.max)
     _, g, delta = grid_cell(a)
     u = ((a - g) * (2.0 / delta) - 1.0).abs()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,23 +26,25 @@ def grid_cell(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index, g, grid_value(index + 1) - g
 
 
-def in_units_of_scale(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def in_units_of_scale(x: Tensor, spec: QuantSpec,
+                      store: Callable[[Tensor], Tensor] = lambda t: t) -> tuple[Tensor, Tensor]:
     """(x / scale, scale) with the scales that ``quantize(x, spec)`` finds, of ``[rows, cols]``.
 
     Args:
         spec: an e2m1 quantiser with E8M0 scales, or with fp32 scales of blocks or rows.
+        store: returns its argument unchanged; applied to the scales, which a compiler should compute once.
     Returns:
         fp32 ``[rows, blocks, block]`` of zero-padded x, and ``[rows, blocks, 1]``; a row is one block.
     """
     x = x.to(torch.float32)
     if not spec.blocked:
-        multiplier, scales = fp32_scale(x, spec)
+        multiplier, scales = map(store, fp32_scale(x, spec))
         return (x * multiplier).unsqueeze(1), scales.unsqueeze(1)
     x = pad_last(x, spec.block)
     blocks = x.reshape(x.shape[0], x.shape[1] // spec.block, spec.block)
     if spec.scale == "fp32":
-        multiplier, scales = fp32_scale(blocks, spec)
+        multiplier, scales = map(store, fp32_scale(blocks, spec))
         return blocks * multiplier.unsqueeze(-1), scales.unsqueeze(-1)
-    scale = e8m0_scale(blocks, spec)
+    scale = store(e8m0_scale(blocks, spec))
     units = blocks * e8m0_reciprocal(scale).unsqueeze(-1)
     return units * (1 / spec.gain) if spec.gain != 1.0 else units, e8m0_decode(scale).unsqueeze(-1)

@@ -2,7 +2,7 @@
 
     value = code · S_b · decode          decode = amax / (top · 6)        encode ≈ 1 / decode
 
-``amax`` is the tensor's largest magnitude and ``top`` the largest block scale: 448, or 256 where a rule wants room above.
+``amax`` is the tensor's largest magnitude and ``top`` the largest block scale: 448, or 256 where a rule wants room.
 
     amax      S_b = e4m3(amax_b · encode / 6), codes to nearest or stochastically: NVIDIA's recipe, arXiv 2509.25149
     four_six  that scale, or the one that maps amax_b to 4 where its squared error is strictly smaller: arXiv 2512.02010

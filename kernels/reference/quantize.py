@@ -42,7 +42,7 @@ def largest_magnitude(x: Tensor) -> Tensor:
 
 def quantize(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0, random: Tensor | None = None,
              store: Callable[[Tensor], Tensor] = _as_is, amax: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise ``[rows, cols]``, sharing scales in blocks along the last axis, in tiles, in rows or in the whole tensor.
+    """Quantise ``[rows, cols]``, sharing scales in blocks along the last axis, in tiles, in rows or in the tensor.
 
     Args:
         x: any float dtype; computed in fp32. ``cols`` is zero-padded to ``spec.multiple``.

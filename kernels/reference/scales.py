@@ -78,8 +78,8 @@ def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def group_amax(blocks: Tensor, spec: QuantSpec) -> Tensor:
-    """Largest magnitude under each scale of ``[rows, blocks, block]``: ``[rows, blocks]``, or ``[⌈rows/block⌉, blocks]``
-    of tiles. NaN where there is one."""
+    """Largest magnitude under each scale of ``[rows, blocks, block]``: ``[rows, blocks]``, of tiles
+    ``[⌈rows/block⌉, blocks]``. NaN where there is one."""
     amax = blocks.abs().amax(-1)
     if not spec.tile:
         return amax

@@ -114,7 +114,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; ``closure`` evaluates the model and returns the loss."""
+        """One step of every parameter that has a gradient; ``closure`` evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step on low-bit weights cannot be captured in a CUDA graph: each replay would round "
+                               "by the same random bits; capture forward and backward, and step outside")
         loss = None
         if closure is not None:
             with torch.enable_grad():

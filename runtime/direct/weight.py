@@ -196,6 +196,11 @@ def _like(func: Any, args: Any, kwargs: Any) -> Any:
     return func(meta, *args[1:], **({"device": w.device} | {k: v for k, v in own.items() if v is not None}))
 
 
+@_implements(aten.is_pinned.default)
+def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
+    return func(args[0].codes)
+
+
 @_implements(aten.copy_.default)
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]

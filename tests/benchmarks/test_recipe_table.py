@@ -9,8 +9,8 @@ import pytest
 from quartet import recipes
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ("--interpret", "--device", "cpu", "--size", "tiny", "--steps", "2", "--batch", "2", "--seq", "32", "--draws", "2",
-        "--train-bytes", "4096", "--validation-bytes", "200")
+TINY = ("--interpret", "--device", "cpu", "--size", "tiny", "--steps", "2", "--batch", "2", "--seq", "32",
+        "--draws", "2", "--train-bytes", "4096", "--validation-bytes", "200")
 
 
 @pytest.fixture

@@ -254,3 +254,101 @@ def test_errors_name_the_remedy():
         wrapped(model, rescale_every=0)
     with pytest.raises(ValueError, match="give params"):
         direct.Optimizer(torch.optim.AdamW)
+
+
+# ---- around training ----------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_changes_nothing():
+    from torch.utils.checkpoint import checkpoint
+
+    models = [net(4), net(4)]
+    optimizers = [wrapped(model) for model in models]
+    assert train(models[0], optimizers[0], 5) == train(
+        models[1], optimizers[1], 5, lambda x: checkpoint(models[1], x, use_reentrant=False))
+    assert_same(*map(stored, models))
+
+
+@pytest.mark.parametrize("name", ["adamw", "fp8", "lion"])
+def test_a_pair_is_copied_whole(name):
+    model = net("ternary")
+    optimizer = wrapped(model, INNER[name], feedback=True)
+    train(model, optimizer, 3)
+    twin, copied = copy.deepcopy((model, optimizer))
+    assert copied.param_groups is copied.inner.param_groups and copied.state is copied.inner.state
+    assert all(any(p is q for q in twin.parameters()) for g in copied.param_groups for p in g["params"])
+    before = stored(twin)
+    losses = train(model, optimizer, 3)
+    assert_same(before, stored(twin))
+    assert train(twin, copied, 3) == losses
+    assert_same(stored(model), stored(twin))
+
+
+@pytest.mark.parametrize("name", ["adamw", "fp8"])
+def test_a_power_of_two_from_a_grad_scaler_cancels(name):
+    models, x, y = [net(8), net(8)], *task()
+    optimizers = [wrapped(model, INNER[name]) for model in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        nn.functional.cross_entropy(models[0](x), y).backward()
+        optimizers[0].step()
+        scaler.scale(nn.functional.cross_entropy(models[1](x), y)).backward()
+        scaler.unscale_(optimizers[1])
+        scaler.step(optimizers[1])
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert_same(*map(stored, models))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused", "fp8"])
+def test_steps_that_are_tensors_go_with_the_parameter(name):
+    """Fused and capturable optimizers count on the device; a parameter without gradient is not counted."""
+    model = net(8)
+    optimizer = wrapped(model, lambda p, lr: INNER[name](p, lr))
+    for both in (True, False, True):
+        model.up.weight.grad = torch.ones(64, 32)
+        model.down.weight.grad = torch.ones(64, 64) if both else None
+        optimizer.step()
+    steps = [optimizer.state[layer.weight]["step"] for layer in (model.up, model.down)]
+    assert [s.item() for s in steps] == [3, 2] and all(s.dtype is torch.float32 for s in steps)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = wrapped(net(8), INNER[name])
+    again.load_state_dict(saved)
+    assert [state["step"].item() for state in again.state.values()] == [3, 2]
+
+
+def test_a_tensor_learning_rate_is_read_in_every_step():
+    model, twin = net(8), net(8)
+    rate = torch.tensor(1e-3)
+    pair = [wrapped(m, lambda p, lr: optim.AdamW(p, lr=lr, min_quantized=0), lr=r) for m, r in
+            ((model, rate), (twin, 1e-3))]
+    for factor in (1.0, 0.5):
+        rate.fill_(1e-3 * factor)
+        pair[1].param_groups[0]["lr"] = rate.item()
+        assert train(model, pair[0], 2) == train(twin, pair[1], 2)
+    assert_same(stored(model), stored(twin))
+
+
+def test_a_cuda_graph_is_refused(monkeypatch):
+    model = net(8)
+    optimizer = wrapped(model)
+    before = stored(model)
+    model.up.weight.grad = torch.ones(64, 32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA graph.*random bits"):
+        optimizer.step()
+    assert_same(before, stored(model))
+
+
+def test_the_users_generator_is_left_alone_and_its_seed_is_followed():
+    seeds = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        seeds.append(direct.Optimizer(torch.optim.SGD(net(4, seed=seed).parameters(), lr=0.1)).param_groups[0])
+        torch.manual_seed(seed)
+        assert torch.equal(torch.get_rng_state(), before)
+    first, second, third = (group["direct_seed"] for group in seeds)
+    assert first == second != third

@@ -4,7 +4,18 @@ import itertools
 
 import pytest
 
-from quartet.kernels.spec import BLOCKS, ELEMENTS, POWERS, ROUNDINGS, RULES, SCALES, SIGMAS, WHOLES, QuantSpec, SpecError
+from quartet.kernels.spec import (
+    BLOCKS,
+    ELEMENTS,
+    POWERS,
+    ROUNDINGS,
+    RULES,
+    SCALES,
+    SIGMAS,
+    WHOLES,
+    QuantSpec,
+    SpecError,
+)
 
 
 def legal():

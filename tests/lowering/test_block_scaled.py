@@ -179,7 +179,7 @@ def test_lowered_graphs_compute_what_the_reference_does(recipe, disable, k, n, t
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp8"])
 def test_a_block_trains_alike(recipe):
     torch.manual_seed(0)
     model, x = Block(64, 2, 96), torch.randn(2, 20, 64)

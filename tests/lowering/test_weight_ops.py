@@ -9,7 +9,6 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import quartet
 from quartet.backend import compile_graph
-from quartet.kernels import reference
 from quartet.lowering import inductor, outlier_ops, weight_ops
 from quartet.options import Options
 from quartet.runtime.capture import Capture
@@ -29,29 +28,25 @@ def forget():
     torch._dynamo.reset()
 
 
-def test_movement_is_the_reference_and_fuses_with_the_quantiser():
-    def moved(x, reference):
-        codes, scales, _ = torch.ops.quartet.quantize(weight_ops.TOWARD(x, reference, BLOCK), BLOCK, None, 0)
-        return codes, scales
-
+def test_movement_is_a_call():
     torch.manual_seed(0)
-    x = torch.randn(40, 96) * torch.exp2(torch.randint(-20, 20, (40, 1)).float())
+    x = torch.randn(40, 70) * torch.exp2(torch.randint(-20, 20, (40, 1)).float())
     x[0], x[1, 3], x[2, :8] = 0, float("nan"), torch.tensor([0.25, -0.75, 1.25, 2.5, -5.0, 6.0, 7.0, -0.0])
-    ref = x * (1 + 0.3 * torch.randn(40, 96))
-    got, code = run_and_get_code(torch.compile(moved), x, ref)
-    want = moved(x, ref)
-    assert torch.equal(got[1], want[1])
-    finite = reference.e8m0_decode(want[1]).isfinite().repeat_interleave(16, 1)
-    assert torch.equal(got[0][finite], want[0][finite])
-    assert not any("quartet.toward" in text for text in code)
+    ref = x * (1 + 0.3 * torch.randn(40, 70))
+    got, code = run_and_get_code(torch.compile(lambda x, ref: weight_ops.TOWARD(x, ref, BLOCK)), x, ref)
+    want = weight_ops.TOWARD(x, ref, BLOCK)
+    assert torch.equal(got.isnan(), want.isnan()) and want[1, :32].isnan().all()
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    assert any("quartet.toward" in text for text in code)
 
 
-def test_slope_is_the_reference_but_for_the_power():
+@pytest.mark.parametrize("spec", [ROW, BLOCK])
+def test_slope_is_the_reference_but_for_the_power(spec):
     torch.manual_seed(0)
     gw, w = torch.randn(40, 37), torch.randn(40, 37)
     w[0] = 0
-    got, code = run_and_get_code(torch.compile(lambda g, w: g * weight_ops.DGE(w, ROW)), gw, w)
-    torch.testing.assert_close(got, gw * weight_ops.DGE(w, ROW), rtol=1e-5, atol=1e-6)
+    got, code = run_and_get_code(torch.compile(lambda g, w: g * weight_ops.DGE(w, spec)), gw, w)
+    torch.testing.assert_close(got, gw * weight_ops.DGE(w, spec), rtol=1e-5, atol=1e-6)
     assert not any("quartet.dge" in text for text in code)
 
 
@@ -73,17 +68,18 @@ def test_three_steps_of_training(recipe):
     def run(backend):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 16))
+        model = nn.Linear(32, 16)
         compiled = torch.compile(model, **backend)
         optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
         for _ in range(3):
             optimizer.zero_grad()
-            loss = compiled(torch.randn(40, 32)).square().mean()
+            x = torch.randn(40, 32, requires_grad=True)
+            loss = compiled(x).square().mean()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         state = quartet.state_dict(model).get("averages", {})
-        return losses, [p.grad for p in model.parameters()], [entry["average"] for entry in state.values()]
+        return losses, [x.grad, *(p.grad for p in model.parameters())], [entry["average"] for entry in state.values()]
 
     # Rounded to nearest in backward, so that both draw nothing and a bit of difference in an operand stays one.
     base = quartet.recipes()[recipe]
@@ -97,6 +93,6 @@ def test_three_steps_of_training(recipe):
     assert real[0] == pytest.approx(eager[0], rel=1e-3)
     for a, b in zip(real[1], eager[1], strict=True):
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
-    assert len(real[2]) == (2 if recipe == "tetrajet-ema" else 0)
+    assert len(real[2]) == (1 if recipe == "tetrajet-ema" else 0)
     for a, b in zip(real[2], eager[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

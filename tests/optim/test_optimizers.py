@@ -355,3 +355,64 @@ def test_a_step_is_an_in_place_change_to_autograd():
     assert p._version > before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ---- seeds and tensors of others -----------------------------------------------------------------------------
+
+
+def test_the_users_generator_is_left_alone_and_its_seed_is_followed():
+    def made(seed, width=256):
+        torch.manual_seed(seed)
+        torch.rand(seed)  # how much was drawn does not matter
+        before = torch.get_rng_state()
+        optimizer = optim.AdamW([nn.Parameter(torch.zeros(64, width))], stochastic_rounding=True)
+        assert torch.equal(torch.get_rng_state(), before)
+        return optimizer.param_groups[0]["seed"]
+
+    assert made(1) == made(1)
+    assert len({made(1), made(2), made(1, 128)}) == 3
+    assert all(1 << 62 <= made(seed) < 1 << 63 for seed in range(20))
+
+
+def test_groups_share_the_seed_unless_they_name_one():
+    net = model()
+    optimizer = optim.AdamW([{"params": [net[0].weight]}, {"params": [net[2].weight], "seed": 5}])
+    optimizer.add_param_group({"params": [net[0].bias]})
+    seeds = [group["seed"] for group in optimizer.param_groups]
+    assert seeds[0] == seeds[2] != seeds[1] == 5
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_tensors_of_others_step_like_parameters(form):
+    net, other = model(), model()
+    own, borrowed = (optim.AdamW(n.parameters(), state_format=form) for n in (net, other))
+    kept = [{} for _ in other.parameters()]
+    for i in range(3):
+        step(net, own, i)
+        apart = [nn.Parameter(p.detach().clone()) for p in other.parameters()]
+        for tensor, q, state in zip(apart, net.parameters(), kept, strict=True):
+            tensor.grad = q.grad.clone()
+            borrowed.state[tensor].update(state)
+        before = weights(other)
+        borrowed.step_tensors(apart, borrowed.param_groups[0])
+        assert_equal(before, weights(other))
+        kept = [borrowed.state.pop(tensor) for tensor in apart]
+        with torch.no_grad():
+            for p, tensor in zip(other.parameters(), apart, strict=True):
+                p.copy_(tensor)
+    assert_equal(weights(net), weights(other))
+    for p, state in zip(net.parameters(), kept, strict=True):
+        assert_equal(own.state[p].values(), state.values())
+    assert not borrowed.state
+
+
+def test_stepped_tensors_are_let_go():
+    import weakref
+
+    optimizer = optim.AdamW(model().parameters())
+    tensor = nn.Parameter(torch.ones(64, 128))
+    tensor.grad, before = torch.ones_like(tensor), weakref.ref(tensor)
+    optimizer.step_tensors([tensor, nn.Parameter(torch.ones(3))], optimizer.param_groups[0])
+    assert list(optimizer.state) == [tensor] and optimizer.state.pop(tensor)["step"] == 1
+    del tensor
+    assert before() is None

@@ -15,7 +15,8 @@ from quartet.recipes import PolicyError
 class Stack(nn.Module):
     def __init__(self, depth):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(depth))
+        layers = (nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(depth))
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x):
         for layer in self.layers:
