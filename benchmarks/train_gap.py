@@ -13,7 +13,7 @@ Policies are ``bf16`` (plain Inductor), recipe names, and variants of ``quartet`
     floor-guarded-nearest    power of two by floor|nearest, deviation centred|guarded|rms, backward sr|nearest|bf16
     ceil-sr                  forward scales from the largest magnitude, no clipping
 
-``floor-guarded-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. A run continues the file at ``--out``.
+``nearest-rms-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. A run continues the file at ``--out``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from train_llama import adamw, learning_rate
 
 VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil))-(sr|nearest|bf16)")
 POLICIES = ("bf16", "quartet", "fp8", "fp8-rowwise", "quartet-paper", "floor-guarded-nearest", "floor-rms-sr",
-            "nearest-guarded-sr", "nearest-rms-sr", "floor-guarded-bf16", "nearest-rms-nearest", "ceil-sr")
+            "nearest-guarded-sr", "floor-guarded-sr", "floor-guarded-bf16", "nearest-rms-nearest", "ceil-sr")
 PRECISIONS = ("autocast", "bf16", "fp32")
 SETTINGS = ("size", "steps", "batch", "seq", "lr", "precision", "train_bytes", "validation_bytes")
 

@@ -109,16 +109,16 @@ _BUILT_IN: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(
             name="quartet",
-            summary="MXFP4 throughout: rotated, Gaussian-optimal clip by a guarded deviation, stochastic gradients",
+            summary="MXFP4 throughout: rotated, Gaussian-optimal clip by the root mean square, stochastic gradients",
             paper="Quartet, arXiv 2505.14669",
-            fprop=_same("e2m1/32 e8m0 quest(guarded,floor) nearest mask", Rotation(32)),
+            fprop=_same("e2m1/32 e8m0 quest(rms,nearest) nearest mask", Rotation(32)),
             dgrad=_QUARTET_BACKWARD,
             wgrad=_QUARTET_BACKWARD,
             recompute="gemm",
         ),
         Recipe(
             name="quartet-paper",
-            summary="quartet with the centred deviation, bit for bit as released",
+            summary="quartet with the centred deviation and scales rounded down, bit for bit as released",
             paper="Quartet, arXiv 2505.14669",
             fprop=_same("e2m1/32 e8m0 quest(centred,floor) nearest mask", Rotation(32)),
             dgrad=_QUARTET_BACKWARD,

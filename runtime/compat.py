@@ -189,5 +189,6 @@ def store_in_inductor(x: Any) -> Any:
     """Inductor IR ``x`` computed into a contiguous buffer of its own."""
     stored = _load("torch._inductor.lowering", "lowerings")[torch.ops.aten.clone.default](x)
     stored.realize()
-    _load("torch._inductor", "ir").as_storage_and_layout(stored, want_contiguous=True)
+    order = list(reversed(range(len(stored.get_size()))))
+    _load("torch._inductor", "ir").as_storage_and_layout(stored, stride_order=order)  # on a GPU else padded
     return stored

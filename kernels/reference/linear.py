@@ -21,7 +21,7 @@ from quartet.kernels.reference.philox import Draw, random_signs
 from quartet.kernels.reference.quantize import apply_mask, dequantize, quantize, scaled_mm
 from quartet.kernels.spec import QuantSpec
 
-FORWARD = QuantSpec(rule="quest", sigma="guarded", power="floor", rounding="nearest", mask=True)
+FORWARD = QuantSpec(rule="quest", sigma="rms", power="nearest", rounding="nearest", mask=True)
 BACKWARD = QuantSpec(rule="headroom", rounding="stochastic")
 
 

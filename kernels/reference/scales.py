@@ -84,7 +84,7 @@ def group_amax(blocks: Tensor, spec: QuantSpec) -> Tensor:
     if not spec.tile:
         return amax
     amax = pad_last(amax.t(), spec.block)
-    return amax.reshape(amax.shape[0], amax.shape[1] // spec.block, spec.block).amax(-1).t()
+    return amax.reshape(amax.shape[0], amax.shape[1] // spec.block, spec.block).amax(-1).t().contiguous()
 
 
 def spread(scales: Tensor, spec: QuantSpec, rows: Any) -> Tensor:

@@ -27,7 +27,7 @@ def unbroken(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     text = "".join(f"{n} bottles of beer on the wall, " for n in range(400))
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    train(folder, "--data", "text.txt", "--outlier", "--checkpoint", "at-{step}.pt", "--checkpoint-every", "6")
+    train(folder, "--data", "text.txt", "--outlier", "300", "--checkpoint", "at-{step}.pt", "--checkpoint-every", "6")
     return folder
 
 
@@ -45,11 +45,11 @@ def test_it_reports_losses_and_bytes(unbroken):
 def test_smoothing_lowers_the_error_that_an_outlier_makes(unbroken):
     errors = json.loads((unbroken / "out/result.json").read_text(encoding="utf-8"))["gradient_errors"]["at the start"]
     assert errors["inductor"]["all"] < 1e-4
-    assert 0 < errors[SYSTEM]["down"] < 0.75 * errors["fp8-delayed"]["down"], errors
+    assert 0 < errors[SYSTEM]["others"] < 0.5 * errors["fp8-delayed"]["others"], errors
 
 
 def test_a_resumed_run_continues_bit_for_bit(unbroken, tmp_path):
-    train(tmp_path, "--data", str(unbroken / "text.txt"), "--outlier", "--no-compare", "--resume",
+    train(tmp_path, "--data", str(unbroken / "text.txt"), "--outlier", "300", "--no-compare", "--resume",
           str(unbroken / "at-6.pt"), "--checkpoint", "resumed.pt")
     resumed, expected, middle = (torch.load(p, weights_only=True)["runs"][SYSTEM] for p in (
         tmp_path / "resumed.pt", unbroken / "at-12.pt", unbroken / "at-6.pt"))
