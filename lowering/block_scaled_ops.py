@@ -129,6 +129,7 @@ def library_call(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_for
 def _library(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format: str, b_format: str,
              dtype: torch.dtype, alpha: Tensor | None = None) -> Tensor:
     rows = a.shape[0]
+    a_scales, b_scales = a_scales.contiguous(), b_scales.contiguous()  # Inductor of 2.11 hands over other strides
     missing = -rows % STRIP if a_format == "1x128" else 0
     if missing:
         a = F.pad(a.view(torch.uint8), (0, 0, 0, missing)).view(a.dtype)
