@@ -38,11 +38,12 @@ def unavailable(target: Target) -> str | None:
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when operands of this format are multiplied as integers, else why not."""
-    if spec.element not in CODES:
+    reason = unavailable(target)
+    if reason is None and spec.element not in CODES:
         return f"multiplies INT8 operands, not {spec.element}"
-    if spec.blocked:
+    if reason is None and spec.blocked:
         return f"multiplies INT8 operands with one scale a row or a tensor, not a scale every {spec.block} elements"
-    return unavailable(target)
+    return reason
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

@@ -25,12 +25,12 @@ OUTPUTS = (torch.bfloat16, torch.float32)
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when cuBLASLt multiplies operands of this format into ``dtype``, else why not."""
+    if target.type != "cuda" or target.capability is None:
+        return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
     if block_scaled.kind_of(spec) in ("nvf4", "mxf8"):
         return block_scaled.supports(target, dtype)
     if not _fp8_blocks(spec):
         return f"multiplies NVFP4, MXFP8, and FP8 with a scale every 128 elements, not {spec}"
-    if target.type != "cuda" or target.capability is None:
-        return f"FP8 tensor cores with scales of blocks are on NVIDIA GPUs, not on {target.type}"
     if target.capability[0] != 9:
         return "cuBLASLt has FP8 products with fp32 scales of blocks for compute capability 9.0 only, not {}.{}".format(
             *target.capability)

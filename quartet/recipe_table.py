@@ -90,7 +90,7 @@ def _kernels(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _cell(recipe: Recipe, name: str) -> str:
-    target = Target.of(torch.device("cpu")) if name == "cpu" else Target.named(name)
+    target = Target.named(name)
     kernels = {role: _kernel(getattr(recipe, role), target) for role in ROLES}
     if len(set(kernels.values())) == 1:
         return kernels["fprop"]

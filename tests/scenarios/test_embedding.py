@@ -12,7 +12,7 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe import Gemm, Operand, Recipe, Rotation
 from quartet.policy import Policy
-from quartet.recipes import resolve
+from quartet.recipes import PolicyError, resolve
 
 MXFP8 = "e4m3/32 e8m0 ceil nearest"
 OF_ROWS = (MXFP8, "e5m2/64 e8m0 floor nearest", "e4m3/row fp32 amax_pow2 nearest", "e2m1/16 e4m3 amax nearest",
@@ -184,7 +184,6 @@ class Sparse(nn.Module):
 @pytest.mark.parametrize("make, policy, reason", (
     (lambda: nn.Embedding(VOCABULARY, WIDTH, sparse=True), weight_only(MXFP8), "its gradient is sparse"),
     (lambda: nn.Embedding(VOCABULARY, WIDTH).double(), weight_only(MXFP8), "its table is float64"),
-    (lambda: nn.Embedding(VOCABULARY, WIDTH), weight_only("e4m3/tensor fp32 delayed nearest"), "needs a history"),
     (Sparse, weight_only(MXFP8), "its table is no parameter"),
     (lambda: nn.EmbeddingBag(VOCABULARY, WIDTH, mode="sum"), weight_only(MXFP8), "a bag sums rows"),
     (lambda: nn.Embedding(VOCABULARY, WIDTH), "bf16", "rule 0: on('embedding', 'bf16'), which leaves everything"),
@@ -196,6 +195,17 @@ def test_what_cannot_be_is_left_alone_with_its_reason(make, policy, reason):
     (record,) = embeddings(backend)
     assert reason in record.reason and not record.lowered
     run(x).sum().backward()
+
+
+def test_a_history_is_kept_for_matmuls_only():
+    delayed = weight_only("e4m3/tensor fp32 delayed nearest")
+    with pytest.raises(PolicyError, match="an embedding keeps no history; possible on op class 'embedding': quartet"):
+        Policy(None).on("embedding", delayed)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH))
+    run, backend = compile_eager(model, Policy(None).on("0", delayed))
+    run(ids(3, 7))
+    (record,) = embeddings(backend)
+    assert "needs a history" in record.reason and not record.lowered
 
 
 def test_strict_refuses_what_the_policy_names():

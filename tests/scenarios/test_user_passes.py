@@ -90,8 +90,8 @@ def test_explain_takes_the_options_of_a_compiled_model():
     policy = quartet.Policy("quartet").on("*.down", None)
     compiled = torch.compile(model, backend="quartet", options={"policy": policy})
     records = quartet.explain(compiled, *inputs).records
-    assert {r.fqn for r in records if not r.lowered} == {"layers.0.down", "lm_head"}
-    assert len(records) == 24
+    assert {r.fqn for r in records if not r.lowered} == {"embed", "layers.0", "layers.0.down", "lm_head"}
+    assert len(records) == 24 + 1 + 6  # products with weights, the embedding, those inside of fused attention
 
 
 def test_explain_does_not_disturb_a_model_in_training():
