@@ -5,6 +5,8 @@ A site without a batch passes through: its operands are matrices already.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from quartet.lowering.graph import Builder, aten, shape
@@ -17,36 +19,42 @@ def matrix(build: Builder, site: MatmulSite, node: Node, flipped: bool) -> Node:
     """``[batch·rows, cols]`` of an operand ``[batch, rows, cols]``, or of one that is stored transposed."""
     if site.batch is None:
         return build.transpose(node) if flipped else node
-    return _flat(build, build(aten.permute.default, node, SWAP) if flipped else node)
+    return flat(build, build(aten.permute.default, node, SWAP) if flipped else node)
 
 
 def flip(build: Builder, site: MatmulSite, x: Node) -> Node:
     """``[batch·cols, rows]`` of ``[batch·rows, cols]``: every matrix transposed."""
     if site.batch is None:
         return build.transpose(x)
-    return _flat(build, build(aten.permute.default, stacked(build, site, x), SWAP))
+    return turned(build, site.batch, x)
 
 
 def product(build: Builder, site: MatmulSite, a: Node, b: Node) -> Node:
     """``A · Bᵀ`` of every matrix: ``[batch·M, K]`` and ``[batch·N, K]`` → ``[batch·M, N]``."""
     if site.batch is None:
         return build(aten.mm.default, a, build.transpose(b))
-    right = build(aten.permute.default, stacked(build, site, b), SWAP)
-    return _flat(build, build(aten.bmm.default, stacked(build, site, a), right))
+    right = build(aten.permute.default, stacked(build, site.batch, b), SWAP)
+    return flat(build, build(aten.bmm.default, stacked(build, site.batch, a), right))
 
 
 def restored(build: Builder, site: MatmulSite, out: Node, flipped: bool) -> Node:
     """The inverse of :func:`matrix`, laid out as what follows a batched product expects it."""
     if site.batch is None:
         return build.transpose(out) if flipped else out
-    out = stacked(build, site, out)
+    out = stacked(build, site.batch, out)
     return build.contiguous(build(aten.permute.default, out, SWAP)) if flipped else out
 
 
-def stacked(build: Builder, site: MatmulSite, x: Node) -> Node:
-    """``[batch, rows, cols]`` of ``[batch·rows, cols]``."""
-    return build(aten.reshape.default, x, [build.size(site.batch), -1, build.size(shape(x)[1])])
+def turned(build: Builder, count: Any, x: Node) -> Node:
+    """``[count·cols, rows]`` of ``count`` matrices that lie below each other, ``[count·rows, cols]``."""
+    return flat(build, build(aten.permute.default, stacked(build, count, x), SWAP))
 
 
-def _flat(build: Builder, x: Node) -> Node:
+def stacked(build: Builder, count: Any, x: Node) -> Node:
+    """``[count, rows, cols]`` of ``[count·rows, cols]``."""
+    return build(aten.reshape.default, x, [build.size(count), -1, build.size(shape(x)[1])])
+
+
+def flat(build: Builder, x: Node) -> Node:
+    """``[count·rows, cols]`` of ``[count, rows, cols]``."""
     return build(aten.reshape.default, x, [-1, build.size(shape(x)[-1])])

@@ -18,7 +18,7 @@ from quartet.lowering import ir
 from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
 from quartet.lowering.grouped_ops import GATHER_ROWS, GROUP_LAYOUT, GROUPED_MM
 from quartet.lowering.recipe import Gemm
-from quartet.passes.batched import SWAP
+from quartet.passes.batched import SWAP, flat, stacked, turned
 from quartet.passes.rotate import rotated, signs_of
 from quartet.passes.sites import Groups, MatmulSite
 from quartet.passes.state import State, recipe_of
@@ -83,24 +83,11 @@ def _weights(state: State, build: Builder, site: MatmulSite, across: bool) -> No
     return flat(build, build(aten.permute.default, w, SWAP) if site.w[1] != across else w)
 
 
-def flat(build: Builder, x: Node) -> Node:
-    return build(aten.reshape.default, x, [-1, build.size(shape(x)[-1])])
-
-
-def stacked(build: Builder, groups: Groups, x: Node) -> Node:
-    return build(aten.reshape.default, x, [build.size(groups.count), -1, build.size(shape(x)[1])])
-
-
-def _turned(build: Builder, groups: Groups, x: Node) -> Node:
-    """Every matrix of a stack that lie below each other transposed."""
-    return flat(build, build(aten.permute.default, stacked(build, groups, x), SWAP))
-
-
 def _tiled(build: Builder, groups: Groups, b: Node, gemm: Gemm) -> Node:
     """Weights with each matrix padded to whole tiles."""
     if gemm.b.spec is None or not gemm.b.spec.tile:
         return b
-    each = stacked(build, groups, b)
+    each = stacked(build, groups.count, b)
     missing = -shape(each)[1] % gemm.b.spec.block
     return flat(build, build(aten.constant_pad_nd.default, each, [0, 0, 0, missing])) if missing else b
 
@@ -129,8 +116,8 @@ def _undo_outer(build: Builder, site: MatmulSite, groups: Groups, role: str, out
         return out
     if role != "wgrad":
         return _across_rows(build, gemm, out, True, shape(out)[0])
-    undone = build(ir.HADAMARD, _turned(build, groups, out), gemm.outer.n, None, True, val(out).dtype)
-    return _turned(build, groups, build.columns(undone, site.n))
+    undone = build(ir.HADAMARD, turned(build, groups.count, out), gemm.outer.n, None, True, val(out).dtype)
+    return turned(build, groups.count, build.columns(undone, site.n))
 
 
 def _fprop(state: State, site: MatmulSite, groups: Groups) -> None:
@@ -156,7 +143,7 @@ def _backward(state: State, site: MatmulSite, groups: Groups, role: str) -> None
         assert kept is not None
         source = product.source = state.current(kept)
         undo = forward.rotation if forward is not None else None
-        across = _turned(build, groups, source) if weights else build.transpose(source)
+        across = turned(build, groups.count, source) if weights else build.transpose(source)
         product.reader = list(source.users)[-1]
         if weights:
             across = build.columns(across, site.n)
@@ -181,5 +168,5 @@ def _backward(state: State, site: MatmulSite, groups: Groups, role: str) -> None
 
 def _experts(build: Builder, groups: Groups, out: Node, flipped: bool) -> Node:
     """Gradients of weights as the model's stack of matrices."""
-    out = stacked(build, groups, out)
+    out = stacked(build, groups.count, out)
     return build.contiguous(build(aten.permute.default, out, SWAP)) if flipped else out
