@@ -1,7 +1,7 @@
 # make demo                 train a small Llama with backend="quartet" beside plain Inductor (a few minutes on two cores)
 # make test                 the test suite
 # make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
-# make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; about half an hour)
+# make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; an hour on two cores)
 # make lint | bench | docs  ruff and mypy | the step benchmark on a CPU | docs/recipes.md anew
 
 PYTHON ?= python3

@@ -23,11 +23,11 @@ from gpu_common import say
 from torch import Tensor
 
 from quartet.kernels import reference
-from quartet.kernels.spec import QuantSpec
+from quartet.recipes import recipes
 
 SIZES = ((16384, 2048), (16384, 4096), (16384, 14336))
-SPEC = QuantSpec.parse("e2m1/32 e8m0 quest(guarded,floor) nearest mask")
-ROTATION = 32
+FORWARD = recipes()["quartet"].fprop
+SPEC, ROTATION = FORWARD.a.spec, FORWARD.rotation.n
 BUFFERS = 3
 Results = tuple[Tensor, ...]
 
@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"this measures a GPU; --device is {args.device}")
     torch.manual_seed(0)
     deadline = common.Deadline(args.time_limit)
-    record = common.Record(args.out, "bench_fusion", common.environment(args.device) | {"repeat": args.repeat},
-                           args.fresh)
+    settings = common.environment(args.device) | {"repeat": args.repeat, "quantiser": str(SPEC)}
+    record = common.Record(args.out, "bench_fusion", settings, args.fresh)
     rows = [["", "apart µs", "TB/s", "fused µs", "TB/s", "fused/apart", "codes that differ"]]
     for size in SIZES:
         name = "x".join(map(str, size))

@@ -107,10 +107,11 @@ class Buffers:
 class Step:
     """Forward and backward of one column; a ``gpu_common.Case``."""
 
-    def __init__(self, column: str, model: nn.Module, buffers: Buffers, compiler: str) -> None:
+    def __init__(self, column: str, model: nn.Module, buffers: Buffers, args: argparse.Namespace) -> None:
         self.model = common.prepare(column, model)
         self.buffers = buffers
-        self.call: Callable[[Tensor], Tensor] = common.compiled(column, self.model, compiler)
+        self.call: Callable[[Tensor], Tensor] = common.compiled(column, self.model, args.compiler,
+                                                                cuda_graphs=args.cuda_graphs)
 
     def reset(self, i: int) -> None:
         self.model.zero_grad()
@@ -132,7 +133,7 @@ class Step:
         weight = next(self.model.parameters())
         x = self.buffers.inputs[0]
         assert x.grad is not None and weight.grad is not None
-        return {"y": y, "gx": x.grad.clone(), "gw": weight.grad.clone()}
+        return {"y": y.clone(), "gx": x.grad.clone(), "gw": weight.grad.clone()}  # a CUDA graph writes y again
 
 
 def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -145,7 +146,7 @@ def build(column: str, model: nn.Module, buffers: Buffers, args: argparse.Namesp
           exact: dict[str, Tensor]) -> tuple[Step, dict[str, Any]]:
     """A compiled step, how long that took and how far its results are from BF16's."""
     start = time.perf_counter()
-    step = Step(column, copy.deepcopy(model), buffers, args.compiler)
+    step = Step(column, copy.deepcopy(model), buffers, args)
     results = step.results()
     common.synchronize(args.device)
     seconds = time.perf_counter() - start
@@ -220,7 +221,7 @@ def profile(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         with torch.device(args.device):
             model = shape.model().bfloat16()
-        step = Step(args.profile, model, Buffers(shape, args.device), args.compiler)
+        step = Step(args.profile, model, Buffers(shape, args.device), args)
         for i in range(3):
             step.reset(i)
             step.run(i)
@@ -243,6 +244,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=24, help="timed steps of each column (default %(default)s)")
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
+    parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs, all columns")
     parser.add_argument("--seed", type=int, default=0)
     common.add_arguments(parser, "bench_linear", "case")
     args = parser.parse_args(argv)
@@ -259,7 +261,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     deadline = common.Deadline(args.time_limit)
-    settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed, "compiler": args.compiler}
+    settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed, "compiler": args.compiler,
+                                                  "cuda_graphs": args.cuda_graphs}
     say(common.describe(settings))
     if args.profile:
         profile(args)

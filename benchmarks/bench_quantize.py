@@ -4,8 +4,10 @@
     python benchmarks/bench_quantize.py --sizes 16384x4096 --kernels "rows quest packed fold,fold" --repeat 50
 
 Every kernel reads each input and writes each output once in that count, whatever it does; what it was not asked to
-return does not count. A size is ``rows x columns`` of a bf16 tensor. The kernels of a size and the copy of its tensor
-take turns in one process; inputs are random and rotate, and nothing of them is in the L2 cache when a call starts.
+return does not count. ``quest`` is the forward quantiser of the default recipe, ``guarded`` the one with the guarded
+deviation and scales rounded down. A size is ``rows x columns`` of a bf16 tensor. The kernels of a size and the copy of
+its tensor take turns in one process; inputs are random and rotate, and nothing of them is in the L2 cache when a call
+starts.
 ``slots`` are the instructions that the GPU could have started per element in the time, at its highest clock: a kernel
 that needs nearly as many is limited by them and not by the memory. ``<`` marks a share below its goal. A kernel that
 fails says why, and the others go on. A run continues the file it finds at ``--out``.
@@ -64,16 +66,25 @@ def nbytes(tensors: Tensor | Sequence[Tensor]) -> int:
     return sum(t.nbytes for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
 
 
+def default_forward() -> Any:
+    """The GEMM that users run in forward."""
+    from quartet.recipes import recipes
+
+    return recipes()["quartet"].fprop
+
+
 def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     """What is measured, by name; the first is the copy."""
     from quartet.kernels.reference import random_signs
     from quartet.kernels.spec import QuantSpec
-    from quartet.kernels.triton import ops
+    from quartet.kernels.triton import ops, rotations
 
     bits = torch.tensor(seed, device=device)
     signs = random_signs(bits, 3, 32)
-    forward = QuantSpec(rule="quest", mask=True)
-    quest = ops.Chain(forward, 32)
+    default = default_forward()
+    forward = default.a.spec
+    quest = ops.Chain(forward, default.rotation.n)
+    guarded = ops.Chain(QuantSpec(rule="quest", mask=True), 32)
     stochastic = ops.Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, signs, bits, 7)
     nearest = ops.Chain(QuantSpec(rule="headroom"), 32, signs)
 
@@ -90,12 +101,13 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         return lambda x: ops.quantize(x, chain, packed=packed, folded=folded)
 
     def unrotate(x: Tensor, mask: Tensor) -> Tensor:
-        return ops.mask_rotate(x, mask, rotation=32, signs=None, gain=4 / 3, cols=x.shape[1], dtype=x.dtype)
+        return rotations.mask_rotate(x, mask, rotation=32, signs=None, gain=4 / 3, cols=x.shape[1], dtype=x.dtype)
 
     return {
         COPY: Kernel(None, alone, torch.clone),
         "rows quest packed fold": Kernel(ROW_GOAL, alone, quantize(quest, True, True)),
         "rows quest packed": Kernel(ROW_GOAL, alone, quantize(quest, True, False)),
+        "rows guarded packed fold": Kernel(ROW_GOAL, alone, quantize(guarded, True, True)),
         "rows SR fold": Kernel(ROW_GOAL, alone, quantize(stochastic, False, True)),
         "both SR": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, stochastic, stochastic)),
         "both nearest": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, nearest, nearest)),
@@ -207,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         raise SystemExit(f"there is no kernel {unknown[0]!r}; possible: {', '.join(every)}")
     chosen = {name: kernel for name, kernel in every.items() if name in (COPY, *(args.kernels or every))}
-    settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed}
+    settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed,
+                                                  "quest": str(default_forward().a.spec)}
     say(common.describe(settings))
     record = common.Record(args.out, "bench_quantize", settings, args.fresh)
     for size in args.sizes:

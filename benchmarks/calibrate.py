@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device.type != "cuda":
         parser.error(f"this measures a GPU; --device is {args.device}")
     torch.manual_seed(0)
-    environment = common.environment(args.device)
+    environment = common.environment(args.device) | {"quest": str(bench_quantize.default_forward().a.spec)}
     sizes = [(m, n, k) for m, (n, k) in itertools.product(TOKENS, itertools.product(WIDTHS, WIDTHS)) if n * k < 1.2e8]
     by_product, by_pass = measure(products, sizes, args), measure(passes, TENSORS, args)
     gemm = fit(by_product, lambda m, n, k: (2.0 * m * n * k, float(m * n), 1.0))

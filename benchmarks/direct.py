@@ -23,21 +23,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import byte_training as training
 import gpu_common as common
 import torch
 import torch.nn as nn
+from byte_training import windows
 from corpus import Corpus, read_packages
 from gpu_common import say
 from llama import PRESETS, Llama
 from torch import Tensor
-from train_gap import windows
-from train_llama import learning_rate
+from train_llama import decayed, descend, learning_rate
 
 from quartet import direct, optim
 
@@ -62,13 +62,8 @@ def prepared(column: str, model: Llama) -> Llama:
 
 def optimizer_of(column: str, model: Llama, states: str, seed: int) -> torch.optim.Optimizer:
     """AdamW with its groups, wrapped for low-bit weights."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    if states == "fp8":
-        inner: torch.optim.Optimizer = optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    else:
-        inner = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    adamw = optim.AdamW if states == "fp8" else torch.optim.AdamW
+    inner = adamw(decayed(model), lr=1e-3, betas=(0.9, 0.95))
     match = COLUMN.fullmatch(column)
     if match is None:
         return inner
@@ -88,8 +83,7 @@ def state_bytes(optimizer: torch.optim.Optimizer, model: Llama) -> float:
 
 def validate(loss_of: Callable[..., Tensor], corpus: Corpus, args: argparse.Namespace) -> float:
     with torch.no_grad():
-        losses = [loss_of(*batch).detach() for batch in windows(corpus.validation, args.batch, args.seq)]
-    return statistics.fmean(torch.stack(losses).double().tolist())
+        return training.mean([loss_of(*batch) for batch in windows(corpus.validation, args.batch, args.seq)])
 
 
 def train(column: str, lr: float, seed: int, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
@@ -115,12 +109,7 @@ def train(column: str, lr: float, seed: int, corpus: Corpus, args: argparse.Name
             common.synchronize(device)
             began = time.perf_counter()
         loss = loss_of(*corpus.batch("train", seed, step, args.batch, args.seq))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model, optimizer, loss, learning_rate(step, args.steps, lr))
         losses.append(loss.detach())
         if isinstance(optimizer, direct.Optimizer) and step % 10 == 0:
             flips.append(optimizer.flipped())
@@ -172,17 +161,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=common.names, default=list(COLUMNS), metavar="NAMES",
                         help=f"default {','.join(COLUMNS)}")
-    parser.add_argument("--seeds", type=lambda text: [int(s) for s in common.names(text)], default=[0], metavar="N,N")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--size", choices=PRESETS, default="tiny", help="a preset of examples/llama.py; default tiny")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seq", type=int, default=128)
+    training.add_seeds(parser)
+    training.add_arguments(parser, size="tiny", steps=300, batch=16, seq=128, train_bytes=8_000_000,
+                           validation_bytes=(1 << 17) + 1)
     parser.add_argument("--lr", type=lambda text: [float(s) for s in common.names(text)], default=[3e-3], metavar="X,X")
     parser.add_argument("--states", choices=("fp32", "fp8"), default="fp32", help="of AdamW; fp8: quartet.optim's")
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
     parser.add_argument("--compiler", choices=("none", "inductor", "quartet"), default="none")
-    parser.add_argument("--train-bytes", type=int, default=8_000_000)
-    parser.add_argument("--validation-bytes", type=int, default=(1 << 17) + 1)
     common.add_arguments(parser, "direct", "column", again="train")
     return parser.parse_args(argv)
 
@@ -191,11 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     deadline = common.Deadline(args.time_limit)
     corpus = read_packages(args.train_bytes, args.validation_bytes)
-    settings = common.environment(args.device) | {key: getattr(args, key) for key in SETTINGS}
-    settings |= {"model": asdict(PRESETS[args.size]), "train_text": len(corpus.train),
-                 "validation_text": len(corpus.validation), "compiler": args.compiler}
-    say(common.describe(settings))
-    record = common.Record(args.out, "direct", settings, args.fresh)
+    record = training.begin(args, "direct", SETTINGS, **training.lengths(corpus), compiler=args.compiler)
     for seed in args.seeds:
         for column in args.columns:
             for lr in args.lr:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
+import byte_training as training
 import gpu_common as common
 import torch
 import train_gap
@@ -32,7 +32,7 @@ from quartet.recipes import recipes
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import compile_fx
 
-PUBLISHED = {  # recipe → place, from the first: what shares one is said to be on a par
+PUBLISHED = {  # recipe → place, from the first, what shares one is said to be on a par; None: no claim to one
     "bf16": (1, "the baseline"),
     "mxfp8": (1, "on a par with BF16 (2506.08027)"),
     "fp8": (1, "on a par with BF16 (2209.05433)"),
@@ -42,7 +42,17 @@ PUBLISHED = {  # recipe → place, from the first: what shares one is said to be
     "int8": (1, "on a par with BF16 (2304.13013)"),
     "quartet2": (2, "ahead of nvfp4 (2601.22813)"),
     "nvfp4": (3, "loss 1 to 1.5 % above FP8's (2509.25149)"),
-    "quartet": (4, "ahead of other MXFP4 methods (2505.14669)"),
+    "quartet": (4, "ahead of other MXFP4 methods, with the scales of quartet-paper (2505.14669)"),
+    "quartet-paper": (4, "ahead of other MXFP4 methods (2505.14669)"),
+    "fp8-rowwise": (None, "no claim of its loss (2507.16099)"),
+    "tetrajet": (None, "no claim of language models; ahead of other 4-bit methods on images (2502.20853)"),
+    "tetrajet-ema": (None, "no claim of language models; ahead of tetrajet on images (2502.20853)"),
+    "fp4-dge": (None, "no order among FP4 methods; minimal degradation from BF16 (2501.17116)"),
+    **{f"halo-{f}-0": (None, "no claim: the method without its rotations (2501.02625)") for f in ("fp8", "int8")},
+    **{f"halo-{f}-{level}": (None, "no claim of pre-training; fine-tunes near full precision (2501.02625)")
+       for f in ("fp8", "int8") for level in (1, 2)},
+    "int8-all": (None, "no claim: its paper keeps wgrad in 16 bits for the noise (2304.13013)"),
+    "bitnet": (None, "no claim at this size; on a par from 3 B parameters on (2402.17764)"),
 }
 BF16 = common.BASELINE
 
@@ -119,7 +129,7 @@ def report(record: common.Record) -> None:
         place, said = PUBLISHED.get(r["policy"], (None, ""))
         gap = "" if base is None else f"{r['validation_loss'] - base:+.4f}"
         rows.append([r["policy"], f"{r['validation_loss']:.4f}", gap, f"{r['cosine']:.4f}", f"{r['mean_cosine']:.4f}",
-                     f"{place}. {said}" if place else ""])
+                     f"{place}. {said}" if place else said])
     rows += [[r["policy"], "failed", "", "", "", ""] for r in record.results.values() if "failed" in r]
     say(common.table(rows))
 
@@ -129,14 +139,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipes", type=common.names, default=None, metavar="NAMES", help="default: all, and bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=16, help="gradients whose mean is compared; default %(default)s")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--size", choices=PRESETS, default="demo")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seq", type=int, default=512)
+    training.add_arguments(parser, **train_gap.DEFAULTS)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--precision", choices=train_gap.PRECISIONS, default="autocast")
-    parser.add_argument("--train-bytes", type=int, default=33_000_000)
-    parser.add_argument("--validation-bytes", type=int, default=(1 << 20) + 1)
     parser.add_argument("--interpret", action="store_true", help="run graphs op by op, without generated code")
     parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of bf16")
@@ -150,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     deadline = common.Deadline(args.time_limit)
     corpus = train_gap.read_packages(args.train_bytes, args.validation_bytes)
-    settings = common.environment(args.device) | {key: getattr(args, key) for key in train_gap.SETTINGS}
-    settings |= {"model": asdict(PRESETS[args.size]), "seed": args.seed, "interpret": args.interpret}
-    say(common.describe(settings))
-    record = common.Record(args.out, "recipe_table", settings, args.fresh)
+    record = training.begin(args, "recipe_table", train_gap.SETTINGS, seed=args.seed, interpret=args.interpret)
     batch = tuple(t.to(args.device) for t in corpus.batch("train", args.seed, 0, args.batch, args.seq))
     exact = gradients(None, batch, args, 1)[0]
     for policy in args.recipes:

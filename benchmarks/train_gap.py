@@ -36,19 +36,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import byte_training as training
 import gpu_common as common
 import torch
 import torch.nn as nn
+from byte_training import windows
 from corpus import Corpus, read_packages
 from gpu_common import say
 from llama import PRESETS, Llama
 from torch import Tensor
-from train_llama import adamw, learning_rate
+from train_llama import adamw, descend, learning_rate
 
 VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil))-(sr|nearest|bf16)")
 POLICIES = ("bf16", "quartet", "fp8", "fp8-rowwise", "quartet-paper", "floor-guarded-nearest", "floor-rms-sr",
             "nearest-guarded-sr", "floor-guarded-sr", "floor-guarded-bf16", "nearest-rms-nearest", "ceil-sr")
 PRECISIONS = ("autocast", "bf16", "fp32")
+DEFAULTS = {"size": "demo", "steps": 1000, "batch": 64, "seq": 512, "train_bytes": 33_000_000,
+            "validation_bytes": (1 << 20) + 1}
 SETTINGS = ("size", "steps", "batch", "seq", "lr", "precision", "train_bytes", "validation_bytes")
 
 
@@ -72,22 +76,6 @@ def _respecify(gemm: Any, **fields: Any) -> Any:
     """A GEMM with some fields of both quantisers replaced."""
     return replace(gemm, **{side: replace(operand, spec=replace(operand.spec, **fields))
                             for side, operand in (("a", gemm.a), ("b", gemm.b))})
-
-
-def windows(data: Tensor, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of a flat text as tokens and targets [batch, length] that follow each other; an incomplete batch is dropped.
-
-    Raises:
-        ValueError: there is not one whole batch.
-    """
-    count = (len(data) - 1) // (batch * length)
-    if count == 0:
-        raise ValueError(f"{len(data)} validation bytes are less than one batch of {batch} × {length}; "
-                         f"use --validation-bytes {batch * length + 1} or more")
-    for i in range(count):
-        first = i * batch * length
-        tokens, targets = (data[first + k:first + k + batch * length].long().view(batch, length) for k in (0, 1))
-        yield tokens, targets
 
 
 Compile = Callable[[str, nn.Module, Any], Any]  # policy, model, the recipe of a variant
@@ -117,12 +105,7 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace,
     losses, began, compile_s = [], time.perf_counter(), math.nan
     for step in range(args.steps):
         loss = loss_of(*corpus.batch("train", seed, step, args.batch, args.seq))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model, optimizer, loss, learning_rate(step, args.steps, args.lr))
         losses.append(loss.detach().clone())
         if (step + 1) % max(1, args.steps // 4) == 0:
             say(f"    {policy} seed {seed} step {step + 1}: {loss.item():.3f}")
@@ -136,7 +119,7 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace,
     curve = torch.stack(losses).float().tolist()
     each = max(1, args.steps // 50)
     return {
-        "policy": policy, "seed": seed, "validation_loss": statistics.fmean(torch.stack(validation).double().tolist()),
+        "policy": policy, "seed": seed, "validation_loss": training.mean(validation),
         "validation_tokens": len(validation) * args.batch * args.seq,
         "train_loss": [round(statistics.fmean(curve[i:i + each]), 5) for i in range(0, len(curve), each)],
         "step_ms": step_ms, "compile_s": compile_s, "parameters": sum(p.numel() for p in model.parameters()),
@@ -204,16 +187,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", type=common.names, default=list(POLICIES), metavar="NAMES",
                         help=f"default {','.join(POLICIES)}")
-    parser.add_argument("--seeds", type=lambda text: [int(s) for s in common.names(text)], default=[0], metavar="N,N")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--size", choices=PRESETS, default="demo", help="a preset of examples/llama.py; default demo")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seq", type=int, default=512)
+    training.add_seeds(parser)
+    training.add_arguments(parser, **DEFAULTS)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--precision", choices=PRECISIONS, default="autocast",
                         help="fp32 weights under bf16 autocast (default), everything bf16, everything fp32")
-    parser.add_argument("--train-bytes", type=int, default=33_000_000)
-    parser.add_argument("--validation-bytes", type=int, default=(1 << 20) + 1)
     parser.add_argument("--jobs", type=int, default=1, help="policies that train at the same time, in own processes")
     parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs: such a small model waits "
                         "for the host otherwise")
@@ -226,11 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     deadline = common.Deadline(args.time_limit)
     corpus = read_packages(args.train_bytes, args.validation_bytes)
-    settings = common.environment(args.device) | {key: getattr(args, key) for key in SETTINGS}
-    settings |= {"model": asdict(PRESETS[args.size]), "train_text": len(corpus.train),
-                 "validation_text": len(corpus.validation), "compiler": args.compiler, "cuda_graphs": args.cuda_graphs}
-    say(common.describe(settings))
-    record = common.Record(args.out, "train_gap", settings, args.fresh)
+    record = training.begin(args, "train_gap", SETTINGS, **training.lengths(corpus), compiler=args.compiler,
+                            cuda_graphs=args.cuda_graphs)
     todo = [(policy, seed) for seed in args.seeds for policy in args.policies
             if "validation_loss" not in record.results.get(f"{policy}/{seed}", {})]
     for result in finish(todo, corpus, args, deadline):

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from corpus import Corpus, read_corpus
 from llama import PRESETS, Llama
-from train_llama import learning_rate
+from train_llama import decayed, descend, learning_rate
 
 from quartet import direct, optim
+
+VALIDATION_BATCHES = 16
 
 
 def build(args: argparse.Namespace) -> tuple[Llama, direct.Optimizer]:
@@ -26,10 +27,7 @@ def build(args: argparse.Namespace) -> tuple[Llama, direct.Optimizer]:
     torch.manual_seed(args.seed)
     model = Llama(PRESETS[args.size], args.seq).to(args.device)
     direct.convert(model, args.bits)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return model, direct.Optimizer(optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95)))
+    return model, direct.Optimizer(optim.AdamW(decayed(model), lr=args.lr, betas=(0.9, 0.95)))
 
 
 def train(model: Llama, optimizer: direct.Optimizer, corpus: Corpus, args: argparse.Namespace) -> list[float]:
@@ -38,16 +36,18 @@ def train(model: Llama, optimizer: direct.Optimizer, corpus: Corpus, args: argpa
     losses = []
     for step in range(args.steps):
         loss = run(*(t.to(args.device) for t in corpus.batch("train", args.seed, step, args.batch, args.seq)))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model, optimizer, loss, learning_rate(step, args.steps, args.lr))
         losses.append(loss.item())
         if (step + 1) % max(1, args.steps // 10) == 0:
             print(f"step {step + 1}: loss {losses[-1]:.3f}, {optimizer.flipped():.2%} of the codes flipped", flush=True)
     return losses
+
+
+@torch.no_grad()
+def validate(model: Llama, corpus: Corpus, args: argparse.Namespace) -> float:
+    """The mean loss of validation batches, in nats a byte."""
+    batches = (corpus.batch("validation", 0, i, args.batch, args.seq) for i in range(VALIDATION_BATCHES))
+    return sum(model(*(t.to(args.device) for t in batch)).item() for batch in batches) / VALIDATION_BATCHES
 
 
 @torch.no_grad()
@@ -85,7 +85,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[float]:
     args = parse(argv)
     model, optimizer = build(args)
-    losses = train(model, optimizer, read_corpus(args.text), args)
+    corpus = read_corpus(args.text)
+    losses = train(model, optimizer, corpus, args)
+    print(f"validation loss {validate(model, corpus, args):.3f} nats a byte")
     text = generate(model, args.prompt.encode(), args.length, args.seed)
     print(text.decode(errors="replace"))
 

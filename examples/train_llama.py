@@ -56,12 +56,7 @@ class Run:
         """One update; the loss in nats a byte. The first call compiles, and is timed apart."""
         start = time.perf_counter()
         loss = self.compiled(tokens, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        descend(self.model, self.optimizer, loss, lr)
         self.losses.append(loss.item())
         elapsed = time.perf_counter() - start
         if math.isnan(self.first_step):
@@ -97,6 +92,16 @@ class Run:
 def on_device(corpus: Corpus, split: str, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
     tokens, targets = corpus.batch(split, args.seed, step, args.batch, args.seq)
     return tokens.to(args.device), targets.to(args.device)
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One step of the optimizer along the gradients of ``loss``, clipped to a norm of 1."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

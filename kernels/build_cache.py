@@ -54,14 +54,16 @@ def cache_dir() -> Path:
 
 
 def private_folder(folder: Path, what: str = "kernel cache folder", variable: str = "QUARTET_CACHE_DIR") -> Path:
-    """``folder``, created if missing. Raises BuildError unless this user owns it and nobody else can write to it.
+    """``folder``, created if missing. Raises BuildError unless this user owns it and nobody else can write to it, or
+    put another in its place.
 
     ``what`` it is and the environment ``variable`` that puts it elsewhere are for the message.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
+        status, parent = folder.stat(), folder.resolve().parent
+        above = parent.stat()
     except OSError as error:
         raise BuildError(f"cannot create the {what} {folder}: {error.strerror or error}; "
                          f"set {variable} to a folder you own") from error
@@ -71,6 +73,11 @@ def private_folder(folder: Path, what: str = "kernel cache folder", variable: st
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BuildError(f"{what} {folder} has mode {stat.S_IMODE(status.st_mode):04o}: others could "
                          f"replace the code that runs from it; run `chmod 700 {folder}`")
+    others = stat.S_IWOTH | (0 if above.st_gid == os.getgid() else stat.S_IWGRP)  # a umask of 002 means one's own group
+    if above.st_mode & others and not above.st_mode & stat.S_ISVTX:
+        raise BuildError(f"the {what} {folder} lies in {parent}, of mode {stat.S_IMODE(above.st_mode):04o}: others "
+                         f"could put another folder in its place; run `chmod go-w {parent}`, or set {variable} to a "
+                         "folder in one that only you can write to")
     return folder
 
 
@@ -82,6 +89,13 @@ def fingerprint(*parts: bytes) -> str:
 def target_of(name: str) -> Path:
     """Where the object of that name lies, built or not."""
     return cache_dir() / f"{name}.so"
+
+
+def write_json(target: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file of the cache by ``content``: whoever reads it finds the old or the new one, whole."""
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f"{target.stem}.", delete=False) as handle:
+        handle.write(json.dumps(dict(content), indent=1) + "\n")
+    os.replace(handle.name, target)
 
 
 def intact(target: Path) -> bool:
@@ -101,7 +115,7 @@ def build_once(target: Path, build: Callable[[Path], Notes | None]) -> bool:
     """
     if intact(target):
         return False
-    with _lock(target):
+    with locked(target):
         if intact(target):
             return False
         _remove_abandoned(target)
@@ -119,7 +133,7 @@ def build_once(target: Path, build: Callable[[Path], Notes | None]) -> bool:
 
 
 def notes_of(target: Path) -> Notes:
-    """What the build of an object noted down; empty if nothing readable is there."""
+    """What the build of an object noted down, or what :func:`write_json` wrote; empty if nothing readable is there."""
     try:
         found = json.loads(target.with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -147,7 +161,7 @@ def clear() -> tuple[int, int]:
     for stem in sorted(stems):
         target = folder / f"{stem}.so"
         try:
-            with _lock(target, wait=False):
+            with locked(target, wait=False):
                 if target.exists():
                     count, size = count + 1, size + target.stat().st_size
                 _remove_abandoned(target)
@@ -177,7 +191,21 @@ def _remove_abandoned(target: Path) -> None:
 
 
 @contextmanager
-def _lock(target: Path, wait: bool = True) -> Iterator[None]:
-    with open(target.with_suffix(".lock"), "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+def locked(target: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of an object or another file of the cache. Raises BlockingIOError where it is taken and ``wait`` is
+    False."""
+    path = target.with_suffix(".lock")
+    while True:
+        with open(path, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_at(path, os.fstat(handle.fileno())):
+                yield
+                return
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    """Whether the file is there still: ``clear`` removes locks, and who waited for one then holds what nobody sees."""
+    try:
+        return os.path.samestat(path.stat(), status)
+    except FileNotFoundError:
+        return False

@@ -15,8 +15,18 @@ from quartet.kernels.cutlass.configuration import N_MULTIPLE, arch_of
 from quartet.kernels.cutlass.gemm import OUTPUT_OF
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import blackwell_ops, block_scaled_ops, cuda, cuda_ops, ir
-from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, both_axes, finish, is_stored, quantize_both
-from quartet.lowering.graph import Builder, is_backward, keep_as, shape, val
+from quartet.lowering.chains import (
+    Accepts,
+    Epilogue,
+    Source,
+    accepted,
+    both_axes,
+    finish,
+    is_stored,
+    quantize_both,
+    ready,
+)
+from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
@@ -40,16 +50,17 @@ def unavailable(target: Target) -> str | None:
 
 def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """:func:`supports`, and None only where the kernels can be built."""
-    return supports(target, dtype, spec, rotation) or unbuildable(target)
+    return supports(target, dtype, spec, rotation) or unbuildable(target, "mxf4", dtype)
 
 
-def unbuildable(target: Target) -> str | None:
-    """None where CUTLASS kernels for a target can be built, or nothing will run, else why not."""
+def unbuildable(target: Target, kind: str, dtype: torch.dtype) -> str | None:
+    """None where all CUTLASS kernels of a kind and output can be built or are in the cache, or nothing will run, else
+    why not."""
     if target.pretended:
         return None
-    from quartet.kernels.cutlass.toolchain import unavailable
+    from quartet.kernels.cutlass.build import unready
 
-    return unavailable(str(arch(target)))
+    return unready(str(arch(target)), kind, OUTPUT_OF[dtype])
 
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -73,8 +84,15 @@ def lower_dot(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 
 
 def _lower(graph: Graph, gemms: list[Node], accepts: Accepts, product: OpOverload) -> None:
+    quantize(graph, gemms, accepted(graph, gemms, accepts))
+    for gemm in gemms:
+        _gemm(graph, gemm, product)
+    unswizzle(graph)
+
+
+def quantize(graph: Graph, gemms: list[Node], quantizers: list[Node]) -> None:
+    """Replace the quantisers of products, and the chains before them, by kernels that write swizzled scales."""
     chosen = set(gemms)
-    quantizers = accepted(graph, gemms, accepts)
     pairs = both_axes([node for node in quantizers if not is_stored(node, chosen)])
     for rows, columns in pairs:
         build, op = quantize_both(graph, blackwell_ops.QUANTIZE_BOTH, rows, columns)
@@ -84,9 +102,6 @@ def _lower(graph: Graph, gemms: list[Node], accepts: Accepts, product: OpOverloa
     for node in quantizers:
         if node not in paired:
             _hand_over(node, _quantize(graph, node))
-    for gemm in gemms:
-        _gemm(graph, gemm, product)
-    _unswizzle(graph)
 
 
 def use_integers(graph: Graph) -> None:
@@ -99,12 +114,13 @@ def use_integers(graph: Graph) -> None:
 
 def _quantize(graph: Graph, node: Node) -> list[Node]:
     """One fused op for hadamard → quantize, from packed codes where the tensor is a saved one's transpose."""
-    source, stored = Source.of(node), Source.of(node).stored
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-    if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0 and _is_ours(stored.args[1]):  # type: ignore[arg-type]
-        op = build(blackwell_ops.REQUANTIZE, *stored.args[:3], *source.tail)
+    source = ready(build, Source.of(node))
+    stored = source.stored if source.encode is None else None
+    if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0 and is_ours(stored.args[1]):  # type: ignore[arg-type]
+        op = build(blackwell_ops.REQUANTIZE, *stored.args[:3], *source.chain)
         return [build.item(op, 0), build.item(op, 1)]
-    op = build(blackwell_ops.QUANTIZE, source.x, *source.tail, source.parameter)
+    op = build(blackwell_ops.QUANTIZE, source.x, *source.chain, source.parameter)
     return [build.item(op, i) for i in range(3)]
 
 
@@ -131,16 +147,20 @@ def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
     finish(build, gemm, out, 1.0, cuda_ops.UNROTATE, follows)
 
 
-def _is_ours(scales: Any) -> bool:
+def is_ours(scales: Any) -> bool:
+    """Whether these are swizzled scales of a fused quantiser."""
     made_by = scales.args[0] if isinstance(scales, Node) and scales.args else None
     return isinstance(made_by, Node) and made_by.target in blackwell_ops.QUANTIZERS
 
 
-def _unswizzle(graph: Graph) -> None:
+def unswizzle(graph: Graph) -> None:
     """Give what else reads our codes, such as a backward product of another recipe, their scales row by row."""
     for node in graph.find_nodes(op="call_function", target=ir.DEQUANTIZE):
-        codes, scales = node.args[:2]
-        if _is_ours(scales) and node.users:
+        codes, scales, text = node.args[:3]
+        if is_ours(scales) and node.users:
             build = Builder(graph, like=node, before=node, backward=is_backward(node))
-            rows, half = shape(codes)
-            node.update_arg(1, build(blackwell_ops.UNSWIZZLE, scales, build.size(rows), build.size(half // 16)))
+            (rows, half), spec = shape(codes), QuantSpec.parse(text)
+            plain = build(blackwell_ops.UNSWIZZLE, scales, build.size(rows), build.size(half * 2 // spec.block))
+            if spec.tile:
+                plain = build(aten.slice.Tensor, plain, 0, 0, build.size(rows), spec.block)
+            node.update_arg(1, build(aten.view.dtype, plain, torch.float8_e4m3fn) if spec.scale == "e4m3" else plain)

@@ -1,13 +1,14 @@
-"""Graph ops over the Triton quantisers of MXFP4 for Blackwell, and the product in Triton.
+"""Graph ops over the Triton quantisers of MXFP4 and NVFP4 for Blackwell, and the product of MXFP4 in Triton.
 
     fp4_quantize       hadamard → quantize: packed codes, swizzled scales, mask
     fp4_quantize_both  the same of a tensor and of its transpose, from one read
     fp4_requantize     dequantize → transpose → hadamard → quantize, from packed codes and swizzled scales
     fp4_dot            gain · A · Bᵀ of packed codes under their scales, in Triton
-    fp4_unswizzle      swizzled scales → [R, K/32], for what is not of this family
+    fp4_unswizzle      swizzled scales → [R, K/block], for what is not of this family
 
-Codes are uint8 ``[R, K/2]``, K a multiple of 32. Scales are uint8 ``[swizzled_size(R, K/32)]`` in the layout of
-``quartet.kernels.reference.swizzle_scales``: what these ops make, only these ops read.
+Codes are uint8 ``[R, K/2]``, K a multiple of the block. Scales are uint8 ``[swizzled_size(R, K/block)]`` in the layout
+of ``quartet.kernels.reference.swizzle_scales``: what these ops make, only these ops and the products read. On a CPU the
+reference computes what has been lowered for such a GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference.packing import unswizzle_scales
+from quartet.kernels import reference
+from quartet.kernels.reference.nvfp4 import quantize_encoded
+from quartet.kernels.reference.packing import swizzle_scales, unswizzle_scales
+from quartet.kernels.reference.philox import random_bits
+from quartet.kernels.reference.quantize import random_shape
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.cuda_ops import CHAIN, OTHER, chain_of
+from quartet.lowering.cuda_ops import CHAIN, OTHER, chain_of, padded_to
 from quartet.lowering.ir import ceil_to, library
 from quartet.runtime.weights import REUSED, described
 
@@ -44,9 +49,9 @@ def _kernels() -> ModuleType:
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              parameter: Tensor | None = None, hardware: bool = True) -> Three:
+              encode: Tensor | None, parameter: Tensor | None = None, hardware: bool = True) -> Three:
     def make() -> Three:
-        return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site), hardware=hardware)
+        return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site, encode), hardware=hardware)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Three:
         return codes, scales, mask
@@ -54,16 +59,39 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
     return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
 
 
+def _quantize_cpu(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                  encode: Tensor | None, parameter: Tensor | None = None, hardware: bool = True) -> Three:
+    q = QuantSpec.parse(spec)
+    values = reference.hadamard(x, rotation, signs) if rotation else x.to(torch.float32)
+    if encode is None:
+        codes, scales, mask = reference.quantize(values, q, seed, site)
+        return codes, swizzle_scales(scales), mask if q.mask else mask.new_empty(x.shape[0], 0)
+    values = reference.pad_last(values, q.multiple)
+    random = None if seed is None or not q.stochastic else random_bits(seed, site, *random_shape(q, *values.shape))
+    codes, scales = quantize_encoded(values, q, encode, random, lambda kept: kept)
+    scales = scales.view(torch.uint8)
+    scales = scales.repeat_interleave(int(q.block), 0)[: x.shape[0]] if q.tile else scales
+    return codes.contiguous(), swizzle_scales(scales), codes.new_empty(x.shape[0], 0)
+
+
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-                   t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int,
-                   hardware: bool = True) -> Four:
-    rows, columns = chain_of(rotation, signs, spec, seed, site), chain_of(t_rotation, t_signs, t_spec, t_seed, t_site)
+                   encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
+                   t_site: int, t_encode: Tensor | None, hardware: bool = True) -> Four:
+    rows = chain_of(rotation, signs, spec, seed, site, encode)
+    columns = chain_of(t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)
     return _kernels().quantize_both(x, rows, columns, hardware=hardware)
 
 
+def _quantize_both_cpu(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                       encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str,
+                       t_seed: Tensor | None, t_site: int, t_encode: Tensor | None, hardware: bool = True) -> Four:
+    return (*_quantize_cpu(x, rotation, signs, spec, seed, site, encode)[:2],
+            *_quantize_cpu(x.t(), t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)[:2])
+
+
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
-                seed: Tensor | None, site: int, hardware: bool = True) -> Two:
-    chain = chain_of(rotation, signs, spec, seed, site)
+                seed: Tensor | None, site: int, encode: Tensor | None, hardware: bool = True) -> Two:
+    chain = chain_of(rotation, signs, spec, seed, site, encode)
     return _kernels().requantize(codes, scales, QuantSpec.parse(in_spec), chain, hardware=hardware)
 
 
@@ -78,24 +106,25 @@ def _unswizzle(scales: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:
-    padded = ceil_to(cols, max(32, rotation))
+    q = QuantSpec.parse(spec)
+    padded = padded_to(cols, rotation, q)
     return (like.new_empty(rows, padded // 2, dtype=torch.uint8),
-            like.new_empty(ceil_to(rows, 128) * ceil_to(padded // 32, 4), dtype=torch.uint8))
+            like.new_empty(ceil_to(rows, 128) * ceil_to(padded // q.block, 4), dtype=torch.uint8))
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, parameter=None, hardware=True):
+def _quantize_fake(x, rotation, signs, spec, seed, site, encode, parameter=None, hardware=True):
     codes, scales = _packed(x, x.shape[0], x.shape[1], rotation, spec)
     mask = x.new_empty(x.shape[0], codes.shape[1] // 4 if QuantSpec.parse(spec).mask else 0, dtype=torch.uint8)
     return codes, scales, mask
 
 
-def _quantize_both_fake(x, rotation, signs, spec, seed, site, t_rotation, t_signs, t_spec, t_seed, t_site,
-                        hardware=True):
+def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
+                        t_encode, hardware=True):
     rows, cols = x.shape
     return *_packed(x, rows, cols, rotation, spec), *_packed(x, cols, rows, t_rotation, t_spec)
 
 
-def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, hardware=True):
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, hardware=True):
     return _packed(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec)
 
 
@@ -107,14 +136,16 @@ def _dot_fake(a, a_scales, b, b_scales, gain, dtype):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-for _name, _impl, _fake in (
-    ("fp4_quantize", _quantize, _quantize_fake),
-    ("fp4_quantize_both", _quantize_both, _quantize_both_fake),
-    ("fp4_requantize", _requantize, _requantize_fake),
-    ("fp4_dot", _dot, _dot_fake),
-    ("fp4_unswizzle", _unswizzle, _unswizzle_fake),
+for _name, _impl, _cpu, _fake in (
+    ("fp4_quantize", _quantize, _quantize_cpu, _quantize_fake),
+    ("fp4_quantize_both", _quantize_both, _quantize_both_cpu, _quantize_both_fake),
+    ("fp4_requantize", _requantize, None, _requantize_fake),
+    ("fp4_dot", _dot, None, _dot_fake),
+    ("fp4_unswizzle", _unswizzle, _unswizzle, _unswizzle_fake),
 ):
     library.impl(_name, _impl, "CUDA")
+    if _cpu is not None:
+        library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
 
 QUANTIZE = torch.ops.quartet.fp4_quantize.default

@@ -1,9 +1,9 @@
 """Lower NVFP4 and MXFP8 to Blackwell's block-scaled tensor cores.
 
-Operands stay as they are quantised. The quantisers stay semantic ops, which Inductor fuses with what computes their
-tensors; so does the swizzle of their scales, those of tiles repeated for each row. The factors of both tensors, of
-two-level scales, become one number on the device by which the kernel multiplies: their product has to be in the range
-of fp32, where the reference multiplies by one after the other.
+Operands stay as they are quantised. The quantisers of NVFP4 are Triton's, which write the scales as the tensor cores
+read them. Those of MXFP8 stay semantic ops, which Inductor fuses with what computes their tensors; so does the swizzle
+of their scales. The factors of both tensors, of two-level scales, become one number on the device by which the kernel
+multiplies: their product has to be in the range of fp32, where the reference multiplies by one after the other.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.cutlass.configuration import N_MULTIPLE
 from quartet.kernels.cutlass.gemm import OUTPUT_OF
-from quartet.kernels.reference.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import blackwell
+from quartet.lowering import blackwell, two_level
 from quartet.lowering.block_scaled_ops import LIBRARY_MM, MM, SWIZZLE
-from quartet.lowering.chains import Accepts
-from quartet.lowering.fp8 import ALIGN, inline
+from quartet.lowering.chains import Accepts, accepted
+from quartet.lowering.fp8 import ALIGN
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
-from quartet.runtime import compat
 from quartet.runtime.devices import Target
 
 KINDS = {("e2m1", 32, "e8m0"): "mxf4", ("e2m1", 16, "e4m3"): "nvf4", ("e4m3", 32, "e8m0"): "mxf8"}
@@ -47,9 +45,10 @@ def supports(target: Target, dtype: torch.dtype) -> str | None:
 
 def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when a kernel generated with CUTLASS takes the operand and can be built, else why not."""
-    if kind_of(spec) not in ("nvf4", "mxf8"):
+    kind = kind_of(spec)
+    if kind not in ("nvf4", "mxf8"):
         return blackwell.supports_cutlass(target, dtype, spec, rotation)
-    return supports(target, dtype) or blackwell.unbuildable(target)
+    return supports(target, dtype) or blackwell.unbuildable(target, kind, dtype)
 
 
 def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
@@ -63,19 +62,26 @@ def lower_cutlass(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     fp4 = [gemm for gemm in gemms if kind_of(_spec(gemm.args[4])) == "mxf4"]
     if fp4:
         blackwell.lower_cutlass(graph, fp4, accepts)
-    operands = Operands()
-    for gemm in gemms:
-        if gemm not in fp4:
-            build, kind, *given, alpha = operands.of(graph, gemm, N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])
-            put(build, gemm, build(MM, *given, kind, 1.0, gemm.args[6], alpha), "cutlass")
+    operands = Operands(graph, [gemm for gemm in gemms if gemm not in fp4], accepts)
+    for gemm in operands.gemms:
+        build, kind, *given, alpha = operands.of(gemm, N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])
+        put(build, gemm, build(MM, *given, kind, 1.0, gemm.args[6], alpha), "cutlass")
+    blackwell.unswizzle(graph)
 
 
-def lower_library(graph: Graph, gemms: list[Node]) -> None:
+def autotune(graph: Graph) -> None:
+    """Let the kernels generated with CUTLASS be measured when a product is first computed, and the fastest be taken."""
+    for node in graph.find_nodes(op="call_function", target=MM):
+        node.update_kwarg("tune", True)
+
+
+def lower_library(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite scaled_mm nodes of NVFP4 or MXFP8 to cuBLASLt's products."""
-    operands = Operands()
+    operands = Operands(graph, gemms, accepts)
     for gemm in gemms:
-        build, kind, *given, alpha = operands.of(graph, gemm, ALIGN)
+        build, kind, *given, alpha = operands.of(gemm, ALIGN)
         put(build, gemm, build(LIBRARY_MM, *given, kind, kind, gemm.args[6], alpha), "scaled-mm")
+    blackwell.unswizzle(graph)
 
 
 def put(build: Builder, gemm: Node, product: Node, kernel: str) -> None:
@@ -86,14 +92,21 @@ def put(build: Builder, gemm: Node, product: Node, kernel: str) -> None:
 
 
 class Operands:
-    """What products read, made once for those that read the same and are computed together."""
+    """What products read, made once for those that read the same and are computed together.
 
-    def __init__(self) -> None:
+    Args:
+        accepts: which chains the Triton quantisers take; they are replaced at once.
+    """
+
+    def __init__(self, graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+        self.graph, self.gemms = graph, gemms
         self.made: dict[Any, Node] = {}
+        if gemms:
+            blackwell.quantize(graph, gemms, accepted(graph, gemms, accepts))
 
-    def of(self, graph: Graph, gemm: Node, n_multiple: int) -> tuple[Any, ...]:
+    def of(self, gemm: Node, n_multiple: int) -> tuple[Any, ...]:
         """A builder before ``gemm``, the kind of its operands, both codes with their swizzled scales, and alpha."""
-        build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
+        build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
         a, a_scales, b, b_scales, a_spec, b_spec, _, *amaxes = gemm.args
         a, b = build.padded(a, cols=_per_unit(a)), build.padded(b, rows=n_multiple, cols=_per_unit(b))  # type: ignore[arg-type]
         scales = [self._swizzled(build, s, _spec(text)) for s, text in ((a_scales, a_spec), (b_scales, b_spec))]
@@ -103,15 +116,13 @@ class Operands:
         return build, kind_of(_spec(a_spec)), a, scales[0], b, scales[1], alpha
 
     def _swizzled(self, build: Builder, scales: Any, spec: QuantSpec) -> Node:
+        if blackwell.is_ours(scales):
+            return scales
         tile = int(spec.block) if spec.tile else 1
         return self._once(build, ("scales", scales, tile), lambda: build(SWIZZLE, scales, tile))
 
     def _factor(self, build: Builder, amax: Any, spec: QuantSpec) -> Node:
-        def decode(x: torch.Tensor) -> tuple[torch.Tensor]:
-            return (tensor_scales(x, spec)[1],)
-
-        return self._once(build, ("factor", amax, spec.rule),
-                          lambda: inline(build, compat.trace(decode, [val(amax)]), [amax])[0])
+        return self._once(build, ("factor", amax, spec.rule), lambda: two_level.decode(build, amax, spec))
 
     def _once(self, build: Builder, key: tuple[Any, ...], make: Any) -> Node:
         key = (*key, build.meta["partitioner_tag"], str(build.meta.get("recompute")))

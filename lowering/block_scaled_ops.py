@@ -10,8 +10,8 @@ Codes are row-major, ``[M, …]`` and ``[N, …]``: uint8 with two E2M1 to a byt
     1x128              FP8 in blocks of 128: fp32 ``[K/128, R]``
     128x128            FP8 in tiles: fp32 ``[⌈R/128⌉, K/128 rounded up to 4]``
 
-``alpha`` is fp32 with one element, the factor of both tensors; None is 1. On a CPU both products are those of the
-dequantised operands in fp32.
+``alpha`` is fp32 with one element, the factor of both tensors; None is 1. ``tune`` lets the first call of a shape class
+measure which kernel is fastest. On a CPU both products are those of the dequantised operands in fp32.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _LIBRARY = {  # ScalingType, and what scaled_mm calls the dtypes of codes and sc
 _EXACT = (torch.Tag.needs_exact_strides,)
 _OPERANDS = "Tensor a, Tensor a_scales, Tensor b, Tensor b_scales"
 library.define("swizzle_scales(Tensor scales, int tile) -> Tensor", tags=(torch.Tag.flexible_layout,))
-library.define(f"block_scaled_mm({_OPERANDS}, str kind, float gain, ScalarType dtype, Tensor? alpha=None) -> Tensor",
-               tags=_EXACT)
+library.define(f"block_scaled_mm({_OPERANDS}, str kind, float gain, ScalarType dtype, Tensor? alpha=None, "
+               "bool tune=False) -> Tensor", tags=_EXACT)
 library.define(f"library_scaled_mm({_OPERANDS}, str a_format, str b_format, ScalarType dtype, Tensor? alpha=None) "
                "-> Tensor", tags=_EXACT)
 
@@ -81,18 +81,21 @@ def _product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format:
 
 
 def _cutlass_cpu(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, kind: str, gain: float, dtype: torch.dtype,
-                 alpha: Tensor | None = None) -> Tensor:
+                 alpha: Tensor | None = None, tune: bool = False) -> Tensor:
     return (_product(a, a_scales, b, b_scales, kind, kind, torch.float32, alpha) * gain).to(dtype)
 
 
 def _cutlass(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, kind: str, gain: float, dtype: torch.dtype,
-             alpha: Tensor | None = None) -> Tensor:
+             alpha: Tensor | None = None, tune: bool = False) -> Tensor:
     from quartet.kernels.cutlass.gemm import gemm
+    from quartet.kernels.cutlass.tune import tune_once
 
     if alpha is None:
         alpha = _scalar(gain, a.device) if gain != 1.0 else None
     elif gain != 1.0:
         alpha = alpha * gain
+    if tune:
+        tune_once(a, a_scales, b, b_scales, alpha, kind=kind, dtype=dtype)
     return gemm(a, a_scales, b, b_scales, alpha, kind=kind, dtype=dtype)
 
 
@@ -145,7 +148,7 @@ def _swizzle_fake(scales, tile):
     return scales.new_empty(ceil_to(rows * tile, 128) * ceil_to(cols, 4), dtype=torch.uint8)
 
 
-def _cutlass_fake(a, a_scales, b, b_scales, kind, gain, dtype, alpha=None):
+def _cutlass_fake(a, a_scales, b, b_scales, kind, gain, dtype, alpha=None, tune=False):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 

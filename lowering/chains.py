@@ -10,8 +10,8 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir
-from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, shape, val
+from quartet.lowering import cuda_ops, ir, two_level
+from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, pull, shape, val
 from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.runtime.compat import OpOverload
 
@@ -27,6 +27,8 @@ class Source:
     Args:
         x: what is rotated and quantised. rotation: Hadamard size, 0 for none. signs: its signs' node, or None.
         spec, seed, site: the quantiser's own arguments.
+        amax: the tensor's largest magnitude, for two-level scales. encode: the multiplier that follows from it, from
+            :func:`ready` on.
         parameter: the weight that x is a view or a cast of, if the result may serve several forwards, else None.
     """
 
@@ -36,21 +38,30 @@ class Source:
     spec: str
     seed: Node | None
     site: int
+    amax: Node | None = None
+    encode: Node | None = None
     parameter: Node | None = None
 
     @staticmethod
     def of(quantizer: Node) -> Source:
-        x, spec, seed, site = quantizer.args[:4]
-        rotation, signs = 0, None
+        x, spec, seed, site, *amax = quantizer.args
+        rotation, signs, parsed = 0, None, QuantSpec.parse(spec)  # type: ignore[arg-type]
         assert isinstance(x, Node)
-        if x.target is ir.HADAMARD:
+        # the rule eden sums over groups that several threads have: a Hadamard before it is a kernel of its own
+        if x.target is ir.HADAMARD and parsed.rule != "eden":
             x, rotation, signs = x.args[0], x.args[1], x.args[2]  # type: ignore[assignment]
-        return Source(x, rotation, signs, spec, seed, site, quantizer.meta.get(REUSABLE))  # type: ignore[arg-type]
+        return Source(x, rotation, signs, spec, seed, site, amax[0] if parsed.scale == "e4m3" else None,  # type: ignore[arg-type]
+                      parameter=quantizer.meta.get(REUSABLE))
 
     @property
     def tail(self) -> tuple[Any, ...]:
         """The arguments that every fused quantiser takes after its input."""
         return self.rotation, self.signs, self.spec, self.seed, self.site
+
+    @property
+    def chain(self) -> tuple[Any, ...]:
+        """:attr:`tail`, and what those on a GPU take besides."""
+        return *self.tail, self.encode
 
     @property
     def stored(self) -> Node | None:
@@ -97,10 +108,10 @@ def is_stored(quantizer: Node, gemms: set[Node]) -> bool:
 def both_axes(quantizers: list[Node]) -> list[tuple[Node, Node]]:
     """Pairs of a quantiser of a tensor and one of its transpose, in the same direction; each is in one pair at most."""
     along_rows: dict[tuple[Node, bool], list[Node]] = {}
-    for node in reversed(quantizers):
+    for node in filter(_pairs, reversed(quantizers)):
         along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
     pairs = []
-    for node in quantizers:
+    for node in filter(_pairs, quantizers):
         source = Source.of(node)
         of = source.transposed
         if of is not None and source.stored is None and along_rows.get((of, is_backward(node))):
@@ -112,15 +123,44 @@ def quantize_both(graph: Graph, op: OpOverload, rows: Node, columns: Node) -> tu
     """``op`` in place of a pair of :func:`both_axes`, where the first of the two is; its results are not wired up."""
     first = min(rows, columns)
     build = Builder(graph, like=first, before=first, backward=is_backward(first))
-    sources = [_at(build, Source.of(node), first) for node in (rows, columns)]
-    return build, build(op, sources[0].x, *sources[0].tail, *sources[1].tail)
+    sources = [ready(build, Source.of(node)) for node in (rows, columns)]
+    return build, build(op, sources[0].x, *sources[0].chain, *sources[1].chain)
 
 
-def _at(build: Builder, source: Source, place: Node) -> Source:
-    """``source`` with signs that are there before ``place``."""
-    if source.signs is None or source.signs < place:
+def _pairs(quantizer: Node) -> bool:
+    """Whether a kernel quantises along both axes at once by this spec."""
+    spec = QuantSpec.parse(quantizer.args[1])  # type: ignore[arg-type]
+    return not spec.tile and spec.rule != "eden"
+
+
+def ready(build: Builder, source: Source) -> Source:
+    """``source`` with signs and largest magnitude that are there where ``build`` inserts, and the multiplier that
+    follows from the latter. A magnitude of rotated values is found by a kernel that rotates, and that keeps them where
+    the quantiser cannot rotate."""
+    amax = source.amax
+    if source.signs is not None:
+        pull(source.signs, build.before)
+    if amax is None:
         return source
-    return replace(source, signs=build(source.signs.target, *source.signs.args))  # type: ignore[arg-type]
+    if source.rotation and amax.target is ir.AMAX:
+        old, amax = amax, build(cuda_ops.ROTATED_AMAX, source.x, source.rotation, source.signs)
+        _replace(old, amax)
+    if source.x.target is ir.HADAMARD and amax.target is ir.AMAX:
+        x, rotation, signs = source.x.args[:3]
+        if isinstance(signs, Node):
+            pull(signs, build.before)
+        rotated = build(cuda_ops.ROTATE, x, rotation, signs)
+        values, amax = build.item(rotated, 0), build.item(rotated, 1)
+        _replace(source.amax, amax)  # type: ignore[arg-type]
+        _replace(source.x, values)
+        source = replace(source, x=values)
+    pull(amax, build.before)
+    return replace(source, amax=amax, encode=two_level.encode(build, amax, QuantSpec.parse(source.spec)))
+
+
+def _replace(old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
 
 
 @dataclass(frozen=True)

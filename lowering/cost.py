@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy
 
+from quartet.lowering.inductor import RADICES
 from quartet.lowering.rates import Rates
 from quartet.lowering.recipe import Gemm, Recipe
 
@@ -65,8 +66,8 @@ class Cost:
 
 
 def predict(recipe: Recipe, layer: Layer, rates: Rates) -> Cost | None:
-    """Cost of a layer under a recipe, or None where one of its kernels is not in ``FP8_KERNELS``: those are never
-    faster, and chosen for their numbers."""
+    """Cost of a layer under a recipe, or None where one of its kernels is not in ``FP8_KERNELS``: those compute the
+    numbers only, and no rates of them are measured."""
     gemms = {role: gemm for role in layer.kernels if (gemm := getattr(recipe, role)) is not None}
     if not gemms or any(layer.kernels[role] not in FP8_KERNELS for role in gemms):
         return None
@@ -97,6 +98,7 @@ def _passes(recipe: Recipe, gemms: dict[str, Gemm], layer: Layer) -> Iterator[Pa
         operands = {"fprop": (shared, w), "dgrad": (e, w), "wgrad": (e, shared)}[role]
         saved = gemm.b.source == "saved"
         if not fused:
+            yield from _rotations(recipe, role, gemm, operands, {"fprop": e, "dgrad": x, "wgrad": w}[role])
             yield from _casts(role, gemm, gemms, operands)
         elif role == "fprop":
             yield from (("rows", elements) for elements in operands)
@@ -117,8 +119,20 @@ def _passes(recipe: Recipe, gemms: dict[str, Gemm], layer: Layer) -> Iterator[Pa
 def _casts(role: str, gemm: Gemm, gemms: dict[str, Gemm], operands: tuple[Size, Size]) -> Iterator[Pass]:
     """FP8 with a scale a tensor or a row: the largest magnitude is a reading of its own before each cast."""
     whole = gemm.a.spec is not None and gemm.a.spec.block == "tensor"
-    again = whole and role == "wgrad" and "dgrad" in gemms  # one cast of E writes its transpose too
+    other = gemms.get("dgrad")
+    again = (whole and role == "wgrad" and other is not None  # one cast of E writes its transpose too
+             and (other.rotation, other.outer) == (gemm.rotation, gemm.outer))
     fresh = operands if role == "fprop" or not whole else () if again else operands[:1]
     for elements in fresh:
         yield "amax", elements
         yield "cast", elements
+
+
+def _rotations(recipe: Recipe, role: str, gemm: Gemm, operands: tuple[Size, Size], result: Size) -> Iterator[Pass]:
+    """Hadamard transforms in generated code: to fp32, then a loop for each stage, of twice a fused one's traffic."""
+    turned = [(gemm.rotation, elements) for elements in operands] + [(gemm.outer, operands[0]), (gemm.outer, result)]
+    if gemm.b.source == "saved" and recipe.fprop is not None:
+        turned.append((recipe.fprop.rotation, result))
+    for rotation, elements in turned:
+        if rotation is not None:
+            yield from [("unrotate", 2 * elements)] * (1 + len(RADICES[rotation.n]))

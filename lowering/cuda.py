@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import cuda_ops, fp8
+from quartet.lowering import cuda_ops, fp8, two_level
 from quartet.lowering.chains import (
     Accepts,
     Epilogue,
@@ -24,6 +24,7 @@ from quartet.lowering.chains import (
     finish,
     is_stored,
     quantize_both,
+    ready,
 )
 from quartet.lowering.cpu import operand_dtype
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
@@ -58,6 +59,8 @@ def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int)
 def supports_fold(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
     reason = fp8.unavailable(target) or supports(target, dtype, spec, rotation)
+    if reason is None and spec.scale != "e8m0":
+        return f"'{spec}' does not fold to E4M3 with a power-of-two scale a row; dequantised it is exact in bfloat16"
     if reason is None and dtype is not torch.bfloat16:
         return f"the FP8 product with a scale a row is bfloat16, not {dtype_name(dtype)}"
     return reason
@@ -94,11 +97,11 @@ class Lowering:
 
     def _quantize(self, node: Node) -> None:
         """Replace hadamard → quantize by one fused op."""
-        source = Source.of(node)
         build = Builder(self.graph, like=node, before=node, backward=is_backward(node))
+        source = ready(build, Source.of(node))
         folded = self.fold and node in self.wanted
-        tail = (*source.tail, not folded or is_stored(node, self.gemms), folded)
-        stored = source.stored
+        tail = (*source.chain, not folded or is_stored(node, self.gemms), folded)
+        stored = source.stored if source.encode is None else None
         if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
             op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail)
         else:
@@ -111,7 +114,7 @@ class Lowering:
 
     def _gemm(self, gemm: Node) -> None:
         build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
-        a, a_scales, b, b_scales, a_spec, b_spec, _ = gemm.args
+        a, a_scales, b, b_scales, a_spec, b_spec, _, *amaxes = gemm.args
         sides = ((a, a_scales, a_spec), (b, b_scales, b_spec))
         if self.fold:
             left, right = (self._operand(build, gemm, *side) for side in sides)
@@ -121,7 +124,11 @@ class Lowering:
             out = build(aten.mm.default, left, build.transpose(right))  # type: ignore[arg-type]
         out = keep_as(out, gemm)
         out.meta["quartet_kernel"] = "triton-fp8" if self.fold else "triton"
-        gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
+        specs = [QuantSpec.parse(spec) for spec in (a_spec, b_spec)]  # type: ignore[arg-type]
+        for spec, amax in zip(specs, amaxes, strict=False):
+            if amax is not None:
+                out = build(aten.mul.Tensor, build.cast(out, torch.float32), two_level.decode(build, amax, spec))  # type: ignore[arg-type]
+        gain = specs[0].gain * specs[1].gain
         follows, width = Epilogue.of(gemm), shape(out)[1]
         if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
             follows = None

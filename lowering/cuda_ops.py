@@ -7,8 +7,11 @@
     cuda_fold           codes and scales → FP8 operand
     cuda_dequantize     codes and scales → operand in another dtype
     cuda_unrotate       × gain → apply_mask → inverse hadamard → first columns
+    cuda_rotated_amax   hadamard → amax
+    cuda_rotate         hadamard, and its amax
 
-An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1]``.
+An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1]``. ``encode`` is the multiplier of the
+tensor, for E4M3 scales.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quartet.kernels import reference
+from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to, library
 from quartet.runtime.weights import REUSED, described
@@ -26,8 +31,8 @@ from quartet.runtime.weights import REUSED, described
 if TYPE_CHECKING:
     from quartet.kernels.triton.ops import Chain
 
-CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site"
-OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site"
+CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, Tensor? encode"
+OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site, Tensor? t_encode"
 library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -37,6 +42,8 @@ library.define("cuda_fold(Tensor codes, Tensor scales, str spec) -> (Tensor, Ten
 library.define("cuda_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
 library.define("cuda_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
                "ScalarType dtype) -> Tensor")
+library.define("cuda_rotated_amax(Tensor x, int rotation, Tensor? signs) -> Tensor")
+library.define("cuda_rotate(Tensor x, int rotation, Tensor? signs) -> (Tensor, Tensor)")
 
 Two = tuple[Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -50,41 +57,47 @@ def _kernels() -> ModuleType:
     return ops
 
 
-def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int) -> Chain:
+def _rotations() -> ModuleType:
+    from quartet.kernels.triton import rotations
+
+    return rotations
+
+
+def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+             encode: Tensor | None) -> Chain:
     """The arguments ``CHAIN`` of an op as what the kernels take."""
-    return _kernels().Chain(QuantSpec.parse(spec), rotation, signs, seed, site)
+    return _kernels().Chain(QuantSpec.parse(spec), rotation, signs, seed, site, encode)
 
 
-def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int, packed: bool,
-              folded: bool, parameter: Tensor | None = None) -> Five:
-    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site)
+def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+              encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None) -> Five:
+    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
 
     def make() -> Five:
         return ops.quantize(x, chain, packed=packed, folded=folded)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Five:
-        none = codes.new_empty(0)
-        return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else (none, none))
+        return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else _operand(codes))
 
     return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
 
 
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-                   t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None, t_site: int) -> Four:
-    ops = _kernels()
-    rows, columns = chain_of(rotation, signs, spec, seed, site), chain_of(t_rotation, t_signs, t_spec, t_seed, t_site)
+                   encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
+                   t_site: int, t_encode: Tensor | None) -> Four:
+    ops, rows = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    columns = chain_of(t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)
     codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
     return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec)
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
-                seed: Tensor | None, site: int, packed: bool, folded: bool) -> Five:
-    ops = _kernels()
-    chain = chain_of(rotation, signs, spec, seed, site)
+                seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool) -> Five:
+    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
     codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain)
-    none = codes.new_empty(0)
-    values, row_scales = ops.fold(codes, scales, chain.spec) if folded else (none, none)
-    return (codes, scales, none, values, row_scales) if packed else (none, none, none, values, row_scales)
+    operand = ops.fold(codes, scales, chain.spec) if folded else _operand(codes)
+    codes, scales = (codes, scales) if packed else (codes.new_empty(0), codes.new_empty(0))
+    return codes, scales, codes.new_empty(0), *operand
 
 
 def _fold(codes: Tensor, scales: Tensor, spec: str) -> Two:
@@ -97,44 +110,68 @@ def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) ->
 
 def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
               dtype: torch.dtype) -> Tensor:
-    return _kernels().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+    return _rotations().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+
+
+def _rotated_amax(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
+    return _rotations().rotated_amax(x, rotation, signs)
+
+
+def _rotated_amax_cpu(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
+    return largest_magnitude(reference.hadamard(x, rotation, signs))
+
+
+def _rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
+    return _rotations().rotate(x, rotation, signs)
+
+
+def _rotate_cpu(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
+    rotated = reference.hadamard(x, rotation, signs)
+    return rotated, largest_magnitude(rotated)
 
 
 def _signs(seed: Tensor, site: int, n: int) -> Tensor:
-    return _kernels().random_signs(seed, site, n)
+    return _rotations().random_signs(seed, site, n)
+
+
+def padded_to(cols, rotation: int, spec: QuantSpec):
+    """``cols`` with the padding of a chain, as ``kernels.triton.ops.multiple`` has it."""
+    return ceil_to(cols, max(spec.multiple, rotation, 32 if spec.scale == "e8m0" else 16))
 
 
 def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, folded: bool) -> Five:
     q = QuantSpec.parse(spec)
-    padded = ceil_to(cols, max(32, rotation, q.block))
-    none = like.new_empty(0, dtype=torch.uint8)
-    values, row_scales = _operand(like, rows, padded) if folded else (none, none)
+    padded = padded_to(cols, rotation, q)
+    operand = _operand(like, rows, padded) if folded else _operand(like)
+
+    def empty(*shape) -> Tensor:
+        return like.new_empty(shape or 0, dtype=torch.uint8)
+
     if not packed:
-        return none, none, none, values, row_scales
-    return (
-        like.new_empty(rows, padded // 2, dtype=torch.uint8),
-        like.new_empty(rows, padded // q.block, dtype=torch.uint8),
-        like.new_empty(rows, padded // 8, dtype=torch.uint8) if q.mask else none,
-        values,
-        row_scales,
-    )
+        return empty(), empty(), empty(), *operand
+    scales = empty(ceil_to(rows, 16) // 16 if q.tile else rows, padded // q.block)
+    return (empty(rows, padded // 2), scales.view(torch.float8_e4m3fn) if q.scale == "e4m3" else scales,
+            empty(rows, padded // 8) if q.mask else empty(), *operand)
 
 
-def _operand(like: Tensor, rows, cols) -> Two:
-    return like.new_empty(rows, cols, dtype=torch.float8_e4m3fn), like.new_empty(rows, 1, dtype=torch.float32)
+def _operand(like: Tensor, *size) -> Two:
+    """Of no elements without a size."""
+    return (like.new_empty(size or 0, dtype=torch.float8_e4m3fn),
+            like.new_empty((size[0], 1) if size else 0, dtype=torch.float32))
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, packed, folded, parameter=None):
+def _quantize_fake(x, rotation, signs, spec, seed, site, encode, packed, folded, parameter=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded)
 
 
-def _quantize_both_fake(x, rotation, signs, spec, seed, site, t_rotation, t_signs, t_spec, t_seed, t_site):
+def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
+                        t_encode):
     rows, cols = x.shape
     return (*_outputs(x, rows, cols, rotation, spec, False, True)[3:],
             *_outputs(x, cols, rows, t_rotation, t_spec, False, True)[3:])
 
 
-def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, packed, folded):
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded):
     made = _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, folded)
     return *made[:2], made[2].new_empty(0), *made[3:]
 
@@ -151,6 +188,15 @@ def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
     return x.new_empty(x.shape[0], cols, dtype=dtype)
 
 
+def _rotated_amax_fake(x, rotation, signs):
+    return x.new_empty(1, 1, dtype=torch.float32)
+
+
+def _rotate_fake(x, rotation, signs):
+    return (x.new_empty(x.shape[0], ceil_to(x.shape[1], rotation), dtype=torch.float32),
+            x.new_empty(1, 1, dtype=torch.float32))
+
+
 for _name, _impl, _fake in (
     ("cuda_quantize", _quantize, _quantize_fake),
     ("cuda_quantize_both", _quantize_both, _quantize_both_fake),
@@ -158,10 +204,14 @@ for _name, _impl, _fake in (
     ("cuda_fold", _fold, _fold_fake),
     ("cuda_dequantize", _dequantize, _dequantize_fake),
     ("cuda_unrotate", _unrotate, _unrotate_fake),
+    ("cuda_rotated_amax", _rotated_amax, _rotated_amax_fake),
+    ("cuda_rotate", _rotate, _rotate_fake),
 ):
     library.impl(_name, _impl, "CUDA")
     torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
 
+library.impl("cuda_rotated_amax", _rotated_amax_cpu, "CPU")
+library.impl("cuda_rotate", _rotate_cpu, "CPU")
 library.impl("signs", _signs, "CUDA")  # 130 launches otherwise
 
 QUANTIZE = torch.ops.quartet.cuda_quantize.default
@@ -170,3 +220,5 @@ REQUANTIZE = torch.ops.quartet.cuda_requantize.default
 FOLD = torch.ops.quartet.cuda_fold.default
 DEQUANTIZE = torch.ops.quartet.cuda_dequantize.default
 UNROTATE = torch.ops.quartet.cuda_unrotate.default
+ROTATED_AMAX = torch.ops.quartet.cuda_rotated_amax.default
+ROTATE = torch.ops.quartet.cuda_rotate.default

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import fp8_ops, ir
 from quartet.lowering.chains import Accepts, Source, accepted
-from quartet.lowering.graph import BACKWARD, Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.graph import BACKWARD, Builder, aten, inline, is_backward, keep_as, shape, val
 from quartet.lowering.inductor import store
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
 
 ALIGN = 16
+CAPABILITY = (8, 9)  # the first with FP8
 
 
 def unavailable(device: torch.device | Target) -> str | None:
@@ -36,7 +36,7 @@ def unavailable(device: torch.device | Target) -> str | None:
         return target.missing
     if target.capability is None:
         return "written for NVIDIA's FP8 formats; this PyTorch is built for ROCm"
-    if target.capability < (8, 9):
+    if target.capability < CAPABILITY:
         return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*target.capability)
     return None
 
@@ -91,6 +91,8 @@ def _cast(graph: Graph, node: Node) -> None:
     flipped = [user for user in readers if user.target is aten.permute.default]
     plain = len(flipped) < len(readers)
     both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
+    if spec.block == "tensor":
+        both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (text, both.name)
     codes, transposed = build.item(both, 0), build.item(both, 1)
     for user in flipped:
         user.replace_all_uses_with(transposed)
@@ -111,16 +113,6 @@ def _quantize(graph: Graph, node: Node) -> None:
     results = inline(build, compat.trace(quantize, [val(x)]), [x])
     for item in list(node.users):
         item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
-
-
-def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list[Node]:
-    """Copy a traced graph of aten ops to where ``build`` inserts; returns its results."""
-    copied: dict[Node, Node] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = map_arg((node.args, node.kwargs), copied.__getitem__)
-            copied[node] = build(node.target, *args, **kwargs)
-    return [copied[node] for node in gm.graph.output_node().args[0]]  # type: ignore[index]
 
 
 def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:

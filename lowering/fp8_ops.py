@@ -65,3 +65,4 @@ torch.library.register_fake("quartet::fp8_row_major", lambda codes: codes.new_em
 
 CAST = torch.ops.quartet.fp8_cast.default
 ROW_MAJOR = torch.ops.quartet.fp8_row_major.default
+CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)

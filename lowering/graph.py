@@ -154,6 +154,16 @@ class Builder:
         raise RuntimeError(f"size {value} is not held by any node of the graph")
 
 
+def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list[Node]:
+    """Copy a traced graph of aten ops to where ``build`` inserts; returns its results."""
+    copied: dict[Node, Node] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), copied.__getitem__)
+            copied[node] = build(node.target, *args, **kwargs)
+    return [copied[node] for node in gm.graph.output_node().args[0]]  # type: ignore[index]
+
+
 @contextmanager
 def editing(gm: torch.fx.GraphModule) -> Iterator[Graph]:
     """Edit a graph, then drop dead nodes and recompile."""
@@ -161,6 +171,15 @@ def editing(gm: torch.fx.GraphModule) -> Iterator[Graph]:
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
+
+
+def pull(node: Node, place: Node) -> None:
+    """Move a node, and what it is made from, to before ``place`` where it comes later."""
+    if node < place:
+        return
+    for source in node.all_input_nodes:
+        pull(source, place)
+    place.prepend(node)
 
 
 def replace_all(old: Node, new: Node, keep: tuple[Node, ...] = ()) -> None:

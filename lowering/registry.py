@@ -21,6 +21,7 @@ from quartet.kernels.spec import ELEMENTS, QuantSpec
 from quartet.lowering import blackwell, block_scaled, cuda, fp8, int8, scaled_mm
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering.chains import Accepts
+from quartet.lowering.ir import FLOAT8
 from quartet.runtime.devices import Target
 
 Supports = Callable[[Target, torch.dtype, QuantSpec, int], str | None]
@@ -61,7 +62,19 @@ def _cublaslt(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int
 
 
 def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    return None if target.type in ("cpu", "cuda") else f"Inductor has no code generator of ours for {target.type}"
+    if target.type not in ("cpu", "cuda"):
+        return f"Inductor has no code generator of ours for {target.type}"
+    return not_generated(target, spec)
+
+
+def not_generated(target: Target, *specs: QuantSpec) -> str | None:
+    """Why code that Inductor generates for a GPU cannot make or read one of these formats; None where it can."""
+    formats = [name for spec in specs for name in (spec.element, spec.scale) if name in FLOAT8]
+    if formats and target.capability is not None and target.capability < fp8.CAPABILITY:
+        return ("generated code has no {} here: Triton converts to both FP8 formats from compute capability {}.{} on, "
+                "this device has {}.{}; take a recipe in INT8 or MXFP4, or bf16").format(
+                    min(formats), *fp8.CAPABILITY, *target.capability)
+    return None
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -69,7 +82,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports),
     Kernel("scaled-mm", "block-scaled tensor cores through torch.nn.functional.scaled_mm", scaled_mm.supports,
-           scaled_mm.lower, scaled_mm.supports_pair),
+           scaled_mm.lower, scaled_mm.supports_pair, reads=cuda.supports),
     Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
            blackwell.lower_dot, reads=cuda.supports),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,

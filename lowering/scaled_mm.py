@@ -1,8 +1,8 @@
 """PyTorch's block-scaled matrix products, by cuBLASLt: NVFP4 and MXFP8 on Blackwell, FP8 with fp32 scales on Hopper.
 
 On Hopper (compute capability 9.x alone, CUDA 12.9 or newer) an operand has a scale for 128 elements of a row, or for
-128 by 128, and at least one of the two has the former. The quantisers stay semantic ops; their scales are turned, so
-that those of one block of K lie side by side.
+128 by 128, and at least one of the two has the former. The quantisers of these stay semantic ops; their scales are
+turned, so that those of one block of K lie side by side.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes; their quantisers stay."""
+    """Rewrite the chosen scaled_mm nodes, and the quantisers of NVFP4."""
     blocks = [gemm for gemm in gemms if _fp8_blocks(QuantSpec.parse(gemm.args[4]))]  # type: ignore[arg-type]
-    block_scaled.lower_library(graph, [gemm for gemm in gemms if gemm not in blocks])
+    block_scaled.lower_library(graph, [gemm for gemm in gemms if gemm not in blocks], accepts)
     for gemm in blocks:
         _blocks(graph, gemm)
 

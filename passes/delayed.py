@@ -47,16 +47,18 @@ class Histories:
 def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: MatmulSite, operand: str) -> Node:
     """fp32 ``[1, 1]`` that scales ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, under the rule ``delayed``.
 
-    A graph without an anchor, the body of a region, has no history and takes the tensor's own magnitude.
+    A history belongs to a weight. A product without one, such as of two inputs, and a graph without an anchor, the body
+    of a region, take the tensor's own magnitude.
     """
     owner = state.sites[site.x_group] if operand == "x" else site
     history = recipe_of(site).history
-    held = _histories(state, val(x).device)
-    weight = weight_index(state, owner) if held is not None else None
-    if held is None or weight is None:
+    weight = weight_index(state, owner)
+    held = None if weight is None else _histories(state, val(x).device)
+    if weight is None or held is None:
+        reason = "no weight of its own to keep a history for" if weight is None else "no history in a nested region"
         for role in site.products:
-            if site.active(role) and "no history" not in site.remarks.get(role, ""):
-                site.remark(role, "scaled by the current amax: no history in a nested region")
+            if site.active(role) and reason not in site.remarks.get(role, ""):
+                site.remark(role, f"scaled by the current amax: {reason}")
         return _with_margin(build, build(ir.AMAX, x), history.margin)
     origin = _origin(x)
     key = weight if operand == "w" else owner.index, operand, origin

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from quartet.kernels.reference.philox import MAX_SITE, Draw
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import ir
+from quartet.lowering import ir, registry
 from quartet.lowering.graph import Builder, aten, editing, is_backward, replace_all, shape, val
 from quartet.lowering.recipe import Rotation
 from quartet.passes.find_matmuls import left_alone, module_name, module_of, parameter_origins
@@ -78,7 +78,7 @@ def _embedding(state: State, node: Node, origin: dict[Node, str], number: int) -
         state.alone.append(replace(record, reason=reason))
         return
     quantizer = None if gemm.b.spec is None else Quantizer(gemm.b.spec, gemm.rotation, number)
-    obstacle = _obstacle(node, table, origin, quantizer)
+    obstacle = _obstacle(state, node, table, origin, quantizer)
     if obstacle is None and quantizer is not None:
         _rewrite(state, node, table, quantizer)
         notes = () if quantizer.of_rows else ("the whole table is quantised in each forward: its scales ask for it",)
@@ -91,7 +91,8 @@ def _embedding(state: State, node: Node, origin: dict[Node, str], number: int) -
     state.alone.append(replace(record, reason=str(obstacle)))
 
 
-def _obstacle(node: Node, table: Node, origin: dict[Node, str], quantizer: Quantizer | None) -> str | None:
+def _obstacle(state: State, node: Node, table: Node, origin: dict[Node, str],
+              quantizer: Quantizer | None) -> str | None:
     if quantizer is None:
         return "the recipe leaves weights in high precision"
     if table not in origin:
@@ -104,7 +105,7 @@ def _obstacle(node: Node, table: Node, origin: dict[Node, str], quantizer: Quant
         return "scale rule 'delayed' needs a history, which is kept for matmuls only: use rule 'amax'"
     if any(isinstance(size, int) and size == 0 for size in (*shape(table), *shape(node))):
         return f"a size is zero (table {shape(table)}, rows {shape(node)})"
-    return None
+    return registry.not_generated(state.config.target_of(val(table).device), quantizer.spec)
 
 
 def _rewrite(state: State, node: Node, table: Node, quantizer: Quantizer) -> None:

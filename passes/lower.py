@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import blackwell, fp8, ir, registry
+from quartet.lowering import blackwell, block_scaled, fp8, ir, registry
 from quartet.lowering.graph import editing, val
 from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.passes.sites import SITE_KEY
@@ -45,6 +45,8 @@ def lower(state: State) -> None:
         fp8.promote(state.gm.graph)
     if state.config.portable_rounding:
         blackwell.use_integers(state.gm.graph)
+    if state.config.autotune:
+        block_scaled.autotune(state.gm.graph)
 
 
 def _accepts(target: Target, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:

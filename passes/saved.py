@@ -11,7 +11,7 @@ import hashlib
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import ir
+from quartet.lowering import ir, registry
+from quartet.lowering.fp8_ops import CAST, CODES_KEY
 from quartet.lowering.graph import Builder, aten, editing, shape, val
 from quartet.lowering.recipe import Saved
 from quartet.lowering.records import SavedRecord
@@ -42,6 +43,7 @@ from quartet.passes.kept import (
 from quartet.passes.pipeline import source_digest
 from quartet.passes.state import STREAM_STRIDE, Config, State, draw_seed
 from quartet.runtime.compat import CustomPartitionerFn
+from quartet.runtime.devices import Target
 from quartet.runtime.streams import SEED
 
 log = logging.getLogger("quartet")
@@ -49,6 +51,14 @@ log = logging.getLogger("quartet")
 DRAW = 15  # of the sixteen draws that a site has; the products take the first (see kernels.reference.philox.Draw)
 Pair = tuple[GraphModule, GraphModule]
 _KIND = ("saved_tensor_with_no_vc_check",)  # by which AOTAutograd sorts forward's results
+
+
+def not_generated(saved: Saved, target: Target) -> str | None:
+    """Why code that Inductor generates for a device cannot make a format's codes; None where it can."""
+    if saved.element != "e4m3" or registry.not_generated(target, QuantSpec.parse("e4m3/16 fp32 amax nearest")) is None:
+        return None
+    return (f"generated code has no {saved.element} on {target}: Triton converts to it from compute capability 8.9 on; "
+            "take a format of bytes, such as mesa8")
 
 
 class SavedActivations(CustomPartitionerFn):
@@ -82,6 +92,29 @@ class SavedActivations(CustomPartitionerFn):
         return hashlib.sha256(repr((source_digest(), self.key, other)).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Codes:
+    """Kept codes ``[rows, padded]`` of a tensor with so many columns, or of its transpose; nodes of backward."""
+
+    spec: str
+    codes: Node
+    scales: Node
+    columns: Any
+    transposed: bool
+
+    @property
+    def usable(self) -> bool:
+        """Whether they are the tensor to eight bits, rounded to nearest under a scale of its own."""
+        spec = QuantSpec.parse(self.spec)
+        return not spec.stochastic and not spec.takes_amax and spec.bits == 8 and spec.element != "ternary"
+
+    def values(self, build: Builder, root: Node) -> Node:
+        """The tensor that they stand for, in the shape and dtype of ``root``."""
+        values = build(ir.DEQUANTIZE, self.codes, self.scales, self.spec, val(root).dtype)
+        values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
+        return build(aten.reshape.default, values, [size_node(build, size) for size in shape(root)])
+
+
 class _Rewriting:
     """One pair of graphs."""
 
@@ -91,6 +124,7 @@ class _Rewriting:
         self.kept = pairs(forward, backward, outputs)
         self.instead: dict[Node, list[Node]] = {}  # a result of forward → what is returned in its place
         self.read: dict[Node, Node] = {kept.made: kept.read for kept in self.kept}
+        self.scales = {kept.made.meta[CODES_KEY]: kept.read for kept in self.kept if CODES_KEY in kept.made.meta}
 
     def run(self, resolve: Callable[[str | None], SavedChoice]) -> list[SavedRecord]:
         """Rewrite both graphs; a record for everything kept that is no input."""
@@ -113,10 +147,12 @@ class _Rewriting:
             return record
         if (reason := why_exact(storage, self.shown, self.seen, choice.saved)) is not None:
             return replace(record, reason=reason)
-        if (quantizer := self._codes_already(storage)) is not None:
-            self._decode_from(storage, lambda build: self._dequantised(build, storage, quantizer))
-            return replace(record, saved=str(quantizer.args[1]), saved_bytes=0,
+        if (codes := self._codes_already(storage)) is not None:
+            self._decode_from(storage, lambda build: codes.values(build, storage.root))
+            return replace(record, saved=codes.spec, saved_bytes=0,
                            reason="from the codes of a product's operand, which are kept anyway")
+        if (reason := not_generated(choice.saved, self.state.config.target_of(val(source).device))) is not None:
+            return replace(record, reason=reason)
         return replace(record, saved=str(choice.saved), saved_bytes=self._encode(storage, choice.saved, site))
 
     def _encode(self, storage: Storage, saved: Saved, site: int) -> int:
@@ -176,29 +212,32 @@ class _Rewriting:
         rest = map_arg(link.args[1:], lambda n: size_node(build, n.meta["val"]))
         return (value, *rest)
 
-    def _codes_already(self, storage: Storage) -> Node | None:
-        """The quantiser whose eight-bit codes of this very tensor are kept for a product, if there is one."""
+    def _codes_already(self, storage: Storage) -> _Codes | None:
+        """The eight-bit codes of this very tensor that are kept for a product, if there are any."""
         todo = [storage.root]
         while todo:
             node = todo.pop()
             todo += [u for u in node.users if u.target in (aten.view.default, aten._unsafe_view.default)]
             for user in node.users:
-                if user.target is not ir.QUANTIZE or user.args[0] is not node:
-                    continue
-                spec, items = QuantSpec.parse(str(user.args[1])), {n.args[1]: n for n in user.users}
-                plain = not spec.stochastic and not spec.takes_amax and spec.bits == 8
-                if plain and spec.element != "ternary" and items.get(0) in self.read and items.get(1) in self.read:
-                    return user
+                found = self._codes_of(user) if user.args[:1] == (node,) else None
+                if found is not None and found.usable:
+                    return found
         return None
 
-    def _dequantised(self, build: Builder, storage: Storage, quantizer: Node) -> Node:
-        items = {n.args[1]: n for n in quantizer.users}
-        x = quantizer.args[0]
+    def _codes_of(self, user: Node) -> _Codes | None:
+        """What is kept of the results of a quantiser or of a cast to FP8, None where codes or scales are not."""
+        items = {n.args[1]: self.read[n] for n in user.users if n in self.read and n.target is operator.getitem}
+        if user.target is ir.QUANTIZE:
+            spec, codes, scales, flipped = str(user.args[1]), items.get(0), items.get(1), False
+        elif user.target is CAST and CODES_KEY in user.meta:
+            spec, scales = user.meta[CODES_KEY][0], self.scales.get(user.meta[CODES_KEY])
+            flipped = 0 not in items
+            codes = items.get(int(flipped))
+        else:
+            return None
+        x = user.args[0]
         assert isinstance(x, Node)
-        codes, scales = self.read[items[0]], self.read[items[1]]
-        values = build(ir.DEQUANTIZE, codes, scales, quantizer.args[1], val(storage.root).dtype)
-        values = build.columns(values, shape(x)[1])
-        return build(aten.view.default, values, [size_node(build, size) for size in shape(storage.root)])
+        return None if codes is None or scales is None else _Codes(spec, codes, scales, shape(x)[1], flipped)
 
     def _return(self) -> None:
         """Write forward's results anew, with their descriptions."""

@@ -52,6 +52,7 @@ class Config:
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         where_it_pays: leave layers alone that the policy's default would make slower.
         portable_rounding: no rounding by conversions that only some devices have.
+        autotune: kernels may measure, when they first run, which of them is fastest.
         anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.amax``).
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
@@ -70,6 +71,7 @@ class Config:
     target: Target | None = None
     portable_rounding: bool = False
     anchor: int | None = None
+    autotune: bool = False
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""

@@ -19,7 +19,7 @@ from torch.fx import Node
 from quartet.lowering.graph import Builder, editing, is_backward, val
 from quartet.lowering.weight_ops import TOWARD
 from quartet.passes.delayed import MUST_BE_IN_FORWARD, weight_index
-from quartet.passes.find_matmuls import canonical, input_indices
+from quartet.passes.find_matmuls import canonical, input_indices, parameter_origins
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
@@ -46,6 +46,7 @@ def toward(state: State) -> None:
     """Move W of the planned sites that ask for it and whose fprop is quantised."""
     averages: dict[Node, _Average] = {}
     moved: dict[tuple[Any, ...], Node] = {}
+    parameters = parameter_origins(state)
     with editing(state.gm) as graph:
         wanted = state.config.anchor
         anchor = next((n for n, i in input_indices(graph).items() if wanted is not None and i == wanted), None)
@@ -54,7 +55,8 @@ def toward(state: State) -> None:
             if recipe.average is None or not site.active("fprop"):
                 continue
             weight = None if anchor is None else weight_index(state, site)
-            if anchor is None or weight is None or site.batch is not None or site.groups is not None:
+            one = site.batch is None and site.groups is None and site.w[0] in parameters
+            if anchor is None or weight is None or not one:
                 site.remark("fprop", "rounded to nearest: no moving average "
                             + ("in a nested region" if anchor is None else "of such a weight"))
                 continue

@@ -92,12 +92,13 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers, options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
-                    options.policy.where_it_pays, options.target, options.portable_rounding, anchor)
+                    options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
+                    compat.max_autotune(options.inductor))
     regions = region_weights(gm, weights)
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
                 options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
-                torch.__version__, torch.get_num_threads()))
+                config.autotune, torch.__version__, torch.get_num_threads()))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), regions)
 

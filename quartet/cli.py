@@ -1,7 +1,7 @@
-"""The ``quartet`` command: ``doctor``, ``explain``, ``recipes``, ``build``, ``cache`` and ``selftest``.
+"""The ``quartet`` command: ``doctor``, ``explain``, ``recipes``, ``build``, ``tune``, ``cache`` and ``selftest``.
 
-Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` could not build one or ``selftest`` found a
-wrong one, 2 wrong usage (the message names the nearest legal value) or no GPU to test.
+Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` or ``tune`` could not build one or
+``selftest`` found a wrong one, 2 wrong usage (the message names the nearest legal value) or no GPU to test.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 from quartet.lowering.recipe import ROLES, Gemm, Operand, Recipe, Rotation
 from quartet.recipes import PolicyError, did_you_mean
 
-COMMANDS = ("doctor", "explain", "recipes", "build", "cache", "selftest")
-OPTIONS = ("--policy", "--html", "--json", "--dump", "--arch", "--kinds", "--output", "--bias", "--accumulate",
-           "--jobs", "--help")
+COMMANDS = ("doctor", "explain", "recipes", "build", "tune", "cache", "selftest")
+OPTIONS = ("--policy", "--html", "--json", "--dump", "--target", "--arch", "--kinds", "--output", "--bias",
+           "--accumulate", "--jobs", "--help")
 CACHE_ACTIONS = ("list", "clear")
 EQUATIONS = {
     "fprop": ("Y = X · Wᵀ", "in", "X", "W"),
@@ -64,12 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
     doctor = commands.add_parser("doctor", help="versions, compilers, devices, and the kernels that serve them")
+    doctor.add_argument("--target", metavar="T", help="as if this machine had such a GPU: sm_100a, …")
     doctor.set_defaults(run=_doctor)
 
     explain = commands.add_parser("explain", help="one row a matmul: recipe and kernel, or why it is left alone")
-    explain.add_argument("target", metavar="MODULE:FACTORY",
+    explain.add_argument("example", metavar="MODULE:FACTORY",
                          help="function without arguments that returns (model, inputs); inputs is a tuple or a dict")
     explain.add_argument("--policy", metavar="P", help="recipe name or .toml file")
+    explain.add_argument("--target", metavar="T", help="as if the tensors were on such a GPU: sm_100a, …")
     explain.add_argument("--html", metavar="FILE", type=Path, help="write the table as a page")
     explain.add_argument("--json", metavar="FILE", type=Path, help="write the table as data")
     explain.add_argument("--dump", metavar="DIR", help="write the graphs before and after every pass")
@@ -90,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
                        help="at most so many at once; default: the number of processors; never more than memory allows")
     build.set_defaults(run=_build)
 
+    tune = commands.add_parser("tune", help="measure which CUTLASS kernel is fastest here, and take it from now on")
+    tune.add_argument("shapes", metavar="M,N,K", nargs="+", help="[M, K] × [N, K] → [M, N], such as 8192,4096,4096")
+    tune.add_argument("--kinds", metavar="K,…", default="mxf4,nvf4,mxf8", help="operand formats; default: %(default)s")
+    tune.add_argument("--output", metavar="O,…", default="bf16", help="dtypes of the product; default: %(default)s")
+    tune.set_defaults(run=_tune)
+
     cache = commands.add_parser("cache", help="list the compiled kernels, or remove them")
     cache.add_argument("action", nargs="?", default="list", metavar="{" + ",".join(CACHE_ACTIONS) + "}")
     cache.set_defaults(run=_cache)
@@ -103,9 +111,20 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(arguments: argparse.Namespace) -> int:
     from quartet.doctor import doctor
 
-    text, healthy = doctor()
+    _check_target(arguments.target)
+    text, healthy = doctor(arguments.target)
     print(text)
     return 0 if healthy else 1
+
+
+def _check_target(name: str | None) -> None:
+    from quartet.runtime.devices import Target
+
+    try:
+        if name is not None:
+            Target.named(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -120,8 +139,10 @@ def _explain(arguments: argparse.Namespace) -> int:
     for path in filter(None, (arguments.html, arguments.json)):
         if not path.absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: the folder {path.absolute().parent} does not exist; make it first")
-    args, kwargs, model = _example(arguments.target)
-    report = explain(model, *args, options=options, **kwargs)
+    _check_target(arguments.target)
+    args, kwargs, model = _example(arguments.example)
+    target = {} if arguments.target is None else {"target": arguments.target}
+    report = explain(model, *args, options=options, **target, **kwargs)
     print(report)
     if arguments.html is not None:
         arguments.html.write_text(report.to_html(), encoding="utf-8")
@@ -215,6 +236,35 @@ def _present_archs() -> list[str]:
     if not found:
         raise UsageError(f"this machine has no Blackwell GPU; say what to build for with --arch: {', '.join(ARCHS)}")
     return list(found)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from quartet.kernel_commands import tune_products
+    from quartet.kernels.cutlass.configuration import KINDS, OUTPUTS, arch_of, supports
+    from quartet.runtime.devices import absent
+
+    kinds, outputs = _names("--kinds", arguments.kinds, KINDS), _names("--output", arguments.output, OUTPUTS)
+    products = [(kind, output, _shape(text)) for text in arguments.shapes for kind in kinds for output in outputs]
+    for kind, output, shape in products:
+        if (reason := supports(kind, *shape, output)) is not None:
+            raise UsageError(reason)
+    device = torch.device("cuda", 0)
+    missing = absent(device)
+    if missing is None and arch_of(torch.cuda.get_device_capability(device)) is None:
+        missing = f"this one is {torch.cuda.get_device_name(device)}"
+    if missing is not None:
+        raise UsageError(f"tune measures kernels on a Blackwell GPU, but {missing}")
+    return tune_products(products, device)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"{text!r} is not M,N,K; for example 8192,4096,4096")
+    m, n, k = map(int, parts)
+    return m, n, k
 
 
 def _names(option: str, text: str, legal: Sequence[str]) -> list[str]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch-quartet", "torch", "triton", "nvidia-cutlass", "sympy", "networkx", "numpy")
-COMPILERS = ("g++", "nvcc")
+from quartet.kernels.build_cache import BuildError
+from quartet.kernels.cutlass import toolchain
+from quartet.runtime.devices import Target
+
+PACKAGES = ("torch-quartet", "torch", "triton", "sympy", "networkx", "numpy")
 REMEDY = {
-    "triton": "comes with CUDA builds of torch",
-    "nvidia-cutlass": "pip install 'torch-quartet[cutlass]' for the CUTLASS kernels",
-    "g++": "the fused C++ kernels for a CPU need it",
-    "nvcc": "building CUTLASS kernels needs it; it comes with the CUDA toolkit",
+    "triton": "`pip install triton`; CUDA builds of torch bring it",
+    "g++": "`apt-get install g++`: the fused C++ kernels for a CPU need it",
 }
 
 
@@ -39,18 +41,29 @@ def packages() -> Iterator[tuple[str, str]]:
 
 
 def compilers() -> Iterator[tuple[str, str]]:
-    """(name, version line and path, or what it is missed for)."""
-    for name in COMPILERS:
-        path = shutil.which(name)
-        if path is None:
-            yield name, f"missing ({REMEDY[name]})"
-            continue
-        try:
-            said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
-            line = next((text for text in said if "release" in text), said[0] if said else "no version")
-        except (OSError, subprocess.SubprocessError) as error:
-            line = f"does not run: {error}"
-        yield name, f"{line.strip()}  {path}"
+    """(name, version and path, or how to get it) of what compiles kernels, and of what it reads."""
+    yield "g++", _gxx()
+    yield "nvcc", _found(toolchain.find_nvcc, toolchain.nvcc_version)
+    yield "CUTLASS", _found(toolchain.find_headers, toolchain.cutlass_version)
+
+
+def _gxx() -> str:
+    path = shutil.which("g++")
+    if path is None:
+        return f"missing ({REMEDY['g++']})"
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"does not run: {error}  {path}"
+    return f"{said[0].strip() if said else 'no version'}  {path}"
+
+
+def _found(find: Callable[[], Path], version_of: Callable[[Path], str]) -> str:
+    try:
+        path = find()
+        return f"{version_of(path)}  {path}"
+    except BuildError as error:
+        return str(error)
 
 
 def devices() -> Iterator[tuple[torch.device, str]]:
@@ -66,13 +79,20 @@ def devices() -> Iterator[tuple[torch.device, str]]:
         yield torch.device("cuda", index), said
 
 
-def doctor() -> tuple[str, bool]:
-    """The whole report, and whether every device has a kernel for at least one format."""
+def doctor(target: str | None = None) -> tuple[str, bool]:
+    """The whole report, and whether every device has a kernel for at least one format.
+
+    ``target``: of such a device, ``"sm_100a"``, as if it were here, and not of those that are. Raises ValueError where
+    there is no such.
+    """
     from quartet.lowering.registry import probe
 
+    shown: Iterable[tuple[torch.device | Target, str]] = devices()
+    if target is not None:
+        shown = [(Target.named(target), "pretended, with every compiler")]
     out = ["versions", table(list(packages())), "compilers", table(list(compilers()))]
     healthy = True
-    for device, description in devices():
+    for device, description in shown:
         out.append(f"{device} ({description})")
         try:
             probed = probe(device)
@@ -81,9 +101,16 @@ def doctor() -> tuple[str, bool]:
             healthy = False
             continue
         rows = [("format", "kernel", "")]
-        for _, group in groupby(probed, key=lambda row: row[0]):
-            for i, (format, kernel, reason) in enumerate(group):
-                rows.append(("" if i else format, kernel, "yes" if reason is None else f"no: {reason}"))
+        for format, group in groupby(probed, key=lambda row: row[0]):
+            rows += _order(format, [(kernel, reason) for _, kernel, reason in group])
         out.append(table(rows))
         healthy = healthy and any(reason is None for _, _, reason in probed)
     return "\n".join(out), healthy
+
+
+def _order(format: str, kernels: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, str, str]]:
+    """The rows of a format: the first kernel that takes it is what it gets."""
+    chosen = next((kernel for kernel, reason in kernels if reason is None), None)
+    for i, (kernel, reason) in enumerate(kernels):
+        said = f"no: {reason}" if reason is not None else "yes, chosen" if kernel == chosen else "yes"
+        yield "" if i else format, kernel, said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 
 from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.options import Options
+from quartet.policy import Policy
 from quartet.report import Report
+from quartet.runtime.devices import Target
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, mode: str | None = None,
@@ -31,7 +33,6 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     from quartet.lowering import registry
     from quartet.passes import pipeline
     from quartet.runtime.capture import Capture, Pretence, settings_of, unchanged
-    from quartet.runtime.devices import Target
 
     inner, own_mode, own_options = settings_of(model)
     if options is None and mode is None:
@@ -49,6 +50,15 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)
-    device = target or next((str(t.device) for t in (*inner.parameters(), *inner.buffers())), "cpu")
-    return Report(records, saved_bytes_total=capture.saved_bytes, device=device, policy=str(parsed.policy),
-                  notes=capture.notes, saved=saved)
+    device = next((t.device for t in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
+    notes = (*capture.notes, *_unpriced(parsed.policy, parsed.target or Target.of(device)))
+    return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
+                  policy=str(parsed.policy), notes=notes, saved=saved)
+
+
+def _unpriced(policy: Policy, target: Target) -> Iterator[str]:
+    """A note where nothing could be left alone for not paying."""
+    from quartet.lowering.rates import rates_of
+
+    if policy.where_it_pays and rates_of(target) is None:
+        yield f"no measured rates for {target}: everything is quantised, whether it pays or not"

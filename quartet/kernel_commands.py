@@ -1,4 +1,5 @@
-"""What ``quartet build`` and ``quartet cache`` do: compile the CUTLASS kernels ahead of time, look after the cache."""
+"""What ``quartet build``, ``tune`` and ``cache`` do: compile the CUTLASS kernels ahead of time, measure which is
+fastest, look after the cache."""
 
 from __future__ import annotations
 
@@ -10,12 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from quartet.doctor import table
 from quartet.kernels.build_cache import BuildError, cache_dir, clear, entries
 from quartet.kernels.cutlass.build import Build, build_all
 from quartet.kernels.cutlass.configuration import Configuration
+from quartet.kernels.cutlass.gemm import OUTPUT_OF
 from quartet.kernels.cutlass.memory import jobs_allowed
+from quartet.kernels.cutlass.selection import measured_classes
 from quartet.kernels.cutlass.toolchain import toolchain
+from quartet.kernels.cutlass.tune import random_operand, tune
+
+DTYPE_OF = {output: dtype for dtype, output in OUTPUT_OF.items()}
 
 
 def build_kernels(configurations: Sequence[Configuration], jobs: int | None) -> int:
@@ -44,8 +52,29 @@ def build_kernels(configurations: Sequence[Configuration], jobs: int | None) -> 
     return 1 if failed else 0
 
 
+def tune_products(products: Sequence[tuple[str, str, tuple[int, int, int]]], device: torch.device) -> int:
+    """Measure every kernel for (kind, output, (M, N, K)) on a GPU, keep and print the times; the exit status: 0 when
+    each product was measured."""
+    rows, status = [("product", "kernel", "µs", "TFLOPS", "")], 0
+    for kind, output, (m, n, k) in products:
+        name = f"{kind} {output} {m}×{n}×{k}"
+        try:
+            a, b = (random_operand(kind, extent, k, device) for extent in (m, n))
+            times = tune(*a, *b, kind=kind, dtype=DTYPE_OF[output])
+        except (BuildError, OSError, torch.OutOfMemoryError) as error:
+            print(f"quartet: {name}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        for i, (configuration, time_) in enumerate(times.items()):
+            rows.append(("" if i else name, configuration.tile_name, f"{time_:.1f}", f"{2e-6 * m * n * k / time_:.0f}",
+                         "" if i else "from now on"))
+    print(table(rows, indent=""))
+    return status
+
+
 def list_cache() -> str:
-    """One row an object: its name, size, date, build time and registers, and whether it is intact."""
+    """One row an object: its name, size, date, build time and registers, and whether it is intact; then what is tuned.
+    """
     rows = [("kernel", "KiB", "built", "seconds", "registers", "")]
     total = 0
     for entry in entries():
@@ -55,7 +84,8 @@ def list_cache() -> str:
         rows.append((name, f"{entry.size / 1024:.0f}", built, str(entry.notes.get("seconds", "")),
                      str(entry.notes.get("registers", "")), "" if entry.intact else "damaged, will be built again"))
     summary = f"{cache_dir()}: {_count(len(rows) - 1)}, {total / 2**20:.1f} MiB"
-    return f"{summary}\n{table(rows)}" if len(rows) > 1 else summary
+    tuned = [f"tuned for {device}: {', '.join(products)}" for device, products in measured_classes()]
+    return "\n".join([summary, *([table(rows)] if len(rows) > 1 else []), *tuned])
 
 
 def clear_cache() -> str:

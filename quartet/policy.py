@@ -73,10 +73,11 @@ class Rule:
             except SpecError as error:
                 raise PolicyError(str(error), ("layers",)) from None
         check_rule(self)
-        recipe, op = resolve(self.recipe), None if self.op in OP_GROUPS else self.op
-        if recipe is not None and op is not None and (reason := obstacle(recipe, op)) is not None:
-            raise PolicyError(f"{reason}; possible on op class {op!r}: "
-                              f"{', '.join(possible(op, recipes().values()))}, or None", ("recipe",))
+        recipe, roles = resolve(self.recipe), self.roles or ()
+        for op in () if self.op is None else OP_GROUPS.get(self.op, (self.op,)):
+            if recipe is not None and (reason := obstacle(recipe, op, roles)) is not None:
+                others = possible(op, recipes().values(), roles)
+                raise PolicyError(f"{reason}; possible on op class {op!r}: {', '.join(others)}, or None", ("recipe",))
 
     def matches(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any, layer: Layer | None = None) -> bool:
         """Whether the rule is about this matmul. A rule that names neither an op class nor a module leaves the op
@@ -142,7 +143,7 @@ class Policy:
         default: recipe name, Recipe, or None to leave everything in high precision that no rule names. The op
             classes that the recipe skips (``lm_head``, attention…) stay in high precision.
         rules: normally added with ``on``.
-        where_it_pays: leave to the default recipe only the layers that it is predicted to make faster, on devices
+        where_it_pays: leave to the default recipe only the products that it is predicted to make faster, on devices
             whose speed was measured (``quartet.lowering.rates``); what a rule names is done as it says.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The recipes as Markdown: what each computes, where it applies, and which kernels run it on which device."""
+"""The recipes as Markdown: what each computes, where it applies, which kernels run it and the op classes where."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe, Rotation
+from quartet.passes.saved import not_generated as saved_not_generated
 from quartet.possible import obstacle
 from quartet.recipes import built_in
 from quartet.runtime.devices import Target
 
 TARGETS = ("cpu", "sm_80", "sm_89", "sm_90", "sm_100a", "sm_120a")
 DTYPE = torch.bfloat16
+GENERATED = {"embedding": "reference", "grouped": "grouped-mm", "bmm": "inductor", "attention_qk": "inductor",
+             "attention_pv": "inductor"}  # where the registry has no choice
 HEADING = """\
 # Recipes
 
@@ -24,20 +27,36 @@ compares the two. A policy puts a recipe on what it likes: [policies.md](policie
 
 A quantiser reads `element/block scale rule rounding`, the block along the axis that the GEMM contracts; `a · b` where
 the operands differ (fprop X · W, dgrad E · W, wgrad E · X), H*n* a Hadamard transform of both in blocks of *n*.
-"default" is what a recipe quantises by itself, "by rule" what a rule has to name. Kernels are those for bf16 models;
-`inductor` dequantises inside of generated code and multiplies in the model's dtype.
+"""
+APPLY = """\
+## Where they apply
+
+"default" is what a recipe quantises by itself, "by rule" what a rule has to name, – what a rule is refused for.
+"""
+DEVICES = """\
+## Which kernels run them
+
+The products of a linear layer in bf16, of sizes that the kernel takes, by device; other op classes have a table below.
+`inductor` dequantises inside of generated code and multiplies in the model's dtype. "none": left alone.
+"""
+CLASSES = """\
+## Which kernels run the op classes
+
+All kernels that a recipe above gets there, for bf16. Products of one matrix with one weight have the kernels of linear
+layers, convolutions after unfolding. `grouped-mm` and the `inductor` of batches multiply dequantised operands in the
+model's dtype; `reference` is the quantiser of a table's rows alone, as generated code.
 """
 
 
 def markdown() -> str:
-    """The three tables of the built-in recipes, with headings."""
+    """The four tables of the built-in recipes, with headings."""
     recipes = built_in()
     return "\n".join([
         HEADING, "## What they compute\n",
         _table(("recipe", "what it is", "source", *ROLES, "further"), map(_computes, recipes)),
-        "## Where they apply\n", _table(("recipe", *OP_CLASSES), map(_applies, recipes)),
-        "## Which kernels run them\n",
-        _table(("recipe", *TARGETS), (_kernels(recipe) for recipe in recipes if recipe.quantizes))])
+        APPLY, _table(("recipe", *OP_CLASSES), map(_applies, recipes)),
+        DEVICES, _table(("recipe", *TARGETS), (_kernels(recipe) for recipe in recipes if recipe.quantizes)),
+        CLASSES, _table(("op class", *TARGETS), (_class(op_class, recipes) for op_class in OP_CLASSES))])
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -90,18 +109,53 @@ def _kernels(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _cell(recipe: Recipe, name: str) -> str:
-    target = Target.named(name)
-    kernels = {role: _kernel(getattr(recipe, role), target) for role in ROLES}
-    if len(set(kernels.values())) == 1:
+    found = kernels_of(recipe, "linear", Target.named(name))
+    if None in found.values():
+        return _shown(None)  # a layer is quantised in all of its products or in none
+    kernels = {role: _shown(kernel) for role, kernel in found.items()}
+    if len(kernels) == len(ROLES) and len(set(kernels.values())) == 1:
         return kernels["fprop"]
-    return ", ".join(f"{role} {kernel}" for role, kernel in kernels.items() if kernel)
+    return ", ".join(f"{role} {kernel}" for role, kernel in kernels.items())
 
 
-def _kernel(gemm: Gemm | None, target: Target) -> str:
-    """The kernel of a linear layer's product with the layer's sizes left out; "" in the model's dtype."""
-    if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
-        return ""
-    rotation = gemm.rotation.n if gemm.rotation is not None else 0
-    specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]] = (gemm.a.spec, rotation), (gemm.b.spec, rotation)
-    kernel, _ = registry.choose(target, DTYPE, specs)
-    return f"`{kernel.name}`" if kernel is not None else "none"
+def _shown(kernel: str | None) -> str:
+    return "none" if kernel is None else f"`{kernel}`"
+
+
+def _class(op_class: str, recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """The kernels of an op class on each target; of how many recipes, where some get none."""
+    able = [recipe for recipe in recipes if obstacle(recipe, op_class) is None and recipe.name != "bf16"]
+
+    def cell(name: str) -> str:
+        found = [kernels_of(recipe, op_class, Target.named(name)).values() for recipe in able]
+        taken = [kernels for kernels in found if None not in kernels]
+        names = {kernel for kernels in taken for kernel in kernels if kernel is not None}
+        listed = ", ".join(map(_shown, sorted(names, key=_rank))) or "none"
+        return listed if len(taken) == len(able) else f"{listed}: {len(taken)} of {len(able)} recipes"
+
+    return (f"`{op_class}`", *map(cell, TARGETS))
+
+
+def _rank(kernel: str) -> int:
+    return registry.NAMES.index(kernel) if kernel in registry.NAMES else len(registry.NAMES)
+
+
+def kernels_of(recipe: Recipe, op_class: str, target: Target) -> dict[str, str | None]:
+    """role → kernel of each product of an op class that a recipe quantises, None for none; with sizes left out."""
+    if op_class == "saved":
+        return {"saved": None if recipe.saved is None or saved_not_generated(recipe.saved, target) else "inductor"}
+    found = {}
+    for role in ROLES[:1] if op_class == "embedding" else ROLES:
+        gemm: Gemm | None = getattr(recipe, role)
+        if gemm is not None and gemm.a.spec is not None and gemm.b.spec is not None:
+            found[role] = _kernel(gemm.a.spec, gemm.b.spec, gemm.rotation, op_class, target)
+    return found
+
+
+def _kernel(a: QuantSpec, b: QuantSpec, rotation: Rotation | None, op_class: str, target: Target) -> str | None:
+    if op_class in GENERATED:
+        read = (b,) if op_class == "embedding" else (a, b)
+        return None if registry.not_generated(target, *read) else GENERATED[op_class]
+    size = rotation.n if rotation is not None else 0
+    kernel, _ = registry.choose(target, DTYPE, ((a, size), (b, size)))
+    return None if kernel is None else kernel.name

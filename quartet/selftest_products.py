@@ -13,13 +13,23 @@ from quartet.kernels import reference
 from quartet.kernels.reference.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import block_scaled_ops, int8_ops
+from quartet.recipes import recipes
 
-MXFP4 = QuantSpec(rule="quest", mask=True)
 MXFP8 = QuantSpec("e4m3")
 NVFP4, NVFP4_TILE, FP8, FP8_BLOCK, FP8_TILE, INT8_ROW, INT8 = map(QuantSpec.parse, (
     "e2m1/16 e4m3 amax nearest", "e2m1/16x16 e4m3 amax nearest", "e4m3/tensor fp32 amax nearest",
     "e4m3/128 fp32 amax_pow2 nearest", "e4m3/128x128 fp32 amax_pow2 nearest", "int8/row fp32 amax nearest",
     "int8/tensor fp32 amax nearest"))
+
+
+def _default() -> QuantSpec:
+    """The quantiser of the default recipe's forward."""
+    forward = recipes()["quartet"].fprop
+    assert forward is not None and forward.a.spec is not None
+    return forward.a.spec
+
+
+MXFP4 = _default()
 
 
 @dataclass(frozen=True)

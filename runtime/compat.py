@@ -100,6 +100,11 @@ def cuda_graphs(options: Mapping[str, Any]) -> bool:
     return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
 
+def max_autotune(options: Mapping[str, Any]) -> bool:
+    """Whether kernels may be measured to find the fastest: as ``options`` say, else Inductor's config."""
+    return bool(options.get("max_autotune", inductor_config.max_autotune))
+
+
 def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """The user's own ``joint_custom_pre_pass`` (a pass, several or None): of ``options``, else of Inductor's config."""
     own = options.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)

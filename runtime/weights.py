@@ -3,8 +3,9 @@
 What was made of a weight is kept from the second forward of a step on, and only for a parameter that an optimizer of
 ``torch.optim``'s kind has stepped: its next step drops everything. A changed version counter (an in-place update, a
 checkpoint loaded) or another address (``parameter.data = …``, a module moved) makes a kept result void at once. FSDP
-gathers its parameters into tensors that no optimizer holds, so theirs are made anew in every forward. The one change
-that goes unseen is a write through ``parameter.data`` between two forwards of the same step.
+gathers its parameters into tensors that no optimizer holds, so theirs are made anew in every forward. Results belong to
+the CUDA stream that made them: micro-batches on two streams quantise a weight once on each, and neither has to wait for
+the other. The one change that goes unseen is a write through ``parameter.data`` between two forwards of the same step.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-Key = tuple[int, Hashable]
+Key = tuple[int, int, Hashable]
 Results = TypeVar("Results", bound=tuple[Tensor, ...])
 
 
 class ReusedWeights:
-    """Results by the address of a parameter and what they were made for."""
+    """Results by the address of a parameter, the stream they were made on and what they were made for."""
 
     def __init__(self) -> None:
         self._stepped: dict[int, ref[Tensor]] = {}
@@ -75,7 +76,7 @@ class ReusedWeights:
         if owner is None or owner.data_ptr() != address or (owner.device, owner.dtype, owner.shape, owner._version) != (
                 parameter.device, parameter.dtype, parameter.shape, parameter._version):
             return None
-        return address, what
+        return address, _stream(parameter), what
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -85,6 +86,11 @@ class ReusedWeights:
             of_this_step.clear()
         self._stepped.update((p.data_ptr(), ref(p)) for p in _parameters(optimizer) if type(p) is torch.nn.Parameter)
         self._stepped = {address: p for address, p in self._stepped.items() if p() is not None}
+
+
+def _stream(parameter: Tensor) -> int:
+    """The CUDA stream that reads the parameter now; 0 on other devices."""
+    return torch.cuda.current_stream(parameter.device).cuda_stream if parameter.is_cuda else 0
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:

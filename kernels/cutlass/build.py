@@ -9,11 +9,21 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from quartet.kernels.build_cache import BuildError, build_once, fingerprint, intact, notes_of, run_compiler, target_of
-from quartet.kernels.cutlass.configuration import Configuration
+from quartet.kernels.build_cache import (
+    BuildError,
+    build_once,
+    cache_dir,
+    fingerprint,
+    intact,
+    notes_of,
+    run_compiler,
+    target_of,
+)
+from quartet.kernels.cutlass.configuration import Configuration, table
 from quartet.kernels.cutlass.memory import compile_slot
 from quartet.kernels.cutlass.template import render
 from quartet.kernels.cutlass.toolchain import FALLBACK, Toolchain, toolchain
@@ -55,26 +65,85 @@ def flags(arch: str) -> tuple[str, ...]:
 
 def target(configuration: Configuration, tools: Toolchain) -> Path:
     """Where the object lies, built or not: its name has a hash of source, flags, nvcc's and the headers' versions."""
-    key = fingerprint(render(configuration).encode(), " ".join(flags(configuration.arch)).encode(),
-                      tools.nvcc_version.encode(), tools.cutlass_version.encode())
+    key = fingerprint(*_recipe(configuration), tools.nvcc_version.encode(), tools.cutlass_version.encode())
     return target_of(f"{configuration.name}-{key}")
 
 
+def source_of(configuration: Configuration) -> str:
+    """A hash of source and flags, which an object's notes have too: what a kernel is, whichever compiler made it."""
+    return fingerprint(*_recipe(configuration))
+
+
+def built_ahead(configuration: Configuration) -> Path | None:
+    """An intact object of the kernel in the cache, of any nvcc and headers, the latest of several; None without one."""
+    source = source_of(configuration)
+    found = [path for path in cache_dir().glob(f"{configuration.name}-*.so")
+             if notes_of(path).get("source") == source and intact(path)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def is_built(configuration: Configuration) -> bool:
-    """Whether :func:`build` would find the object in the cache, intact. Raises BuildError without a toolchain."""
-    return intact(target(configuration, toolchain()))
+    """Whether :func:`build` would find the object in the cache, intact."""
+    try:
+        return intact(target(configuration, _tools(configuration.arch)))
+    except BuildError:
+        return built_ahead(configuration) is not None
 
 
-def build(configuration: Configuration) -> Build:
+def unready(arch: str, kind: str, output: str) -> str | None:
+    """None when each kernel that a product may take can be compiled here or is in the cache, else why not.
+
+    Those of the cache are looked at again when something comes or goes there.
+    """
+    from quartet.kernels.cutlass.toolchain import unavailable
+
+    reason = unavailable(arch)
+    if reason is None:
+        return None
+    try:
+        folder = cache_dir()
+    except BuildError as error:
+        return f"{reason}; {error}"
+    absent = _absent(arch, kind, output, folder, folder.stat().st_mtime_ns)
+    if len(absent) in (0, len(list(table([arch], [kind], output)))):
+        return reason if absent else None
+    return (f"{reason}; the cache {folder} has others, but not {', '.join(c.name for c in absent)}, which "
+            f"`{command(absent[0])}` makes elsewhere")
+
+
+def command(configuration: Configuration) -> str:
+    """What builds a kernel, and those for other shapes, ahead of time."""
+    output = "" if configuration.output == "bf16" else f" --output {configuration.output}"
+    epilogue = " --bias" * configuration.bias + " --accumulate" * configuration.accumulate
+    return f"quartet build --arch {configuration.arch} --kinds {configuration.kind}{output}{epilogue}"
+
+
+def build(configuration: Configuration, announce: bool = False) -> Build:
     """The kernel's object, compiled if need be: once, however many processes ask, and only when memory has room.
 
+    Without a compiler for it, an object that another machine built from the same source with the same flags.
+
+    Args:
+        announce: warn before a compilation, which takes minutes.
     Raises:
-        BuildError: nvcc or the headers are missing or too old, the compilation fails, or others can write to the cache.
+        BuildError: the compilation fails, others can write to the cache, or nvcc or the headers are missing or too old
+            and the cache has no such object.
     """
-    tools = toolchain()
-    tools.check(configuration.arch)
-    path = target(configuration, tools)
-    fresh = build_once(path, lambda built: _compile(configuration, tools, built))
+    fresh = False
+    try:
+        tools = _tools(configuration.arch)
+    except BuildError as missing:
+        found = built_ahead(configuration)
+        if found is None:
+            raise BuildError(f"the kernel {configuration.name} is not in the cache {cache_dir()}, where "
+                             f"`{command(configuration)}` puts it, and cannot be compiled here: {missing}") from missing
+        path = found
+    else:
+        path = target(configuration, tools)
+        if announce and not intact(path):
+            log.warning("compiling %s with nvcc: one to three minutes, this once; `%s` does it ahead of time",
+                        configuration.name, command(configuration))
+        fresh = build_once(path, lambda built: _compile(configuration, tools, built))
     notes = notes_of(path)
     known = {name: notes[name] for name in ("seconds", "registers", "spills", "nvcc", "cutlass") if name in notes}
     return Build(configuration, path, fresh, **known)
@@ -110,6 +179,22 @@ def build_all(configurations: Iterable[Configuration], jobs: int, report: Report
             raise
 
 
+def _recipe(configuration: Configuration) -> tuple[bytes, bytes]:
+    return render(configuration).encode(), " ".join(flags(configuration.arch)).encode()
+
+
+def _tools(arch: str) -> Toolchain:
+    """The toolchain of this machine. Raises BuildError where it cannot compile for ``arch``."""
+    tools = toolchain()
+    tools.check(arch)
+    return tools
+
+
+@lru_cache
+def _absent(arch: str, kind: str, output: str, folder: Path, modified: int) -> tuple[Configuration, ...]:
+    return tuple(c for c in table([arch], [kind], output) if built_ahead(c) is None)
+
+
 def _compile(configuration: Configuration, tools: Toolchain, path: Path) -> dict[str, Any]:
     with compile_slot(), tempfile.TemporaryDirectory(prefix="source-", dir=path.parent) as folder:
         source = Path(folder) / f"{configuration.name}.cu"
@@ -119,8 +204,9 @@ def _compile(configuration: Configuration, tools: Toolchain, path: Path) -> dict
         said = "".join(run_compiler(command, "CUDA compiler", f"{configuration.name} was not built; {FALLBACK}",
                                     TIMEOUT_SECONDS))
         seconds = time.monotonic() - start
-    notes: dict[str, Any] = {"configuration": configuration.name, "seconds": round(seconds, 1), **resources(said),
-                             "nvcc": tools.nvcc_version, "cutlass": tools.cutlass_version}
+    notes: dict[str, Any] = {"configuration": configuration.name, "source": source_of(configuration),
+                             "seconds": round(seconds, 1), **resources(said), "nvcc": tools.nvcc_version,
+                             "cutlass": tools.cutlass_version}
     log.info("%s: built in %.0f s, %d registers, %d bytes spilled", configuration.name, seconds, notes["registers"],
              notes["spills"])
     return notes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 KINDS = ("mxf4", "nvf4", "mxf8")
 ARCHS = ("sm_100a", "sm_103a", "sm_120a", "sm_121a")
@@ -71,7 +71,7 @@ class Configuration:
         entries = _entries(self.arch, self.kind, self.output, self.bias, self.accumulate)
         if (self.tile, self.cluster, self.schedule) not in entries:
             known = ", ".join(_tile_name(*entry) for entry in entries)
-            raise ConfigurationError(f"tile {_tile_name(self.tile, self.cluster, self.schedule)} does not exist for "
+            raise ConfigurationError(f"tile {self.tile_name} does not exist for "
                                      f"{self.kind} on {self.arch} with {self.output} output"
                                      f"{', a bias' if self.bias else ''}{', C' if self.accumulate else ''}; "
                                      f"possible: {known}")
@@ -80,8 +80,12 @@ class Configuration:
     def name(self) -> str:
         """``quartet_mxf4_sm_100a_256x256x256_2x1_2sm_bf16`` and so on: unique, fit for a file name."""
         extras = ("_bias" if self.bias else "") + ("_accumulate" if self.accumulate else "")
-        return (f"quartet_{self.kind}_{self.arch}_{_tile_name(self.tile, self.cluster, self.schedule)}"
-                f"_{self.output}{extras}").replace("-", "_")
+        return f"quartet_{self.kind}_{self.arch}_{self.tile_name}_{self.output}{extras}"
+
+    @property
+    def tile_name(self) -> str:
+        """``256x256x256_2x1_2sm``: tile, cluster and schedule, which are one of the table's entries."""
+        return _tile_name(self.tile, self.cluster, self.schedule)
 
     @property
     def instruction(self) -> str:
@@ -114,11 +118,17 @@ _WARP_4BIT: tuple[Entry, ...] = (  # 256×128×128 is left out: its accumulators
 _WARP_8BIT: tuple[Entry, ...] = (
     ((128, 128, 128), (1, 1), "cooperative"), ((128, 128, 128), (1, 1), "pingpong"))
 
+
+def _cooperative(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """What is compiled for sm_121a where ``pingpong`` spills registers there, which it does not on sm_120a."""
+    return tuple(entry for entry in entries if entry[2] == "cooperative")
+
+
 TABLE: dict[str, dict[str, tuple[Entry, ...]]] = {
     "sm_100a": {"mxf4": _BLACKWELL_4BIT, "nvf4": _BLACKWELL_4BIT, "mxf8": _BLACKWELL_8BIT},
     "sm_103a": {"mxf4": _ULTRA_4BIT, "nvf4": _ULTRA_4BIT, "mxf8": _BLACKWELL_8BIT},
     "sm_120a": {"mxf4": _WARP_4BIT, "nvf4": _WARP_4BIT, "mxf8": _WARP_8BIT},
-    "sm_121a": {"mxf4": _WARP_4BIT, "nvf4": _WARP_4BIT, "mxf8": _WARP_8BIT},
+    "sm_121a": {"mxf4": _cooperative(_WARP_4BIT), "nvf4": _WARP_4BIT, "mxf8": _cooperative(_WARP_8BIT)},
 }
 
 
@@ -162,6 +172,12 @@ def table(archs: Sequence[str] = ARCHS, kinds: Sequence[str] = KINDS, output: st
                 yield Configuration(kind, arch, tile, cluster, schedule, output, bias, accumulate)
 
 
+@cache
+def every_tile() -> tuple[str, ...]:
+    """``tile_name`` of all kernels."""
+    return tuple(dict.fromkeys(configuration.tile_name for configuration in table()))
+
+
 @lru_cache(maxsize=4096)
 def choose(arch: str, kind: str, m: int, n: int, k: int, *, output: str = "bf16", bias: bool = False,
            accumulate: bool = False, multiprocessors: int | None = None) -> Configuration:
@@ -197,4 +213,4 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _tile_name(tile: tuple[int, int, int], cluster: tuple[int, int], schedule: str) -> str:
-    return f"{'x'.join(map(str, tile))}_{'x'.join(map(str, cluster))}_{schedule}"
+    return f"{'x'.join(map(str, tile))}_{'x'.join(map(str, cluster))}_{schedule}".replace("-", "_")

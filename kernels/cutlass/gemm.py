@@ -14,15 +14,13 @@ from quartet.kernels.cutlass.configuration import (
     Configuration,
     ConfigurationError,
     arch_of,
-    choose,
     supports,
 )
 from quartet.kernels.cutlass.library import Library, Problem, load
+from quartet.kernels.cutlass.selection import Product, select
 from quartet.kernels.reference.packing import swizzled_size
 from quartet.kernels.spec import dtype_name
 
-# What `tune` found to be fastest: (arch, kind, output, bias, accumulate, M, N, K) → configuration.
-TUNED: dict[tuple[str, str, str, bool, bool, int, int, int], Configuration] = {}
 OUTPUT_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BYTES = (torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn)
 
@@ -33,6 +31,7 @@ def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, alpha: Tensor
     """``D = alpha · A · Bᵀ (+ bias) (+ C)`` on the current stream, accumulated in fp32.
 
     Waits for nothing and allocates only through PyTorch, so that CUDA graphs can capture it once its kernel is built.
+    A product over no terms, K = 0, is zero; then and where D is empty no kernel runs.
 
     Args:
         a: ``[M, K/2]`` uint8 with two E2M1 codes a byte, or for ``mxf8`` ``[M, K]`` float8_e4m3fn or uint8; rows are
@@ -43,8 +42,8 @@ def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, alpha: Tensor
         kind: ``mxf4``, ``nvf4`` or ``mxf8``. dtype: of D, C and the bias: bfloat16, float16 or float32.
         bias: ``[N]``. c: ``[M, N]``, rows contiguous.
         out: where to write D, ``[M, N]``; may be ``c`` itself. By default a new tensor.
-        configuration: instead of the one that ``tune`` found or else ``choose`` picks; its dtype, bias and C have to
-            be those of this call.
+        configuration: instead of the one that :func:`~quartet.kernels.cutlass.selection.select` picks; its dtype, bias
+            and C have to be those of this call.
     Raises:
         ValueError: operands that do not fit together, or that no kernel takes; the message names the sizes.
         BuildError: the kernel cannot be built. KernelError: CUTLASS or CUDA refuse.
@@ -52,8 +51,13 @@ def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, alpha: Tensor
     m, n, k = _extents(a, b, kind)
     if dtype not in OUTPUT_OF:
         raise ValueError(f"output dtype {dtype_name(dtype)} is not possible; use bfloat16, float16 or float32")
-    if m == 0 or n == 0:
-        return torch.empty(m, n, dtype=dtype, device=a.device) if out is None else out
+    for name, x in (("c", c), ("out", out)):
+        if x is not None:
+            _check_matrix(name, x, m, n, dtype, a.device)
+    if bias is not None:
+        _check_vector("bias", bias, n, (dtype,), a.device)
+    if 0 in (m, n, k):
+        return _without_product(torch.empty(m, n, dtype=dtype, device=a.device) if out is None else out, bias, c)
     reason = supports(kind, m, n, k, OUTPUT_OF[dtype])
     if reason is not None:
         raise ConfigurationError(reason)
@@ -61,18 +65,10 @@ def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, alpha: Tensor
     _check_vector("b_scales", b_scales, swizzled_size(n, k // BLOCK[kind]), _BYTES, a.device)
     if alpha is not None:
         _check_vector("alpha", alpha, 1, (torch.float32,), a.device)
-    if bias is not None:
-        _check_vector("bias", bias, n, (dtype,), a.device)
-    if c is not None:
-        _check_matrix("c", c, m, n, dtype, a.device)
-    if out is not None:
-        _check_matrix("out", out, m, n, dtype, a.device)
     arch, multiprocessors = _device(a.device)
     if configuration is None:
-        configuration = TUNED.get((arch, kind, OUTPUT_OF[dtype], bias is not None, c is not None, m, n, k))
-    if configuration is None:
-        configuration = choose(arch, kind, m, n, k, output=OUTPUT_OF[dtype], bias=bias is not None,
-                               accumulate=c is not None, multiprocessors=multiprocessors)
+        product = Product(arch, kind, OUTPUT_OF[dtype], bias is not None, c is not None, m, n, k)
+        configuration = select(product, a.device, multiprocessors)
     else:
         _check_configuration(configuration, arch, kind, dtype, bias is not None, c is not None)
     d = torch.empty(m, n, dtype=dtype, device=a.device) if out is None else out
@@ -84,23 +80,33 @@ def gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, alpha: Tensor
         ldc=n if c is None else _leading(c), ldd=_leading(d), m=m, n=n, k=k, device=a.device.index or 0,
         multiprocessors=multiprocessors)
     with torch.cuda.device(a.device):
-        library, size = _prepared(configuration, m, n, k)
+        library, size = _prepared(configuration, m, n, k, problem.device, multiprocessors)
         workspace = torch.empty(size, dtype=torch.uint8, device=a.device) if size else None
         library.run(problem, None if workspace is None else workspace.data_ptr(),
                     torch.cuda.current_stream(a.device).cuda_stream)
     return d
 
 
-def operands(a: Tensor, b: Tensor, kind: str) -> tuple[str, int, int, int]:
-    """Architecture of the operands' device, and M, N and K; errors as :func:`gemm`."""
-    extents = _extents(a, b, kind)
-    return _device(a.device)[0], *extents
+def product_of(a: Tensor, b: Tensor, kind: str, dtype: torch.dtype, bias: bool = False, c: bool = False) -> Product:
+    """What :func:`gemm` would compute of these operands, on their device; errors as there."""
+    return Product(_device(a.device)[0], kind, OUTPUT_OF[dtype], bias, c, *_extents(a, b, kind))
+
+
+def _without_product(d: Tensor, bias: Tensor | None, c: Tensor | None) -> Tensor:
+    """``D = 0 (+ bias) (+ C)``."""
+    if c is None:
+        d.zero_()
+    elif c is not d:
+        d.copy_(c)
+    return d if bias is None else d.add_(bias)
 
 
 @lru_cache(maxsize=4096)
-def _prepared(configuration: Configuration, m: int, n: int, k: int) -> tuple[Library, int]:
-    """The opened kernel and the bytes of its workspace for a shape."""
+def _prepared(configuration: Configuration, m: int, n: int, k: int, device: int, multiprocessors: int,
+              ) -> tuple[Library, int]:
+    """The opened kernel and the bytes of its workspace for a shape on a GPU."""
     library, problem = load(configuration), Problem.contiguous(m, n, k)
+    problem.device, problem.multiprocessors = device, multiprocessors
     library.check(library.can_implement(problem), problem)
     return library, library.workspace_size(problem)
 
@@ -124,7 +130,7 @@ def _extents(a: Tensor, b: Tensor, kind: str) -> tuple[int, int, int]:
         raise ValueError(f"kind {kind!r} does not exist; possible: {', '.join(ELEMENT_BITS)}")
     legal = (torch.uint8, torch.float8_e4m3fn) if kind == "mxf8" else (torch.uint8,)
     for name, x in (("a", a), ("b", b)):
-        if x.dim() != 2 or x.dtype not in legal or x.stride(-1) != 1:
+        if x.dim() != 2 or x.dtype not in legal or (x.stride(-1) != 1 and x.numel()):
             raise ValueError(f"{name} has to be a 2-D {' or '.join(map(dtype_name, legal))} tensor for {kind}, its "
                              f"rows contiguous, not {dtype_name(x.dtype)} {list(x.shape)} with strides {x.stride()}; "
                              "call .contiguous()")
@@ -147,7 +153,7 @@ def _check_vector(name: str, x: Tensor, size: int, dtypes: tuple[torch.dtype, ..
 
 
 def _check_matrix(name: str, x: Tensor, m: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
-    if x.shape != (m, n) or x.dtype != dtype or x.device != device or x.stride(1) != 1:
+    if x.shape != (m, n) or x.dtype != dtype or x.device != device or (x.stride(1) != 1 and x.numel()):
         raise ValueError(f"{name} has to be [{m}, {n}] {dtype_name(dtype)} on {device} with contiguous rows, not "
                          f"{list(x.shape)} {dtype_name(x.dtype)} on {x.device} with strides {x.stride()}")
 

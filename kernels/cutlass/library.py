@@ -117,5 +117,5 @@ class Library:
 
 @cache
 def load(configuration: Configuration) -> Library:
-    """The kernel, built if need be and opened. Raises BuildError."""
-    return Library(configuration, build(configuration).path)
+    """The kernel, built if need be, with a warning that says so, and opened. Raises BuildError."""
+    return Library(configuration, build(configuration, announce=True).path)

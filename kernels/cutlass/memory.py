@@ -16,13 +16,59 @@ COMPILE_BYTES = 6_000_000_000  # the most that one kernel's compilation was seen
 _POLL_SECONDS = 0.5
 
 
-def available_bytes() -> int | None:
-    """Memory that new processes can take without swapping, from /proc/meminfo; None where there is none."""
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that new processes can take without swapping: of the machine or, if less, of the control group that this
+    process is in, or of one that holds it; None where neither is known. ``root`` holds ``proc`` and ``sys``."""
+    bounds = [_machine_bytes(root), *map(_group_bytes, _groups(root))]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _machine_bytes(root: Path) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of the memory control groups of this process, of versions 2 and 1, each with those around it.
+
+    In a container the kernel may name a group as the host sees it: where that is no folder here, the mount is it.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in filter(None, lines):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = mount / path.lstrip("/")
+        group = group if group.is_dir() else mount
+        yield group
+        yield from (parent for parent in group.parents if parent.is_relative_to(mount))
+
+
+def _group_bytes(group: Path) -> int | None:
+    """What a control group may still take, its file cache given back; None where it has no bound."""
+    for limit, used, cache in (("memory.max", "memory.current", "inactive_file"),
+                               ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
+        try:
+            free = int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # no such file, or the word "max"
+            continue
+        return max(0, free + _statistic(group, cache))
+    return None
+
+
+def _statistic(group: Path, name: str) -> int:
+    try:
+        found = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
+        return int(found.get(name, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def jobs_allowed() -> int:

@@ -1,7 +1,8 @@
 """Weights that exist only as small integers: grids, packing, first scales, the stochastic update (the specification).
 
 A weight is ``code · scale`` with one scale a row (ours), or ``code / scale`` with one a tensor: the rule of DQT
-(arXiv 2412.04787), whose released arithmetic ``paper=True`` keeps. Everything here is fp32 and elementwise.
+(arXiv 2412.04787), whose released arithmetic ``paper=True`` keeps. Everything here is fp32, and elementwise but for
+two sums of rows, whose order :func:`row_sum` and integers fix. ``quartet.kernels.triton.lowbit`` gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,13 +13,30 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.reference.philox import philox4x32
+from quartet.kernels.reference.scales import tree_sum
 
 RANDOM_BITS = 24  # of each element: what one word of a Philox call keeps as an exact fp32 fraction
 GROUP = 4  # elements served by one Philox call
+LANES = 512  # partial sums of a row
+RADIAL_LIMIT = 0.125  # largest relative change of a row's scale in a step
 RESIDUAL_STEPS = 256  # steps of an 8-bit residual in one step of the grid
 RESCALE_SITE = 1 << 31  # added to a parameter's number where its row scales change
 TOLERANCE = 2**0.5  # how far a row's mean magnitude may drift before it gets another scale
 _LOW = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which random bits a matrix takes, see :func:`random_words`.
+
+    Args:
+        seed: of 64 bits. site: the matrix's number, below 2^31. step: from 1 on. first_row: where a shard starts.
+    """
+
+    seed: int
+    site: int
+    step: int
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,7 +179,7 @@ def updated(codes: Tensor, scale: Tensor, delta: Tensor, grid: Grid, paper: bool
     if paper:
         new = round_stochastic((old / scale + delta) * scale, random)
     else:
-        new = old + round_stochastic(delta / scale[:, None], random)
+        new = old + round_stochastic(delta * (1.0 / scale)[:, None], random)
     new = torch.where(new == new, new, old)
     return new.clamp(grid.low, grid.high).to(torch.int8)
 
@@ -174,11 +192,28 @@ def updated_with_feedback(codes: Tensor, scale: Tensor, delta: Tensor, residual:
         residual: int8 ``[rows, cols]`` in 1/256 of a step of the grid, within half a step.
     """
     old = codes.to(torch.float32)
-    steps = delta * scale if paper else delta / scale[:, None]
+    steps = delta * (scale if paper else (1.0 / scale)[:, None])
     z = old + residual.to(torch.float32) / RESIDUAL_STEPS + torch.where(steps == steps, steps, 0.0)
     new = z.round().clamp(grid.low, grid.high)
     left = round_stochastic((z - new) * RESIDUAL_STEPS, random)
     return new.to(torch.int8), left.clamp(-RESIDUAL_STEPS // 2, RESIDUAL_STEPS // 2 - 1).to(torch.int8)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """fp32 sums ``[rows]`` of ``[rows, cols]`` in a fixed order.
+
+    ``(x0 + x1) + (x2 + x3)`` of each group of four columns; then each of ``LANES`` lanes takes every LANES-th group in
+    turn; then :func:`tree_sum` of the lanes. Zeros fill the end.
+    """
+    width = -(-x.shape[1] // GROUP)
+    lanes = min(LANES, 1 << max(0, width - 1).bit_length())
+    turns = -(-width // lanes)
+    x = torch.nn.functional.pad(x, (0, turns * lanes * GROUP - x.shape[1])).reshape(-1, turns, lanes, GROUP)
+    groups = (x[..., 0] + x[..., 1]) + (x[..., 2] + x[..., 3])
+    total = groups[:, 0]
+    for turn in range(1, turns):
+        total = total + groups[:, turn]
+    return tree_sum(total)
 
 
 def radial(codes: Tensor, scale: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,13 +221,18 @@ def radial(codes: Tensor, scale: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]
 
     ``W + Δ = (1 + a)·W + Δ⊥`` with ``a = ⟨Δ, W⟩/⟨W, W⟩``: the first part is exact in the row's fp32 scale and flips no
     code (weight decay is all of that kind); only Δ⊥ is left to round. ``a`` is limited to ±1/8 a step, the rest stays
-    in Δ; a row of zero codes, or with a NaN, keeps its scale.
+    in Δ; a row of zero codes, or with a NaN, keeps its scale. It is computed as ``Σ Δ·code / (scale · Σ code²)``, of
+    which the second sum is of integers and exact.
     """
-    weight = values(codes, scale, False)
-    norm = (weight * weight).sum(1)
-    share = (delta * weight).sum(1) / torch.where(norm == 0, 1.0, norm)
-    share = torch.where(share == share, share, 0.0).clamp(-0.125, 0.125)
-    return scale * (1.0 + share), delta - weight * share[:, None]
+    norm = codes.to(torch.int16).square().sum(1).to(torch.float32) * scale
+    share = row_sum(delta * codes.to(torch.float32)) / torch.where(norm == 0, 1.0, norm)
+    share = torch.where(share == share, share, 0.0).clamp(-RADIAL_LIMIT, RADIAL_LIMIT)
+    return scale * (1.0 + share), delta - values(codes, scale, False) * share[:, None]
+
+
+def inverse_sum(grid: Grid, cols: int) -> float:
+    """One over Σ|code| of a row whose mean |code| is ``grid.mean``."""
+    return 1.0 / (grid.mean * cols)
 
 
 def rescaled(codes: Tensor, scale: Tensor, grid: Grid, random: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +242,45 @@ def rescaled(codes: Tensor, scale: Tensor, grid: Grid, random: Tensor) -> tuple[
     two or a half, and its codes are rounded stochastically onto the new grid: where nothing is clamped the expected
     weights stay. Other rows, and rows of zeros, keep both.
     """
-    drift = codes.to(torch.float32).abs().mean(1) / grid.mean
+    drift = codes.to(torch.int16).abs().sum(1).to(torch.float32) * inverse_sum(grid, codes.shape[1])
     moved = ((drift > TOLERANCE) | (drift < 1 / TOLERANCE)) & (drift > 0)
     factor = torch.where(moved, drift.clamp(0.5, 2.0), 1.0)
     new = round_stochastic(codes.to(torch.float32) / factor[:, None], random)
     return new.clamp(grid.low, grid.high).to(torch.int8), scale * factor
+
+
+def absorb(packed: Tensor, scale: Tensor, new: Tensor, residual: Tensor | None, grid: Grid, draw: Draw, *, paper: bool,
+           radial_split: bool, rescale: bool) -> Tensor:
+    """Round new numbers onto a stored weight, in place.
+
+    Args:
+        packed: of :func:`pack`. scale: see :func:`first_scale`. new: fp32 ``[rows, cols]``, what the weight should be.
+        residual: int8 ``[rows, cols]`` for :func:`updated_with_feedback`, or None for :func:`updated`.
+        draw: the random bits; a change of scale takes those of ``site | RESCALE_SITE``.
+        radial_split: :func:`radial` first. rescale: :func:`rescaled` last. Under ``paper`` both are left out.
+
+    Returns:
+        int64 scalar: how many codes the update changed, a change of scale not counted.
+    """
+    rows, cols = new.shape
+    if not new.numel():
+        return torch.zeros((), dtype=torch.int64, device=new.device)
+
+    def random(site: int) -> Tensor:
+        return random_words(draw.seed, site, draw.step, draw.first_row, rows, cols, new.device)
+
+    codes, to = unpack(packed, grid, cols), scale
+    delta = new - values(codes, scale, paper)
+    if radial_split and not paper:
+        to, delta = radial(codes, scale, delta)
+    if residual is None:
+        after = updated(codes, to, delta, grid, paper, random(draw.site))
+    else:
+        after, left = updated_with_feedback(codes, to, delta, residual, grid, paper, random(draw.site))
+        residual.copy_(left)
+    flips = (after != codes).sum()
+    if rescale and not paper:
+        after, to = rescaled(after, to, grid, random(draw.site | RESCALE_SITE))
+    packed.copy_(pack(after, grid))
+    scale.copy_(to)
+    return flips

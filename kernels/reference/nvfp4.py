@@ -49,9 +49,14 @@ def quantize(x: Tensor, spec: QuantSpec, amax: Tensor, random: Tensor | None,
     With ``spec.tile`` a scale belongs to 16 rows too: ``[⌈rows/16⌉, padded/16]``. ``random``: see
     :func:`quartet.kernels.reference.quantize.random_shape`.
     """
+    return quantize_encoded(x, spec, tensor_scales(amax, spec)[0], random, store)
+
+
+def quantize_encoded(x: Tensor, spec: QuantSpec, encode: Tensor, random: Tensor | None,
+                     store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """:func:`quantize` by the tensor's multiplier instead of its largest magnitude."""
     x = pad_last(x, spec.multiple)
     rows, cols = x.shape
-    encode, _ = tensor_scales(amax, spec)
     blocks = store(x.reshape(rows, cols // BLOCK, BLOCK))
     largest = store(group_amax(blocks, spec))
     if spec.rule == "four_six":

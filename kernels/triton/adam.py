@@ -19,8 +19,8 @@ from quartet.kernels.reference.optimizers import Hyper, Kind
 from quartet.kernels.reference.state_format import StateFormat
 from quartet.kernels.reference.states import Layout
 from quartet.kernels.triton import adam_kernels as kernels
+from quartet.kernels.triton.host import cdiv, on_device
 from quartet.kernels.triton.memory import INTERPRETED
-from quartet.kernels.triton.ops import cdiv, on_device
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOOPS, WARPS = 16, 4

@@ -1,9 +1,10 @@
 """Operands for Blackwell's FP4 tensor cores: packed codes, and scales in the order in which those read them.
 
 The kernels are those of :mod:`quartet.kernels.triton.ops`, which write the scales in that layout themselves, and so are
-checks and errors. Blocks are of 32. Where the GPU has instructions that convert to E2M1 they can do the rounding: to
-nearest they give the codes of the reference, element 2j in the low nibble; stochastically they round as fairly but
-spend the random bits in their own way, so the codes are those of that GPU family only.
+checks and errors. Blocks are of 32 with E8M0 scales, of 16 with E4M3. Where the GPU has instructions that convert to
+E2M1 they can do the rounding: to nearest they give the codes of the reference, element 2j in the low nibble;
+stochastically they round as fairly but spend the random bits in their own way, so the codes are those of that GPU
+family only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.kernels.triton import ops
 from quartet.kernels.triton.ops import Chain, Form
 
-BLOCK = 32
+BLOCKS = {"e8m0": 32, "e4m3": 16}
 CONVERSIONS: dict[tuple[int, int], tuple[str, ...]] = {
     (10, 0): ("nearest", "stochastic"), (10, 3): ("nearest", "stochastic"), (12, 0): ("nearest",),
     (12, 1): ("nearest",)}
@@ -36,8 +37,9 @@ def quantize(x: Tensor, chain: Chain, *, hardware: bool) -> tuple[Tensor, Tensor
         x: ``[R, K]`` float32, bfloat16 or float16 on a GPU, any strides.
         hardware: round by the GPU's conversions where it has them, else in integer arithmetic as everywhere.
     Returns:
-        codes uint8 ``[R, Kp/2]``, scales uint8 ``[swizzled_size(R, Kp/32)]``, padding 0, and mask uint8 ``[R, Kp/8]``
-        if ``spec.mask``, else ``[R, 0]``; Kp = K rounded up to a multiple of max(rotation, 32).
+        codes uint8 ``[R, Kp/2]``, scales uint8 ``[swizzled_size(R, Kp/block)]``, padding 0, those of tiles for each
+        row, and mask uint8 ``[R, Kp/8]`` if ``spec.mask``, else ``[R, 0]``; Kp = K rounded up to a multiple of
+        ``ops.multiple``.
     Raises:
         ValueError: blocks of another size, and as :func:`quartet.kernels.triton.ops.quantize`.
     """
@@ -71,7 +73,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, 
 
 def _form(x: Tensor, hardware: bool, *specs: QuantSpec) -> Form:
     for spec in specs:
-        if spec.block != BLOCK:
-            raise ValueError(f"the FP4 tensor cores scale blocks of {BLOCK}, not of {spec.block}; use '{spec}' with "
-                             f"block={BLOCK}, or the quantisers of quartet.kernels.triton.ops")
+        if spec.block != BLOCKS.get(spec.scale):
+            raise ValueError(f"the FP4 tensor cores scale blocks of {BLOCKS.get(spec.scale)} by {spec.scale}, not of "
+                             f"{spec.block}; change '{spec}', or use the quantisers of quartet.kernels.triton.ops")
     return Form(True, conversions(x.device) if hardware else ())

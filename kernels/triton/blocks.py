@@ -130,7 +130,9 @@ def tree_sum(x, N: tl.constexpr):
         x = _fold(x, 32)
     if N >= 32:
         x = _fold(x, 16)
-    return _fold(_fold(_fold(_fold(x, 8), 4), 2), 1)[0]
+    if N >= 16:
+        x = _fold(x, 8)
+    return _fold(_fold(_fold(x, 4), 2), 1)[0]
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quartet.kernels.triton.host import DTYPES, cdiv, on_device
 from quartet.kernels.triton.launch import launch
-from quartet.kernels.triton.ops import DTYPES, cdiv, on_device
 
 _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 

@@ -13,19 +13,21 @@ from quartet.kernels.triton.rows import quantize_row_units, quantize_unit, store
 
 @triton.jit
 def quantize_both(x, rows, cols, row_stride,
-                  row_signs, row_seed, row_codes, row_scale_bytes, row_masks, row_site,
-                  column_signs, column_seed, column_codes, column_scale_bytes, column_masks, column_site,
+                  row_signs, row_seed, row_codes, row_scale_bytes, row_masks, row_site, row_encode,
+                  column_signs, column_seed, column_codes, column_scale_bytes, column_masks, column_site, encode,
+                  given, given_row, given_column,
                   ROWS: tl.constexpr, RN: tl.constexpr, RR: tl.constexpr, RS: tl.constexpr, RB: tl.constexpr,
-                  RRULE: tl.constexpr, RSIGMA: tl.constexpr, RPOWER: tl.constexpr, RSR: tl.constexpr, RHW: tl.constexpr,
-                  RM: tl.constexpr, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
-                  RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  HARDWARE: tl.constexpr, MASK: tl.constexpr, SWIZZLED: tl.constexpr, WIDE: tl.constexpr,
-                  WORDS: tl.constexpr, ALL: tl.constexpr, L: tl.constexpr):
+                  RRULE: tl.constexpr, RSIGMA: tl.constexpr, RPOWER: tl.constexpr, RSR: tl.constexpr,
+                  RTILE: tl.constexpr, RHW: tl.constexpr, RM: tl.constexpr, N: tl.constexpr, ROTATION: tl.constexpr,
+                  SIGNED: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr,
+                  POWER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, HARDWARE: tl.constexpr,
+                  MASK: tl.constexpr, SWIZZLED: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr,
+                  ALL: tl.constexpr, L: tl.constexpr):
     """A tile of N rows and L · PER columns, quantised along its columns and, with ROWS, along its rows too.
 
     A lane owns one column; with WORDS those of a 32-bit word, which it keeps and quantises one after the other: rows
     start at words, fewer than 2^32 words apart, and consist of whole words. ALL: no tile goes beyond the tensor.
-    The second reading of the tile finds it in the cache.
+    The second reading of the tile finds it in the cache. Scales are given along the columns, if anywhere.
     """
     TYPE: tl.constexpr = x.dtype.element_ty
     PER: tl.constexpr = 32 // TYPE.primitive_bitwidth if WORDS else 1
@@ -38,17 +40,18 @@ def quantize_both(x, rows, cols, row_stride,
     tile = x + first * stride + column
     height = (rows + N - 1) // N
     keys = round_keys(column_seed, STOCHASTIC)
+    tensor = (encode, given, given_row, given_column)
     if WORDS:
         words = load_down(tile.to(tl.pointer_type(tl.int32), bitcast=True), stride // PER, limit, N, ALL)
         for c in range(PER):
             _quantize_column(column_of(words, c, N, TYPE), column + c, inside, height, column_signs, keys,
-                             column_codes, column_scale_bytes, column_masks, column_site, N, ROTATION, SIGNED, BLOCK,
-                             RULE, SIGMA, POWER, STOCHASTIC, MASK, SWIZZLED, HARDWARE)
+                             column_codes, column_scale_bytes, column_masks, column_site, tensor, N, ROTATION, SIGNED,
+                             BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, SWIZZLED, HARDWARE)
     else:
         values = load_elements_down(tile, stride, limit, N)
         _quantize_column(values, column, inside, height, column_signs, keys, column_codes, column_scale_bytes,
-                         column_masks, column_site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK,
-                         SWIZZLED, HARDWARE)
+                         column_masks, column_site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC,
+                         TILE, MASK, SWIZZLED, HARDWARE)
     if ROWS:
         keys = round_keys(row_seed, RSR)
         ACROSS: tl.constexpr = L * PER // RN
@@ -56,21 +59,21 @@ def quantize_both(x, rows, cols, row_stride,
             unit = turn * L + lane
             quantize_row_units(x, row_signs, keys, row_codes, row_scale_bytes, row_masks, first + unit // ACROSS,
                                tl.program_id(1) * ACROSS + unit % ACROSS, tl.minimum(rows, first + N), cols,
-                               stride, (cols + RN - 1) // RN, row_site, RN, RR, RS, RB, RRULE, RSIGMA, RPOWER, RSR,
-                               RM, WIDE, SWIZZLED, RHW)
+                               stride, (cols + RN - 1) // RN, row_site, (row_encode, None, 0, 0), RN, RR, RS, RB,
+                               RRULE, RSIGMA, RPOWER, RSR, RTILE, RM, WIDE, SWIZZLED, RHW)
 
 
 @triton.jit
-def _quantize_column(values, column, inside, height, signs, keys, code_words, scale_bytes, mask_words, site,
+def _quantize_column(values, column, inside, height, signs, keys, code_words, scale_bytes, mask_words, site, tensor,
                      N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                      RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                     MASK: tl.constexpr, SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
+                     TILE: tl.constexpr, MASK: tl.constexpr, SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
     """Quantise and store N rows of one column a lane, of a transpose that is ``height`` units wide."""
     row, unit = column.to(tl.int64), tl.program_id(0)
-    packed, masks, scales = quantize_unit(values, signs, keys, site, (row * height + unit) * (N // 16), N, ROTATION,
-                                          SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, HARDWARE)
+    packed, masks, scales = quantize_unit(values, signs, keys, site, row, unit, height, inside, tensor, N, ROTATION,
+                                          SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, TILE, HARDWARE)
     store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, unit, height, inside, N, BLOCK, MASK,
-               SWIZZLED)
+               TILE, SWIZZLED)
 
 
 @triton.jit
@@ -78,7 +81,8 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
                        IN_BLOCK: tl.constexpr,
                        N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                        RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                       HARDWARE: tl.constexpr, SWIZZLED: tl.constexpr, ALL: tl.constexpr, B: tl.constexpr):
+                       TILE: tl.constexpr, HARDWARE: tl.constexpr, SWIZZLED: tl.constexpr, ALL: tl.constexpr,
+                       B: tl.constexpr):
     """The eight columns of words j of N packed rows, dequantised, rotated and quantised along the rows; B words j.
 
     ALL: no tile goes beyond the tensor. SWIZZLED: scales are read and written where Blackwell's tensor cores look.
@@ -102,8 +106,9 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
         values = ()
         for i in tl.static_range(N):
             values = values + (value_of(nibbles[i] << (28 - 4 * c)) * scales[i],)
-        _quantize_column(values, j * 8 + c, inside, height, None, keys, out_codes, out_scale_bytes, out_codes, site, N,
-                         ROTATION, False, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, False, SWIZZLED, HARDWARE)
+        _quantize_column(values, j * 8 + c, inside, height, None, keys, out_codes, out_scale_bytes, out_codes, site,
+                         (None, None, 0, 0), N, ROTATION, False, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, False,
+                         SWIZZLED, HARDWARE)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LIMIT = 65535  # of programs along the second and the third axis of a grid
 _COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -22,18 +23,30 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
         kernel: a ``triton.jit`` function.
         arguments: its parameters up to the first constexpr: tensors, None, ints and floats; at least one a tensor.
         constants: its constexpr parameters, all of them, and ``num_warps``.
+    Raises:
+        ValueError: more programs along the grid's second or third axis than CUDA launches.
     """
+    full = _, y, z = (*grid, 1, 1)[:3]
+    if y > _LIMIT or z > _LIMIT:
+        raise _too_wide(kernel, full, arguments)
     key = (id(kernel), torch.cuda.current_device() if arguments[0].is_cuda else -1, *constants.values(),
            *map(_kind, arguments))
     known = _COMPILED.get(key)
     if known is not None:
         compiled, values = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        compiled[full](*arguments, *values)
         return
     compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
     if compiled is not None:  # the interpreter returns nothing
         names = kernel.arg_names[len(arguments):]
         _COMPILED[key] = compiled, tuple(constants[name] for name in names)
+
+
+def _too_wide(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> ValueError:
+    shapes = ", ".join(str(list(x.shape)) for x in arguments if isinstance(x, Tensor) and x.dim() > 1)
+    return ValueError(f"{kernel.__name__} on {shapes} needs a grid of {' × '.join(map(str, grid))} programs, and CUDA "
+                      f"launches at most {_LIMIT} along its second and third axis; split the tensor along its columns "
+                      f"into {-(-max(grid[1:]) // _LIMIT)} parts or more")
 
 
 def _kind(value: Any) -> Any:

@@ -92,6 +92,39 @@ def store4(pointers, x, valid):
 
 
 @triton.jit
+def store2(pointers, x, valid):
+    """Two int32 vectors to the two words at each 8-byte aligned int32 pointer."""
+    if INTERPRETED:
+        for k in tl.static_range(2):
+            tl.store(pointers + k, x[k], mask=valid)
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $4, 0;
+            @p st.global.v2.b32 [$1], {$2, $3};
+            mov.b32 $0, 0;
+            }""", "=r,l,r,r,r", [pointers.to(tl.int64), x[0], x[1], valid.to(tl.int32)], dtype=tl.int32, is_pure=False,
+            pack=1)
+
+
+@triton.jit
+def load2(pointers, valid):
+    """Two vectors of the int32 words at each 8-byte aligned int32 pointer, 0 where not ``valid``."""
+    if INTERPRETED:
+        return tl.load(pointers, mask=valid, other=0), tl.load(pointers + 1, mask=valid, other=0)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $3, 0;
+            mov.b32 $0, 0; mov.b32 $1, 0;
+            @p ld.global.v2.b32 {$0, $1}, [$2];
+            }""", "=&r,=&r,l,r", [pointers.to(tl.int64), valid.to(tl.int32)], dtype=(tl.int32, tl.int32),
+            is_pure=True, pack=1)
+
+
+@triton.jit
 def load_down(pointers, stride, limit, N: tl.constexpr, ALL: tl.constexpr):
     """N vectors: the word or byte at each int32 or uint8 pointer, and ``stride`` of them further every time, as int32.
 

@@ -1,14 +1,13 @@
 """Python face of the Triton kernels: tensors in, tensors out, bit-equal to the chains of ``quartet.kernels.reference``.
 
-Supported are e2m1 elements in blocks of 32, 64 or 128 after a Hadamard of any size or none, on float32, bfloat16 and
-float16 tensors of one GPU; :func:`supports` says so. Every launch goes to the tensors' device and its current stream,
-and nothing waits for it.
+Supported are e2m1 elements in blocks of 32, 64 or 128 with e8m0 scales and of 16 with e4m3 scales (NVFP4), after a
+Hadamard of any size or none, on float32, bfloat16 and float16 tensors of one GPU; :func:`supports` says so. Every
+launch goes to the tensors' device and its current stream, and nothing waits for it.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,13 +17,12 @@ from torch import Tensor
 from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.reference.packing import swizzled_size
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.kernels.triton import columns, rows
+from quartet.kernels.triton import columns, rows, two_level
 from quartet.kernels.triton.fold import inexact_blocks, table
+from quartet.kernels.triton.host import DTYPES, WARP, cdiv, check_given, on_device, power_of_two, warps, wide
 from quartet.kernels.triton.launch import launch
-from quartet.kernels.triton.memory import INTERPRETED
+from quartet.kernels.triton.rotations import rotate
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WARP = 32
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -35,6 +33,8 @@ class Chain:
     Args:
         spec: the quantiser. rotation: Hadamard size, or 0 for none. signs: float32 ``[rotation]``, or None.
         seed: int64 scalar tensor, needed when ``spec.stochastic``. site: 0…2^32−1.
+        encode: float32 with one element, the tensor's multiplier of ``reference.nvfp4.tensor_scales``, needed with e4m3
+            scales.
     """
 
     spec: QuantSpec
@@ -42,11 +42,23 @@ class Chain:
     signs: Tensor | None = None
     seed: Tensor | None = None
     site: int = 0
+    encode: Tensor | None = None
 
     @property
-    def unit(self) -> int:
-        """Elements that one thread owns: what a Hadamard or a scale spans."""
-        return max(32, self.rotation, self.spec.block)
+    def multiple(self) -> int:
+        """What the quantised axis is padded to a multiple of: what a Hadamard or a scale spans."""
+        return multiple(self.spec, self.rotation)
+
+    def unit(self, width: int) -> int:
+        """Elements that one thread owns of an axis ``width`` long."""
+        if self.spec.rule == "eden":
+            return 16
+        n = self.multiple
+        return 32 if n < 32 and cdiv(width, n) * n % 32 == 0 else n
+
+    def units(self, width: int) -> int:
+        """How many of them there are, padding included."""
+        return cdiv(width, self.multiple) * self.multiple // self.unit(width)
 
 
 @dataclass(frozen=True)
@@ -66,16 +78,22 @@ class Form:
 PLAIN = Form()
 
 
+def multiple(spec: QuantSpec, rotation: int) -> int:
+    """What the quantised axis is padded to a multiple of after a Hadamard of size ``rotation`` (0: none)."""
+    return max(spec.multiple, rotation, 32 if spec.scale == "e8m0" else 16)
+
+
 @cache
 def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
     """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
-    if spec.element != "e2m1" or spec.scale != "e8m0":
-        return f"the Triton quantisers write e2m1 with e8m0 scales, not {spec.element} with {spec.scale}"
-    if spec.block not in (32, 64, 128):
+    if spec.element != "e2m1" or spec.scale == "fp32":
+        return f"the Triton quantisers write e2m1 with e8m0 or e4m3 scales, not {spec.element} with {spec.scale}"
+    if spec.scale == "e8m0" and spec.block not in (32, 64, 128):
         return f"the Triton quantisers take blocks of 32, 64 and 128, not {spec.block}"
-    if 0 < rotation < max(32, spec.block):
-        return (f"the Triton quantisers rotate whole blocks: a Hadamard of {rotation} is shorter than "
-                f"{max(32, spec.block)}")
+    if 0 < rotation < spec.block:
+        return f"the Triton quantisers rotate whole blocks: a Hadamard of {rotation} is shorter than {spec.block}"
+    if rotation and spec.tile:
+        return f"the Triton quantisers do not rotate what has tiles, as '{spec}'"
     if rotation != 0 and rotation not in SIZES:
         return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
     if dtype not in DTYPES:
@@ -92,23 +110,30 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
         packed: return codes, scales and mask. folded: return E4M3 values and row scales.
         form: of the packed results; not for folded ones.
     Returns:
-        codes uint8 ``[R, Kp/2]``, scales uint8 ``[R, Kp/block]``, mask uint8 ``[R, Kp/8]`` if ``spec.mask``, values
-        float8_e4m3fn ``[R, Kp]`` and row scales float32 ``[R, 1]`` with ``values · row scale = code · 2^e``
-        (see :func:`fold`); Kp = K rounded up to a multiple of max(rotation, block). What was not asked for is ``[0]``.
+        codes uint8 ``[R, Kp/2]``, scales uint8 (e4m3: float8_e4m3fn) ``[R, Kp/block]``, of tiles ``[⌈R/16⌉, Kp/16]``,
+        mask uint8 ``[R, Kp/8]`` if ``spec.mask``, values float8_e4m3fn ``[R, Kp]`` and row scales float32 ``[R, 1]``
+        with ``values · row scale = code · 2^e`` (see :func:`fold`); Kp = K rounded up to a multiple of
+        :func:`multiple`. What was not asked for is ``[0]``.
     Raises:
         ValueError: what :func:`supports` declines, a tensor of another device or shape, or a missing seed.
     """
     _check(x, chain)
     if folded and form != PLAIN:
         raise ValueError(f"quantize folds row-major scales of portable codes, not those of {form}; use folded=False")
-    if x.stride(1) != 1 and x.stride(0) == 1 and x.shape[0] > 1:
+    if folded and chain.spec.scale != "e8m0":
+        raise ValueError(f"'{chain.spec}' does not fold to E4M3 with a scale a row; use folded=False")
+    if chain.rotation and chain.spec.rule == "eden":
+        x, _ = rotate(x, chain.rotation, chain.signs)
+        chain = replace(chain, rotation=0, signs=None)
+    if x.stride(1) != 1 and x.stride(0) == 1 and x.shape[0] > 1 and chain.spec.rule != "eden":
         codes, scales, mask = _columns(x.t(), None, chain, form)[1]
-        values, row_scales = fold(codes, scales, chain.spec) if folded else (_none(x), _none(x))
+        values, row_scales = fold(codes, scales, chain.spec) if folded else (
+            _none(x).view(torch.float8_e4m3fn), _none(x).view(torch.float32))
         return (*((codes, scales, mask) if packed else _nothing(x)), values, row_scales)
-    n, (r, k) = chain.unit, x.shape
+    (r, k), n = x.shape, chain.unit(x.shape[1])
     x = x if x.stride(1) == 1 else x.contiguous()
-    units = cdiv(k, n)
-    out = _Packed(x, r, units * n, chain.spec, True, form)
+    units, given = chain.units(k), _tiles(x, chain)
+    out = _Packed(x, r, units * n, chain.spec, True, form, given)
     values = x.new_empty((r, units * n) if folded else 0, dtype=torch.float8_e4m3fn)
     row_scales = x.new_empty((r, 1) if folded else 0, dtype=torch.float32)
     if x.numel():
@@ -119,10 +144,10 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
             launch(rows.quantize_rows, grid,
                 (x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
                  values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device), r, k, x.stride(0),
-                 units, chain.site),
-                **_constants(chain, form), MASK=chain.spec.mask, FOLD=folded, SWIZZLED=form.swizzled,
-                WIDE=_wide(x, n), R=per_program, L=lanes, num_warps=1)
-    return (*((out.codes, out.scales, out.mask) if packed else _nothing(x)), values, row_scales)
+                 units, chain.site, chain.encode, *_given(given)),
+                **_constants(chain, n, form), MASK=chain.spec.mask, FOLD=folded, SWIZZLED=form.swizzled,
+                WIDE=wide(x, max(n, chain.multiple)), R=per_program, L=lanes, num_warps=1)
+    return (*(out.results if packed else _nothing(x)), values, row_scales)
 
 
 def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain,
@@ -130,11 +155,14 @@ def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain,
     """Codes and scales of ``x`` quantised along its rows, and of ``x.t()`` along its: one read of ``x`` ``[R, K]``.
 
     Returns:
-        codes uint8 ``[R, Kp/2]``, scales uint8 ``[R, Kp/block]``; codes uint8 ``[K, Rp/2]``, scales uint8
-        ``[K, Rp/block]``. Errors as :func:`quantize`.
+        codes uint8 ``[R, Kp/2]``, scales ``[R, Kp/block]``; codes uint8 ``[K, Rp/2]``, scales ``[K, Rp/block]``. Errors
+        as :func:`quantize`, and for tiles and the rule ``eden``.
     """
     _check(x, along_rows)
     _check(x, along_columns)
+    for spec in (along_rows.spec, along_columns.spec):
+        if spec.tile or spec.rule == "eden":
+            raise ValueError(f"quantize_both does not take '{spec}'; use quantize")
     x = x if x.stride(1) == 1 else x.contiguous()
     (codes, scales, _), (t_codes, t_scales, _) = _columns(x, along_rows, along_columns, form)
     return codes, scales, t_codes, t_scales
@@ -154,7 +182,9 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain,
     if in_spec.gain != 1.0:
         raise ValueError(f"requantize reads codes without a gain, '{in_spec}' has {in_spec.gain:.3f}; dequantize it")
     _check(codes, chain, any_dtype=True)
-    n = chain.unit
+    if chain.spec.scale != "e8m0":
+        raise ValueError(f"requantize does not write '{chain.spec}'; dequantize, and quantize the transpose")
+    n = chain.unit(r)
     height = cdiv(r, n)
     out = _Packed(codes, half * 2, height * n, chain.spec, True, form)
     if codes.numel():
@@ -163,7 +193,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain,
             launch(columns.requantize_columns, (height, cdiv(words, lanes)),
                 (codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales,
                  r, words, chain.site),
-                IN_BLOCK=in_spec.block, **_constants(chain, form), SWIZZLED=form.swizzled,
+                IN_BLOCK=in_spec.block, **_constants(chain, n, form), SWIZZLED=form.swizzled,
                 ALL=r % n == 0 and words % lanes == 0, B=lanes, num_warps=1)
     return out.codes, out.scales
 
@@ -190,99 +220,83 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
             launch(rows.fold_rows, (cdiv(r, per_program),),
                 (codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
                  table(codes.device), r, units),
-                PER_SCALE=spec.block // 32, R=per_program, L=lanes, num_warps=_warps(per_program * lanes))
+                PER_SCALE=spec.block // 32, R=per_program, L=lanes, num_warps=warps(per_program * lanes))
     return values, row_scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """``code · 2^e`` without the spec's gain, ``[R, K]`` of ``dtype``; arguments as :func:`fold`."""
-    r, half = _packed_shape("dequantize", codes, scales, spec)
+    """``code · scale`` without the spec's gain or the factor of the tensor, ``[R, K]`` of ``dtype``.
+
+    Args:
+        codes: uint8 ``[R, K/2]``, contiguous. scales: uint8 ``[R, K/block]``, or float8_e4m3fn ``[R, K/16]``, of tiles
+            ``[⌈R/16⌉, K/16]``; contiguous.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dequantize writes float32, bfloat16 and float16, not {dtype_name(dtype)}")
+    if spec.scale == "e4m3":
+        return _dequantize_two_level(codes, scales, spec, dtype)
+    r, half = _packed_shape("dequantize", codes, scales, spec)
     out = codes.new_empty(r, half * 2, dtype=dtype)
     if codes.numel():
         blocks, lanes = codes.numel() // 16, 128
         with on_device(codes):
             launch(rows.dequantize_rows, (cdiv(blocks, lanes),), (codes.view(torch.int32), scales, out, blocks),
-                   PER_SCALE=spec.block // 32, B=lanes, num_warps=_warps(lanes))
+                   PER_SCALE=spec.block // 32, B=lanes, num_warps=warps(lanes))
     return out
 
 
-def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
-    """``reference.random_signs`` in one launch: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
-    out = seed.new_empty(n, dtype=torch.float32)
-    with on_device(seed):
-        launch(rows.draw_signs, (1,), (seed, out, site, n), N=128, num_warps=4)
+def _dequantize_two_level(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    r, half = codes.shape if codes.dim() == 2 else (0, 1)
+    if (codes.dim() != 2 or half % 8 or scales.shape != (cdiv(r, 16) if spec.tile else r, half // 8)
+            or codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or codes.device != scales.device
+            or not codes.is_contiguous() or not scales.is_contiguous() or codes.data_ptr() % 8):
+        raise ValueError(f"dequantize of '{spec}' needs contiguous uint8 codes [R, K/2] at a multiple of 8 bytes and "
+                         f"float8_e4m3fn scales of their blocks of 16 on one device, got {dtype_name(codes.dtype)} "
+                         f"{list(codes.shape)} and {dtype_name(scales.dtype)} {list(scales.shape)}")
+    out = codes.new_empty(r, half * 2, dtype=dtype)
+    if codes.numel():
+        n = 32 if half % 16 == 0 else 16
+        units = half * 2 // n
+        lanes = min(power_of_two(units), 4 * WARP)
+        per_program = 4 * WARP // lanes
+        with on_device(codes):
+            launch(rows.dequantize_blocks, (cdiv(r, per_program), cdiv(units, lanes)),
+                   (codes.view(torch.int32), scales.view(torch.uint8), out, r, half * 2, units), N=n, TILE=spec.tile,
+                   R=per_program, L=lanes, num_warps=4)
     return out
-
-
-def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor | None, gain: float, cols: int,
-                dtype: torch.dtype) -> Tensor:
-    """``hadamard(apply_mask(x · gain, mask), rotation, signs, inverse=True, dtype)[:, :cols]``.
-
-    Args:
-        x: ``[R, Kp]`` float32, bfloat16 or float16; Kp a multiple of max(32, rotation). mask: uint8 ``[R, Kp/8]``, or
-            None. signs: float32 ``[rotation]`` applied after the transform, or None.
-        gain: one fp32 multiplication before everything else. cols: at most Kp.
-    Returns:
-        ``[R, cols]`` of ``dtype``, rounded to nearest even.
-    """
-    n = max(32, rotation)
-    r, width = x.shape if x.dim() == 2 else (0, 1)
-    if (x.dim() != 2 or x.dtype not in DTYPES or dtype not in DTYPES or width % n or not 0 <= cols <= width
-            or rotation not in (0, *SIZES)):
-        raise ValueError(f"mask_rotate needs a 2-D tensor of a width divisible by {n} and cols from 0 to it, got "
-                         f"{dtype_name(x.dtype)} {list(x.shape)} on {x.device}, cols={cols}, "
-                         f"dtype={dtype_name(dtype)}, rotation={rotation}")
-    _check_given("signs", signs, rotation, torch.float32, x)
-    if mask is not None and (mask.shape != (r, width // 8) or mask.dtype != torch.uint8 or not mask.is_contiguous()
-                             or mask.device != x.device):
-        raise ValueError(f"the mask of x {list(x.shape)} must be contiguous uint8 [{r}, {width // 8}], got "
-                         f"{dtype_name(mask.dtype)} {list(mask.shape)}")
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = x.new_empty(r, cols, dtype=dtype)
-    if out.numel():
-        units = width // n
-        lanes = min(128, power_of_two(units))
-        with on_device(x):
-            launch(rows.unrotate_rows, (r, cdiv(units, lanes)),
-                (x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain),
-                N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
-                WIDE=_wide(x, n) and cols == width, B=lanes, num_warps=_warps(lanes))
-    return out
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. (Triton's own is made for its kernels and takes microseconds on the host.)"""
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n ≥ 1."""
-    return 1 << (n - 1).bit_length()
 
 
 class _Packed:
-    """Result tensors of a packed quantiser, empty where not wanted."""
+    """Result tensors of a packed quantiser, empty where not wanted; scales as bytes, or those that were given."""
 
-    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, wanted: bool, form: Form) -> None:
+    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, wanted: bool, form: Form,
+                 given: Tensor | None = None) -> None:
         def empty(*shape: int) -> Tensor:
             return like.new_empty(shape if wanted else 0, dtype=torch.uint8)
 
         blocks = padded // spec.block
         self.codes = empty(r, padded // 2)
-        self.scales = empty(swizzled_size(r, blocks)) if form.swizzled else empty(r, blocks)
-        if form.swizzled and (r % 128 or blocks % 4):
-            self.scales.zero_()
+        if form.swizzled:
+            self.scales = empty(swizzled_size(r, blocks))
+            if r % 128 or blocks % 4:
+                self.scales.zero_()
+        else:
+            self.scales = empty(r, blocks) if given is None else given
         self.mask = empty(r, padded // 8) if spec.mask else _none(like)
+        self.typed = spec.scale == "e4m3" and not form.swizzled
+
+    @property
+    def results(self) -> Three:
+        return self.codes, self.scales.view(torch.float8_e4m3fn) if self.typed else self.scales, self.mask
 
 
 def _columns(x: Tensor, along_rows: Chain | None, chain: Chain, form: Form) -> tuple[Three, Three]:
-    n, (r, k) = chain.unit, x.shape
-    rn = n if along_rows is None else along_rows.unit
+    (r, k), n = x.shape, chain.unit(x.shape[0])
+    rn = n if along_rows is None else along_rows.unit(k)
     row_spec = chain.spec if along_rows is None else along_rows.spec
-    height, units = cdiv(r, n), cdiv(k, rn)
-    mine = _Packed(x, k, height * n, chain.spec, True, form)
+    height, units = chain.units(r), (along_rows or chain).units(k)
+    given = _tiles(x.t(), chain)
+    mine = _Packed(x, k, height * n, chain.spec, True, form, given)
     theirs = _Packed(x, r, units * rn, row_spec, along_rows is not None, form)
     if x.numel():
         size = x.element_size()
@@ -293,46 +307,53 @@ def _columns(x: Tensor, along_rows: Chain | None, chain: Chain, form: Form) -> t
         with on_device(x):
             launch(columns.quantize_both, (height, cdiv(k, lanes * per)),
                 (x, r, k, x.stride(0), other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales,
-                 theirs.mask.view(torch.int32), other.site, chain.signs, chain.seed, mine.codes.view(torch.int32),
-                 mine.scales, mine.mask.view(torch.int32), chain.site),
-                ROWS=along_rows is not None, **_constants(other, form, row=True), RM=row_spec.mask,
-                **_constants(chain, form), MASK=chain.spec.mask, SWIZZLED=form.swizzled, WIDE=_wide(x, rn),
-                WORDS=words, ALL=r % n == 0 and k % (lanes * per) == 0, L=lanes, num_warps=_warps(lanes))
-    return (theirs.codes, theirs.scales, theirs.mask), (mine.codes, mine.scales, mine.mask)
+                 theirs.mask.view(torch.int32), other.site, other.encode, chain.signs, chain.seed,
+                 mine.codes.view(torch.int32), mine.scales, mine.mask.view(torch.int32), chain.site, chain.encode,
+                 *_given(given)),
+                ROWS=along_rows is not None, **_constants(other, rn, form, row=True), RM=row_spec.mask,
+                **_constants(chain, n, form), MASK=chain.spec.mask, SWIZZLED=form.swizzled, WIDE=wide(x, rn),
+                WORDS=words, ALL=r % n == 0 and k % (lanes * per) == 0, L=lanes, num_warps=warps(lanes))
+    return theirs.results, mine.results
 
 
-def _constants(chain: Chain, form: Form, row: bool = False) -> dict[str, Any]:
-    return _chain_constants(chain.spec, chain.rotation, chain.signs is not None,
-                            chain.spec.rounding in form.conversions, row)
+def _tiles(x: Tensor, chain: Chain) -> Tensor | None:
+    """uint8 ``[⌈R/16⌉, Kp/16]``: the scale bytes of tiles, which no thread sees whole; None for other scales."""
+    if not chain.spec.tile:
+        return None
+    if x.stride(1) != 1 and x.stride(0) == 1:
+        return _tiles(x.t(), chain).t().contiguous()
+    r, k = x.shape
+    tiles, lanes = cdiv(k, 16), 16
+    out = x.new_empty(cdiv(r, 16), tiles, dtype=torch.uint8)
+    if x.numel():
+        with on_device(x):
+            launch(two_level.tile_scales, (cdiv(r, 16), cdiv(tiles, lanes)),
+                   (x, chain.encode, out, r, k, x.stride(0), tiles), B=lanes, num_warps=4)
+    return out
+
+
+def _given(tiles: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if tiles is None else (tiles, tiles.stride(0), tiles.stride(1))
+
+
+def _constants(chain: Chain, unit: int, form: Form, row: bool = False) -> dict[str, Any]:
+    return _chain_constants(chain.spec, unit, chain.rotation, chain.signs is not None,
+                            _rounding(chain.spec) in form.conversions, row)
+
+
+def _rounding(spec: QuantSpec) -> str:
+    """Of the codes: those of ``eden`` are rounded to nearest, its scales stochastically."""
+    return "nearest" if spec.rule == "eden" else spec.rounding
 
 
 @cache
-def _chain_constants(spec: QuantSpec, rotation: int, signed: bool, hardware: bool, row: bool) -> dict[str, Any]:
-    values = (max(32, rotation, spec.block), rotation, signed, spec.block, spec.rule, spec.sigma, spec.power,
-              spec.stochastic, hardware)
-    names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR", "RHW") if row else
-             ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC",
-              "HARDWARE"))
+def _chain_constants(spec: QuantSpec, unit: int, rotation: int, signed: bool, hardware: bool,
+                     row: bool) -> dict[str, Any]:
+    values = (unit, rotation, signed, spec.block, spec.rule, spec.sigma, spec.power, spec.stochastic, spec.tile,
+              hardware)
+    names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR", "RTILE", "RHW") if row else
+             ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC", "TILE", "HARDWARE"))
     return dict(zip(names, values, strict=True))
-
-
-def _wide(x: Tensor, n: int) -> bool:
-    """Whether units of n elements can be read 16 bytes at a time."""
-    size = x.element_size()
-    return x.shape[1] % n == 0 and x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
-
-
-def _warps(lanes: int) -> int:
-    return max(1, min(16, lanes // 32))
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """The tensor's device as the current one; in Triton's interpreter that may be the CPU."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    if INTERPRETED.value:
-        return nullcontext()
-    raise ValueError(f"the Triton kernels run on a GPU, and the tensor {list(x.shape)} is on {x.device}")
 
 
 def _nothing(like: Tensor) -> Three:
@@ -350,17 +371,14 @@ def _check(x: Tensor, chain: Chain, any_dtype: bool = False) -> None:
     if x.dim() != 2:
         raise ValueError(f"the Triton quantisers need a 2-D tensor, got {list(x.shape)}; flatten the leading axes with "
                          "x.reshape(-1, x.shape[-1])")
-    _check_given("signs", chain.signs, chain.rotation, torch.float32, x)
-    _check_given("seed", chain.seed, 1, torch.int64, x)
+    check_given("signs", chain.signs, chain.rotation, torch.float32, x)
+    check_given("seed", chain.seed, 1, torch.int64, x)
     if chain.spec.stochastic and chain.seed is None:
         raise ValueError(f"quantiser '{chain.spec}' rounds stochastically and needs a seed")
-
-
-def _check_given(what: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:
-    if value is not None and (value.device != x.device or value.numel() != size or value.dtype != dtype
-                              or not value.is_contiguous() or value.data_ptr() % max(1, min(16, 4 * size))):
-        raise ValueError(f"{what} must be {size} contiguous {dtype_name(dtype)} on {x.device}, got "
-                         f"{dtype_name(value.dtype)} {list(value.shape)} on {value.device}")
+    check_given("encode", chain.encode, 1, torch.float32, x)
+    if (chain.spec.scale == "e4m3") != (chain.encode is not None):
+        raise ValueError(f"e4m3 scales, and no others, take the tensor's multiplier: encode of '{chain.spec}' is "
+                         f"{'missing' if chain.encode is None else 'given'}")
 
 
 def _packed_shape(what: str, codes: Tensor, scales: Tensor, spec: QuantSpec, swizzled: bool = False) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def reciprocal(byte):
 
 
 @triton.jit
-def _index(z, CLIPS: tl.constexpr):
+def grid_index(z, CLIPS: tl.constexpr):
     """Index 0…7 of min(|z|, 6) on the E2M1 grid, to nearest, as a float."""
     a = tl.abs(z)
     near = tl.fma(a, 2.0, _ROUND)
@@ -254,7 +254,7 @@ def _nibbles(x, inverse, words, STOCHASTIC: tl.constexpr, CLIPS: tl.constexpr, H
     else:
         f = ()
         for k in tl.static_range(8):
-            f = f + (_index(z[k], CLIPS),)
+            f = f + (grid_index(z[k], CLIPS),)
         return (_four(f[0], f[1], f[2], f[3]) & 0xFFFF) | (_four(f[4], f[5], f[6], f[7]) << 16) | _signs(z)
 
 

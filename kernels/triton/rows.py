@@ -6,14 +6,17 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.reference import philox
-from quartet.kernels.triton.blocks import first_stages, hadamard, last_stage, last_stage_amax_bits
+from quartet.kernels.triton.blocks import amax_bits, first_stages, hadamard, last_stage, last_stage_amax_bits
 from quartet.kernels.triton.fold import is_zero, lookup, row_byte, row_scale_byte, store_folded
 from quartet.kernels.triton.memory import (
     INTERPRETED,
+    load2,
     load4,
     load_blocks,
     load_byte,
+    load_elements_down,
     load_word,
+    store2,
     store4,
     store_blocks,
     swizzled,
@@ -27,53 +30,66 @@ from quartet.kernels.triton.quantizer import (
     round_keys,
     scale_byte,
 )
+from quartet.kernels.triton.two_level import e4m3_value, quantize_blocks
 
 SIGN_STREAM = tl.constexpr(philox.SIGN_STREAM)
 
 
 @triton.jit
-def quantize_unit(x, signs, keys, site, group, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr,
-                  BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr,
-                  STOCHASTIC: tl.constexpr, MASK: tl.constexpr, HARDWARE: tl.constexpr):
-    """Nibble words, mask words and scale bytes of units of N elements.
+def quantize_unit(x, signs, keys, site, row, column, units, valid, tensor, N: tl.constexpr, ROTATION: tl.constexpr,
+                  SIGNED: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr,
+                  POWER: tl.constexpr, STOCHASTIC: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr,
+                  HARDWARE: tl.constexpr):
+    """Nibble words, mask words and scale bytes of units ``column`` of N elements, of ``units`` in a row (int64).
 
-    ``keys``: see ``round_keys``. ``group``: index of their first 16. HARDWARE: see ``encode``.
+    ``keys``: see ``round_keys``. ``tensor``: what two-level scales, those of blocks of 16, take from the whole tensor;
+    see ``quantize_blocks``. HARDWARE: see ``encode``.
     """
-    scales, inverse = (), ()
-    if ROTATION > 0 and RULE != "quest":
-        x = first_stages(x, signs, N, ROTATION, SIGNED)
-        for b in tl.static_range(N // BLOCK):
-            top = last_stage_amax_bits(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, ROTATION)
-            scales = scales + (byte_of_amax(top, RULE),)
-        x = last_stage(x, N, ROTATION)
-    else:
+    if BLOCK == 16:
         x = hadamard(x, signs, N, ROTATION, SIGNED, False)
+        packed, scales = quantize_blocks(x, keys, site, row, column, units, valid, tensor, N, RULE, TILE, STOCHASTIC,
+                                         HARDWARE)
+        masks = ()
+    else:
+        scales, inverse = (), ()
+        if ROTATION > 0 and RULE != "quest":
+            x = first_stages(x, signs, N, ROTATION, SIGNED)
+            for b in tl.static_range(N // BLOCK):
+                top = last_stage_amax_bits(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, ROTATION)
+                scales = scales + (byte_of_amax(top, RULE),)
+            x = last_stage(x, N, ROTATION)
+        else:
+            x = hadamard(x, signs, N, ROTATION, SIGNED, False)
+            for b in tl.static_range(N // BLOCK):
+                scales = scales + (scale_byte(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, RULE, SIGMA, POWER),)
+        steps: tl.constexpr = 2.0**-14 if STOCHASTIC and not HARDWARE else 1.0
+        factor: tl.constexpr = (0.75 if RULE == "headroom" else 1.0) * steps
         for b in tl.static_range(N // BLOCK):
-            scales = scales + (scale_byte(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, RULE, SIGMA, POWER),)
-    factor: tl.constexpr = (0.75 if RULE == "headroom" else 1.0) * (2.0**-14 if STOCHASTIC and not HARDWARE else 1.0)
-    for b in tl.static_range(N // BLOCK):
-        inverse = inverse + (reciprocal(scales[b]) * factor,)
-    random = ()
-    if STOCHASTIC:
-        random = random_words(keys, site, group, N)
-    packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, RULE == "quest" or RULE == "floor", MASK,
-                           HARDWARE)
+            inverse = inverse + (reciprocal(scales[b]) * factor,)
+        random = ()
+        if STOCHASTIC:
+            random = random_words(keys, site, (row * units + column) * (N // 16), N)
+        packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, RULE == "quest" or RULE == "floor", MASK,
+                               HARDWARE)
     return packed, masks, scales
 
 
 @triton.jit
 def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, column, units, valid, N: tl.constexpr,
-               BLOCK: tl.constexpr, MASK: tl.constexpr, SWIZZLED: tl.constexpr):
+               BLOCK: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr, SWIZZLED: tl.constexpr):
     """Write what :func:`quantize_unit` made of unit ``column`` of the ``units`` of a row, which is int64."""
     unit = row * units + column
+    if N == 16:
+        store2(code_words + unit * 2, packed, valid)
     for w in tl.static_range(N // 32):
         store4(code_words + unit * (N // 8) + w * 4, packed[w * 4:w * 4 + 4], valid)
-    for b in tl.static_range(N // BLOCK):
-        if SWIZZLED:
-            at = swizzled(row.to(tl.int32), column * (N // BLOCK) + b, units * (N // BLOCK))
-        else:
-            at = unit * (N // BLOCK) + b
-        tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
+    if SWIZZLED or not TILE:  # those of tiles were given
+        for b in tl.static_range(N // BLOCK):
+            if SWIZZLED:
+                at = swizzled(row.to(tl.int32), column * (N // BLOCK) + b, units * (N // BLOCK))
+            else:
+                at = unit * (N // BLOCK) + b
+            tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
     if MASK:
         for w in tl.static_range(N // 32):
             tl.store(mask_words + unit * (N // 32) + w, masks[w], mask=valid)
@@ -81,11 +97,11 @@ def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, 
 
 @triton.jit
 def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_words, row_scales, inexact, lut,
-                  rows, cols, row_stride, units, site,
+                  rows, cols, row_stride, units, site, encode, given, given_row, given_column,
                   N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                   RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  HARDWARE: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr, SWIZZLED: tl.constexpr,
-                  WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+                  TILE: tl.constexpr, HARDWARE: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr,
+                  SWIZZLED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
     """R rows, L units of N elements of each: all of the row with FOLD, else L units from the second grid axis on.
 
     SWIZZLED: scales go where Blackwell's tensor cores look for them, which FOLD does not.
@@ -94,37 +110,40 @@ def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_wor
     lane = tl.arange(0, R * L)
     row = tl.program_id(0).to(tl.int64) * R + lane // L
     keys = round_keys(seed, STOCHASTIC)
+    tensor = (encode, given, given_row, given_column)
     if FOLD:
         top = tl.zeros_like(lane)
         for start in range(0, units, L):
             top = tl.maximum(top, quantize_row_units(
                 x, signs, keys, code_words, scale_bytes, mask_words, row, start + lane % L, rows, cols, row_stride,
-                units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, WIDE, False, HARDWARE))
+                units, site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, WIDE,
+                False, HARDWARE))
         tl.debug_barrier()
         _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows,
                     units * (N // 32), BLOCK // 32, R, L)
     else:
         quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, tl.program_id(1) * L + lane % L,
-                           rows, cols, row_stride, units, site, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
-                           STOCHASTIC, MASK, WIDE, SWIZZLED, HARDWARE)
+                           rows, cols, row_stride, units, site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
+                           STOCHASTIC, TILE, MASK, WIDE, SWIZZLED, HARDWARE)
 
 
 @triton.jit
 def quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, column, rows, cols, row_stride, units,
-                       site, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
-                       RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                       MASK: tl.constexpr, WIDE: tl.constexpr, SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
-    """Quantise and store one unit a lane; returns the largest scale byte of its blocks but for zero and NaN."""
+                       site, tensor, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr,
+                       BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr,
+                       STOCHASTIC: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+                       SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
+    """Quantise and store one unit a lane; returns the largest E8M0 byte of its blocks but for zero and NaN."""
     valid = (row < rows) & (column < units)
     values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
-    unit = row * units + column
-    packed, masks, scales = quantize_unit(values, signs, keys, site, unit * (N // 16), N, ROTATION, SIGNED, BLOCK, RULE,
-                                          SIGMA, POWER, STOCHASTIC, MASK, HARDWARE)
+    packed, masks, scales = quantize_unit(values, signs, keys, site, row, column, units, valid, tensor, N, ROTATION,
+                                          SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, TILE, HARDWARE)
     store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, column, units, valid, N, BLOCK, MASK,
-               SWIZZLED)
-    top = row_byte(scales[0], is_zero(packed[0:4]))
-    for w in tl.static_range(1, N // 32):
-        top = tl.maximum(top, row_byte(scales[w * 32 // BLOCK], is_zero(packed[w * 4:w * 4 + 4])))
+               TILE, SWIZZLED)
+    top = tl.zeros_like(scales[0])
+    if BLOCK > 16:
+        for w in tl.static_range(N // 32):
+            top = tl.maximum(top, row_byte(scales[w * 32 // BLOCK], is_zero(packed[w * 4:w * 4 + 4])))
     return tl.where(valid, top, 0)
 
 
@@ -212,6 +231,54 @@ def dequantize_rows(code_words, scale_bytes, out, blocks, PER_SCALE: tl.constexp
     for i in tl.static_range(32):
         values = values + (value_of(words[i // 8] << (28 - 4 * (i % 8))) * scale,)
     store_blocks(out, block * 32, values, valid, tl.full((B,), 32, tl.int32), 32, True)
+
+
+@triton.jit
+def dequantize_blocks(code_words, scale_bytes, out, rows, cols, units, N: tl.constexpr, TILE: tl.constexpr,
+                      R: tl.constexpr, L: tl.constexpr):
+    """``code · E4M3 scale`` of R rows, L units of N elements of each: 16, or 32 where that divides the row.
+
+    TILE: a scale belongs to 16 rows.
+    """
+    lane = tl.arange(0, R * L)
+    row = tl.program_id(0).to(tl.int64) * R + lane // L
+    column = tl.program_id(1) * L + lane % L
+    valid = (row < rows) & (column < units)
+    values = ()
+    for b in tl.static_range(N // 16):
+        words = load2(code_words + (row * units + column) * (N // 8) + b * 2, valid)
+        at = (row >> 4 if TILE else row) * (units * (N // 16)) + column * (N // 16) + b
+        scale = e4m3_value(load_byte(scale_bytes + at, valid))
+        for i in tl.static_range(16):
+            values = values + (value_of(words[i // 8] << (28 - 4 * (i % 8))) * scale,)
+    store_blocks(out + row * cols, column * N, values, valid, tl.full((R * L,), N, tl.int32), N, N == 32)
+
+
+@triton.jit
+def rotate_rows(x, signs, largest, out, rows, cols, row_stride, column_stride, units, N: tl.constexpr,
+                ROTATION: tl.constexpr, SIGNED: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+                L: tl.constexpr):
+    """Rotated rows into ``out`` if STORE, and the largest magnitude as the bits of fp32: int32, which starts at 0.
+
+    A program takes R rows and L units of N elements of each, and then rows further down. WIDE: as in ``load_blocks``;
+    else elements of a row may lie apart.
+    """
+    lane = tl.arange(0, R * L)
+    column = tl.program_id(1) * L + lane % L
+    top = tl.zeros_like(lane)
+    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+        row = start + lane // L + tl.zeros_like(lane).to(tl.int64)
+        valid = (row < rows) & (column < units)
+        if WIDE:
+            values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
+        else:
+            first = x + row * row_stride + (column * N).to(tl.int64) * column_stride
+            values = load_elements_down(first, column_stride + row * 0, tl.where(valid, cols - column * N, 0), N)
+        values = hadamard(values, signs, N, ROTATION, SIGNED, False)
+        top = tl.maximum(top, tl.where(valid, amax_bits(values, N), 0))
+        if STORE:
+            store_blocks(out, (row * units + column) * N, values, valid, tl.full((R * L,), N, tl.int32), N, True)
+    tl.atomic_max(largest, tl.max(top))
 
 
 @triton.jit

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from quartet.kernels.reference.packing import swizzled_size
 from quartet.kernels.spec import dtype_name
+from quartet.kernels.triton.host import DTYPES, cdiv, on_device
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import swizzled
-from quartet.kernels.triton.ops import DTYPES, cdiv, on_device
 
 TILE = (128, 128, 128)
 GROUP = 8  # rows of tiles that share what the L2 cache holds of B

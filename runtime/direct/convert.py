@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from quartet.kernels.reference import lowbit
 from quartet.runtime.direct.linear import ACTIVATIONS
-from quartet.runtime.direct.weight import LowBitWeight, components
+from quartet.runtime.direct.weight import LowBitWeight, components, mismatch
+from quartet.runtime.optim.layout import local
 
 Skip = Callable[[str, nn.Linear], bool] | str | Iterable[str]
 HEADS = ("*lm_head", "*output_head", "*embed_out", "head", "*.head", "output", "*classifier")
@@ -29,7 +31,9 @@ def convert(model: nn.Module, bits: str | int = "ternary", *, paper: bool = Fals
         bits: ``"ternary"``, 2, 3, 4 or 8.
         paper: one scale a tensor, frozen, by the released rule of arXiv 2412.04787.
         skip: layers to leave alone: names with wildcards, or a function of (name, layer). The default leaves output
-            heads and routers by their usual names. A weight that an embedding or another layer shares is always left.
+            heads and routers by their usual names. Always left are weights that an embedding or another layer shares,
+            and the output projection of ``nn.MultiheadAttention``, which is no layer that is called: its weight goes
+            straight into a product of torch's own.
         activations: ``"int8"`` a token, or None: as they are.
 
     Raises:
@@ -51,8 +55,29 @@ def convert(model: nn.Module, bits: str | int = "ternary", *, paper: bool = Fals
             raise ValueError(f"the weight of {name!r} has NaNs or infinities; no grid holds them")
     for _, layer in chosen:
         weight = LowBitWeight.of(layer.weight, grid.name, paper, activations)
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        hold(layer, "weight", weight, layer.weight.requires_grad)
     return model
+
+
+def hold(layer: nn.Module, name: str, weight: LowBitWeight, requires_grad: bool) -> None:
+    """Make ``weight`` the layer's parameter; ``load_state_dict(assign=True)`` will not replace it by another kind."""
+    if not isinstance(getattr(layer, name), LowBitWeight):
+        layer.register_load_state_dict_pre_hook(_refuse_other_kinds)
+    setattr(layer, name, nn.Parameter(weight, requires_grad=requires_grad))
+
+
+def _refuse_other_kinds(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool,
+                        missing: list[str], unexpected: list[str], errors: list[str]) -> None:
+    """What ``copy_`` refuses, for assignments, which ask the tensor nothing."""
+    if not metadata.get("assign_to_params_buffers"):
+        return
+    for name, param in layer.named_parameters(recurse=False):
+        own, value = local(param), state.get(prefix + name)
+        if not isinstance(own, LowBitWeight) or not isinstance(value, Tensor):
+            continue
+        if problem := mismatch(own, local(value)):
+            errors.append(f"{prefix}{name}: {problem}.")
+            state[prefix + name] = param
 
 
 def _kind(weight: Tensor) -> str:
@@ -66,7 +91,8 @@ def _chosen(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Linear]]:
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     patterns = () if callable(skip) else ((skip,) if isinstance(skip, str) else tuple(skip))
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or isinstance(module.weight, LowBitWeight):
+        if (not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear)
+                or isinstance(module.weight, LowBitWeight)):
             continue
         left = skip(name, module) if callable(skip) else any(fnmatch.fnmatch(name, p) for p in patterns)
         if not left and owners[id(module.weight)] == 1:

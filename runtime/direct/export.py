@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.kernels.reference import lowbit
+from quartet.runtime.direct.convert import hold
 from quartet.runtime.direct.weight import LowBitWeight
 
 FORMAT = "quartet.direct/1"
@@ -110,7 +111,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path) -> nn.Modu
         path, _, leaf = name.rpartition(".")
         weight = value.with_(value.codes.to(target.device, copy=True), value.scale.to(target.device, copy=True),
                              target.dtype)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=target.requires_grad))
+        hold(model.get_submodule(path), leaf, weight, target.requires_grad)
     model.load_state_dict(state)
     return model
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from quartet.kernels.reference import lowbit
+from quartet.kernels.reference.lowbit import Draw
+from quartet.runtime.direct import rounding
 from quartet.runtime.direct.weight import LowBitWeight
 from quartet.runtime.optim.base import LowBitOptimizer
 from quartet.runtime.optim.layout import like, local
@@ -28,10 +29,10 @@ class Optimizer(torch.optim.Optimizer):
         optimizer = Optimizer(quartet.optim.AdamW, model.parameters())
 
     A step dequantises the weights of a bucket to fp32, lets the inner optimizer step them, and rounds what that added
-    stochastically onto the grid; then the numbers are gone. The states of the inner optimizer are its own, keyed by
-    the low-bit parameters. Random bits are Philox's of a 64-bit seed with counter (element, parameter, step): a
-    resumed run goes on bit for bit, rows of a parameter take the same bits however they are sharded. Ranks that hold
-    copies of a parameter (DDP) must give generators of one seed.
+    stochastically onto the grid; then the numbers are gone. The first and the last are each one pass over memory on a
+    GPU. The states of the inner optimizer are its own, keyed by the low-bit parameters. Random bits are Philox's of a
+    64-bit seed with counter (element, parameter, step): a resumed run goes on bit for bit, rows of a parameter take the
+    same bits however they are sharded. Ranks that hold copies of a parameter (DDP) must give generators of one seed.
 
     Args:
         optimizer: built on the converted model's parameters, or a function of ``params`` that builds it. Its step may
@@ -165,7 +166,8 @@ class Optimizer(torch.optim.Optimizer):
                      bucket: list[tuple[Tensor, int]]) -> None:
         numbers, residuals = [], []
         for param, _ in bucket:
-            number = nn.Parameter(like(param, local(param).dequantize(), tuple(param.shape)))
+            weight: Any = local(param)
+            number = nn.Parameter(like(param, rounding.numbers(weight), tuple(param.shape)))
             assert param.grad is not None
             number.grad = param.grad.to(torch.float32)
             if param in inner.state:
@@ -184,37 +186,25 @@ class Optimizer(torch.optim.Optimizer):
                 if number in inner.state:
                     inner.state[param] = inner.state.pop(number)
         for (param, site), number, residual in zip(bucket, numbers, residuals, strict=True):
-            weight: Any = local(param)
+            weight = local(param)
             left = None if residual is None else local(residual)
-            left = self._round(group, param, weight, local(number.detach()) - weight.dequantize(), site, left)
+            left = self._round(group, param, weight, local(number.detach()), site, left)
             if left is not None:
                 inner.state[param][RESIDUAL] = like(param, left, tuple(param.shape)) if residual is None else residual
 
-    def _round(self, group: dict[str, Any], param: Tensor, weight: LowBitWeight, delta: Tensor, site: int,
+    def _round(self, group: dict[str, Any], param: Tensor, weight: LowBitWeight, new: Tensor, site: int,
                residual: Tensor | None) -> Tensor | None:
         """Write the rounded weight; the residual that is left, if one is kept."""
-        grid, paper, step = weight.grid, weight.paper, group[STEP]
-        codes, scale = weight.unpacked(), weight.scale
-        rows, cols = codes.shape
-        if not rows:
+        if not weight.shape[0]:
             return residual
-
-        def random(number: int) -> Tensor:
-            return lowbit.random_words(group[SEED], number, step, _first_row(param), rows, cols, codes.device)
-
-        if self.rescale == "radial" and not paper:
-            scale, delta = lowbit.radial(codes, scale, delta)
-        if self.feedback:
-            residual = torch.zeros_like(codes) if residual is None else residual
-            new, left = lowbit.updated_with_feedback(codes, scale, delta, residual, grid, paper, random(site))
-            residual.copy_(left)
-        else:
-            new = lowbit.updated(codes, scale, delta, grid, paper, random(site))
-        self._flips.append(((new != codes).sum(), codes.numel()))
-        if self.rescale is not None and not paper and step % self.rescale_every == 0:
-            new, scale = lowbit.rescaled(new, scale, grid, random(site | lowbit.RESCALE_SITE))
-        weight.codes.copy_(lowbit.pack(new, grid))
-        weight.scale.copy_(scale)
+        if self.feedback and residual is None:
+            residual = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
+        step = group[STEP]
+        flips = rounding.absorb(
+            weight, new, residual if self.feedback else None, Draw(group[SEED], site, step, _first_row(param)),
+            radial_split=self.rescale == "radial",
+            rescale=self.rescale is not None and step % self.rescale_every == 0)
+        self._flips.append((flips, weight.numel()))
         return residual
 
     def flipped(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quartet.kernels.reference import lowbit
 from quartet.kernels.reference.lowbit import Grid
+from quartet.runtime.optim.layout import local
 
 aten = torch.ops.aten
 
@@ -80,7 +81,12 @@ class LowBitWeight(Tensor):
 
     def kind(self) -> tuple[Any, ...]:
         """What two weights must share for one to be copied into the other."""
-        return tuple(self.shape), self.bits, self.paper
+        return tuple(self.shape), self.bits, self.paper, self.activations
+
+    def described(self) -> str:
+        """Its kind in words, as errors name it."""
+        return (f"shape {list(self.shape)}, bits {self.bits}" + ", paper" * self.paper
+                + f", activations {self.activations}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         rule = ", paper" if self.paper else ""
@@ -115,6 +121,10 @@ class LowBitWeight(Tensor):
             from quartet.runtime.direct.linear import linear
 
             return linear(*args, **kwargs)
+        if func is Tensor.share_memory_:
+            raise NotImplementedError("a low-bit weight cannot be moved to shared memory: a step replaces codes and "
+                                      "scales together, which processes that share them would see torn apart; give "
+                                      "each process a copy, or train with DistributedDataParallel")
         with torch.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -123,6 +133,11 @@ class LowBitWeight(Tensor):
             cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _RULES:
+            if func is aten.cat.default or func.namespace == "c10d":
+                raise NotImplementedError(
+                    f"{func} does not take low-bit weights. If DistributedDataParallel called it: "
+                    "DistributedDataParallel(quartet.direct.broadcast(model), init_sync=False). To join "
+                    "matrices: those of weight.dequantize()")
             raise NotImplementedError(
                 f"{func} is not defined on a low-bit weight; use torch.nn.functional.linear, or weight.dequantize() "
                 "for a matrix of numbers")
@@ -137,14 +152,21 @@ class LowBitWeight(Tensor):
         if rows % ranks:
             raise ValueError(f"a low-bit weight of {rows} rows cannot be sharded over {ranks} ranks; use a multiple of "
                              f"{ranks} rows, for example {rows + -rows % ranks}, or leave the layer out by skip=")
-        return (self.codes, self.scale), None
+        return (self.codes, self.scale), self.scale
 
     def fsdp_post_all_gather(self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *,
                              out: Tensor | None = None) -> Any:
-        codes, scale = outputs
-        if out is not None:
-            return None
-        return self.with_(codes, scale[:1] if self.paper else scale, param_dtype), outputs
+        """The gathered weight. A group of one rank gathers nothing: FSDP passes on the first tensor, the codes, alone,
+        and the scales are those of the shard, which is the whole (``metadata``)."""
+        codes, *gathered = outputs
+        scale = gathered[0] if gathered else metadata.clone()
+        scale = scale[:1] if self.paper else scale
+        if out is None:
+            return self.with_(codes, scale, param_dtype), outputs
+        if not gathered:
+            whole: Any = local(out)
+            whole.scale = scale
+        return None
 
 
 def rebuild(codes: Tensor, scale: Tensor, bits: str, cols: int, dtype: torch.dtype, paper: bool,
@@ -205,21 +227,28 @@ def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]
     if not isinstance(target, LowBitWeight):
-        return target.copy_(source.dequantize())
-    if not isinstance(source, LowBitWeight):
-        raise ValueError(f"a plain tensor {list(source.shape)} cannot be copied into a low-bit weight of "
-                         f"{_described(target)}: load numbers before quartet.direct.convert, or convert them first by "
-                         "LowBitWeight.of; under DDP call quartet.direct.broadcast(model) and pass init_sync=False")
-    if target.kind() != source.kind():
-        raise ValueError(f"a low-bit weight of {_described(source)} cannot be copied into one of {_described(target)}; "
-                         "convert the model with the same bits= and paper=")
+        raise ValueError(f"a low-bit weight of {source.described()} cannot be copied into a plain {target.dtype} "
+                         f"tensor {list(target.shape)}: convert the model first (quartet.direct.convert with the same "
+                         "bits=, paper= and activations=), fill it by quartet.direct.load(model, state), or copy "
+                         "weight.dequantize()")
+    if problem := mismatch(target, source):
+        raise ValueError(problem)
     target.codes.copy_(source.codes, *args[2:])
     target.scale.copy_(source.scale, *args[2:])
     return target
 
 
-def _described(w: LowBitWeight) -> str:
-    return f"shape {list(w.shape)}, bits {w.bits}" + ", paper" * w.paper
+def mismatch(target: LowBitWeight, source: Tensor) -> str | None:
+    """Why ``source`` cannot take the place of a low-bit weight, and what to do; None where it can."""
+    if not isinstance(source, LowBitWeight):
+        return (f"a plain {source.dtype} tensor {list(source.shape)} cannot become a low-bit weight of "
+                f"{target.described()}: load numbers before quartet.direct.convert, or convert them first by "
+                "LowBitWeight.of; under DDP call quartet.direct.broadcast(model) and pass init_sync=False")
+    if target.kind() != source.kind():
+        return (f"a low-bit weight of {source.described()} cannot be copied into one of {target.described()}; "
+                "convert the model with the same bits=, paper= and activations=, or fill it by "
+                "quartet.direct.load(model, state), which takes those of the state")
+    return None
 
 
 def _scales(w: LowBitWeight, cut: Callable[[Tensor], Any], pieces: int | None = None) -> Any:

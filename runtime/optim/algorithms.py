@@ -16,7 +16,27 @@ PAIR = ("e4m3", "e5m2")
 MIN_QUANTIZED = 4096
 
 
-class Adam(LowBitOptimizer):
+class _Averaging(LowBitOptimizer):
+    """What decays by two betas."""
+
+    def hyper(self, group: dict[str, Any]) -> Hyper:
+        b1, b2 = map(float, group["betas"])
+        eps = group["eps"] if "eps" in self.defaults else 0.0
+        return Hyper(_rate(group), b1, b2, eps, group["weight_decay"], group["maximize"])
+
+    def check(self, group: dict[str, Any]) -> None:
+        _check_common(self, group)
+        betas = tuple(group["betas"])
+        if len(betas) != 2:
+            raise ValueError(f"betas are two numbers from 0 to below 1, not {len(betas)}")
+        group["betas"] = tuple(_number(f"the {name} of betas", b) for name, b in zip(("first", "second"), betas,
+                                                                                  strict=True))
+        for name, beta in zip(("first", "second"), group["betas"], strict=True):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"the {name} of betas must be from 0 to below 1, not {beta}")
+
+
+class Adam(_Averaging):
     """Adam (arXiv 1412.6980) with its two states in few bits, by default FP8 with one scale a tensor.
 
     The default is that of arXiv 2409.12517: the first moment in E4M3, the second in E5M2, whose range is that of a
@@ -26,7 +46,9 @@ class Adam(LowBitOptimizer):
     Args:
         params: parameters or groups of them, float32, bfloat16 or float16; DTensors (FSDP2, tensor parallelism) too.
         lr: a float, or a tensor, which a CUDA graph reads at each replay.
-        betas, eps, weight_decay, maximize: as in ``torch.optim``.
+        betas, eps, weight_decay, maximize: as in ``torch.optim``. Betas and weight decay may be tensors of one number,
+            which are read once, here.
+        decoupled_weight_decay: of :class:`Adam`: as :class:`AdamW` has it always.
         state_format: for each of ``exp_avg`` and ``exp_avg_sq``, or one for both, a
             :class:`~quartet.optim.StateFormat` or its name: ``"fp32"``, ``"bf16"``, ``"e4m3"``, ``"e5m2"``,
             ``"e4m3/256"``, ``"dynamic"``, ``"coat"``. A group may have its own. Formats with blocks are of
@@ -49,37 +71,31 @@ class Adam(LowBitOptimizer):
 
     algorithm = "adam"
     decoupled = False
-    _SLOTS = (Slot("exp_avg", True), Slot("exp_avg_sq", False))
+    SLOTS = (Slot("exp_avg", True), Slot("exp_avg_sq", False))
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, amsgrad: bool = False, *,
                  state_format: Format | tuple[Format, Format] = PAIR, master: str | None = None,
                  stochastic_rounding: bool = False, min_quantized: int = MIN_QUANTIZED,
                  generator: torch.Generator | None = None, foreach: bool | None = None, maximize: bool = False,
-                 capturable: bool = False, differentiable: bool = False, fused: bool | None = None) -> None:
-        options = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
+                 capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
+                 decoupled_weight_decay: bool = False) -> None:
+        options = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
+                   "decoupled_weight_decay": decoupled_weight_decay}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
                     "maximize": maximize, **options}
         super().__init__(params, defaults, state_format=state_format, master=master,
                          stochastic_rounding=stochastic_rounding, min_quantized=min_quantized, generator=generator)
 
-    def slots(self, group: dict[str, Any]) -> tuple[Slot, ...]:
-        return self._SLOTS
-
-    def hyper(self, group: dict[str, Any]) -> Hyper:
-        b1, b2 = group["betas"]
-        return Hyper(_rate(group), b1, b2, group["eps"], group["weight_decay"], group["maximize"])
-
     def check(self, group: dict[str, Any]) -> None:
-        _check_common(self, group)
-        _check_betas(group)
+        super().check(group)
         if not 0.0 <= group["eps"]:
             raise ValueError(f"eps must be at least 0, not {group['eps']}")
         if group.get("amsgrad"):
             raise ValueError(f"{type(self).__name__} has no amsgrad: its running maximum would be a third state; use "
                              "torch.optim for it, or leave it out")
-        if group.get("decoupled_weight_decay", self.decoupled) != self.decoupled:
-            raise ValueError("decoupled_weight_decay tells Adam from AdamW: use the class of that name")
+        if self.decoupled and not group.get("decoupled_weight_decay", True):
+            raise ValueError("AdamW's weight decay is always decoupled; use Adam for decoupled_weight_decay=False")
 
 
 class AdamW(Adam):
@@ -88,11 +104,18 @@ class AdamW(Adam):
     decoupled = True
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, **options: Any) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+                 eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, *,
+                 state_format: Format | tuple[Format, Format] = PAIR, master: str | None = None,
+                 stochastic_rounding: bool = False, min_quantized: int = MIN_QUANTIZED,
+                 generator: torch.Generator | None = None, foreach: bool | None = None, maximize: bool = False,
+                 capturable: bool = False, differentiable: bool = False, fused: bool | None = None) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, state_format=state_format, master=master,
+                         stochastic_rounding=stochastic_rounding, min_quantized=min_quantized, generator=generator,
+                         foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable,
+                         fused=fused, decoupled_weight_decay=True)
 
 
-class Lion(LowBitOptimizer):
+class Lion(_Averaging):
     """Lion (arXiv 2302.06675) with its one state in few bits, by default E4M3 in blocks of 256.
 
     ``c = β₁·m + (1 − β₁)·g``, ``p = p − lr·(sign(c) + weight_decay·p)``, ``m = β₂·m + (1 − β₂)·g``.
@@ -101,7 +124,7 @@ class Lion(LowBitOptimizer):
     """
 
     algorithm = "lion"
-    _SLOTS = (Slot("exp_avg", True),)
+    SLOTS = (Slot("exp_avg", True),)
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
                  weight_decay: float = 0.0, *, state_format: Format = "e4m3/256", master: str | None = None,
@@ -110,17 +133,6 @@ class Lion(LowBitOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, state_format=state_format, master=master,
                          stochastic_rounding=stochastic_rounding, min_quantized=min_quantized, generator=generator)
-
-    def slots(self, group: dict[str, Any]) -> tuple[Slot, ...]:
-        return self._SLOTS
-
-    def hyper(self, group: dict[str, Any]) -> Hyper:
-        b1, b2 = group["betas"]
-        return Hyper(_rate(group), b1, b2, 0.0, group["weight_decay"], group["maximize"])
-
-    def check(self, group: dict[str, Any]) -> None:
-        _check_common(self, group)
-        _check_betas(group)
 
 
 class SGD(LowBitOptimizer):
@@ -136,7 +148,7 @@ class SGD(LowBitOptimizer):
 
     algorithm = "sgd"
     decoupled = False
-    _SLOTS = (Slot("momentum_buffer", True),)
+    SLOTS = (Slot("momentum_buffer", True),)
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
                  weight_decay: float = 0.0, nesterov: bool = False, *, state_format: Format = "e4m3/256",
@@ -150,7 +162,7 @@ class SGD(LowBitOptimizer):
                          stochastic_rounding=stochastic_rounding, min_quantized=min_quantized, generator=generator)
 
     def slots(self, group: dict[str, Any]) -> tuple[Slot, ...]:
-        return self._SLOTS if group["momentum"] else ()
+        return self.SLOTS if group["momentum"] else ()
 
     def hyper(self, group: dict[str, Any]) -> Hyper:
         return Hyper(_rate(group), group["momentum"], 1.0 - group["dampening"], 0.0, group["weight_decay"],
@@ -173,6 +185,13 @@ def _rate(group: dict[str, Any]) -> float | Tensor:
     return lr
 
 
+def _number(name: str, value: float | Tensor) -> float:
+    """A number, of a tensor of one too."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number, not a tensor of shape {list(value.shape)}")
+    return float(value)
+
+
 def _check_common(optimizer: LowBitOptimizer, group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -180,13 +199,8 @@ def _check_common(optimizer: LowBitOptimizer, group: dict[str, Any]) -> None:
             raise ValueError(f"a learning rate is one number, not a tensor of shape {list(lr.shape)}")
     elif not 0.0 <= lr:
         raise ValueError(f"lr must be at least 0, not {lr}")
+    group["weight_decay"] = _number("weight_decay", group["weight_decay"])
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"weight_decay must be at least 0, not {group['weight_decay']}")
     if group.get("differentiable"):
         raise ValueError(f"{type(optimizer).__name__} has no differentiable step; use torch.optim for it")
-
-
-def _check_betas(group: dict[str, Any]) -> None:
-    for name, beta in zip(("first", "second"), group["betas"], strict=True):
-        if isinstance(beta, Tensor) or not 0.0 <= beta < 1.0:
-            raise ValueError(f"the {name} of betas must be a float from 0 to below 1, not {beta}")

@@ -46,7 +46,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     """
 
     algorithm: str
-    decoupled = True  # weight decay acts on the weights, not through the gradient
+    SLOTS: tuple[Slot, ...]
+    decoupled = True  # weight decay acts on the weights, not through the gradient; a group may say otherwise
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, state_format: Any, master: str | None,
@@ -71,7 +72,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def slots(self, group: dict[str, Any]) -> tuple[Slot, ...]:
         """The states of a group's parameters."""
-        raise NotImplementedError
+        return self.SLOTS
 
     def hyper(self, group: dict[str, Any]) -> Hyper:
         """The numbers of a group."""
@@ -116,7 +117,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             formats, signed = (*formats, FP32 if small else MASTERS[group["master"]]), (*signed, True)
         return Kind(self.algorithm, formats, signed, master, bool(group.get("nesterov")),
                     bool(group["stochastic_rounding"]) and param.dtype is torch.bfloat16,
-                    bool(group["weight_decay"]) and not self.decoupled)
+                    bool(group["weight_decay"]) and not group.get("decoupled_weight_decay", self.decoupled))
 
     def names(self, group: dict[str, Any], kind: Kind) -> list[str]:
         """Keys of the states that ``kind.formats`` are of."""
@@ -174,7 +175,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         active = self._active(group)
         signature = [(id(p), p.data_ptr() if not _is_dtensor(p) else place.local(p).data_ptr(), p.grad.dtype,
                       *map(id, self.state[p].values())) for p in active]
-        signature.append((*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov")))
+        signature.append((*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov"),
+                          group.get("decoupled_weight_decay")))
         known = self._batches.get(number)
         if known is None or known[0] != signature:
             known = (signature, self._batched(group, active, sites))

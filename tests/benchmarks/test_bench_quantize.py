@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from quartet.recipes import recipes
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -53,3 +55,19 @@ def test_shares_and_slots(bench, capsys):
     assert lines[2].split() == ["fold", "3.00", "1000.0", "0.00", "<0.75", "0.85", "2000.0"] and len(lines) == 4
     bench.rates(columns, 1_000_000, None)
     assert columns["fold"]["slots"] is None
+
+
+def test_the_forward_quantiser_is_that_of_the_default_recipe(bench, monkeypatch):
+    ops = pytest.importorskip("quartet.kernels.triton.ops")
+    forward, chains = recipes()["quartet"].fprop, {}
+    for name in ("rows quest packed fold", "rows quest packed", "rows guarded packed fold"):
+        monkeypatch.setattr(ops, "quantize", lambda x, chain, name=name, **which: chains.update({name: chain}))
+        bench.kernels(torch.device("cpu"), 0)[name].call(torch.zeros(2, 64))
+    guarded = chains.pop("rows guarded packed fold")
+    assert {(str(c.spec), c.rotation) for c in chains.values()} == {(str(forward.a.spec), forward.rotation.n)}
+    assert len(chains) == 2 and str(guarded.spec) == "e2m1/32 e8m0 quest(guarded,floor) nearest mask"
+
+
+def test_fusion_is_measured_with_it_too(bench):
+    fusion, forward = importlib.import_module("bench_fusion"), recipes()["quartet"].fprop
+    assert (fusion.SPEC, fusion.ROTATION) == (forward.a.spec, forward.rotation.n)

@@ -36,4 +36,5 @@ def test_rows(script, tmp_path, capsys):
 
 def test_it_covers_the_catalogue(script):
     assert script.quantising() == ["bf16", *(name for name, recipe in recipes().items() if recipe.quantizes)]
-    assert set(script.PUBLISHED) <= set(script.quantising())
+    assert set(script.PUBLISHED) == set(script.quantising())
+    assert all((place is None) == said.startswith("no ") for place, said in script.PUBLISHED.values())

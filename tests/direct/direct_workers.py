@@ -51,6 +51,17 @@ def ddp(rank, folder):
     return found
 
 
+def ddp_as_usual(rank, folder):
+    """The errors of DDP's own first broadcast: of several weights in one bucket, and of one alone."""
+    found = []
+    for net in (model("4"), direct.convert(nn.Sequential(nn.Linear(8, 8, bias=False)), 4)):
+        try:
+            DistributedDataParallel(net)
+        except NotImplementedError as error:
+            found.append(str(error))
+    return found
+
+
 def fsdp(rank, folder):
     found = {}
     for case in CASES:
@@ -62,6 +73,11 @@ def fsdp(rank, folder):
         found[case] = rows(net)
         found[case]["bytes"] = part.codes.untyped_storage().nbytes()
     return found
+
+
+def fsdp_of_one(rank, folder):
+    """A group of one rank, where FSDP2 gathers nothing."""
+    return fsdp(rank, folder)
 
 
 def sharded(case):

@@ -141,6 +141,55 @@ def test_the_radial_part_goes_into_the_scale():
     assert torch.allclose(rest, across, atol=1e-7)
 
 
+def in_order(row):
+    """The order of row_sum, in Python: groups of four, 512 lanes in turn, halves."""
+    groups = [(row[i] + row[i + 1]) + (row[i + 2] + row[i + 3]) for i in range(0, len(row), 4)]
+    lanes = groups[:512]
+    for turn in range(512, len(groups), 512):
+        lanes = [a + b for a, b in zip(lanes, groups[turn:turn + 512], strict=True)]
+    while len(lanes) > 1:
+        lanes = [a + b for a, b in zip(lanes[:len(lanes) // 2], lanes[len(lanes) // 2:], strict=True)]
+    return lanes[0]
+
+
+@pytest.mark.parametrize("cols", [1, 3, 8, 29, 2048, 2049, 5000])
+def test_rows_are_summed_in_one_order(cols):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, cols, generator=generator) * 10.0 ** torch.randint(-3, 4, (2, cols), generator=generator)
+    padded = torch.nn.functional.pad(x, (0, -cols % 2048))
+    assert torch.equal(lowbit.row_sum(x), torch.stack([in_order(list(row)) for row in padded]))
+    assert torch.allclose(lowbit.row_sum(x).double(), x.double().sum(1), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@GRID
+def test_a_shard_takes_up_what_the_whole_does(grid, feedback):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(grid.low, grid.high + 1, (6, 13), generator=generator, dtype=torch.int8)
+    scale = torch.rand(6, generator=generator) + 0.1
+    new = lowbit.values(codes, scale, False) + 0.1 * torch.randn(6, 13, generator=generator)
+    options = {"paper": False, "radial_split": True, "rescale": True}
+
+    def absorbed(rows):
+        left = torch.zeros(len(codes[rows]), 13, dtype=torch.int8) if feedback else None
+        parts = lowbit.pack(codes[rows].clone(), grid), scale[rows].clone()
+        flips = lowbit.absorb(*parts, new[rows], left, grid, lowbit.Draw(3, 1, 2, rows.start), **options)
+        return [*parts, flips.reshape(1), *([left] if feedback else [])]
+
+    whole, parts = absorbed(slice(0, 6)), [absorbed(slice(0, 4)), absorbed(slice(4, 6))]
+    for i, expected in enumerate(whole):
+        together = torch.cat([p[i] for p in parts])
+        assert torch.equal(together.sum(0, keepdim=True) if i == 2 else together, expected)
+    assert 0 < whole[2].item() <= 6 * 13 and not torch.equal(whole[1], scale)
+
+
+def test_nothing_is_taken_up_by_no_rows():
+    grid = GRIDS["4"]
+    parts = torch.zeros(0, 4, dtype=torch.uint8), torch.zeros(0), torch.zeros(0, 8)
+    flips = lowbit.absorb(*parts, None, grid, lowbit.Draw(1, 1, 1), paper=False, radial_split=True, rescale=True)
+    assert flips.item() == 0
+
+
 @pytest.mark.parametrize("paper", [False, True])
 def test_feedback_keeps_what_rounding_left(paper):
     grid, codes = GRIDS["8"], torch.zeros(4, 256, dtype=torch.int8)

@@ -1,6 +1,7 @@
 """The example and the benchmark run to their end."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def test_the_example_trains_generates_and_exports(programs, text, tmp_path, caps
     losses = direct_ternary.main(["--steps", "25", "--batch", "4", "--seq", "32", "--length", "8", "--text", str(text),
                                   "--out", str(out), "--device", "cpu", "--lr", "1e-2"])
     assert losses[-1] < 0.8 * losses[0] and out.exists()
-    assert "generates the same text" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "generates the same text" in printed
+    assert float(re.search(r"validation loss ([\d.]+) nats a byte", printed)[1]) < losses[0]
 
 
 def test_the_benchmark_writes_a_row_a_column(programs, tmp_path, capsys):

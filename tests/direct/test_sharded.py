@@ -49,6 +49,13 @@ def test_ranks_of_ddp_stay_equal_and_train_like_one(case, ranks):
     assert torch.allclose(first["down.weight.scale"], alone["down.weight.scale"], rtol=1e-3)
 
 
+def test_the_broadcast_of_ddp_names_ours(ranks):
+    (messages,) = ranks("ddp_as_usual", 1)
+    assert len(messages) == 2
+    for message in messages:
+        assert "DistributedDataParallel(quartet.direct.broadcast(model), init_sync=False)" in message
+
+
 @pytest.mark.parametrize("case", workers.CASES)
 def test_fsdp_shards_rows_and_trains_like_one(case, ranks):
     alone = whole(case)
@@ -58,6 +65,14 @@ def test_fsdp_shards_rows_and_trains_like_one(case, ranks):
         scales = parts[0][1] if workers.CASES[case][1] else torch.cat([scale for _, scale in parts])
         assert torch.allclose(scales, alone[f"{name}.scale"], rtol=1e-3)
     assert ranks("fsdp")[0][case]["bytes"] == alone["up.weight.codes"].nbytes // RANKS
+
+
+@pytest.mark.parametrize("case", workers.CASES)
+def test_fsdp_of_one_rank_trains_like_none(case, ranks):
+    (found,), alone = (rank[case] for rank in ranks("fsdp_of_one", 1)), whole(case)
+    for name in ("up.weight", "down.weight"):
+        codes, scales = found[name]
+        assert torch.equal(codes, alone[f"{name}.codes"]) and torch.equal(scales, alone[f"{name}.scale"])
 
 
 def test_rows_that_do_not_divide_say_so(ranks):

@@ -143,14 +143,81 @@ def test_a_whole_model_goes_through_a_file():
     assert isinstance(other.up.weight, nn.Parameter)
 
 
-def test_loading_other_bits_or_numbers_says_why():
-    state = net(8).state_dict()
-    with pytest.raises(RuntimeError, match="bits 8 cannot be copied into one of shape .*bits 4"):
-        net(4).load_state_dict(state)
+MISMATCHES = {
+    "8 bits into 4": (lambda: net(8), lambda: net(4), "up.weight.*bits 8.* cannot be copied into .*bits 4.*same bits="),
+    "the paper's into ours": (lambda: net(4, paper=True), lambda: net(4), "up.weight.*bits 4, paper.*the same bits="),
+    "other activations": (lambda: net(4, activations=None), lambda: net(4),
+                          "up.weight.*activations None.* cannot be copied into .*activations int8.*activations="),
+    "numbers into 4": (net, lambda: net(4), "up.weight.*plain torch.float32 .*bits 4.*load numbers before"),
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_another_kind_is_not_loaded(case, assign):
+    """Copied or assigned, the error names the parameter, both kinds and the remedy, and the weight stays."""
+    source, target, message = MISMATCHES[case]
+    model = copy.deepcopy(target())
+    before = stored(model)
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(source().state_dict(), assign=assign)
+    after = stored(model)
+    for name in ("up.weight.codes", "up.weight.scale", "up.weight.lowbit", "down.weight.lowbit"):
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_low_bit_weights_are_not_loaded_as_numbers():
+    model = net()
+    before = model.up.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="up.weight.*bits 4.* cannot be copied into a plain torch.float32 .*"
+                                           "quartet.direct.load"):
+        model.load_state_dict(net(4).state_dict())
+    assert torch.equal(model.up.weight, before)
+    assert_same(stored(direct.load(model, net(4).state_dict())), stored(net(4)))
+
+
+def test_other_sizes_are_not_loaded():
     with pytest.raises(RuntimeError, match="size mismatch"):
-        direct.convert(Net(48), 8).load_state_dict(state)
-    with pytest.raises(RuntimeError, match="load numbers before quartet.direct.convert"):
-        net(4).load_state_dict(net().state_dict())
+        direct.convert(Net(48), 8).load_state_dict(net(8).state_dict())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_same_kind_can_be_assigned(loaded):
+    model, state = net(4, seed=1), net(4).state_dict()
+    if loaded:
+        model = direct.load(net(seed=2), direct.export(model))
+    model.load_state_dict(state, assign=True)
+    assert_same(stored(model), stored(net(4)))
+    assert model.up.weight.codes.data_ptr() == state["up.weight"].codes.data_ptr()
+    with pytest.raises(RuntimeError, match="up.weight.*plain"):
+        model.load_state_dict(net().state_dict(), assign=True)
+
+
+def test_a_transformer_layer_trains_and_evaluates():
+    """The output projection of its attention is used by weight, not called, and stays as it is."""
+    torch.manual_seed(0)
+    layer = direct.convert(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 8)
+    assert set(direct.weights(layer)) == {"linear1.weight", "linear2.weight"}
+    optimizer, x = wrapped(layer), torch.randn(4, 6, 32)
+    losses = []
+    for _ in range(10):
+        loss = (layer(x) - x.roll(1, 1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    trained = layer(x).detach()
+    with torch.no_grad():
+        assert torch.allclose(layer.eval()(x), trained, atol=1e-5)
+    assert type(direct.bitnet(nn.TransformerEncoderLayer(32, 4, 64)).self_attn.out_proj) is not direct.BitLinear
+
+
+def test_shared_memory_is_refused():
+    model = net(4)
+    for share in (model.up.weight.share_memory_, model.share_memory):
+        with pytest.raises(NotImplementedError, match="cannot be moved to shared memory.*DistributedDataParallel"):
+            share()
 
 
 def test_errors_name_the_remedy():

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "direct"))
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("direct", "kernels")]
 
+import lowbit_cases as cases  # noqa: E402
 from direct_models import BITS, net, stored, task, wrapped  # noqa: E402
 
 from quartet import direct, optim  # noqa: E402
 from quartet.kernels.reference import lowbit  # noqa: E402
+from quartet.kernels.reference.lowbit import GRIDS, Draw  # noqa: E402
+from quartet.runtime.direct import rounding  # noqa: E402
 from quartet.runtime.direct.linear import int_product  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +52,71 @@ def test_the_update_has_the_bits_of_the_cpu(bits, paper, device):
             assert torch.allclose(value, after[1][name], rtol=1e-5)
         else:  # a fused multiply-add of the inner step may move a code in a thousand
             assert (value != after[1][name]).float().mean() < 2e-3, name
+
+
+@pytest.mark.parametrize("name", cases.cases())
+def test_kernels_have_the_bits_of_the_reference(name, device):
+    assert not cases.differences(cases.cases()[name], device)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("cols", [2048, 8192, 5632, 4099])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_large_weights_have_the_bits_of_the_reference(bits, cols, feedback, device):
+    case = cases.Case(str(bits), 257, cols, radial_split=True, rescale=True, feedback=feedback, drift=1.6)
+    assert not cases.differences(case, device)
+
+
+def test_the_reference_has_the_same_bits_on_the_device(device):
+    for name in ("8 radial", "ternary radial feedback ragged", "4 paper", "8 grows", "8 1x4100"):
+        case = cases.cases()[name]
+        grid, here = GRIDS[case.bits], cases.made(case)
+        there = here.to(device)
+        for w in (here, there):
+            lowbit.absorb(w.packed, w.scale, w.new, w.residual, grid, case.draw, paper=case.paper,
+                          radial_split=case.radial_split, rescale=case.rescale)
+        for part, value in here.parts().items():
+            assert torch.equal(there.parts()[part].cpu(), value), (name, part)
+
+
+def test_rows_beyond_two_to_the_31_elements(device):
+    from quartet.kernels.triton import lowbit as kernels
+
+    grid, rows, cols, last = GRIDS["ternary"], (1 << 20) + 3, 2052, 5
+    packed = torch.randint(0, 256, (rows, grid.columns(cols)), device=device, dtype=torch.uint8) & 0x55
+    scale = torch.rand(rows, device=device) + 0.5
+    end = [packed[-last:].cpu(), scale[-last:].cpu()]
+    new = kernels.dequantize(packed, scale, grid, cols, False)
+    assert torch.equal(new[-last:].cpu(), lowbit.values(lowbit.unpack(end[0], grid, cols), end[1], False))
+    new.mul_(1.3).add_(0.2)
+    options = {"paper": False, "radial_split": True, "rescale": True}
+    tail = new[-last:].cpu()
+    kernels.absorb(packed, scale, new, None, grid, Draw(cases.SEED, 1, 2), **options)
+    lowbit.absorb(*end, tail, None, grid, Draw(cases.SEED, 1, 2, rows - last), **options)
+    assert torch.equal(packed[-last:].cpu(), end[0]) and torch.equal(scale[-last:].cpu(), end[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"feedback": True}, {"rescale": "rare"}])
+@pytest.mark.parametrize("bits", BITS)
+def test_training_with_kernels_and_with_the_reference_is_the_same(bits, options, device, monkeypatch):
+    ends = []
+    for reference in (False, True):
+        if reference:
+            monkeypatch.setattr(rounding, "kernels_for", lambda weight: None)
+        model = net(bits).to(device)
+        assert reference or rounding.kernels_for(model.up.weight) is not None
+        optimizer = wrapped(model, lr=0.1, rescale_every=2, **options)
+        generator = torch.Generator(device).manual_seed(3)
+        flips = []
+        for _ in range(4):
+            for p in model.parameters():
+                p.grad = 1e-2 * torch.randn(p.shape, generator=generator, device=device)
+            optimizer.step()
+            flips.append(optimizer.flipped())
+        ends.append((stored(model), flips))
+    assert ends[0][1] == ends[1][1] and max(ends[0][1]) > 0
+    for name, value in ends[0][0].items():
+        assert torch.equal(value, ends[1][0][name]), name
 
 
 def test_random_words_are_the_cpus(device):

@@ -12,6 +12,7 @@ from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import list_mode_options
+from quartet.runtime.weights import REUSED
 
 pytestmark = pytest.mark.gpu
 QUARTET = {"policy": "quartet"}  # small layers, which the default would leave alone
@@ -177,6 +178,42 @@ def test_accumulated_gradients_are_those_of_weights_quantised_each_time():
             optimizer.zero_grad()
         grads.append(gradient)
     assert torch.equal(*grads)
+
+
+def test_micro_batches_on_two_streams_share_no_codes():
+    """The one that would keep the codes is busy; what it has been asked to make is not there yet."""
+    module, x, e = linear(256, 512, 512)
+    compiled = torch.compile(module, backend="quartet", options=QUARTET)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def accumulate(streams, busy):
+        outputs = []
+        for i in range(6):
+            stream = streams[i % len(streams)]
+            stream.wait_stream(torch.cuda.default_stream())
+            torch.manual_seed(i)
+            with torch.cuda.stream(stream):
+                if busy and i % 2:  # its first forward, the second of the step, is what would be kept
+                    torch.cuda._sleep(50_000_000)
+                y = compiled(x)
+                outputs += [y.detach().clone(), *torch.autograd.grad(y, module.weight, e)]
+        torch.cuda.synchronize()
+        return outputs
+
+    for _ in range(2):  # from its first step on the optimizer's parameters are known
+        compiled(x).backward(e)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    want = accumulate((torch.cuda.default_stream(),), False)
+    with torch.no_grad():
+        module.weight.mul_(-2)  # voids what is kept
+        module.weight.mul_(-0.5)
+    got = accumulate(streams, True)
+    address = module.weight.data_ptr()
+    assert {stream for at, stream, _ in REUSED._kept if at == address} >= {s.cuda_stream for s in streams}
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_default_leaves_alone_what_would_be_slower_and_quantises_the_rest():

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from quartet.kernels import reference as ref  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import cast, ops  # noqa: E402
+from quartet.kernels.triton import cast, ops, rotations  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -17,12 +17,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((33, 33), (64, 4096), (130, 4096), (17, 14336), (3, 50000))
 SMALL = ((33, 33), (130, 4096))
 
-QUEST = QuantSpec(rule="quest", mask=True)
+QUEST, GUARDED = expected.DEFAULT, QuantSpec(rule="quest", mask=True)
 STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
 SEED = -8_765_432_109_876
 # name: (quantiser, rotation, signed)
 CHAINS = {
-    "quest": (QUEST, 32, False),
+    "quest": (QUEST, expected.ROTATION, False),  # of the default recipe
+    "guarded": (GUARDED, 32, False),
     "stochastic": (STOCHASTIC, 32, True),
     "ceil": (QuantSpec(), 0, False),
     "nearest-power": (QuantSpec(rule="quest", rounding="stochastic", sigma="rms", power="nearest", mask=True), 0,
@@ -35,7 +36,7 @@ VARIANTS = ([(name, torch.bfloat16, shape) for name in CHAINS for shape in SHAPE
             + [(name, dtype, shape) for name in ("quest", "stochastic") for dtype in DTYPES[1:] for shape in SMALL])
 FEW = ([(name, torch.bfloat16, shape) for name in ("quest", "stochastic") for shape in SHAPES]
        + [("stochastic", dtype, shape) for dtype in DTYPES[1:] for shape in ((64, 4096), (130, 4096))]
-       + [("quest", torch.float32, (33, 33))])
+       + [("guarded", torch.bfloat16, shape) for shape in SMALL] + [("quest", torch.float32, (33, 33))])
 
 
 def label(value):
@@ -113,7 +114,7 @@ def test_both_of_different_chains(device):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
-@pytest.mark.parametrize("name", ("quest", "stochastic", "centred-64"))
+@pytest.mark.parametrize("name", ("quest", "guarded", "stochastic", "centred-64"))
 def test_requantize(name, shape, device):
     c = chain(name, device)
     codes, scales, _ = expected.quantize(expected.data(*shape, torch.bfloat16, device), chain("quest", device))
@@ -133,6 +134,18 @@ def test_fold(rows, block, device):
     same(expected.fold_difference("packed row", folded, codes, scales, spec, counted))
 
 
+@pytest.mark.parametrize("span", (15, 16))
+def test_fold_of_every_code_and_scale(span, device):
+    """Exact where the blocks of a row span at most fifteen powers of two."""
+    codes, scales = (t.to(device) for t in expected.every_fold(span))
+    before = inexact(device)
+    values, row_scales = ops.fold(codes, scales, QuantSpec())
+    wrong = values.double() * row_scales.double() != expected.every_value(codes, scales)
+    wrong = wrong.reshape(255, span, 32).any(-1)
+    assert not wrong[:, :15].any() and inexact(device) - before == int(wrong.sum())
+    assert bool(wrong.any()) is (span == 16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize("block", (32, 128))
 def test_dequantize(block, dtype, device):
@@ -149,7 +162,7 @@ def test_dequantize(block, dtype, device):
 def test_random_signs(n, device):
     seed = torch.tensor(SEED, device=device)
     for site in (0, 1, 77, 2**32 - 1):
-        same(expected.difference("signs", ops.random_signs(seed, site, n), ref.random_signs(seed, site, n)))
+        same(expected.difference("signs", rotations.random_signs(seed, site, n), ref.random_signs(seed, site, n)))
 
 
 @pytest.mark.parametrize(("rotation", "cols", "masked", "dtype"), (
@@ -161,11 +174,11 @@ def test_mask_rotate(rotation, cols, masked, dtype, device):
     x = expected.data(65, width, dtype, device, seed=2)
     mask = torch.randint(0, 256, (65, width // 8), dtype=torch.uint8, device=device) if masked else None
     signs = None if masked else ref.random_signs(torch.tensor(SEED, device=device), 6, rotation)
-    got = ops.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=1.7777, cols=cols, dtype=dtype)
+    got = rotations.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=1.7777, cols=cols, dtype=dtype)
     same(expected.difference("values", got, expected.mask_rotate(x, mask, rotation, signs, 1.7777, cols, dtype)))
 
 
-@pytest.mark.parametrize("name", ("quest", "ceil", "stochastic"))
+@pytest.mark.parametrize("name", ("quest", "guarded", "ceil", "stochastic"))
 @pytest.mark.parametrize("edge", expected.edges())
 def test_edges(edge, name, device):
     spec = CHAINS[name][0]
@@ -178,7 +191,7 @@ def test_edges(edge, name, device):
                                        expected.requantize(codes, scales, QuantSpec(), c), spec))
 
 
-@pytest.mark.parametrize("name", ("quest", "stochastic"))
+@pytest.mark.parametrize("name", ("quest", "guarded", "stochastic"))
 def test_nan_and_infinity_stay_in_their_blocks(name, device):
     x = expected.broken().to(device)
     spec, _, _ = CHAINS[name]
@@ -216,6 +229,20 @@ def test_cast(element, dtype, shape, device):
          + expected.difference("transpose", cast.transpose(wanted), wanted.t()))
 
 
+def test_what_is_too_wide_for_a_grid_is_refused_by_name(device):
+    c = chain("quest", device)
+    x = torch.ones(1, 64 * 65536, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match=r"quantize_both on \[1, 4194304\], .* along its columns into 2 parts"):
+        ops.quantize_both(x, c, c)
+    narrow = x[:, :-64]
+    narrow[:, -64:] = expected.data(1, 64, torch.bfloat16, device)
+    codes, scales, t_codes, t_scales = ops.quantize_both(narrow, c, c)
+    same(expected.quantized_difference("row", (codes[:, -32:], scales[:, -2:]), expected.quantize(narrow[:, -64:], c),
+                                       c.spec)
+         + expected.quantized_difference("column", (t_codes[-64:], t_scales[-64:]),
+                                         expected.quantize(narrow[:, -64:].t(), c), c.spec))
+
+
 VIEWS = {
     "sliced": lambda x: x[:, 3:90],
     "every-other-row": lambda x: x[::2],
@@ -248,7 +275,7 @@ def test_empty(shape, device):
     same(expected.quantized_difference("column", ops.requantize(codes, scales, QUEST, chain("stochastic", device)),
                                        expected.requantize(codes, scales, QUEST, chain("stochastic", device)),
                                        STOCHASTIC))
-    rotated = ops.mask_rotate(x, None, rotation=32, signs=None, gain=2.0, cols=shape[1], dtype=x.dtype)
+    rotated = rotations.mask_rotate(x, None, rotation=32, signs=None, gain=2.0, cols=shape[1], dtype=x.dtype)
     same(expected.difference("rotated", rotated, x))
 
 
@@ -300,7 +327,7 @@ def test_columns_beyond_2_31_elements(large):
 def test_mask_rotate_beyond_2_31_elements(large):
     x = large
     mask = torch.randint(0, 256, (x.shape[0], 512), dtype=torch.uint8, device=x.device)
-    got = ops.mask_rotate(x, mask, rotation=32, signs=None, gain=1.0, cols=4096, dtype=x.dtype)
+    got = rotations.mask_rotate(x, mask, rotation=32, signs=None, gain=1.0, cols=4096, dtype=x.dtype)
     wanted = expected.mask_rotate(x[-LAST:], mask[-LAST:], 32, None, 1.0, 4096, x.dtype)
     same(expected.difference("values", got[-LAST:], wanted))
 
@@ -311,9 +338,9 @@ def calls(x, c):
     both = ops.quantize_both(x, c, c)
     again = ops.requantize(codes, scales, QUEST, c)
     folded = ops.fold(codes, scales, QUEST)
-    rotated = ops.mask_rotate(x, None, rotation=32, signs=c.signs, gain=2.0, cols=x.shape[1], dtype=x.dtype)
+    rotated = rotations.mask_rotate(x, None, rotation=32, signs=c.signs, gain=2.0, cols=x.shape[1], dtype=x.dtype)
     plain = ops.dequantize(codes, scales, QUEST, x.dtype)
-    signs = ops.random_signs(c.seed, c.site, 32)
+    signs = rotations.random_signs(c.seed, c.site, 32)
     return (codes, scales, values, row_scales, *both, *again, *folded, rotated, plain, signs)
 
 

@@ -1,22 +1,29 @@
 """Building and caching CUTLASS kernels, with an nvcc that only pretends."""
 
+import ast
 import multiprocessing
 import os
 import re
 import stat
 import threading
+from contextlib import nullcontext
 
 import pytest
+import torch
 from cutlass_tools import compiled, fake_toolchain
 
 from quartet.kernels import build_cache
 from quartet.kernels.build_cache import BuildError, entries, fingerprint, intact
 from quartet.kernels.cutlass import build as building
 from quartet.kernels.cutlass import memory, toolchain
-from quartet.kernels.cutlass.build import Build, build, build_all, is_built, resources, target
+from quartet.kernels.cutlass.build import Build, build, build_all, is_built, resources, target, unready
 from quartet.kernels.cutlass.configuration import Configuration, table
 from quartet.kernels.cutlass.library import Library, load
 from quartet.kernels.cutlass.template import render
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import registry
+from quartet.options import Options
+from quartet.runtime.devices import Target
 
 KERNEL = Configuration("mxf4", "sm_100a", (128, 128, 256))
 OTHERS = tuple(table(["sm_120a"], ["mxf4", "nvf4"]))
@@ -117,9 +124,35 @@ def test_folder_of_another_user_is_refused(log, tmp_path, monkeypatch):
     assert compiled(log) == 0
 
 
+@pytest.mark.parametrize(("mode", "refused"), ((0o777, True), (0o702, True), (0o1777, False), (0o755, False)))
+def test_a_parent_that_others_can_write_is_refused(tmp_path, mode, refused):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(mode)
+    if not refused:
+        assert build_cache.private_folder(parent / "cache").is_dir()
+        return
+    with pytest.raises(BuildError, match=rf"/parent/cache lies in .*/parent, of mode {mode:04o}: .*`chmod go-w .*/p"):
+        build_cache.private_folder(parent / "cache")
+    (tmp_path / "link").symlink_to(parent / "cache")
+    with pytest.raises(BuildError, match="/parent, of mode"):
+        build_cache.private_folder(tmp_path / "link")
+
+
+@pytest.mark.parametrize("own", (True, False))
+def test_a_parent_that_a_group_can_write(tmp_path, monkeypatch, own):
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "parent").chmod(0o775)
+    group = (tmp_path / "parent").stat().st_gid
+    monkeypatch.setattr(os, "getgid", lambda: group if own else group + 1)
+    with nullcontext() if own else pytest.raises(BuildError, match="of mode 0775"):
+        build_cache.private_folder(tmp_path / "parent" / "cache")
+
+
 def test_failure_leaves_nothing_and_says_what_the_compiler_said(log):
     with pytest.raises(BuildError, match=r"(?s)status 2; quartet_mxf4_sm_100a_128x128x256_1x1_1sm_fp16 was not built; "
-                                         r"without it .* Triton's.*gemm.cu\(7\): error: no such kernel"):
+                                         r'options={"disable_kernels": \["cutlass"\]} of torch.compile takes .*'
+                                         r"gemm.cu\(7\): error: no such kernel"):
         build(FAILS)
     folder = build_cache.cache_dir()
     assert not list(folder.glob("*.so")) and not list(folder.glob("build-*")) and not list(folder.glob("*.json"))
@@ -205,6 +238,46 @@ def test_memory_that_is_free():
     assert memory.jobs_allowed() >= 1
 
 
+def machine(root, cgroup, **files):
+    """Fake ``proc`` and ``sys`` with 20 GiB free in the machine; files by their path, ``__`` for ``/``."""
+    for name, text in {"proc__meminfo": "MemTotal: 1 kB\nMemAvailable: 20971520 kB\n", "proc__self__cgroup": cgroup,
+                       **files}.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return memory.available_bytes(root)
+
+
+GIB = 2**30
+V2, V1 = "sys__fs__cgroup", "sys__fs__cgroup__memory"
+
+
+@pytest.mark.parametrize(("cgroup", "files", "gib"), [
+    ("", {}, 20),
+    ("0::/", {}, 20),
+    ("0::/", {f"{V2}__memory.max": "max", f"{V2}__memory.current": 7 * GIB}, 20),
+    ("0::/", {f"{V2}__memory.max": 8 * GIB, f"{V2}__memory.current": 3 * GIB}, 5),
+    ("0::/", {f"{V2}__memory.max": 8 * GIB, f"{V2}__memory.current": 7 * GIB,
+              f"{V2}__memory.stat": f"anon 5\ninactive_file {2 * GIB}"}, 3),
+    ("0::/", {f"{V2}__memory.max": 2 * GIB, f"{V2}__memory.current": 3 * GIB}, 0),
+    ("0::/", {f"{V2}__memory.max": 64 * GIB, f"{V2}__memory.current": GIB}, 20),
+    ("0::/a/b", {f"{V2}__a__b__memory.max": "max", f"{V2}__a__b__memory.current": GIB,
+                 f"{V2}__a__memory.max": 6 * GIB, f"{V2}__a__memory.current": 2 * GIB}, 4),
+    ("0::/of/the/host", {f"{V2}__memory.max": 9 * GIB, f"{V2}__memory.current": GIB}, 8),
+    ("5:cpu,memory:/x\n1:pids:/", {f"{V1}__x__memory.limit_in_bytes": 4 * GIB,
+                                   f"{V1}__x__memory.usage_in_bytes": GIB}, 3),
+    ("5:memory:/of/the/host", {f"{V1}__memory.limit_in_bytes": 4 * GIB, f"{V1}__memory.usage_in_bytes": 2 * GIB,
+                               f"{V1}__memory.stat": f"total_inactive_file {GIB}"}, 3),
+    ("5:memory:/", {f"{V1}__memory.limit_in_bytes": 2**63 - 4096, f"{V1}__memory.usage_in_bytes": GIB}, 20),
+])
+def test_a_container_has_less_memory_than_its_machine(tmp_path, cgroup, files, gib):
+    assert machine(tmp_path, cgroup, **files) == gib * GIB
+
+
+def test_without_proc_nothing_is_known(tmp_path):
+    assert memory.available_bytes(tmp_path) is None
+
+
 def test_one_failure_stops_no_other(log):
     seen = []
     outcomes = build_all([FAILS, KERNEL], 1, lambda configuration, outcome: seen.append((configuration, outcome)))
@@ -215,13 +288,37 @@ def test_one_failure_stops_no_other(log):
 def test_clear_removes_what_is_not_being_built(log):
     paths = [build(configuration).path for configuration in (KERNEL, OTHERS[0])]
     sizes = [path.stat().st_size for path in paths]
-    with build_cache._lock(paths[0]):
+    with build_cache.locked(paths[0]):
         assert build_cache.clear() == (1, sizes[1])
     assert [entry.path for entry in entries()] == [paths[0]]
     stray = paths[0].parent / f"build-{paths[0].stem}.abandoned"
     stray.mkdir()
     assert build_cache.clear() == (1, sizes[0])
     assert not list(paths[0].parent.iterdir())
+
+
+def test_who_waits_for_a_lock_that_is_cleared_holds_the_new_one(log):
+    path = target(KERNEL, toolchain.toolchain())
+    waiting, inside, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def wait():
+        waiting.set()
+        with build_cache.locked(path):
+            inside.set()
+            leave.wait(30)
+
+    waiter = threading.Thread(target=wait)
+    with build_cache.locked(path):
+        waiter.start()
+        assert waiting.wait(30) and not inside.wait(0.3)
+        path.with_suffix(".lock").unlink()  # as `clear` does while it holds the lock
+    try:
+        assert inside.wait(30)
+        with pytest.raises(BlockingIOError), build_cache.locked(path, wait=False):
+            pass
+    finally:
+        leave.set()
+        waiter.join()
 
 
 def test_what_ptxas_says():
@@ -265,6 +362,110 @@ def test_missing_nvcc(log, monkeypatch):
     with pytest.raises(BuildError, match="nvcc is missing: install the CUDA toolkit 13.0 .*apt-get install cuda-nvcc"):
         build(KERNEL)
     assert "nvcc is missing" in toolchain.unavailable("sm_100a")
+
+
+def without_nvcc(monkeypatch):
+    monkeypatch.setattr(toolchain.os, "access", lambda path, mode: False)
+
+
+def chosen(arch, text="e2m1/32 e8m0 quest nearest", dtype=torch.bfloat16):
+    """The kernel that a device of this process would get, and why not CUTLASS's."""
+    spec = QuantSpec.parse(text)
+    kernel, reasons = registry.choose(Target("cuda", arch), dtype, ((spec, 32), (spec, 32)))
+    return kernel.name, reasons.get("cutlass")
+
+
+def test_objects_built_ahead_serve_where_no_compiler_is(log, monkeypatch):
+    pytest.importorskip("triton", reason="its quantisers are asked for what they take")
+    paths = {c: build(c).path for c in table(["sm_100a"], ["mxf4"])}
+    without_nvcc(monkeypatch)
+    monkeypatch.delenv("CUTLASS_PATH")
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    for configuration, path in paths.items():
+        again = build(configuration)
+        assert is_built(configuration) and (again.path, again.fresh, again.nvcc) == (path, False, "13.0.88")
+    assert compiled(log) == 3 and chosen((10, 0)) == ("cutlass", None)
+    name, reason = chosen((12, 0))
+    assert name == "dot-scaled" and "headers are missing" in reason and "the cache" not in reason.split(";")[1]
+    assert chosen((10, 0), dtype=torch.float16)[0] == "dot-scaled"
+    assert chosen((10, 0), "e2m1/16 e4m3 amax nearest")[0] == "scaled-mm"
+
+
+def test_one_kernel_that_is_missing_is_named(log, monkeypatch):
+    first, *others = table(["sm_100a"], ["mxf4"])
+    for configuration in others:
+        build(configuration)
+    without_nvcc(monkeypatch)
+    reason = unready("sm_100a", "mxf4", "bf16")
+    assert reason.startswith("nvcc is missing") and f"has others, but not {first.name}, which" in reason
+    assert "`quartet build --arch sm_100a --kinds mxf4` makes" in reason and not is_built(first)
+    with pytest.raises(BuildError, match=rf"{first.name} is not in the cache .*/cache, where `quartet build --arch "
+                                         r"sm_100a --kinds mxf4` puts it, and cannot be compiled here: nvcc is"):
+        build(first)
+    with pytest.raises(BuildError, match="--kinds mxf4 --output fp32 --bias --accumulate` puts it"):
+        build(Configuration("mxf4", "sm_100a", (128, 128, 256), output="fp32", bias=True, accumulate=True))
+
+
+def test_an_object_that_came_later_is_noticed(log, monkeypatch, tmp_path):
+    kernels = list(table(["sm_120a"], ["mxf8"]))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("QUARTET_CACHE_DIR", str(tmp_path / "elsewhere"))
+        for configuration in kernels:
+            build(configuration)
+    without_nvcc(monkeypatch)
+    assert unready("sm_120a", "mxf8", "bf16").startswith("nvcc is missing")
+    for path in (tmp_path / "elsewhere").iterdir():
+        path.rename(build_cache.cache_dir() / path.name)
+    assert unready("sm_120a", "mxf8", "bf16") is None and is_built(kernels[0])
+
+
+@pytest.mark.parametrize("damage", ("truncate", "no digest", "no notes", "another source", "another's folder"))
+def test_what_is_taken_without_a_compiler_is_checked(log, monkeypatch, tmp_path, damage):
+    path = build(KERNEL).path
+    without_nvcc(monkeypatch)
+    assert is_built(KERNEL)
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "no digest":
+        path.with_suffix(".sha256").unlink()
+    elif damage == "no notes":
+        path.with_suffix(".json").unlink()
+    elif damage == "another source":
+        monkeypatch.setattr(building, "render", lambda configuration: render(configuration) + "\n")
+    else:
+        (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(BuildError):
+        build(KERNEL)
+    assert not is_built(KERNEL) if damage != "another's folder" else "chmod 700" in unready("sm_100a", "mxf4", "bf16")
+
+
+def test_an_nvcc_that_is_too_old_is_as_good_as_none(tmp_path, monkeypatch):
+    fake_toolchain(tmp_path, monkeypatch)
+    path = build(KERNEL).path
+    fake_toolchain(tmp_path, monkeypatch, nvcc="12.6.20")
+    assert build(KERNEL).path == path and is_built(KERNEL)
+
+
+def test_the_remedy_is_an_option(log, monkeypatch):
+    without_nvcc(monkeypatch)
+    with pytest.raises(BuildError) as caught:
+        build(KERNEL)
+    said = re.search(r"options=(\{.*?\})", str(caught.value))[1]
+    assert Options.parse(None, ast.literal_eval(said), kernels=registry.NAMES).disable_kernels == ("cutlass",)
+
+
+def test_a_compilation_at_first_use_is_announced(log, caplog):
+    load.cache_clear()
+    for times in (1, 1):  # the second finds the object, which is no library either
+        with pytest.raises(BuildError, match="cannot open"):
+            load(KERNEL)
+        warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warned) == times
+    assert f"compiling {KERNEL.name} with nvcc" in warned[0]
+    assert "`quartet build --arch sm_100a --kinds mxf4` does it ahead of time" in warned[0]
+    caplog.clear()
+    build(OTHERS[0])
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
 def test_missing_headers(log, monkeypatch):

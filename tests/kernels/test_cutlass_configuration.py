@@ -95,6 +95,14 @@ def test_kernels_that_do_not_exist(change, message):
         replace(LARGE, **change)
 
 
+def test_kernels_that_spill_are_in_no_table():
+    for arch, kind, tile in (("sm_121a", "mxf4", (128, 128, 128)), ("sm_121a", "mxf8", (128, 128, 128)),
+                             ("sm_120a", "mxf4", (256, 128, 128))):
+        with pytest.raises(ConfigurationError, match=f"does not exist for {kind} on {arch}"):
+            Configuration(kind, arch, tile, schedule="pingpong" if arch == "sm_121a" else "cooperative")
+    assert {c.schedule for c in table(["sm_121a"], ["nvf4"])} == {"cooperative", "pingpong"}
+
+
 @pytest.mark.parametrize(("kind", "shape", "output", "reason"), [
     ("mxf4", (8192, 4096, 4096), "bf16", None),
     ("nvf4", (1, 8, 32), "fp16", None),

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import triton_expected as expected  # noqa: E402
 import triton_offline  # noqa: E402
 
 from quartet.kernels.reference import swizzled_size  # noqa: E402
@@ -18,7 +19,7 @@ from quartet.kernels.triton import blackwell, ops  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
 
 R, K = 64, 4096
-QUEST = QuantSpec(rule="quest", mask=True)
+QUEST = expected.DEFAULT
 X = torch.empty(R, K, dtype=torch.bfloat16)
 CODES, SCALES = torch.empty(R, K // 2, dtype=torch.uint8), torch.empty(swizzled_size(R, K // 32), dtype=torch.uint8)
 STOCHASTIC = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
@@ -31,7 +32,7 @@ CALLS = {
 }
 NEAREST_CONVERSION, STOCHASTIC_CONVERSION = "cvt.rn.satfinite.e2m1x2.f32", "cvt.rs.satfinite.e2m1x4.f32"
 CASES = [(capability, name, rounding) for capability, names in (
-    (90, ("quantize", "requantize")), (100, CALLS), (103, ("quantize-both",)), (120, CALLS))
+    (90, ("quantize", "requantize")), (100, CALLS), (103, CALLS), (120, CALLS), (121, ("quantize",)))
     for name in names for rounding in ("nearest", "stochastic")]
 
 
@@ -82,9 +83,9 @@ def test_a_device_without_conversions_rounds_in_integers(chain):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: blackwell.quantize(X, Chain(QuantSpec(block=64), 64), hardware=True), "blocks of 32, not of 64"),
-    (lambda: blackwell.quantize_both(X, NEAREST, Chain(QuantSpec(block=128)), hardware=True), "of 32, not of 128"),
-    (lambda: blackwell.requantize(CODES, SCALES, QuantSpec(block=64), NEAREST, hardware=True), "of 32, not of 64"),
+    (lambda: blackwell.quantize(X, Chain(QuantSpec(block=64), 64), hardware=True), "blocks of 32 by e8m0, not of 64"),
+    (lambda: blackwell.quantize_both(X, NEAREST, Chain(QuantSpec(block=128)), hardware=True), "by e8m0, not of 128"),
+    (lambda: blackwell.requantize(CODES, SCALES, QuantSpec(block=64), NEAREST, hardware=True), "by e8m0, not of 64"),
     (lambda: blackwell.requantize(CODES, SCALES.view(-1, 128), QUEST, NEAREST, hardware=True),
      r"scales \[swizzled_size\(R, K/32\)\] of e2m1 .* got uint8 \[64, 2048\] and uint8 \[128, 128\]"),
     (lambda: blackwell.requantize(CODES, SCALES[1:], QUEST, NEAREST, hardware=True), r"uint8 \[16383\]"),

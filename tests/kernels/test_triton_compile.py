@@ -5,7 +5,7 @@ The compiled variants are those that the Python face launches for the recipes' o
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,40 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import triton_expected as expected  # noqa: E402
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import cast, ops  # noqa: E402
+from quartet.kernels.triton import cast, ops, rotations  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
 
-QUEST = QuantSpec(rule="quest", mask=True)
+QUEST, GUARDED = expected.DEFAULT, QuantSpec(rule="quest", mask=True)
 X = torch.empty(64, 4096, dtype=torch.bfloat16)
 CODES, SCALES, MASK = (torch.empty(64, 4096 // n, dtype=torch.uint8) for n in (2, 32, 8))
 SCALE = torch.ones(1)
-FORWARD = Chain(QUEST, 32)
+FORWARD, OLD_FORWARD = Chain(QUEST, expected.ROTATION), Chain(GUARDED, 32)
 BACKWARD = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
 CLIPPED = Chain(QuantSpec(rule="floor", rounding="stochastic", mask=True), 32, None, torch.tensor(0), 23)
 NEAREST = Chain(QuantSpec(rule="headroom"), 32, torch.ones(32))
 
 
+def two_level(spec: str, rotation: int = 0) -> Chain:
+    """NVFP4 and its kin: E4M3 scales under the multiplier of the tensor."""
+    return Chain(QuantSpec.parse(spec), rotation, torch.ones(rotation) if rotation else None, torch.tensor(0), 23,
+                 torch.ones(1))
+
+
+NVFP4, NVFP4_STOCHASTIC = two_level("e2m1/16 e4m3 amax nearest"), two_level("e2m1/16 e4m3 amax stochastic")
+
+
 def unrotate(mask: torch.Tensor | None, signs: torch.Tensor | None) -> torch.Tensor:
-    return ops.mask_rotate(X, mask, rotation=32, signs=signs, gain=4 / 3, cols=4096, dtype=torch.bfloat16)
+    return rotations.mask_rotate(X, mask, rotation=32, signs=signs, gain=4 / 3, cols=4096, dtype=torch.bfloat16)
 
 
 CALLS: dict[str, Callable[[], Any]] = {
     "rows-quest": lambda: ops.quantize(X, FORWARD, packed=True, folded=False),
     "rows-quest-fold": lambda: ops.quantize(X, FORWARD, packed=True, folded=True),
+    "rows-guarded-fold": lambda: ops.quantize(X, OLD_FORWARD, packed=True, folded=True),
     "rows-stochastic-fold": lambda: ops.quantize(X, BACKWARD, packed=False, folded=True),
     "rows-nearest-fold": lambda: ops.quantize(X, NEAREST, packed=False, folded=True),
     "rows-stochastic-odd": lambda: ops.quantize(torch.empty(33, 33, dtype=torch.bfloat16), BACKWARD, packed=True,
@@ -48,26 +59,44 @@ CALLS: dict[str, Callable[[], Any]] = {
     "columns-stochastic-partial": lambda: ops.quantize(X[:40, :70].t(), BACKWARD, packed=True, folded=False),
     "columns-stochastic-odd": lambda: ops.quantize(X[:, :33].t(), BACKWARD, packed=True, folded=False),
     "columns-quest": lambda: ops.quantize(X.t(), FORWARD, packed=True, folded=False),
+    "columns-guarded": lambda: ops.quantize(X.t(), OLD_FORWARD, packed=True, folded=False),
+    "both-quest-stochastic": lambda: ops.quantize_both(X, FORWARD, BACKWARD),
     "both-stochastic": lambda: ops.quantize_both(X, BACKWARD, BACKWARD),
     "both-fp16": lambda: ops.quantize_both(X.half(), BACKWARD, BACKWARD),
     "both-one-column": lambda: ops.quantize_both(torch.empty(64, 1), BACKWARD, BACKWARD),
     "both-nearest": lambda: ops.quantize_both(X, NEAREST, NEAREST),
     "requantize-stochastic": lambda: ops.requantize(CODES, SCALES, QUEST, BACKWARD),
+    "requantize-quest": lambda: ops.requantize(CODES, SCALES, QUEST, FORWARD),
     "requantize-nearest": lambda: ops.requantize(CODES, SCALES, QUEST, NEAREST),
     "fold": lambda: ops.fold(CODES, SCALES, QUEST),
     "dequantize": lambda: ops.dequantize(CODES, SCALES, QUEST, torch.bfloat16),
-    "signs": lambda: ops.random_signs(torch.tensor(0), 23, 32),
+    "signs": lambda: rotations.random_signs(torch.tensor(0), 23, 32),
+    "rows-nvfp4": lambda: ops.quantize(X, NVFP4, packed=True, folded=False),
+    "rows-four-six": lambda: ops.quantize(X, two_level("e2m1/16 e4m3 four_six nearest"), packed=True, folded=False),
+    "rows-eden": lambda: ops.quantize(X, two_level("e2m1/16 e4m3 eden stochastic"), packed=True, folded=False),
+    "both-nvfp4": lambda: ops.quantize_both(X, NVFP4_STOCHASTIC, two_level("e2m1/16 e4m3 amax stochastic", 16)),
+    "tiles-nvfp4": lambda: ops._tiles(X, two_level("e2m1/16x16 e4m3 amax nearest")),
+    "dequantize-nvfp4": lambda: ops.dequantize(CODES, torch.empty(64, 256).to(torch.float8_e4m3fn), NVFP4.spec,
+                                               torch.bfloat16),
+    "amax-rotated": lambda: rotations.rotated_amax(X, 16, torch.ones(16)),
     "cast": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=False),
     "cast-both": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=True),
+    "cast-e5m2-both": lambda: cast.cast(X, SCALE, torch.float8_e5m2, plain=True, transposed=True),
     "cast-columns": lambda: cast.cast(X, torch.ones(4096), torch.float8_e4m3fn, plain=False, transposed=True),
     "transpose": lambda: cast.transpose(CODES),
     "unrotate-masked": lambda: unrotate(MASK, None),
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
 }
-EVERYWHERE = ("rows-stochastic-fold", "rows-stochastic-clipped", "requantize-stochastic", "unrotate-masked")
 OTHERS = (80, 89, 100, 120)
+EVERYWHERE = ("rows-quest-fold", "rows-stochastic-fold", "rows-stochastic-clipped", "columns-quest", "both-stochastic",
+              "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic",
+              "fold", "dequantize", "signs", "cast-both", "cast-e5m2-both", "transpose", "unrotate-masked")
+ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
+                 if name != "cast-both" or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100
-ELSEWHERE = {"mxfp4_gemm", "put16", "prepare", "update", "settle"}  # compiled by the tests of their own modules
+WRITES = {"STG", "RED", "REDG", "ATOMG"}
+ELSEWHERE = {"mxfp4_gemm", "put16", "prepare", "update", "settle", "expand", "absorb",
+             "rescale"}  # compiled by the tests of their own modules
 
 
 def compiled(name: str, capability: int) -> triton_offline.Compiled:
@@ -75,16 +104,19 @@ def compiled(name: str, capability: int) -> triton_offline.Compiled:
     return triton_offline.compile_for(launch, capability)
 
 
+def kernels_of(names: Iterable[str]) -> set[str]:
+    return {launch.kernel.__name__ for name in names for launch in triton_offline.launches(CALLS[name])}
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_hopper_keeps_all_in_registers(name):
     kernel = compiled(name, 90)
     assert (kernel.stack, kernel.local) == (0, 0), f"{kernel.registers} registers"
     assert not {"LDL", "STL"} & set(kernel.instructions)
-    assert len(kernel.instructions) > LEAST_INSTRUCTIONS and "STG" in kernel.instructions
+    assert len(kernel.instructions) > LEAST_INSTRUCTIONS and WRITES & set(kernel.instructions)
 
 
-@pytest.mark.parametrize("capability", OTHERS)
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name, capability", ELSEWHERE_TOO)
 def test_other_gpus_keep_all_in_registers(name, capability):
     kernel = compiled(name, capability)
     assert (kernel.stack, kernel.local) == (0, 0), f"{kernel.registers} registers"
@@ -100,8 +132,13 @@ def test_products_and_sums_are_not_fused():
 
 
 def test_every_kernel_is_compiled():
-    launched = {launch.kernel.__name__ for call in CALLS.values() for launch in triton_offline.launches(call)}
+    launched = kernels_of(CALLS)
     assert launched == triton_offline.launched_kernels() - ELSEWHERE and len(launched) >= 7
+
+
+@pytest.mark.parametrize("capability", OTHERS)
+def test_every_kernel_is_compiled_for_every_gpu(capability):
+    assert kernels_of(name for name, at in ELSEWHERE_TOO if at == capability) == kernels_of(CALLS)
 
 
 def test_a_spill_is_seen():

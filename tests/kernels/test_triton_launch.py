@@ -1,10 +1,19 @@
 """The short way to launch: taken for what Triton would not specialise anew, and only for that."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
 
+import triton_offline  # noqa: E402
+
+from quartet.kernels.spec import QuantSpec  # noqa: E402
+from quartet.kernels.triton import ops  # noqa: E402
 from quartet.kernels.triton.launch import _COMPILED, launch  # noqa: E402
 
 
@@ -19,6 +28,7 @@ class Compiled:
 class Kernel:
     """Stands for a triton.jit function: notes how it is launched."""
 
+    __name__ = "stand_in"
     arg_names = ["x", "scale", "rows", "gain", "N", "MODE"]
 
     def __init__(self, compiles=True):
@@ -61,6 +71,37 @@ def test_what_triton_specialises_is_launched_by_triton_first(kernel, change):
     assert run(kernel, **change)[0] == "first"
     assert run(kernel, **change)[0] == "again"
     assert run(kernel)[0] == "again"
+
+
+@pytest.mark.parametrize("grid", [(65536,), (2**31 - 1, 65535), (1, 65535, 65535)])
+def test_a_grid_as_large_as_cuda_takes_is_launched(kernel, grid):
+    for how in ("first", "again"):
+        launch(kernel, grid, (X, None, 32, 0.5), N=32, MODE="a", num_warps=4)
+        assert kernel.log[-1][:2] == (how, grid if how == "first" else (*grid, 1, 1)[:3])
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 65536, 1), (1, 1, 131070)])
+@pytest.mark.parametrize("launched_before", [False, True])
+def test_a_larger_one_is_refused(kernel, grid, launched_before):
+    arguments = X.view(1, 64), X.view(2, 32), 32, 0.5
+    if launched_before:
+        launch(kernel, (1,), arguments, N=32, MODE="a", num_warps=4)
+    size = " × ".join(map(str, (*grid, 1)[:3]))
+    message = re.escape(
+        f"stand_in on [1, 64], [2, 32] needs a grid of {size} programs, and CUDA launches at most 65535 along its "
+        "second and third axis; split the tensor along its columns into 2 parts or more")
+    with pytest.raises(ValueError, match=message):
+        launch(kernel, grid, arguments, N=32, MODE="a", num_warps=4)
+    assert len(kernel.log) == launched_before
+
+
+def test_quantisers_say_how_wide_is_too_wide():
+    x, narrow = (torch.empty(1, 64 * count, dtype=torch.bfloat16) for count in (65536, 65535))
+    c = ops.Chain(QuantSpec(rule="headroom"), 32)
+    (launched,) = triton_offline.launches(lambda: ops.quantize_both(narrow, c, c))
+    assert launched.kernel.__name__ == "quantize_both"
+    with pytest.raises(ValueError, match=r"quantize_both on \[1, 4194304\], .* grid of 1 × 65536 × 1 .* into 2 parts"):
+        triton_offline.launches(lambda: ops.quantize_both(x, c, c))
 
 
 def test_another_kernel_is_another(kernel):

@@ -41,7 +41,8 @@ print("right")
 BYTES = torch.zeros(128, 64, dtype=torch.uint8)
 SCALES = torch.zeros(512, dtype=torch.uint8)
 MMA = {100: r"tcgen05\.mma\.\S*kind::mxf4\S*block_scale", 103: r"tcgen05\.mma\.\S*kind::mxf4\S*block_scale",
-       120: r"mma\.sync\.\S*kind::mxf4\S*block_scale\S*e2m1\.e2m1\.f32\.ue8m0"}
+       120: r"mma\.sync\.\S*kind::mxf4\S*block_scale\S*e2m1\.e2m1\.f32\.ue8m0",
+       121: r"mma\.sync\.\S*kind::mxf4\S*block_scale\S*e2m1\.e2m1\.f32\.ue8m0"}
 
 
 def test_the_product_is_the_references():

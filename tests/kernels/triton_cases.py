@@ -18,16 +18,17 @@ import torch
 import triton
 import triton.language as tl
 import triton_expected as expected
+import two_level_cases
 
 from quartet.kernels import reference as ref
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import blackwell, cast, ops, scaled_gemm
+from quartet.kernels.triton import blackwell, cast, ops, rotations, scaled_gemm
 from quartet.kernels.triton.ops import Chain
 
 CPU = torch.device("cpu")
 SEED = torch.tensor(-8_765_432_109_876)
 LAST_SITE = 2**32 - 1
-QUEST = QuantSpec(rule="quest", mask=True)
+QUEST, DEFAULT = QuantSpec(rule="quest", mask=True), expected.DEFAULT
 STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
 
 CASES: dict[str, Callable[[], list[str]]] = {}
@@ -127,6 +128,17 @@ def check_fold(x: torch.Tensor, spec: QuantSpec) -> list[str]:
     return expected.fold_difference("packed row", folded, codes, scales, spec, inexact() - before)
 
 
+def check_every_fold(span: int) -> list[str]:
+    """All codes under all scales, in rows of which every block folds exactly, or all but the last."""
+    codes, scales = expected.every_fold(span)
+    before = inexact()
+    values, row_scales = ops.fold(codes, scales, QuantSpec())
+    wrong = values.double() * row_scales.double() != expected.every_value(codes, scales)
+    wrong, counted = wrong.reshape(255, span, 32).any(-1), inexact() - before
+    lines = [f"{int(wrong[:, :15].sum())} blocks are not exact"] if wrong[:, :15].any() else []
+    return lines + ([f"counted {counted} instead of {int(wrong.sum())}"] if counted != wrong.sum() else [])
+
+
 def check_dequantize(x: torch.Tensor, spec: QuantSpec) -> list[str]:
     codes, scales, _ = ref.quantize(x, spec)
     got, wanted = ops.dequantize(codes, scales, spec, torch.float32), expected.unscaled(codes, scales, spec)
@@ -136,7 +148,7 @@ def check_dequantize(x: torch.Tensor, spec: QuantSpec) -> list[str]:
 
 
 def check_signs(site: int, n: int) -> list[str]:
-    return expected.difference("signs", ops.random_signs(SEED, site, n), ref.random_signs(SEED, site, n))
+    return expected.difference("signs", rotations.random_signs(SEED, site, n), ref.random_signs(SEED, site, n))
 
 
 def check_counter() -> list[str]:
@@ -152,7 +164,7 @@ def check_mask_rotate(cols: int, rotation: int, signed: bool, masked: bool, gain
     mask = torch.randint(0, 256, (6, width // 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     signs = ref.random_signs(SEED, 6, rotation) if signed else None
     arguments = (x, mask if masked else None)
-    got = ops.mask_rotate(*arguments, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=torch.float32)
+    got = rotations.mask_rotate(*arguments, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=torch.float32)
     return expected.difference("values", got, expected.mask_rotate(*arguments, rotation, signs, gain, cols,
                                                                    torch.float32))
 
@@ -165,7 +177,7 @@ def check_empty(rows: int, cols: int) -> list[str]:
     lines += [] if row_scales.shape == (rows, 1) else [f"row scales {list(row_scales.shape)}"]
     lines += expected.quantized_difference("column", ops.requantize(codes, scales, QUEST, chain(STOCHASTIC, 32)),
                                            expected.requantize(codes, scales, QUEST, chain(STOCHASTIC, 32)), STOCHASTIC)
-    rotated = ops.mask_rotate(x, None, rotation=0, signs=None, gain=2.0, cols=cols, dtype=x.dtype)
+    rotated = rotations.mask_rotate(x, None, rotation=0, signs=None, gain=2.0, cols=cols, dtype=x.dtype)
     lines += expected.difference("rotated", rotated, x)
     return lines + expected.difference("dequantized", ops.dequantize(codes, scales, QUEST, torch.float32),
                                        expected.unscaled(codes, scales, QUEST))
@@ -198,6 +210,21 @@ case("rows-tops-floor", check_rows, expected.edges()["tops"], chain(QuantSpec(ru
 for name, spec in (("quest", QUEST), ("headroom", STOCHASTIC)):
     case(f"rows-broken-{name}", check_rows, expected.broken(), chain(spec))
     case(f"rows-broken-rotated-{name}", check_rows, expected.broken(), chain(spec, 32, True))
+for name, x in (("data", expected.data(40, 70)), ("one-row", expected.data(1, 130)), *expected.edges().items(),
+                ("broken", expected.broken()), ("spread", expected.spread(3, 20))):
+    case(f"default-rows-{name}", check_rows, x, chain(DEFAULT, expected.ROTATION))
+for name, x in (("", expected.data(33, 70)), ("-half", expected.data(40, 34).half())):
+    case(f"default-columns{name}", check_unfolded, x.t(), chain(DEFAULT, expected.ROTATION))
+    case(f"default-both{name}", check_both, x, *[chain(DEFAULT, expected.ROTATION)] * 2)
+    case(f"default-both-stochastic{name}", check_both, x, chain(DEFAULT, 32), chain(STOCHASTIC, 32, True))
+case("default-requantize", check_requantize, expected.data(40, 64), DEFAULT, chain(DEFAULT, 32))
+case("default-requantize-stochastic", check_requantize, expected.data(40, 64), DEFAULT, chain(STOCHASTIC, 32, True))
+case("default-requantize-broken", check_requantize, expected.broken(), DEFAULT, chain(DEFAULT, 32))
+case("default-swizzled", check_swizzled, expected.data(33, 71), chain(DEFAULT, expected.ROTATION))
+case("default-swizzled-transposed", check_swizzled, expected.data(71, 33).t(), chain(DEFAULT, expected.ROTATION))
+case("default-swizzled-both", check_swizzled_both, expected.data(40, 70), chain(DEFAULT, 32), chain(DEFAULT, 32))
+case("default-swizzled-requantize", check_swizzled_requantize, expected.data(70, 64), DEFAULT, chain(DEFAULT, 32))
+case("default-fold", check_fold, expected.data(9, 160), DEFAULT)
 case("rows-spread", check_rows, expected.spread(), chain(QUEST))
 case("rows-one-row", check_rows, expected.data(1, 64), chain(STOCHASTIC, 32, True))
 case("rows-one-element", check_rows, expected.data(1, 1), chain(QUEST, 32))
@@ -260,6 +287,8 @@ case("fold-block-128", check_fold, expected.data(5, 256), QuantSpec(block=128))
 case("fold-spread", check_fold, expected.spread(), QUEST)
 case("fold-spread-block-64", check_fold, expected.spread(), QuantSpec(block=64))
 case("fold-counts", check_counter)
+case("fold-every-code-and-scale", check_every_fold, 15)
+case("fold-one-power-too-many", check_every_fold, 16)
 case("fold-broken", check_fold, expected.broken(), QUEST)
 case("fold-huge", check_fold, expected.edges()["huge"], QuantSpec())
 case("fold-tiny", check_fold, expected.edges()["tiny"], QuantSpec())
@@ -293,6 +322,8 @@ def check_cast(multiplier: float) -> list[str]:
             if not torch.equal(codes.float().isnan(), wanted)]
 
 
+for name, (check, arguments) in two_level_cases.cases():
+    case(name, check, *arguments)
 case("cast-keeps-what-is-not-finite", check_cast, 2.0)
 case("cast-under-a-broken-scale", check_cast, float("nan"))
 

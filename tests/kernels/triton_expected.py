@@ -10,18 +10,21 @@ from torch import Tensor
 from quartet.kernels import reference as ref
 from quartet.kernels.reference.philox import GROUP, WINDOWS, philox4x32
 from quartet.kernels.spec import QuantSpec
+from quartet.recipes import recipes
 
 if TYPE_CHECKING:
     from quartet.kernels.triton.ops import Chain
 
 LOW = 0xFFFFFFFF
 FLT_MAX = torch.finfo(torch.float32).max
+FORWARD = recipes()["quartet"].fprop  # the default: what users run
+DEFAULT, ROTATION = FORWARD.a.spec, FORWARD.rotation.n
 
 
 def rotated(x: Tensor, chain: Chain) -> Tensor:
     """fp32 ``[R, Kp]`` as the quantiser of the chain sees it."""
     x = ref.hadamard(x, chain.rotation, chain.signs) if chain.rotation else x.float()
-    return ref.pad_last(x, chain.unit)
+    return ref.pad_last(x, chain.multiple)
 
 
 def quantize(x: Tensor, chain: Chain, first_row: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +61,20 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
     power = torch.where(byte == 255, float("nan"), power)
     folded = (values * power.unsqueeze(-1)).to(torch.float8_e4m3fn).reshape(rows, half * 2)
     return folded, ref.e8m0_decode(row.to(torch.uint8)), int(((byte - row < -8) & ~empty).sum())
+
+
+def every_fold(span: int = 15) -> tuple[Tensor, Tensor]:
+    """Codes ``[255, span · 16]`` and scales ``[255, span]``: a row's blocks of all codes lie 0…span − 1 powers below
+    its largest, which every row has another one of; what would lie below 2^-127 stays there."""
+    scales = (torch.arange(255).unsqueeze(1) - torch.arange(span)).clamp(min=0).to(torch.uint8)
+    codes = ref.pack_nibbles(torch.arange(16, dtype=torch.uint8).repeat(255, span * 2))
+    return codes, scales
+
+
+def every_value(codes: Tensor, scales: Tensor) -> Tensor:
+    """float64 ``code · 2^e`` of blocks of 32: fp32 ends below 6 · 2^127."""
+    values = ref.e2m1_decode(ref.unpack_nibbles(codes)).double()
+    return values * torch.exp2(scales.double() - 127).repeat_interleave(32, 1)
 
 
 def unfold(values: Tensor, row_scales: Tensor) -> Tensor:

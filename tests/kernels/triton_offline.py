@@ -23,12 +23,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, KernelInterface
 
 import quartet.kernels.triton as package
-from quartet.kernels.triton import ops
+from quartet.kernels.triton import host
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-            torch.int64: "*i64", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
+            torch.int64: "*i64", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
+            torch.float8_e5m2: "*fp8e5"}
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 
@@ -70,7 +71,7 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
         return lambda *arguments, **keywords: found.append(Launch(kernel, arguments, keywords))
 
     with (mock.patch.object(KernelInterface, "__getitem__", record),
-          mock.patch.object(ops, "INTERPRETED", SimpleNamespace(value=True))):  # lets CPU tensors through
+          mock.patch.object(host, "INTERPRETED", SimpleNamespace(value=True))):  # lets CPU tensors through
         call()
     return found
 

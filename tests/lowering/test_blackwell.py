@@ -144,7 +144,8 @@ def test_other_devices_decline_with_the_reason(target, reason):
     assert reason in rows["mx e2m1", "cutlass"]
 
 
-def test_without_the_compiler_triton_is_taken_and_the_reason_says_what_to_install(monkeypatch):
+def test_without_the_compiler_triton_is_taken_and_the_reason_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("QUARTET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("quartet.kernels.cutlass.toolchain.unavailable", lambda arch: f"nvcc is missing for {arch}")
     spec = quartet.recipes()["quartet"].fprop.a.spec
     here = Target("cuda", (10, 0))

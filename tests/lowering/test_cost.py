@@ -9,7 +9,7 @@ import torch
 
 from quartet.lowering.cost import Cost, K, Layer, M, N, break_even, predict
 from quartet.lowering.rates import MEASURED, PASSES, Rates, rates_of
-from quartet.passes import plan
+from quartet.passes import pays
 from quartet.policy import Policy, PolicyError
 from quartet.recipes import resolve
 from quartet.runtime.devices import Target
@@ -54,6 +54,17 @@ def test_fp8_by_hand(recipe, passes):
     assert float(cost.quantized) == pytest.approx(seconds(passes, PRODUCTS, 2e15, 2e-12))
 
 
+@pytest.mark.parametrize(("level", "passes"), [
+    (1, [("unrotate", 2 * n) for n in (X, W, X, W) for _ in range(3)]),  # operands of fprop, and both gradients back
+    (2, [("unrotate", 2 * n) for n in (X, W, E, X, X, W) for _ in range(3)]),  # also E of dgrad and its product back
+])
+def test_rotations_in_generated_code_by_hand(level, passes):
+    """An H32 is a store in fp32 and two loops. A rotated E of dgrad is not the E of wgrad: each is cast."""
+    cost = predict(resolve(f"halo-fp8-{level}"), Layer(kernels("cublaslt"), 64, 128, 32), RATES)
+    casts = [(name, n) for n in (X, W, E, *((E,) if level == 2 else ())) for name in ("amax", "cast")]
+    assert float(cost.quantized) == pytest.approx(seconds(casts + passes, PRODUCTS, 2e15, 2e-12))
+
+
 def test_without_backward_only_forward_counts():
     cost = predict(resolve("quartet"), Layer(kernels("triton-fp8", ("fprop",)), 64, 128, 32), RATES)
     assert float(cost.quantized) == pytest.approx(seconds([("rows", X), ("rows", W)], PRODUCTS[:1], 2e15, 2e-12))
@@ -88,9 +99,9 @@ def test_break_even_parts_what_pays_from_what_does_not():
     layer = {"kernels": kernels("triton-fp8"), "m": 16384}
     width = break_even(resolve("quartet"), Layer(**layer), RATES)
     assert 100 < width < 1e6
-    for factor, pays in ((0.98, False), (1.02, True)):
+    for factor, expected in ((0.98, False), (1.02, True)):
         size = int(width * factor)
-        assert predict(resolve("quartet"), Layer(**layer, n=size, k=size), RATES).pays is pays
+        assert predict(resolve("quartet"), Layer(**layer, n=size, k=size), RATES).pays is expected
     slow = Rates("slow", {"bf16": 1e15, "fp8": 1e15}, RATES.output, RATES.passes, 1e-6)
     assert break_even(resolve("quartet"), Layer(**layer), slow) == float("inf")
 
@@ -105,9 +116,9 @@ def test_measured_rates_are_whole_and_a_cpu_has_none():
 @pytest.fixture
 def priced(monkeypatch):
     """This CPU as a device on which a layer pays from 96 outputs on."""
-    monkeypatch.setattr(plan, "rates_of", lambda device: RATES)
+    monkeypatch.setattr(pays, "rates_of", lambda device: RATES)
 
-    monkeypatch.setattr(plan, "predict", lambda recipe, layer, rates: Cost(1.0 if layer.n < 96 else 0.25, 0.5))
+    monkeypatch.setattr(pays, "predict", lambda recipe, layer, rates: Cost(1.0 if layer.n < 96 else 0.25, 0.5))
 
 
 def planned(policy, model=None):
@@ -133,12 +144,12 @@ def test_what_is_named_is_quantised_whatever_it_costs(priced):
 
 def test_sharing_is_counted_from_the_plan(monkeypatch):
     seen = {}
-    monkeypatch.setattr(plan, "rates_of", lambda device: RATES)
+    monkeypatch.setattr(pays, "rates_of", lambda device: RATES)
 
     def note(recipe, layer, rates):
         seen.setdefault((layer.n, layer.k), layer)
 
-    monkeypatch.setattr(plan, "predict", note)
+    monkeypatch.setattr(pays, "predict", note)
     compiled, _ = compile_eager(Block(), "auto")
     compiled(torch.randn(2, 8, 64)).sum().backward()
     assert seen[64, 64].sharing == 3 and seen[96, 64].sharing == 2 and seen[64, 96].sharing == 1

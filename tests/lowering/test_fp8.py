@@ -66,8 +66,10 @@ def test_what_is_refused_falls_to_the_next_kernel_with_the_reason(capability, a,
 def test_devices_without_fp8_are_refused_by_what_they_are(capability, monkeypatch):
     assert "are on NVIDIA GPUs, not on cpu" in choose(TENSOR, TENSOR, device=torch.device("cpu"))[1]
     capability(8, 0)
-    assert choose(TENSOR, TENSOR) == (
-        "inductor", "FP8 tensor cores need compute capability 8.9 or more, this device has 8.0")
+    kernel, reasons = registry.choose(CUDA, torch.bfloat16, ((TENSOR, 0), (TENSOR, 0)))
+    assert kernel is None
+    assert reasons["cublaslt"] == "FP8 tensor cores need compute capability 8.9 or more, this device has 8.0"
+    assert "no e4m3 here: Triton converts to both FP8 formats from compute capability 8.9 on" in reasons["inductor"]
     capability(9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "ROCm" in choose(TENSOR, TENSOR)[1]

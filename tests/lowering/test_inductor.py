@@ -6,30 +6,17 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from quartet.backend import compile_graph
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import inductor
 from quartet.options import Options
 
+pytestmark = pytest.mark.usefixtures("inductor")
 ops = torch.ops.quartet
 QUEST = QuantSpec(rule="quest", mask=True)
 HEADROOM = QuantSpec(rule="headroom", rounding="stochastic")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered(tmp_path_factory):
-    """The lowerings, and no code from an earlier run."""
-    inductor.register()
-    with fresh_cache(dir=str(tmp_path_factory.mktemp("inductor"))):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    torch._dynamo.reset()
 
 
 def awkward(rows, cols, dtype=torch.float32):

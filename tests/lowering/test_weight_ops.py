@@ -5,27 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 import quartet
 from quartet.backend import compile_graph
-from quartet.lowering import inductor, outlier_ops, weight_ops
+from quartet.lowering import outlier_ops, weight_ops
 from quartet.options import Options
 from quartet.runtime.capture import Capture
 
+pytestmark = pytest.mark.usefixtures("inductor")
 ROW, BLOCK = "e2m1/row fp32 amax nearest", "e2m1/32 e8m0 ceil nearest"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered(tmp_path_factory):
-    inductor.register()
-    with fresh_cache(dir=str(tmp_path_factory.mktemp("inductor"))):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    torch._dynamo.reset()
 
 
 def test_movement_is_a_call():

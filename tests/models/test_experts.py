@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from quartet import explain
 from quartet.backend import compile_graph
 from quartet.lowering import registry
 from quartet.options import Options
@@ -105,3 +106,38 @@ def test_eager_experts_run_outside_of_the_graphs():
     records = train("mixtral", "eager", torch.float32, Policy("quartet").on("grouped", "nvfp4"))
     assert not [r for r in records if "experts" in r.fqn or r.op_class == "grouped"]
     assert {r.fqn.rsplit(".", 1)[-1] for r in records if r.lowered} >= {"q_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("name, dense", [("mixtral", "*.self_attn.*_proj"), ("deepseek", "*.shared_experts.*")])
+def test_one_model_under_four_recipes(name, dense):
+    """Attention in FP8, dense layers in MXFP4, the head in bfloat16, experts in NVFP4: compiles, trains, prints."""
+    torch._dynamo.reset()
+    model, records = build(name, "grouped_mm", torch.bfloat16), []
+    policy = (Policy(None).on(dense, "quartet", op="linear").on("attention", "fp8").on("lm_head", "bf16")
+              .on("grouped", "nvfp4"))
+    choice = {"policy": policy, "open_attention": True}
+    options = Options.parse(None, choice, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    run = torch.compile(model, backend=lambda gm, inputs: compile_graph(
+        gm, inputs, options, inner_compile=Capture(), collect=records.extend))
+    ids = torch.randint(0, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(20):
+        loss = run(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 4.5 and losses[-1] < losses[0] - 1.5, losses
+    expected = {"linear": {"quartet"}, "attention_qk": {"fp8"}, "attention_pv": {"fp8"}, "grouped": {"nvfp4"}}
+
+    def recipes_of(rows):
+        return {op: {r.recipe for r in rows if r.op_class == op and r.lowered} for op in {r.op_class for r in rows}
+                if any(r.lowered for r in rows if r.op_class == op)}
+
+    assert recipes_of(records) == expected
+    report = explain(model, input_ids=ids, labels=ids, options=choice)
+    assert recipes_of(report.records) == expected
+    (head,) = {r.reason for r in report.records if r.op_class == "lm_head"}
+    assert "'bf16'" in head and all(f" {recipe} " in str(report) for recipe in ("quartet", "fp8", "nvfp4"))
+    assert {r.role for r in report.records if r.op_class == "grouped" and r.lowered} == ALL

@@ -1,5 +1,7 @@
 """What one of several gloo processes does; the tests look at what the ranks return."""
 
+import copy
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -83,3 +85,66 @@ def load(rank, folder, place=lambda net: net):
 def load_sharded(rank, folder):
     """Two ranks again."""
     return load(rank, folder, fully_shard)
+
+
+SUITE = {"dynamic": "dynamic", "e4m3/256": "e4m3/256", "pair": ("e4m3", "e5m2")}
+
+
+def suite(rank, folder):
+    """What torchao's FSDP2 test does: real backwards beside a whole model, then the optimizer alone through a file."""
+    found = {}
+    for case, form in SUITE.items():
+        torch.manual_seed(42)
+        whole = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(3)))
+        sharded = copy.deepcopy(whole)
+        for block in sharded:
+            fully_shard(block)
+        fully_shard(sharded)
+        optimizers = [optim.AdamW(net.parameters(), lr=1e-2, state_format=form) for net in (whole, sharded)]
+        torch.manual_seed(43 + rank)
+        losses = []
+        for step in range(5):
+            x = torch.randn(3, WIDTH)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+            pair = [net(x).square().mean() for net in (whole, sharded)]
+            for loss in pair:
+                loss.backward()
+            for p in whole.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+            for optimizer in optimizers:
+                optimizer.step()
+            losses.append([loss.item() for loss in pair])
+        moments = [optimizers[0].decoded(next(whole.parameters()), "exp_avg"),
+                   optimizers[1].decoded(next(sharded.parameters()), "exp_avg").full_tensor()]
+        dcp.save(optimizers[1].state_dict(), checkpoint_id=f"{folder}/suite-{case.replace('/', '-')}")
+        resumed = optim.AdamW(sharded.parameters(), lr=1e-2, state_format=form)
+        for p in sharded.parameters():
+            p.grad = torch.zeros_like(p)
+        resumed.step()
+        dcp.load(resumed.state_dict(), checkpoint_id=f"{folder}/suite-{case.replace('/', '-')}")
+        states = [[plain(state) for state in o.state.values()] for o in (optimizers[1], resumed)]
+        found[case] = {"losses": losses, "moments": moments, "states": states}
+    return found
+
+
+def plain(state):
+    return {key: (v.to_local() if isinstance(v, DTensor) else v).view(torch.uint8).clone() if v.dim() else v.clone()
+            for key, v in state.items()}
+
+
+def uneven(rank, folder):
+    """Two steps of a layer whose 33 rows two ranks cannot share evenly, as many as torchao's test takes."""
+    found = {}
+    for case, form in SUITE.items():
+        torch.manual_seed(0)
+        net = fully_shard(nn.Linear(512, 33))
+        optimizer = optim.AdamW(net.parameters(), state_format=form)
+        before = net.weight.full_tensor().detach().clone()
+        for _ in range(2):
+            net(torch.randn(2, 512)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[case] = (net.weight.full_tensor().detach() - before).abs()
+    return found

@@ -1,6 +1,7 @@
 """What a user does with the optimizers: options, groups, schedulers, scalers, and what they are refused."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -267,13 +268,89 @@ def test_copies_go_on_alike(duplicate):
     assert_equal(weights(net), weights(other))
 
 
+# ---- arguments of torch.optim ----------------------------------------------------------------------------------------
+
+NAMESAKES = ("Adam", "AdamW", "SGD")
+REFUSED = {"amsgrad": "no amsgrad", "differentiable": "no differentiable step"}
+
+
+@pytest.mark.parametrize("name", NAMESAKES)
+def test_a_class_takes_what_its_namesake_takes(name):
+    """The same names, places and defaults; ``True`` for each option is accepted, or refused by an error of its own."""
+    ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (optim, torch.optim))
+    positional = [n for n, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[:len(positional)] == positional
+    assert theirs.keys() <= ours.keys()
+    for option, parameter in theirs.items():
+        assert ours[option].kind is parameter.kind and ours[option].default == parameter.default, option
+        if not isinstance(parameter.default, bool) and parameter.default is not None:
+            continue
+        momentum = {"momentum": 0.9} if option == "nesterov" else {}
+        if option in REFUSED:
+            with pytest.raises(ValueError, match=f"{name} has {REFUSED[option]}"):
+                getattr(optim, name)(model().parameters(), **{option: True})
+        else:
+            getattr(optim, name)(model().parameters(), **{option: True}, **momentum)
+
+
+def test_adam_with_decoupled_weight_decay_is_adamw():
+    nets, make = [model() for _ in range(3)], {"weight_decay": 0.1}
+    optimizers = [optim.AdamW(nets[0].parameters(), **make),
+                  optim.Adam(nets[1].parameters(), decoupled_weight_decay=True, **make),
+                  optim.Adam(nets[2].parameters(), **make)]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        step(net, optimizer, 2)
+    assert_equal(weights(nets[0]), weights(nets[1]))
+    assert not torch.equal(nets[0][0].weight, nets[2][0].weight)
+
+
+def test_a_group_may_switch_its_weight_decay():
+    """Between steps too: what is kept of a group from one step to the next follows."""
+    nets = [model() for _ in range(2)]
+    optimizers = [optim.Adam(net.parameters(), weight_decay=0.1) for net in nets]
+    for at in range(2):
+        for group in optimizers[0].param_groups:
+            group["decoupled_weight_decay"] = bool(at)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            step(net, optimizer)
+        assert torch.equal(nets[0][0].weight, nets[1][0].weight) is (at == 0)
+
+
+def test_checkpoints_of_decoupled_adam_go_both_ways():
+    net = model()
+    theirs = torch.optim.Adam(net.parameters(), decoupled_weight_decay=True)
+    step(net, theirs)
+    ours = optim.Adam(model().parameters())
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["decoupled_weight_decay"] is True
+    theirs.load_state_dict(ours.torch_state_dict())
+    assert theirs.param_groups[0]["decoupled_weight_decay"] is True
+    with pytest.raises(ValueError, match="use Adam"):
+        optim.AdamW(model().parameters()).load_state_dict(torch.optim.Adam(model().parameters()).state_dict())
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Lion"])
+def test_tensors_of_one_number_are_numbers(name, shape):
+    nets = [model() for _ in range(2)]
+    numbers = [0.875, 0.9375, 0.125]  # exact in fp32
+    kinds = [numbers, [torch.full(shape, x) for x in numbers]]
+    for net, (b1, b2, decay) in zip(nets, kinds, strict=True):
+        optimizer = getattr(optim, name)(net.parameters(), betas=(b1, b2), weight_decay=decay)
+        step(net, optimizer, 2)
+    assert_equal(weights(nets[0]), weights(nets[1]))
+    assert optimizer.param_groups[0]["betas"] == (0.875, 0.9375)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"lr": -1.0}, "lr must be at least 0"),
     ({"betas": (1.0, 0.9)}, "first of betas"),
-    ({"betas": (0.9, torch.tensor(0.9))}, "second of betas"),
+    ({"betas": (0.9, torch.tensor([0.9, 0.9]))}, r"second of betas must be one number, not a tensor of shape \[2\]"),
+    ({"betas": (0.9,)}, "two numbers"),
+    ({"weight_decay": torch.zeros(3)}, "weight_decay must be one number"),
     ({"eps": -1.0}, "eps must be"),
     ({"weight_decay": -1.0}, "weight_decay must be"),
     ({"amsgrad": True}, "no amsgrad"),

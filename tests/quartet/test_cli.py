@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cutlass_tools import fake_toolchain
 
 import quartet.explain  # noqa: F401  the fixture replaces its function
 from quartet.cli import describe_recipe, main
+from quartet.kernels.cutlass import toolchain
 from quartet.lowering import registry
 from quartet.lowering.recipe import Rotation
 from quartet.lowering.records import MatmulRecord
@@ -177,11 +179,59 @@ def test_doctor_reports_a_device_without_kernels_by_its_status(monkeypatch, caps
     assert message in capsys.readouterr().out
 
 
-def test_doctor_says_what_a_missing_compiler_is_for(monkeypatch, capsys):
+def test_doctor_names_the_command_that_gets_what_is_missing(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(toolchain.os, "access", lambda path, mode: False)
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "probe", lambda device: [("mxfp4", "only", None)])
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for command in ("apt-get install g++", "apt-get install cuda-nvcc-13-0", "pip install 'torch-quartet[cutlass]'"):
+        assert command in out
+
+
+def test_doctor_finds_the_compiler_that_builds(tmp_path, monkeypatch, capsys):
+    fake_toolchain(tmp_path, monkeypatch, nvcc="13.7.12", cutlass=(4, 9, 1))
     monkeypatch.setattr(registry, "probe", lambda device: [("mxfp4", "only", None)])
     main(["doctor"])
-    assert "missing (building CUTLASS kernels needs it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"13.7.12  {tmp_path}/cuda/bin/nvcc" in out and f"4.9.1  {tmp_path}/cutlass/include" in out
+
+
+def test_doctor_marks_what_a_format_gets(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "probe", lambda device: [
+        ("mxfp4", "first", "no nvcc"), ("mxfp4", "second", None), ("mxfp4", "third", None), ("int8", "first", None)])
+    main(["doctor"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[-2:] for row in rows if {"first", "second", "third"} & set(row)][:4] == [
+        ["no", "nvcc"], ["yes,", "chosen"], ["third", "yes"], ["yes,", "chosen"]]
+
+
+@pytest.mark.parametrize("target, kernel", [("sm_100a", "cutlass"), ("sm_120a", "cutlass"), ("sm_90", "triton-fp8")])
+def test_doctor_shows_the_order_of_a_pretended_gpu(capsys, target, kernel):
+    pytest.importorskip("triton")
+    assert main(["doctor", "--target", target]) == 0
+    out = capsys.readouterr().out
+    order = out[out.index("\n  mx e2m1 ") + 1:].splitlines()
+    chosen, = (line for line in order[:len(registry.KERNELS)] if "yes, chosen" in line)
+    assert kernel in chosen.split() and f"{target.rstrip('a')} (pretended" in out and "cpu (" not in out
+    assert out.count("yes, chosen") >= 5
+
+
+@pytest.mark.parametrize("argv", (["doctor"], ["explain", "an_example_model:make"]))
+def test_a_target_that_does_not_exist(example, explained, capsys, argv):
+    assert "there is no target 'b200'; possible: cpu, sm_80" in fails(capsys, *argv, "--target", "b200")
+    assert explained == []
+
+
+def test_explain_for_a_pretended_gpu(example, capsys):
+    (example / "an_example_model.py").write_text(
+        "import torch\n\ndef make():\n    x = torch.randn(64, 64, dtype=torch.bfloat16)\n"
+        "    return torch.nn.Linear(64, 64, dtype=torch.bfloat16), (x,)\n")
+    assert main(["explain", "an_example_model:make", "--target", "sm_100a", "--policy", "nvfp4"]) == 0
+    out = capsys.readouterr().out
+    assert "sm_100a" in out and out.count("cutlass") == 2  # fprop and wgrad: x needs no gradient
 
 
 @pytest.mark.parametrize("argv, status", [(["recipes"], 0), (["recipe"], 2)])

@@ -10,13 +10,20 @@ from quartet.lowering.rates import PASSES, Rates
 from quartet.runtime.devices import ARCHITECTURES, Target
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    torch._dynamo.reset()
+
+
 def model(dtype=torch.bfloat16):
     return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).to(dtype), torch.randn(32, 64).to(dtype)
 
 
 @pytest.mark.parametrize("target, policy, kernel", [
     ("sm_80", "quartet", "triton"), ("sm_89", "quartet", "triton-fp8"), ("sm_90a", "quartet", "triton-fp8"),
-    ("sm_90", "fp8", "cublaslt"), ("sm_80", "fp8", "inductor"), ("cpu", "quartet", "cpp"),
+    ("sm_90", "fp8", "cublaslt"), ("sm_80", "int8-all", "int-mm"), ("cpu", "quartet", "cpp"),
+    ("cpu", "fp8", "inductor"),
 ])
 def test_kernels_are_those_of_the_target(target, policy, kernel):
     pytest.importorskip("triton")
@@ -25,6 +32,53 @@ def test_kernels_are_those_of_the_target(target, policy, kernel):
     assert {r.kernel for r in report.records} == {kernel} and {r.role for r in report.records} >= {"dgrad", "wgrad"}
     assert target in str(report)
     assert report.saved_bytes_total > 0
+
+
+AMPERE = ("generated code has no e4m3 here: Triton converts to both FP8 formats from compute capability 8.9 on, this "
+          "device has 8.0")
+
+
+@pytest.mark.parametrize("policy", ["fp8", "fp8-rowwise", "fp8-block", "fp8-delayed", "fp4-dge", "mxfp8"])
+def test_ampere_leaves_alone_what_it_cannot_convert(policy):
+    module, x = model()
+    report = quartet.explain(module, x, options={"policy": policy}, target="sm_80")
+    assert {r.kernel for r in report.records} == {None}
+    assert {r.reason for r in report.records} == {f"{AMPERE}; take a recipe in INT8 or MXFP4, or bf16"}
+    assert "Triton converts to both FP8 formats" in str(report)
+
+
+def test_ampere_refuses_it_under_strict():
+    module, x = model()
+    with pytest.raises(Exception, match=r"strict=True, and 0 .* cannot be quantised: generated code has no e4m3"):
+        quartet.explain(module, x, options={"policy": "fp8", "strict": True}, target="sm_80")
+
+
+def test_ampere_leaves_alone_embeddings_that_it_cannot_convert():
+    module = nn.Embedding(64, 32, dtype=torch.bfloat16)
+    policy = quartet.Policy("quartet").on("embedding", "fp8-rowwise")
+    kernels = {}
+    for target in ("sm_80", "sm_89"):
+        (row,) = quartet.explain(module, torch.arange(8), options={"policy": policy}, target=target).records
+        kernels[target] = row.kernel
+        assert target == "sm_89" or row.reason.startswith(AMPERE)
+    assert kernels == {"sm_80": None, "sm_89": "reference"}
+
+
+def test_a_kernel_of_the_users_own_makes_up_for_generated_code():
+    class Refused(Exception):
+        pass
+
+    def lower(graph, gemms, accepts):
+        raise Refused
+
+    module, x = model()
+    registry.register(registry.Kernel("own", "", lambda target, dtype, spec, rotation: None, lower))
+    try:
+        with pytest.raises(Exception) as error:
+            quartet.explain(module, x, options={"policy": "fp8"}, target="sm_80")
+        assert "Refused" in str(error.value) or isinstance(error.value, Refused)  # it was asked
+    finally:
+        registry.unregister("own")
 
 
 def test_the_model_is_as_before_and_can_be_trained():
@@ -52,7 +106,8 @@ def test_every_target_has_a_kernel_for_mxfp4_and_fp8(name):
     for _, format in {(row[0], row[0]) for row in registry.probe(Target.named(name))}:
         taken = [kernel for made, kernel, reason in registry.probe(Target.named(name))
                  if made == format and reason is None]
-        assert taken, format
+        without = Target.named(name).capability < (8, 9) and format.startswith(("mx e4m3", "mx e5m2", "fp8"))
+        assert bool(taken) is not without, format
 
 
 def test_what_pays_is_decided_for_the_target(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from quartet import cli
 from quartet import selftest as st
 from quartet.kernels import reference
+from quartet.recipes import recipes
 from quartet.runtime.devices import Target
 
 CPU = torch.device("cpu")
@@ -87,6 +88,12 @@ def test_a_fair_rounding_is_told_from_a_biased_one():
     assert nearest[0] > st.SIGMAS and nearest[1] == 0
     strange = st.unfairness(torch.tensor([0.5, 3.0]), torch.tensor([0.3, 1.2]), 0.0)
     assert strange[1] == 1
+
+
+def test_mxfp4_is_quantised_as_by_the_default_recipe():
+    forward = recipes()["quartet"].fprop
+    assert {p.a for p in st.PRODUCTS if p.format == "MXFP4"} == {forward.a.spec} == {st.NEAREST}
+    assert {p.rotation for p in st.PRODUCTS if p.format == "MXFP4"} == {forward.rotation.n}
 
 
 def test_products_come_in_the_order_of_the_registry():

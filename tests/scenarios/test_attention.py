@@ -10,15 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from quartet import Policy, explain, recipes
+from quartet import Policy, explain, recipes, state_dict
 from quartet.backend import make_pipeline
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.options import Options
+from quartet.possible import obstacle
 
 ATTENTION = ("attention_qk", "attention_pv")
-QUANTISING = [name for name, recipe in recipes().items()
-              if recipe.quantizes and recipe.fprop is not None and "delayed" not in str(recipe.fprop.a.spec)]
+QUANTISING = [name for name, recipe in recipes().items() if recipe.quantizes and obstacle(recipe, "bmm") is None]
 
 
 class Attention(nn.Module):
@@ -124,6 +124,35 @@ def test_forms_of_a_product(product, shapes, batch, recipe):
     compiled, backend = compile_eager(model, Policy(None).on("bmm", recipe))
     assert_close(step(compiled, model, inputs), step(model, model, inputs), least=0.7)
     assert {(r.role, r.batch, r.lowered) for r in backend.records} == {(role, batch, True) for role in ALL}
+
+
+@pytest.mark.parametrize("name", ("fp8-delayed", "fp8-trillion"))
+def test_a_product_without_a_weight_is_scaled_by_its_current_amax(name):
+    """Nothing could hold its history. Alone in its graph it once left a table of histories without entries."""
+    model, inputs = Pair(torch.bmm), pair((3, 24, 40), (3, 40, 16))
+    compiled, backend = compile_eager(model, Policy(None).on("bmm", name))
+    for _ in range(2):
+        assert_close(step(compiled, model, inputs), step(model, model, inputs), least=0.99)
+    assert backend.count("amax_begin") == backend.count("amax_record") == 0
+    assert {r.notes for r in backend.records if r.lowered} == {
+        ("scaled by the current amax: no weight of its own to keep a history for",)}
+
+
+def test_a_product_without_a_weight_beside_one_that_has_a_history():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(40, 40, bias=False)
+
+        def forward(self, a, b):
+            return self.layer(a) @ b + a @ b
+
+    model, inputs = Net(), pair((24, 40), (40, 40))
+    compiled, backend = compile_eager(model, Policy("fp8-delayed").on("bmm", "fp8-delayed"))
+    assert_close(step(compiled, model, inputs), step(model, model, inputs), least=0.99)
+    assert sorted(state_dict(model)["delayed"]) == [f"layer.weight.{operand}" for operand in "ewx"]
+    assert {bool(r.notes) for r in backend.records if r.op_class == "bmm"} == {True}
+    assert {r.notes for r in backend.records if r.op_class == "linear"} == {()}
 
 
 def test_a_batch_of_weights_is_grouped():

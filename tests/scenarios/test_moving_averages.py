@@ -293,3 +293,21 @@ def test_the_decay_is_data():
     policies = [Policy(recipe(decay)) for decay in (0.9, 0.99, 0.0)]
     assert len({p.digest() for p in policies}) == 3
     assert all(Policy.from_toml(p.to_toml()) == p for p in policies)
+
+
+def test_a_product_of_two_activations_has_no_average():
+    """Also of two matrices, whose second comes from a weight: it is another matrix in each step."""
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False)
+
+        def forward(self, x):
+            return self.a(x) @ self.b(x).t()
+
+    model, inputs = Scores(), [torch.randn(32, 40, requires_grad=True)]
+    compiled, backend = compile_eager(model, replace(recipe(), name="everything", skip=()))
+    step(compiled, model, inputs)
+    assert sorted(quartet.state_dict(model)["averages"]) == ["a.weight.w", "b.weight.w"]
+    (note,) = {r.notes for r in backend.records if r.op_class == "bmm" and r.role == "fprop"}
+    assert "no moving average of such a weight" in note[-1]

@@ -1,6 +1,7 @@
 """Every recipe trains a small language model for 200 steps, and several of them train one model together."""
 
 from functools import cache
+from itertools import islice
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ STEPS, LENGTH = 200, 32
 TEXT = ("Whatever is rounded to nearest is wrong by half a step at most; whatever is rounded at random is right on the "
         "average. ") * 8
 QUANTISING = [name for name, recipe in recipes().items() if recipe.quantizes]
+SAVING = [name for name, recipe in recipes().items() if recipe.saved is not None]
 
 
 def batches():
@@ -24,14 +26,14 @@ def batches():
         yield window[:, :-1], window[:, 1:]
 
 
-def losses(compile):
+def losses(compile, steps=STEPS):
     """The loss of every step, in nats a byte."""
     torch.manual_seed(0)
     model = Llama(vocab=128)
     run = compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95))
     found = []
-    for tokens, targets in batches():
+    for tokens, targets in islice(batches(), steps):
         loss = run(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -55,6 +57,24 @@ def test_a_recipe_trains(name):
     found = losses(lambda model: compile_eager(model, name)[0])
     assert found[0] > 4.5 and settled(found) < settled(baseline()) + 0.25 < 1.0
     assert found != baseline()
+
+
+@pytest.mark.parametrize("base", [None, "fp8"])
+@pytest.mark.parametrize("name", SAVING)
+def test_saved_activations_train(name, base):
+    """As long as it takes from a guess to half of the loss; the steps after the first differ."""
+    compiled = []
+
+    def compile(model):
+        run, backend = compile_eager(model, Policy(base).on(op="saved", recipe=name))
+        compiled.append(backend)
+        return run
+
+    found, exact = losses(compile, 60), baseline()[:60]
+    assert exact[0] > 4.5 and settled(exact) < 2.5 and abs(settled(found) - settled(exact)) < 0.1
+    assert found != exact and (base is not None or found[0] == exact[0])
+    kept = {op: compiled[0].count(op) for op in ("encode_saved", "decode_saved")}
+    assert kept["encode_saved"] >= 3 and kept["decode_saved"] >= 3
 
 
 def test_one_model_under_several_recipes():

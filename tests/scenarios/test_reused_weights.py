@@ -1,13 +1,16 @@
 """Quantised weights serve all forwards of an optimizer step, and never one too many."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import assert_same, compile_eager, step
 from models import MLP
+from torch.utils.checkpoint import checkpoint
 
 from quartet.lowering import cpu_ops
+from quartet.runtime import weights
 from quartet.runtime.weights import REUSED
 
 WEIGHTS = {(96, 64), (40, 96)}
@@ -75,7 +78,7 @@ def test_nothing_is_kept_without_accumulation(trained, quantized):
         train_step(*trained[0], forwards=1)
     assert len(quantized) == 3 * len(WEIGHTS)
     mine = {p.data_ptr() for p in trained[0][0].parameters()}
-    assert not any(address in mine for address, _ in REUSED._kept)
+    assert not any(address in mine for address, _, _ in REUSED._kept)
 
 
 @pytest.mark.parametrize("change", ["in place", "load_state_dict", "new data", "another tensor", "dtype and back"])
@@ -133,13 +136,81 @@ def test_evaluation_neither_reuses_nor_keeps(trained, quantized):
     assert len(quantized) == 2 * len(WEIGHTS)
 
 
+def test_a_write_through_data_is_not_seen_before_the_next_step(trained):
+    """As docs/policies.md says: PyTorch's version counter does not count it."""
+    outputs = []
+    for model, compiled, optimizer in trained:
+        for i in range(2):
+            compiled(data(i)).square().mean().backward()
+        model.up.weight.data.mul_(-1.5)
+        outputs.append(compiled(data(2)).detach())
+        optimizer.zero_grad()
+        optimizer.step()
+    assert not torch.equal(*outputs)
+    same_next_step(trained)
+
+
+@pytest.mark.parametrize("policy", ["fp8", "int8"])
+def test_weights_of_eight_bit_recipes_are_not_kept(policy):
+    assert not kept_of(MLP(), lambda model: model, policy)
+
+
+def test_weights_of_checkpointed_regions_are_not_kept():
+    class Checkpointed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = MLP()
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    assert not kept_of(Checkpointed(), lambda model: model.inner, "quartet")
+    assert kept_of(MLP(), lambda model: model, "quartet")
+
+
+def kept_of(model, inner, policy):
+    """What is kept of the weights after a step of accumulated gradients, before the next one ends."""
+    compiled, _ = compile_eager(model, policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        train_step(model, compiled, optimizer)
+    for i in range(3):
+        compiled(data(i)).square().mean().backward()
+    mine = {p.data_ptr() for p in inner(model).parameters()}
+    return [key for key in REUSED._kept if key[0] in mine]
+
+
+def test_streams_share_nothing(trained, quantized, monkeypatch):
+    """What one stream has made may not be there yet when another one reads it."""
+    model, compiled, _ = trained[0]
+    current, read = [0], []
+    find = REUSED.find
+    monkeypatch.setattr(weights, "_stream", lambda parameter: current[0])
+    monkeypatch.setattr(REUSED, "find", lambda *key: read.append((current[0], find(*key))) or read[-1][1])
+    for stream in (1, 2, 1, 2, 1, 2):
+        current[0] = stream
+        compiled(data(0)).mean().backward()
+    streams = {stream for address, stream, _ in REUSED._kept if address == model.up.weight.data_ptr()}
+    assert streams == {1, 2}
+    assert len(quantized) == 4 * len(WEIGHTS)  # the first two forwards on each: that it repeats shows in the second
+    assert [stream for stream, kept in read if kept is not None] == [1] * len(WEIGHTS) + [2] * len(WEIGHTS)
+
+
+def test_the_stream_is_the_current_one_of_the_parameters_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: asked.append(device) or
+                        SimpleNamespace(cuda_stream=77))
+    assert weights._stream(SimpleNamespace(is_cuda=True, device="cuda:1")) == 77 and asked == ["cuda:1"]
+    assert weights._stream(torch.zeros(1)) == 0
+
+
 def test_kept_codes_survive_being_overwritten(trained):
     """Compiled code may reuse the memory of what an op gave it."""
     model, compiled, _ = trained[0]
     compiled(data(0)).mean().backward()
     kept = {key: [t.clone() for t in made] for key, (_, made) in REUSED._kept.items()}
     assert kept
-    for (address, what), made in kept.items():
+    for (address, _, what), made in kept.items():
         parameter = next((p for p in model.parameters() if p.data_ptr() == address), None)
         if parameter is not None:
             for t in REUSED.find(parameter, what):

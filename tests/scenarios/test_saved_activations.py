@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import quartet
 from quartet import Policy
 from quartet.backend import compile_graph, make_partitioner, make_pipeline
+from quartet.lowering import fp8
 from quartet.lowering.recipe import Recipe, Saved
 from quartet.options import Options
 from quartet.passes import pipeline
@@ -185,24 +186,51 @@ def test_an_op_of_the_users_gets_what_forward_had():
 
 # --- nothing twice ---------------------------------------------------------------------------------------------------
 
-def test_codes_of_a_product_serve_the_activation_too():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+class Shared(nn.Module):
+    """What tanh leaves for backward is an operand of the next product."""
 
-        def forward(self, x):
-            return self.b(torch.tanh(self.a(x))).sin()
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
 
-    model, inputs = Shared(), X()
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))).sin()
+
+
+@pytest.mark.parametrize("kernel", ["inductor", "cublaslt"])
+@pytest.mark.parametrize("rows", [96, 100])
+def test_codes_of_a_product_serve_the_activation_too(kernel, rows, monkeypatch):
+    """Also where a cast makes them for the FP8 tensor cores, which keep those of the transpose."""
+    if kernel == "cublaslt":
+        monkeypatch.setattr(fp8, "unavailable", lambda device: None)
+    model, inputs = Shared(), [torch.randn(rows, 128, requires_grad=True)]
     compiled, exact = compile_eager(model, Policy("fp8"))
     expected = step(compiled, model, inputs)
     got, records, backend = records_of(model, inputs, saving(base="fp8"))
+    assert {r.kernel for r in backend.records} == {kernel}
     assert torch.equal(got[0], expected[0])
     assert_close(got, expected, least=0.98)
     shared = [r for r in records if r.saved_bytes == 0]
     assert [r.op for r in shared] == ["tanh"] and "kept anyway" in shared[0].reason
     assert exact.capture.saved_bytes - backend.capture.saved_bytes >= shared[0].bytes
+
+
+def test_codes_for_a_gpu_serve_the_activation_too():
+    model, x = Shared().bfloat16(), torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
+    report = quartet.explain(model, x, options={"policy": saving(base="fp8")}, target="sm_90")
+    assert {r.kernel for r in report.records} == {"cublaslt"}
+    (tanh,) = [r for r in report.saved if r.op == "tanh"]
+    assert tanh.saved_bytes == 0 and "kept anyway" in tanh.reason
+
+
+def test_a_gpu_without_fp8_keeps_what_its_code_cannot_encode():
+    model, x = Elementwise().bfloat16(), torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
+    found = {name: quartet.explain(model, x, options={"policy": saving(name)}, target="sm_80").saved
+             for name in ("e4m3/16", "mesa8")}
+    encoded = {r.name for r in found["mesa8"] if r.saved}
+    assert encoded and not any(r.saved for r in found["e4m3/16"])
+    for r in found["e4m3/16"]:
+        assert (r.name not in encoded) or r.reason.endswith("take a format of bytes, such as mesa8")
 
 
 def test_views_and_casts_of_one_tensor_are_kept_once():
