@@ -76,6 +76,7 @@ def default_forward() -> Any:
 def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     """What is measured, by name; the first is the copy."""
     from quartet.kernels.reference import random_signs
+    from quartet.kernels.reference.nvfp4 import tensor_scales
     from quartet.kernels.spec import QuantSpec
     from quartet.kernels.triton import ops, rotations
 
@@ -88,6 +89,13 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     stochastic = ops.Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, signs, bits, 7)
     nearest = ops.Chain(QuantSpec(rule="headroom"), 32, signs)
 
+    def nvfp4(text: str, rotation: int = 0) -> ops.Chain:
+        """Under a tensor whose largest magnitude is 5, as that of these inputs nearly is."""
+        spec, amax = QuantSpec.parse(f"e2m1/{text}"), torch.full((1, 1), 5.0, device=device)
+        return ops.Chain(spec, rotation, random_signs(bits, 3, rotation) if rotation else None, bits, 7,
+                         tensor_scales(amax, spec)[0])
+
+    plain, turned = nvfp4("16 e4m3 amax stochastic"), nvfp4("16 e4m3 amax stochastic", 16)
     def alone(x: Tensor) -> tuple[Tensor, ...]:
         return (x,)
 
@@ -115,6 +123,16 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         "requantize SR": Kernel(COLUMN_GOAL, packed, lambda c, s: ops.requantize(c, s, forward, stochastic)),
         "fold": Kernel(ROW_GOAL, packed, lambda c, s: ops.fold(c, s, forward)),
         "mask rotate": Kernel(ROW_GOAL, masked, unrotate),
+        "nvfp4 rows": Kernel(ROW_GOAL, alone, quantize(nvfp4("16 e4m3 amax nearest"), True, False)),
+        "nvfp4 rows SR": Kernel(ROW_GOAL, alone, quantize(plain, True, False)),
+        "nvfp4 rows 4/6": Kernel(ROW_GOAL, alone, quantize(nvfp4("16 e4m3 four_six nearest"), True, False)),
+        "nvfp4 rows eden": Kernel(ROW_GOAL, alone, quantize(nvfp4("16 e4m3 eden stochastic"), True, False)),
+        "nvfp4 tiles": Kernel(ROW_GOAL, alone, quantize(nvfp4("16x16 e4m3 amax nearest"), True, False)),
+        "nvfp4 both SR": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, plain, turned)),
+        "nvfp4 columns SR": Kernel(COLUMN_GOAL, alone, lambda x: quantize(turned, True, False)(x.t())),
+        "rotated amax": Kernel(ROW_GOAL, alone, lambda x: rotations.rotated_amax(x, 16, turned.signs)),
+        "rotated amax of columns": Kernel(ROW_GOAL, alone, lambda x: rotations.rotated_amax(x.t(), 16, turned.signs)),
+        "rotate 128": Kernel(ROW_GOAL, alone, lambda x: rotations.rotate(x, 128, None)),
     }
 
 

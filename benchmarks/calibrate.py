@@ -5,7 +5,9 @@
 Products of bf16 and of FP8 operands (row scales) over sizes from 1024 to 16384, and every pass that surrounds them on
 bf16 tensors of four sizes, each timed as in the other benchmarks: random inputs, nothing in the L2 cache, medians.
 Times are fitted by their relative error, a product's as 2·m·n·k / flops + m·n·output + launch and a pass's as
-elements·constant + launch; the table shows how far the fit is off.
+elements·constant + launch; the table shows how far the fit is off. Products are timed once more back to back for
+``--sustain`` seconds, and the flops follow from that: a GPU lowers its clock under a load that lasts as training does,
+on one H200 by a fifth.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +30,10 @@ from quartet.lowering.rates import Rates
 TOKENS = (2048, 8192, 16384)
 WIDTHS = (1024, 2048, 4096, 8192, 14336)
 TENSORS = ((2048, 1024), (4096, 2048), (8192, 4096), (16384, 8192))
+TOGETHER = 20  # calls between two events
 KERNELS = {"rows": "rows quest packed fold", "both axes": "both SR", "one axis": "columns SR",
            "requantise": "requantize SR", "fold": "fold", "unrotate": "mask rotate"}
+SUSTAINED = ((16384, 2048, 2048), (16384, 8192, 2048), (16384, 4096, 4096), (16384, 14336, 4096))
 Sizes = tuple[int, ...]
 
 
@@ -102,12 +107,39 @@ def measure(cases_of: Callable[..., dict[str, common.Case]], sizes: Sequence[Siz
     return times
 
 
-def rates(device: str, gemm: dict[str, Any], line: dict[str, Any]) -> Rates:
-    """The fits as the cost model takes them, to three digits."""
+def sustained(case: common.Case, seconds: float) -> float:
+    """Median seconds of one call in the second half of so many seconds of nothing else."""
+    times, begin, end = [], torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        begin.record()
+        for _ in range(TOGETHER):
+            case.run(0)
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * begin.elapsed_time(end) / TOGETHER)
+    return statistics.median(times[len(times) // 2:])
+
+
+def under_load(gemm: dict[str, Any], seconds: float, device: torch.device) -> dict[str, float]:
+    """dtype → flops of products that run for ``seconds``, what their outputs and launches take left out."""
+    found: dict[str, list[float]] = {name: [] for name in gemm}
+    for m, n, k in SUSTAINED:
+        for name, case in products(m, n, k, device).items():
+            _, output, launch = gemm[name]["coefficients"]
+            took = sustained(case, seconds)
+            found[name].append(2.0 * m * n * k / (took - m * n * output - launch))
+        common.release(device)
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def rates(device: str, gemm: dict[str, Any], line: dict[str, Any], loaded: dict[str, float]) -> Rates:
+    """The fits as the cost model takes them, to three digits; flops under load where they were measured."""
     def constants(of: dict[str, Any], index: int) -> dict[str, float]:
         return {name: float(f"{data['coefficients'][index]:.3g}") for name, data in of.items()}
 
-    flops = {name: float(f"{1 / seconds:.3g}") for name, seconds in constants(gemm, 0).items()}
+    bursts = {name: 1 / seconds for name, seconds in constants(gemm, 0).items()}
+    flops = {name: float(f"{value:.3g}") for name, value in (bursts | loaded).items()}
     launch = statistics.median((constants(gemm, 2) | constants(line, 1)).values())
     return Rates(device, flops, constants(gemm, 1), constants(line, 0), launch)
 
@@ -115,6 +147,7 @@ def rates(device: str, gemm: dict[str, Any], line: dict[str, Any]) -> Rates:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--sustain", type=float, default=2.0, metavar="SECONDS", help="0: flops of bursts")
     common.add_arguments(parser, "calibrate", "size")
     args = parser.parse_args(argv)
     if args.device.type != "cuda":
@@ -129,11 +162,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += [[name, " ".join(f"{c:.3g}" for c in data["coefficients"]), f"{data['median']:.1%}", f"{data['worst']:.1%}"]
              for name, data in (gemm | line).items()]
     say(common.table(rows))
-    say(repr(rates(environment["device"], gemm, line)))
+    loaded = under_load(gemm, args.sustain, args.device) if args.sustain else {}
+    say(repr(rates(environment["device"], gemm, line, loaded)))
     record = common.Record(args.out, "calibrate", environment, fresh=True)
     for name, data in (gemm | line).items():
         record.put(name, data)
-    record.save(times={name: {"x".join(map(str, size)): t for size, t in by.items()}
+    record.save(under_load=loaded, times={name: {"x".join(map(str, size)): t for size, t in by.items()}
                        for name, by in (by_product | by_pass).items()})
 
 

@@ -35,7 +35,7 @@ class Layer:
         kernels: role → the kernel that its product gets, "" for none of ours; a role that is missing has no product.
         m, n, k: tokens, out, in.
         sharing: how many layers quantise the same X.
-        recompute: backward runs the product of forward again.
+        recompute: backward runs the product of forward again, whose result it needs.
     """
 
     kernels: dict[str, str]

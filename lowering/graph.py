@@ -14,6 +14,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 from quartet.runtime.compat import detect_fake_mode
 
 aten = torch.ops.aten
+VIEWS = (
+    aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int,
+    aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.slice.Tensor, aten.select.int,
+    torch.ops.prims.convert_element_type.default, operator.getitem,
+)
 
 FORWARD = "is_forward"
 BACKWARD = "must_be_in_backward"

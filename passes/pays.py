@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
+from torch.fx import Node
+
 from quartet.lowering import registry
 from quartet.lowering.cost import FP8_KERNELS, Cost, Layer, predict
-from quartet.lowering.graph import val
+from quartet.lowering.graph import VIEWS, is_backward, val
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe import ROLES, Gemm, Recipe
 from quartet.passes.sites import MatmulSite
@@ -99,10 +101,16 @@ def _unmeasured(layer: Layer, roles: Iterable[str]) -> str:
 def _layer(state: State, site: MatmulSite, sharing: int) -> Layer:
     recipe = recipe_of(site)
     target = state.config.target_of(val(site.x[0]).device)
-    recompute = (state.config.recompute or recipe.recompute) == "gemm" and len(site.products) > 1
+    recompute = ((state.config.recompute or recipe.recompute) == "gemm" and len(site.products) > 1
+                 and _read_in_backward(site.products["fprop"].node))
     kernels = {role: _kernel(state, site, role, target) for role in site.products}
     m, n, k = map(_known, (site.m, site.n, site.k))
     return Layer(kernels, m, n, k, sharing, recompute)
+
+
+def _read_in_backward(y: Node) -> bool:
+    """Whether backward reads a product's result, or a view or cast of it: then it is kept, or computed again."""
+    return any(is_backward(user) or user.target in VIEWS and _read_in_backward(user) for user in y.users)
 
 
 def _known(size: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
-from quartet.lowering.graph import aten, shape, val
+from quartet.lowering.graph import VIEWS, shape, val
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice
 from quartet.passes.layers import layers_of
@@ -19,11 +18,6 @@ from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VIEWS = (
-    aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int,
-    aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.slice.Tensor, aten.select.int,
-    torch.ops.prims.convert_element_type.default, operator.getitem,
-)
 
 
 class UnsupportedMatmul(ValueError):

@@ -13,9 +13,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from quartet.lowering import grouped_ops
-from quartet.lowering.graph import editing, is_backward
+from quartet.lowering.graph import VIEWS, editing, is_backward
 from quartet.lowering.ir import SEMANTIC
-from quartet.passes.plan import VIEWS
 from quartet.passes.state import State
 
 MERGED = frozenset((*SEMANTIC, *grouped_ops.SEMANTIC, *VIEWS))

@@ -54,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer | Factory, params: Iterable[Any] | None = None, *,
                  rescale: str | None = "radial", rescale_every: int = 64, feedback: bool = False,
-                 bucket_bytes: int = 64 << 20, generator: torch.Generator | None = None) -> None:
+                 bucket_bytes: int = 256 << 20, generator: torch.Generator | None = None) -> None:
         if rescale not in RESCALES:
             raise ValueError(f"rescale {rescale!r} does not exist; use 'radial', 'rare' or None")
         if rescale_every < 1 or bucket_bytes < 0:

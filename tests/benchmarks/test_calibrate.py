@@ -30,7 +30,7 @@ def test_the_fit_finds_the_constants_and_the_rates_print_as_code(load):
     line = calibrate.fit({"fold": {(r, 32): r * 32 * 4e-13 + 7e-6 for r in (8, 64, 512)}},
                          lambda rows, cols: (float(rows * cols), 1.0))
     assert all(data["worst"] < 1e-9 for data in (gemm | line).values())
-    rates = calibrate.rates("a GPU", gemm, line)
+    rates = calibrate.rates("a GPU", gemm, line, {})
     assert rates == Rates("a GPU", {"bf16": 8e14, "fp8": 1.6e15}, {"bf16": 1e-12, "fp8": 0.0}, {"fold": 4e-13}, 5e-6)
     assert eval(repr(rates)) == rates
 
