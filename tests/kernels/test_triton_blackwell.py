@@ -22,6 +22,8 @@ R, K = 64, 4096
 QUEST = expected.DEFAULT
 X = torch.empty(R, K, dtype=torch.bfloat16)
 CODES, SCALES = torch.empty(R, K // 2, dtype=torch.uint8), torch.empty(swizzled_size(R, K // 32), dtype=torch.uint8)
+TWO_LEVEL = {rounding: Chain(QuantSpec.parse(f"e2m1/16 e4m3 amax {rounding}"), 16, torch.ones(16), torch.tensor(0), 23,
+                             torch.ones(1, 1)) for rounding in ("nearest", "stochastic")}
 STOCHASTIC = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
 NEAREST = Chain(QUEST, 32)
 CALLS = {
@@ -30,17 +32,20 @@ CALLS = {
     "quantize-both": lambda chain, hardware: blackwell.quantize_both(X, chain, chain, hardware=hardware),
     "requantize": lambda chain, hardware: blackwell.requantize(CODES, SCALES, QUEST, chain, hardware=hardware),
 }
+TWO_LEVEL_CALLS = {"nvfp4": CALLS["quantize"], "nvfp4-both": CALLS["quantize-both"]}
 NEAREST_CONVERSION, STOCHASTIC_CONVERSION = "cvt.rn.satfinite.e2m1x2.f32", "cvt.rs.satfinite.e2m1x4.f32"
 CASES = [(capability, name, rounding) for capability, names in (
     (90, ("quantize", "requantize")), (100, CALLS), (103, CALLS), (120, CALLS), (121, ("quantize",)))
     for name in names for rounding in ("nearest", "stochastic")]
+CASES += [(capability, "nvfp4", rounding) for capability in (100, 103, 120) for rounding in TWO_LEVEL]
+CASES += [(100, "nvfp4-both", "stochastic"), (120, "nvfp4-both", "nearest")]
 
 
 def compiled(monkeypatch, capability, name, rounding, hardware):
     known = blackwell.CONVERSIONS.get(divmod(capability, 10), ())
     monkeypatch.setattr(blackwell, "conversions", lambda device: known)
-    chain = NEAREST if rounding == "nearest" else STOCHASTIC
-    (launch,) = triton_offline.launches(lambda: CALLS[name](chain, hardware))
+    chain = TWO_LEVEL[rounding] if "nvfp4" in name else NEAREST if rounding == "nearest" else STOCHASTIC
+    (launch,) = triton_offline.launches(lambda: (CALLS | TWO_LEVEL_CALLS)[name](chain, hardware))
     return triton_offline.compile_with_ptx(launch, capability)
 
 

@@ -22,7 +22,7 @@ import two_level_cases
 
 from quartet.kernels import reference as ref
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import blackwell, cast, ops, rotations, scaled_gemm
+from quartet.kernels.triton import blackwell, cast, host, ops, rotations, scaled_gemm
 from quartet.kernels.triton.ops import Chain
 
 CPU = torch.device("cpu")
@@ -360,6 +360,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not ops.INTERPRETED.value:
+    if not host.INTERPRETED.value:
         sys.exit("set TRITON_INTERPRET=1: without it Triton compiles for a GPU")
     main()
