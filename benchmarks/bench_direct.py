@@ -135,8 +135,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=common.names, default=list(COLUMNS), metavar="NAMES",
                         help=f"default {','.join(COLUMNS)}")
-    parser.add_argument("--bucket-mb", type=lambda text: [int(n) for n in common.names(text)], default=[64, 1024],
-                        metavar="NUMBERS", help="bucket_bytes of the fused columns (default 64,1024)")
+    parser.add_argument("--bucket-mb", type=lambda text: [int(n) for n in common.names(text)], default=[64, 256, 1024],
+                        metavar="NUMBERS", help="bucket_bytes of the fused columns (default 64,256,1024)")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=10, help="timed steps of each column (default %(default)s)")
