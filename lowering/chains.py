@@ -143,12 +143,14 @@ def ready(build: Builder, source: Source) -> Source:
     if amax is None:
         return source
     if source.rotation and amax.target is ir.AMAX:
+        pull(source.x, build.before)
         old, amax = amax, build(cuda_ops.ROTATED_AMAX, source.x, source.rotation, source.signs)
         _replace(old, amax)
     if source.x.target is ir.HADAMARD and amax.target is ir.AMAX:
         x, rotation, signs = source.x.args[:3]
-        if isinstance(signs, Node):
-            pull(signs, build.before)
+        for node in (x, signs):
+            if isinstance(node, Node):
+                pull(node, build.before)
         rotated = build(cuda_ops.ROTATE, x, rotation, signs)
         values, amax = build.item(rotated, 0), build.item(rotated, 1)
         _replace(source.amax, amax)  # type: ignore[arg-type]
