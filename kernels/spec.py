@@ -206,6 +206,11 @@ class QuantSpec:
         return _parse(text, extension.changes())
 
 
+def chain_multiple(spec: QuantSpec, rotation: int) -> int:
+    """What a fused GPU quantiser pads its axis to a multiple of after a Hadamard of size ``rotation`` (0: none)."""
+    return max(spec.multiple, rotation, 32 if spec.scale == "e8m0" else 16)
+
+
 @cache
 def _parse(text: str, changes: int) -> QuantSpec:
     m = re.fullmatch(r"(\w+)/([a-z]+|\d+?)(x\2)? (\w+) (\w+)(?:\((\w+),(\w+)\))? (\w+)( mask)?", text)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quartet.kernels import reference
 from quartet.kernels.reference.quantize import largest_magnitude
-from quartet.kernels.spec import QuantSpec
+from quartet.kernels.spec import QuantSpec, chain_multiple
 from quartet.lowering.ir import ceil_to, library
 from quartet.runtime.weights import REUSED, described
 
@@ -135,8 +135,8 @@ def _signs(seed: Tensor, site: int, n: int) -> Tensor:
 
 
 def padded_to(cols, rotation: int, spec: QuantSpec):
-    """``cols`` with the padding of a chain, as ``kernels.triton.ops.multiple`` has it."""
-    return ceil_to(cols, max(spec.multiple, rotation, 32 if spec.scale == "e8m0" else 16))
+    """``cols`` with the padding of a chain."""
+    return ceil_to(cols, chain_multiple(spec, rotation))
 
 
 def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, folded: bool) -> Five:

@@ -39,7 +39,7 @@ def quantize(x: Tensor, chain: Chain, *, hardware: bool) -> tuple[Tensor, Tensor
     Returns:
         codes uint8 ``[R, Kp/2]``, scales uint8 ``[swizzled_size(R, Kp/block)]``, padding 0, those of tiles for each
         row, and mask uint8 ``[R, Kp/8]`` if ``spec.mask``, else ``[R, 0]``; Kp = K rounded up to a multiple of
-        ``ops.multiple``.
+        ``chain.multiple``.
     Raises:
         ValueError: blocks of another size, and as :func:`quartet.kernels.triton.ops.quantize`.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.reference.packing import swizzled_size
-from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.kernels.spec import QuantSpec, chain_multiple, dtype_name
 from quartet.kernels.triton import columns, rows, two_level
 from quartet.kernels.triton.fold import inexact_blocks, table
 from quartet.kernels.triton.host import DTYPES, WARP, cdiv, check_given, on_device, power_of_two, warps, wide
@@ -47,7 +47,7 @@ class Chain:
     @property
     def multiple(self) -> int:
         """What the quantised axis is padded to a multiple of: what a Hadamard or a scale spans."""
-        return multiple(self.spec, self.rotation)
+        return chain_multiple(self.spec, self.rotation)
 
     def unit(self, width: int) -> int:
         """Elements that one thread owns of an axis ``width`` long."""
@@ -76,11 +76,6 @@ class Form:
 
 
 PLAIN = Form()
-
-
-def multiple(spec: QuantSpec, rotation: int) -> int:
-    """What the quantised axis is padded to a multiple of after a Hadamard of size ``rotation`` (0: none)."""
-    return max(spec.multiple, rotation, 32 if spec.scale == "e8m0" else 16)
 
 
 @cache
@@ -113,7 +108,7 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
         codes uint8 ``[R, Kp/2]``, scales uint8 (e4m3: float8_e4m3fn) ``[R, Kp/block]``, of tiles ``[⌈R/16⌉, Kp/16]``,
         mask uint8 ``[R, Kp/8]`` if ``spec.mask``, values float8_e4m3fn ``[R, Kp]`` and row scales float32 ``[R, 1]``
         with ``values · row scale = code · 2^e`` (see :func:`fold`); Kp = K rounded up to a multiple of
-        :func:`multiple`. What was not asked for is ``[0]``.
+        :attr:`Chain.multiple`. What was not asked for is ``[0]``.
     Raises:
         ValueError: what :func:`supports` declines, a tensor of another device or shape, or a missing seed.
     """
