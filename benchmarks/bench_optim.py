@@ -193,23 +193,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     common.add_arguments(parser, "bench_optim", "run")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.columns if name not in COLUMNS]
-    if unknown:
-        parser.error(f"there is no column {unknown[0]!r}; possible: {', '.join(COLUMNS)}")
+    common.check_columns(parser, args.columns, COLUMNS)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = common.environment(args.device) | {k: getattr(args, k) for k in ("layers", "width", "vocabulary",
-                                                                                "repeat", "seed")}
-    say(common.describe(settings))
-    record = common.Record(args.out, "bench_optim", settings, args.fresh)
-    key = ",".join(args.columns)
-    if key not in record.results:
-        record.put(key, measure(args))
-    say(f"{record.results[key]['parameters'] / 1e9:.3f} billion parameters in {record.results[key]['tensors']} tensors")
-    say(report(record.results[key]))
+    result = common.measured_once(args, "bench_optim", ("layers", "width", "vocabulary", "repeat", "seed"), measure)
+    say(f"{result['parameters'] / 1e9:.3f} billion parameters in {result['tensors']} tensors")
+    say(report(result))
 
 
 if __name__ == "__main__":

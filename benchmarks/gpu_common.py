@@ -302,3 +302,21 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: str, unit: str, ag
 def default_out(benchmark: str) -> Path:
     """``bench-out/NAME.json``, or below the folder that ``$OUT`` names."""
     return Path(os.environ.get("OUT", "bench-out")) / f"{benchmark}.json"
+
+
+def check_columns(parser: argparse.ArgumentParser, columns: Sequence[str], known: Sequence[str]) -> None:
+    """End with an error that names the first column that is not known, and those that are."""
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        parser.error(f"there is no column {unknown[0]!r}; possible: {', '.join(known)}")
+
+
+def measured_once(args: argparse.Namespace, benchmark: str, keys: Sequence[str],
+                  measure: Callable[[argparse.Namespace], dict[str, Any]]) -> dict[str, Any]:
+    """What ``--out`` holds for these columns and the settings that ``keys`` name, else what ``measure`` finds now."""
+    settings = environment(args.device) | {key: getattr(args, key) for key in keys}
+    say(describe(settings))
+    record, columns = Record(args.out, benchmark, settings, args.fresh), ",".join(args.columns)
+    if columns not in record.results:
+        record.put(columns, measure(args))
+    return record.results[columns]
