@@ -2,7 +2,8 @@
 
     python benchmarks/saved_activations.py                      bytes of both models, on a CPU under two minutes
     python benchmarks/saved_activations.py --gradients          and how far the gradients turn: runs the steps
-    python benchmarks/saved_activations.py --peak --device cuda peak memory of a step too, code generated
+    python benchmarks/saved_activations.py --peak --device cuda peak memory of a step too, by generated code: each
+                                                                column in a process of its own, --together N at a time
     python benchmarks/saved_activations.py --json saved.json
 
 Models: a Llama of 4 layers (``examples/llama.py``) and a vision transformer, both in bfloat16 with fused attention.
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
 import torch.nn.functional as F
+from gpu_worker import Worker, WorkerError
 from llama import Llama, LlamaConfig
 from torch import Tensor, nn
 
@@ -113,9 +117,13 @@ def saved(model: nn.Module, inputs: Sequence[Tensor], what: Any, capture: Captur
     return capture.saved_bytes
 
 
-def peak(model: nn.Module, inputs: Sequence[Tensor], what: Any) -> int:
-    """Most bytes that a step of generated code takes beyond parameters, gradients and inputs, on a GPU."""
-    torch._dynamo.reset()
+def peak(name: str, column: str, batch: int, device: str) -> int:
+    """Most bytes that a step of generated code takes beyond parameters, gradients and inputs, on a GPU.
+
+    What outlives a step, as quantised weights that serve until the next optimizer step, is part of them.
+    """
+    model, inputs = prepared(name, batch, device)
+    what = COLUMNS[column]
     if isinstance(what, Policy):
         run = torch.compile(model, backend="quartet", options={"policy": what})
     else:
@@ -124,20 +132,50 @@ def peak(model: nn.Module, inputs: Sequence[Tensor], what: Any) -> int:
         run(*inputs).backward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     run(*inputs).backward()
-    return torch.cuda.max_memory_allocated() - before
+    held = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers(), *inputs]
+    return torch.cuda.max_memory_allocated() - sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def peaks(names: Sequence[str], args: argparse.Namespace) -> dict[tuple[str, str], int | None]:
+    """:func:`peak` of every column of some models, each in a process that has nothing else in its memory.
+
+    None for a column that failed; why is printed.
+    """
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // args.together))}
+
+    def one(case: tuple[str, str]) -> int | None:
+        name, column = case
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", column, "--models", name, "--device",
+                   args.device, *(["--batch", str(args.batch)] if args.batch else [])]
+        worker = Worker(command, threads, patience=900)
+        try:
+            return int(worker.answer()["peak"])
+        except WorkerError as error:
+            print(f"{name}, {column} failed: {error}", file=sys.stderr)
+            return None
+        finally:
+            worker.end()
+
+    cases = [(name, column) for name in names for column in COLUMNS]
+    with ThreadPoolExecutor(args.together) as pool:
+        return dict(zip(cases, pool.map(one, cases), strict=True))
 
 
 def _gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def measure(name: str, batch: int, device: str, gradients: bool, with_peak: bool) -> list[dict[str, Any]]:
-    """One row a column of the table; ``cosine`` is with the gradients of the same products and exact activations."""
+def prepared(name: str, batch: int, device: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model in bfloat16, and inputs for it."""
     torch.manual_seed(0)
     model, inputs = MODELS[name](batch)
-    model, inputs = model.bfloat16().to(device), tuple(x.to(device) for x in inputs)
+    return model.bfloat16().to(device), tuple(x.to(device) for x in inputs)
+
+
+def measure(name: str, batch: int, device: str, gradients: bool) -> list[dict[str, Any]]:
+    """One row a column of the table; ``cosine`` is with the gradients of the same products and exact activations."""
+    model, inputs = prepared(name, batch, device)
     rows: list[dict[str, Any]] = []
     exact: dict[bool, Tensor] = {}
     for column, what in COLUMNS.items():
@@ -148,14 +186,13 @@ def measure(name: str, batch: int, device: str, gradients: bool, with_peak: bool
             found = _gradients(model)
             reference = exact.setdefault(isinstance(what, Policy) and what.default is not None, found)
             row["cosine"] = F.cosine_similarity(found, reference, dim=0).item()
-        if with_peak:
-            row["peak"] = peak(model, inputs, what)
         rows.append(row)
     return rows
 
 
 MORE: dict[str, Callable[[Any], str]] = {
-    "cosine": lambda value: f"{value:.4f}", "peak": lambda value: f"{value / 2**20:.1f} MiB"}
+    "cosine": lambda value: f"{value:.4f}", "peak": lambda value: f"{value / 2**20:.1f} MiB",
+    "peak_of_bf16": lambda value: f"{value:.3f}"}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -165,7 +202,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
              "|---|---|" + "---:|" * (2 + len(more))]
     for row in rows:
         cells = (row["model"], row["column"], f"{row['bytes'] / 2**20:.1f} MiB", f"{row['of_bf16']:.3f}",
-                 *(MORE[key](row[key]) for key in more))
+                 *("failed" if row[key] is None else MORE[key](row[key]) for key in more))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -177,18 +214,29 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--gradients", action="store_true", help="also compare the gradients with exact ones")
     parser.add_argument("--peak", action="store_true", help="compile and run too, for the peak memory of a step (GPU)")
+    parser.add_argument("--together", type=int, default=4, metavar="N", help="processes of --peak at a time")
     parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--worker", choices=COLUMNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak and not args.device.startswith("cuda"):
         parser.error("peak memory is measured on a GPU; add --device cuda")
     if unknown := [name for name in args.models.split(",") if name not in MODELS]:
         parser.error(f"unknown model {unknown[0]!r}; possible: {', '.join(MODELS)}")
-    rows = [row for name in args.models.split(",")
-            for row in measure(name, args.batch or BATCH[name], args.device, args.gradients, args.peak)]
+    names = args.models.split(",")
+    if args.worker is not None:
+        (name,) = names
+        print(json.dumps({"peak": peak(name, args.worker, args.batch or BATCH[name], args.device)}), flush=True)
+        return
+    found = peaks(names, args) if args.peak else {}
+    rows = [row for name in names for row in measure(name, args.batch or BATCH[name], args.device, args.gradients)]
+    for row in rows if args.peak else ():
+        row["peak"] = found[row["model"], row["column"]]
+        base = found[row["model"], "bf16"]
+        row["peak_of_bf16"] = row["peak"] / base if row["peak"] and base else None
     sizes = ", ".join(f"{name} batch {args.batch or size}" for name, size in BATCH.items())
     print(f"torch {torch.__version__}, {args.device}, {sizes}")
     print(table(rows))
-    for name in args.models.split(","):
+    for name in names:
         best = next(row for row in rows if (row["model"], row["column"]) == (name, "quartet + e4m3/16"))
         verdict = "reached" if best["of_bf16"] <= GOAL else "missed"
         print(f"{name}: {best['of_bf16']:.3f} of BF16's bytes, goal {GOAL} {verdict}")

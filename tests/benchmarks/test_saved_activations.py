@@ -16,7 +16,7 @@ def rows():
         patch.setitem(benchmark.MODELS, "vit", lambda batch: (
             benchmark.ViT(64, 1, 2, size=64, classes=16),
             (benchmark.torch.randn(batch, 3, 64, 64).bfloat16(), benchmark.torch.arange(batch) % 16)))
-        return benchmark.measure("vit", 16, "cpu", True, False)
+        return benchmark.measure("vit", 16, "cpu", True)
 
 
 def test_saved_activations_keep_less_than_quartet_and_quartet_less_than_bfloat16(rows):
