@@ -21,10 +21,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -49,6 +49,34 @@ ROTATED_BYTES = 256 << 20
 MOST_BUFFERS = 8
 
 
+class Layer(Protocol):
+    """What is measured: a module from ``[tokens, fan_in]`` to ``[tokens, outputs]``."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def fan_in(self) -> int: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the matrix products, forward and backward."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the record says of it."""
+
+    def model(self) -> nn.Module: ...
+
+    def prepare(self, column: str, model: nn.Module) -> nn.Module:
+        """The model as the column trains it."""
+
+    def policy(self, column: str) -> Any:
+        """What our backend takes for the column, or None for the recipe of that name."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One case: a linear layer of ``fan_in`` to ``fan_out`` features, or an MLP from ``fan_in`` over ``fan_out``."""
@@ -68,7 +96,6 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the matrix products, forward and backward."""
         return (3 if self.mlp else 1) * 6 * self.tokens * self.fan_in * self.fan_out
 
     @property
@@ -79,6 +106,15 @@ class Shape:
         if self.mlp:
             return FeedForward(LlamaConfig(dim=self.fan_in, layers=1, heads=1, ffn=self.fan_out))
         return OneLinear(self.fan_in, self.fan_out)
+
+    def describe(self) -> dict[str, Any]:
+        return {"mlp": self.mlp, "tokens": self.tokens, "in": self.fan_in, "out": self.fan_out}
+
+    def prepare(self, column: str, model: nn.Module) -> nn.Module:
+        return common.prepare(column, model)
+
+    def policy(self, column: str) -> None:
+        return None
 
 
 class OneLinear(nn.Module):
@@ -93,12 +129,12 @@ class OneLinear(nn.Module):
 class Buffers:
     """Random inputs and output gradients of a case, as many of each as exceed a cache."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        size = 2 * shape.tokens * (shape.fan_in + shape.outputs)
+    def __init__(self, layer: Layer, device: torch.device) -> None:
+        size = 2 * layer.tokens * (layer.fan_in + layer.outputs)
         count = max(2, min(MOST_BUFFERS, -(-ROTATED_BYTES // size)))
         kind: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-        self.inputs = [torch.randn(shape.tokens, shape.fan_in, requires_grad=True, **kind) for _ in range(count)]
-        self.gradients = [torch.randn(shape.tokens, shape.outputs, **kind) for _ in range(count)]
+        self.inputs = [torch.randn(layer.tokens, layer.fan_in, requires_grad=True, **kind) for _ in range(count)]
+        self.gradients = [torch.randn(layer.tokens, layer.outputs, **kind) for _ in range(count)]
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -107,10 +143,10 @@ class Buffers:
 class Step:
     """Forward and backward of one column; a ``gpu_common.Case``."""
 
-    def __init__(self, column: str, model: nn.Module, buffers: Buffers, args: argparse.Namespace) -> None:
-        self.model = common.prepare(column, model)
+    def __init__(self, layer: Layer, column: str, model: nn.Module, buffers: Buffers, args: argparse.Namespace) -> None:
+        self.model = layer.prepare(column, model)
         self.buffers = buffers
-        self.call: Callable[[Tensor], Tensor] = common.compiled(column, self.model, args.compiler,
+        self.call: Callable[[Tensor], Tensor] = common.compiled(column, self.model, args.compiler, layer.policy(column),
                                                                 cuda_graphs=args.cuda_graphs)
 
     def reset(self, i: int) -> None:
@@ -142,11 +178,11 @@ def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, fl
             for key, value in results.items()}
 
 
-def build(column: str, model: nn.Module, buffers: Buffers, args: argparse.Namespace,
+def build(layer: Layer, column: str, model: nn.Module, buffers: Buffers, args: argparse.Namespace,
           exact: dict[str, Tensor]) -> tuple[Step, dict[str, Any]]:
     """A compiled step, how long that took and how far its results are from BF16's."""
     start = time.perf_counter()
-    step = Step(column, copy.deepcopy(model), buffers, args)
+    step = Step(layer, column, copy.deepcopy(model), buffers, args)
     results = step.results()
     common.synchronize(args.device)
     seconds = time.perf_counter() - start
@@ -155,19 +191,23 @@ def build(column: str, model: nn.Module, buffers: Buffers, args: argparse.Namesp
     return step, {"compile_s": seconds, "error": errors(results, exact)}
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All columns of one case."""
-    shape = Shape.parse(name)
+def made(layer: Layer, args: argparse.Namespace) -> nn.Module:
+    """The same bf16 weights whenever they are made."""
     torch.manual_seed(args.seed)
     with torch.device(args.device):
-        model = shape.model().bfloat16()
-    buffers = Buffers(shape, args.device)
+        return layer.model().bfloat16()
+
+
+def measure(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
+    """All columns of one case."""
+    model = made(layer, args)
+    buffers = Buffers(layer, args.device)
     steps: dict[str, common.Case] = {}
     columns: dict[str, dict[str, Any]] = {}
     exact: dict[str, Tensor] = {}
     for column in sorted(args.columns, key=lambda column: column != common.BASELINE):
         try:
-            steps[column], columns[column] = build(column, model, buffers, args, exact)
+            steps[column], columns[column] = build(layer, column, model, buffers, args, exact)
             say(f"  {column:22} compiled in {columns[column]['compile_s']:5.1f} s, error "
                 + common.describe({key: f"{value:.1e}" for key, value in columns[column]["error"].items()}))
         except Exception as error:
@@ -177,11 +217,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     try:
         for column, times in common.Clock(args.device).interleaved(steps, args.repeat).items():
             columns[column] |= common.summary(times)
-            columns[column]["tflops"] = shape.flops / columns[column]["ms"] / 1e9
+            columns[column]["tflops"] = layer.flops / columns[column]["ms"] / 1e9
     except Exception as error:  # whichever column it was, the times of none are complete
         columns = {column: common.failure(error) | columns[column] for column in columns}
-    return {"mlp": shape.mlp, "tokens": shape.tokens, "in": shape.fan_in, "out": shape.fan_out, "flops": shape.flops,
-            "columns": {column: columns[column] for column in args.columns}, "ratios": ratios(columns)}
+    return layer.describe() | {"flops": layer.flops, "columns": {column: columns[column] for column in args.columns},
+                               "ratios": ratios(columns)}
 
 
 def ratios(columns: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -201,14 +241,15 @@ def line(name: str, result: dict[str, Any], columns: Sequence[str]) -> list[str]
     return [name, f"{baseline['ms']:.3f}" if "ms" in baseline else "", *(cell(c) for c in columns)]
 
 
-def report(record: common.Record, columns: Sequence[str]) -> None:
-    """Print the table and note the geometric means over what was measured of the first eight."""
-    rows = [["tokens x in x out", "bf16 ms", *columns]]
+def report(record: common.Record, columns: Sequence[str], head: str = "tokens x in x out",
+           averaged: Sequence[str] = FIRST8, averaged_name: str = "the first 8") -> None:
+    """Print the table and note the geometric means over what was measured of the cases ``averaged``."""
+    rows = [[head, "bf16 ms", *columns]]
     rows += [line(name, result, columns) for name, result in record.results.items()]
-    done = [record.results[name]["ratios"] for name in FIRST8 if name in record.results]
+    done = [record.results[name]["ratios"] for name in averaged if name in record.results]
     means = {column: common.geometric_mean([r[column] for r in done]) for column in columns
              if done and all(column in r for r in done)}
-    rows.append([f"geometric mean, {len(done)} of the first 8", "",
+    rows.append([f"geometric mean, {len(done)} of {averaged_name}", "",
                  *(f"{means[c]:.3f}" if c in means else "" for c in columns)])
     record.save(geometric_mean={"over": len(done), "ratios": means})
     say(common.table(rows))
@@ -216,12 +257,8 @@ def report(record: common.Record, columns: Sequence[str]) -> None:
 
 def profile(args: argparse.Namespace) -> None:
     """The kernels of one step of the asked column, for each shape."""
-    for name in args.shapes:
-        shape = Shape.parse(name)
-        torch.manual_seed(args.seed)
-        with torch.device(args.device):
-            model = shape.model().bfloat16()
-        step = Step(args.profile, model, Buffers(shape, args.device), args)
+    for name, layer in args.shapes.items():
+        step = Step(layer, args.profile, made(layer, args), Buffers(layer, args.device), args)
         for i in range(3):
             step.reset(i)
             step.run(i)
@@ -234,41 +271,49 @@ def profile(args: argparse.Namespace) -> None:
         common.release(args.device)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="first8,mlp,small,odd",
-                        help=f"comma-separated shapes and groups ({', '.join(GROUPS)}); default: %(default)s")
-    parser.add_argument("--mlp", action="store_true", help="the MLPs only")
-    parser.add_argument("--columns", type=common.names, default=list(common.COLUMNS), metavar="NAMES",
-                        help=f"of {', '.join(common.COLUMNS)}, or any policy of ours; default: these")
+def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str], groups: Iterable[str], default: str) -> None:
+    """What to measure of layers; ``default`` are the shapes."""
+    parser.add_argument("--shapes", type=common.names, default=common.names(default),
+                        help=f"comma-separated shapes and groups ({', '.join(groups)}); default: {default}")
+    parser.add_argument("--columns", type=common.names, default=list(columns), metavar="NAMES",
+                        help=f"of {', '.join(columns)}, or any policy of ours; default: these")
     parser.add_argument("--repeat", type=int, default=24, help="timed steps of each column (default %(default)s)")
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
     parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs, all columns")
     parser.add_argument("--seed", type=int, default=0)
-    common.add_arguments(parser, "bench_linear", "case")
-    args = parser.parse_args(argv)
-    wanted = ["mlp"] if args.mlp else common.names(args.shapes)
-    args.shapes = [shape for name in wanted for shape in GROUPS.get(name, (name,))]
+
+
+def parse_shapes(parser: argparse.ArgumentParser, wanted: Sequence[str], groups: Mapping[str, Sequence[str]],
+                 layer: Callable[[str], Layer]) -> dict[str, Layer]:
+    """The layer of each name, groups resolved; ends with the error of one that is none."""
     try:
-        for name in args.shapes:
-            Shape.parse(name)
+        return {name: layer(name) for group in wanted for name in groups.get(group, (group,))}
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, common.COLUMNS, GROUPS, "first8,mlp,small,odd")
+    parser.add_argument("--mlp", action="store_true", help="the MLPs only")
+    common.add_arguments(parser, "bench_linear", "case")
+    args = parser.parse_args(argv)
+    args.shapes = parse_shapes(parser, ["mlp"] if args.mlp else args.shapes, GROUPS, Shape.parse)
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+def measure_all(args: argparse.Namespace, benchmark: str, **more: Any) -> common.Record | None:
+    """The record of all shapes, those measured that are not in it yet; None where a profile was asked for instead."""
     deadline = common.Deadline(args.time_limit)
     settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed, "compiler": args.compiler,
-                                                  "cuda_graphs": args.cuda_graphs}
+                                                  "cuda_graphs": args.cuda_graphs, **more}
     say(common.describe(settings))
     if args.profile:
         profile(args)
-        return
-    record = common.Record(args.out, "bench_linear", settings, args.fresh)
-    for name in args.shapes:
+        return None
+    record = common.Record(args.out, benchmark, settings, args.fresh)
+    for name, layer in args.shapes.items():
         earlier = record.results.get(name, {}).get("columns", {})
         if all("ms" in earlier.get(column, {}) for column in args.columns):
             continue
@@ -277,14 +322,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             break
         say(name)
         try:
-            result = measure(name, args)
+            result = measure(layer, args)
         except Exception as error:
             say(f"  {common.failure(error)['failed']}\n  ending here; the same command continues")
             break
         record.put(name, result)
         common.release(args.device)
         say("  " + common.describe({column: f"{ratio:.2f}" for column, ratio in result["ratios"].items()}))
-    report(record, args.columns)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    record = measure_all(args, "bench_linear")
+    if record is not None:
+        report(record, args.columns)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 
 Every kernel reads each input and writes each output once in that count, whatever it does; what it was not asked to
 return does not count. ``quest`` is the forward quantiser of the default recipe, ``guarded`` the one with the guarded
-deviation and scales rounded down. A size is ``rows x columns`` of a bf16 tensor. The kernels of a size and the copy of
-its tensor take turns in one process; inputs are random and rotate, and nothing of them is in the L2 cache when a call
-starts.
+deviation and scales rounded down. ``Inductor`` marks what it generates from the reference of a quantiser, alone, with
+no neighbour to fuse with; its ``columns`` are the rows of the transpose. A size is ``rows x columns`` of a bf16 tensor.
+The kernels of a size and the copy of its tensor take turns in one process; inputs are random and rotate, and nothing of
+them is in the L2 cache when a call starts.
 ``slots`` are the instructions that the GPU could have started per element in the time, at its highest clock: a kernel
 that needs nearly as many is limited by them and not by the memory. ``<`` marks a share below its goal. A kernel that
 fails says why, and the others go on. A run continues the file it finds at ``--out``.
@@ -30,6 +31,15 @@ SIZES = ("16384x1024", "16384x4096", "16384x8192", "16384x14336")
 COPY = "copy"
 ROW_GOAL, COLUMN_GOAL = 0.85, 0.75
 BUFFERS = 3
+INDUCTOR = {  # quantiser, and whether of the transpose
+    "Inductor mxfp8 rows": ("e4m3/32 e8m0 ceil nearest", False),
+    "Inductor mxfp8 columns": ("e4m3/32 e8m0 ceil nearest", True),
+    "Inductor int8 rows": ("int8/row fp32 amax nearest", False),
+    "Inductor fp8 1x128 rows": ("e4m3/128 fp32 amax_pow2 nearest", False),
+    "Inductor fp8 1x128 columns": ("e4m3/128 fp32 amax_pow2 nearest", True),
+    "Inductor fp8 128x128 tiles": ("e4m3/128x128 fp32 amax_pow2 nearest", False),
+    "Inductor fp8 tensor": ("e4m3/tensor fp32 amax nearest", False),
+}
 LANES = 128  # of one multiprocessor: four schedulers, each starting one instruction of 32 threads a cycle
 
 
@@ -71,6 +81,19 @@ def default_forward() -> Any:
     from quartet.recipes import recipes
 
     return recipes()["quartet"].fprop
+
+
+def by_inductor(spec: str, transposed: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Codes and scales by what Inductor generates for the semantic op of a quantiser."""
+    from quartet.lowering import inductor
+
+    inductor.register()
+    common.allow_many_graphs()
+
+    def quantize(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.quartet.quantize(x.t() if transposed else x, spec, None, 0)[:2]
+
+    return torch.compile(quantize, dynamic=False, fullgraph=True)
 
 
 def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
@@ -133,6 +156,8 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         "rotated amax": Kernel(ROW_GOAL, alone, lambda x: rotations.rotated_amax(x, 16, turned.signs)),
         "rotated amax of columns": Kernel(ROW_GOAL, alone, lambda x: rotations.rotated_amax(x.t(), 16, turned.signs)),
         "rotate 128": Kernel(ROW_GOAL, alone, lambda x: rotations.rotate(x, 128, None)),
+        **{name: Kernel(COLUMN_GOAL if transposed else ROW_GOAL, alone, by_inductor(spec, transposed))
+           for name, (spec, transposed) in INDUCTOR.items()},
     }
 
 

@@ -57,13 +57,18 @@ def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: 
         policy: for our backend instead of the name; anything that its option ``policy`` takes.
         cuda_graphs: record and replay CUDA graphs, as ``mode="reduce-overhead"`` does.
     """
-    torch._dynamo.config.recompile_limit = 64  # several models share the code of nn.Module.__call__
+    allow_many_graphs()
     graphs = {"triton.cudagraphs": True} if cuda_graphs else {}
     if column == BASELINE or column in TORCHAO:
         return torch.compile(model, backend=compiler, options=graphs or None, dynamic=False, fullgraph=True)
     name, _, recompute = column.partition(":")
     options = {"policy": name if policy is None else policy, **graphs} | ({"recompute": recompute} if recompute else {})
     return torch.compile(model, backend=our_backend(), options=options, dynamic=False, fullgraph=True)
+
+
+def allow_many_graphs() -> None:
+    """Let many models, or functions of one definition, be compiled: they share a code object and its graphs."""
+    torch._dynamo.config.recompile_limit = 64
 
 
 def our_backend() -> Any:

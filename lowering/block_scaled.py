@@ -19,7 +19,7 @@ from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import blackwell, two_level
 from quartet.lowering.block_scaled_ops import LIBRARY_MM, MM, SWIZZLE
 from quartet.lowering.chains import Accepts, accepted
-from quartet.lowering.fp8 import ALIGN
+from quartet.lowering.fp8_products import ALIGN
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
 from quartet.runtime.devices import Target
 

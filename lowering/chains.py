@@ -12,10 +12,9 @@ from torch.fx import Graph, Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import cuda_ops, ir, two_level
 from quartet.lowering.graph import RECOMPUTED, Builder, aten, is_backward, pull, shape, val
-from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
+from quartet.lowering.products import SCALED, unturned
 from quartet.runtime.compat import OpOverload
 
-PRODUCTS = (*ir.PRODUCTS, SCALED_GROUPED_MM)
 REUSABLE = "quartet_parameter"  # node.meta key of a quantise: see Source.parameter
 Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
 
@@ -67,10 +66,13 @@ class Source:
     def stored(self) -> Node | None:
         """The dequantize behind a transpose: its packed codes can be read directly."""
         source = self.transposed
-        if source is not None and source.target is ir.DEQUANTIZE:
-            spec = QuantSpec.parse(source.args[2])  # type: ignore[arg-type]
-            return source if spec.packed and spec.scale == "e8m0" else None
-        return None
+        return source if source is not None and _readable(source) else None
+
+    @property
+    def stack(self) -> tuple[Node, Any] | None:
+        """The same of matrices below each other, each of them transposed, and how many."""
+        source = unturned(self.x)
+        return source if source is not None and _readable(source[0]) else None
 
     @property
     def transposed(self) -> Node | None:
@@ -79,16 +81,28 @@ class Source:
         return source if isinstance(source, Node) else None
 
 
+def _readable(source: Node) -> bool:
+    """Whether the kernels that requantise read what this node dequantises."""
+    if source.target is not ir.DEQUANTIZE:
+        return False
+    spec = QuantSpec.parse(source.args[2])  # type: ignore[arg-type]
+    return spec.packed and spec.scale == "e8m0"
+
+
 def accepted(graph: Graph, gemms: list[Node], accepts: Accepts) -> list[Node]:
     """The quantise nodes, in order, whose chains a kernel family takes and that no other family's product reads."""
     nodes, chosen, device = [], set(gemms), val(gemms[0]).device
     for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE):
         source = Source.of(node)
-        readers = {user for item in node.users for user in item.users if user.target in PRODUCTS}
-        x = val(source.x)
-        if x.device == device and readers <= chosen and accepts(QuantSpec.parse(source.spec), source.rotation, x.dtype):
+        x, spec = val(source.x), QuantSpec.parse(source.spec)
+        if x.device == device and read_by(node) <= chosen and accepts(spec, source.rotation, x.dtype):
             nodes.append(node)
     return nodes
+
+
+def read_by(quantizer: Node) -> set[Node]:
+    """The products that read the quantiser's results as they are."""
+    return {user for item in quantizer.users for user in item.users if user.target in SCALED}
 
 
 def direct(codes: Any, gemm: Node) -> Node | None:

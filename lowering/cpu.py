@@ -1,6 +1,6 @@
 """Lower the quantised IR to the fused CPU kernels and plain matmuls.
 
-scaled_mm becomes ``mm`` of the dequantised operands in the model's dtype. An operand quantised in the same
+A product becomes one of the dequantised operands in the model's dtype. An operand quantised in the same
 direction arrives dequantised from its quantiser; one that was kept for backward is read from its codes.
 """
 
@@ -12,14 +12,15 @@ from torch.fx import Graph, Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import cpu_ops
 from quartet.lowering.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
-from quartet.lowering.graph import Builder, aten, is_backward, keep_as, val
+from quartet.lowering.graph import Builder, is_backward, keep_as, val
+from quartet.lowering.products import Kind, multiply
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes and the chains around them.
+    """Rewrite the chosen products and the chains around them.
 
     Args:
-        gemms: scaled_mm nodes whose quantisers these kernels take.
+        gemms: products whose quantisers these kernels take.
         accepts: (quantiser, Hadamard size, dtype) → whether the kernels take that chain.
     """
     wanted: dict[Node, torch.dtype] = {}
@@ -59,7 +60,7 @@ def _quantizer(graph: Graph, node: Node, values: torch.dtype | None, gemms: set[
 def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
     results = {codes: items for items in fused.values() for codes in items[:1]}
-    a, a_scales, b, b_scales, a_spec, b_spec, _ = gemm.args
+    a, a_scales, b, b_scales, a_spec, b_spec = gemm.args[:6]
     operands, dtype = [], operand_dtype(gemm)
     for codes, scales, spec in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
         made = results.get(codes)  # type: ignore[arg-type]
@@ -68,7 +69,7 @@ def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
             operands.append(values)
         else:
             operands.append(build(cpu_ops.DEQUANTIZE, codes, scales, spec, dtype))
-    out = keep_as(build(aten.mm.default, operands[0], build.transpose(operands[1])), gemm)
+    out = keep_as(multiply(build, Kind.of(gemm), *operands), gemm)
     gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
     out.meta["quartet_kernel"] = "cpp"
     finish(build, gemm, out, gain, cpu_ops.UNROTATE, Epilogue.of(gemm))

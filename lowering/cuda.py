@@ -1,6 +1,6 @@
 """Lower the quantised IR to the Triton quantisers and FP8 tensor cores, or to plain matmuls where there are none.
 
-An MXFP4 operand is exact as E4M3 with a power-of-two scale a row, so ``_scaled_mm`` of two of them is the MXFP4
+An MXFP4 operand is exact as E4M3 with a power-of-two scale a row, so the FP8 product of two of them is the MXFP4
 product. What is quantised and multiplied in the same direction arrives folded from its quantiser; what was kept for
 backward is folded from its codes. A gradient that dgrad and wgrad quantise along different axes is read once.
 """
@@ -27,7 +27,10 @@ from quartet.lowering.chains import (
     ready,
 )
 from quartet.lowering.cpu import operand_dtype
+from quartet.lowering.fp8_products import multiply
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.products import Kind, amaxes
+from quartet.lowering.products import multiply as multiply_plain
 from quartet.runtime.devices import Target
 
 Operand = tuple[Node, Node]
@@ -101,9 +104,9 @@ class Lowering:
         source = ready(build, Source.of(node))
         folded = self.fold and node in self.wanted
         tail = (*source.chain, not folded or is_stored(node, self.gemms), folded)
-        stored = source.stored if source.encode is None else None
-        if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
-            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail)
+        stored, matrices = source.stack or (source.stored, 1)
+        if stored is not None and source.encode is None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
+            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail, build.size(matrices))
         else:
             op = build(cuda_ops.QUANTIZE, source.x, *tail, source.parameter)
         results = [build.item(op, i) for i in range(5)]
@@ -114,20 +117,20 @@ class Lowering:
 
     def _gemm(self, gemm: Node) -> None:
         build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
-        a, a_scales, b, b_scales, a_spec, b_spec, _, *amaxes = gemm.args
-        sides = ((a, a_scales, a_spec), (b, b_scales, b_spec))
+        a, a_scales, b, b_scales, a_spec, b_spec = gemm.args[:6]
+        sides, kind = ((a, a_scales, a_spec), (b, b_scales, b_spec)), Kind.of(gemm)
         if self.fold:
             left, right = (self._operand(build, gemm, *side) for side in sides)
-            out = fp8.scaled_mm(build, *left, *right, val(gemm).dtype, aligned=True)
+            out = multiply(build, "triton-fp8", kind, *left, *right, val(gemm).dtype, aligned=True)
         else:
-            left, right = (build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides)  # type: ignore[assignment]
-            out = build(aten.mm.default, left, build.transpose(right))  # type: ignore[arg-type]
+            values = [build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides]
+            out = multiply_plain(build, kind, *values)
+            out.meta["quartet_kernel"] = "triton"
         out = keep_as(out, gemm)
-        out.meta["quartet_kernel"] = "triton-fp8" if self.fold else "triton"
         specs = [QuantSpec.parse(spec) for spec in (a_spec, b_spec)]  # type: ignore[arg-type]
-        for spec, amax in zip(specs, amaxes, strict=False):
+        for spec, amax in zip(specs, amaxes(gemm), strict=False):
             if amax is not None:
-                out = build(aten.mul.Tensor, build.cast(out, torch.float32), two_level.decode(build, amax, spec))  # type: ignore[arg-type]
+                out = build(aten.mul.Tensor, build.cast(out, torch.float32), two_level.decode(build, amax, spec))
         gain = specs[0].gain * specs[1].gain
         follows, width = Epilogue.of(gemm), shape(out)[1]
         if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
@@ -147,10 +150,10 @@ class Lowering:
 
 
 def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes to products on FP8 tensor cores, and the chains around them."""
+    """Rewrite the chosen products to those of FP8 tensor cores, and the chains around them."""
     Lowering(graph, gemms, accepts, fold=True)
 
 
 def lower_plain(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes to products in the model's dtype, and the chains around them."""
+    """Rewrite the chosen products to those of the model's dtype, and the chains around them."""
     Lowering(graph, gemms, accepts, fold=False)

@@ -3,7 +3,8 @@
     cuda_quantize       hadamard → quantize: packed results, and the FP8 operand of the matmul; with ``parameter``,
                         what x was made from, the packed results serve all forwards of an optimizer step
     cuda_quantize_both  the same of a tensor and of its transpose, from one read: two FP8 operands
-    cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand
+    cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand; of ``matrices``
+                        below each other each is transposed
     cuda_fold           codes and scales → FP8 operand
     cuda_dequantize     codes and scales → operand in another dtype
     cuda_unrotate       × gain → apply_mask → inverse hadamard → first columns
@@ -36,8 +37,8 @@ OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site
 library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, bool packed, bool folded) "
-               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, bool packed, bool folded, "
+               "SymInt matrices=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define("cuda_fold(Tensor codes, Tensor scales, str spec) -> (Tensor, Tensor)")
 library.define("cuda_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
 library.define("cuda_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
@@ -92,9 +93,10 @@ def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, se
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
-                seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool) -> Five:
+                seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
+                matrices: int = 1) -> Five:
     ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
-    codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain)
+    codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices=matrices)
     operand = ops.fold(codes, scales, chain.spec) if folded else _operand(codes)
     codes, scales = (codes, scales) if packed else (codes.new_empty(0), codes.new_empty(0))
     return codes, scales, codes.new_empty(0), *operand
@@ -171,8 +173,8 @@ def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation
             *_outputs(x, cols, rows, t_rotation, t_spec, False, True)[3:])
 
 
-def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded):
-    made = _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, folded)
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices=1):
+    made = _outputs(codes, matrices * codes.shape[1] * 2, codes.shape[0] // matrices, rotation, spec, packed, folded)
     return *made[:2], made[2].new_empty(0), *made[3:]
 
 

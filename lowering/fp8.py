@@ -1,15 +1,13 @@
-"""Lower GEMMs of FP8 operands with one scale a tensor or a row to the FP8 tensor cores, through ``aten._scaled_mm``.
+"""Lower products of FP8 operands with one scale a tensor or a row to the FP8 tensor cores.
 
 A scale becomes the aten ops of the reference, in the graph: there Inductor fuses the largest magnitude with what
 computes the operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the
 other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the rows
-of a transposed tensor that are quantised. The product wants A row-major, B column-major, K and N in multiples of 16:
-codes that lie otherwise are copied, and padded with zeros.
+of a transposed tensor that are quantised. Rows that have a scale in each group of tokens are cast by an op of their
+own. Codes that do not lie row by row, as the product wants them, are copied.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -17,13 +15,15 @@ from torch.fx import Graph, Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import fp8_ops, ir
-from quartet.lowering.chains import Accepts, Source, accepted
-from quartet.lowering.graph import BACKWARD, Builder, aten, inline, is_backward, keep_as, shape, val
+from quartet.lowering.chains import Accepts, Source, accepted, read_by
+from quartet.lowering.fp8_products import multiply, row_major
+from quartet.lowering.graph import Builder, aten, inline, is_backward, keep_as, shape, val
+from quartet.lowering.grouped_ops import QUANTIZE_GROUPS
 from quartet.lowering.inductor import store
+from quartet.lowering.products import Kind
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
 
-ALIGN = 16
 CAPABILITY = (8, 9)  # the first with FP8
 
 
@@ -62,7 +62,7 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
-    """Rewrite the chosen scaled_mm nodes, and the quantise nodes that no other family's product reads."""
+    """Rewrite the chosen products, and the quantise nodes that no other family's product reads."""
     copies: dict[Node, Node] = {}
     for quantizer in accepted(graph, gemms, accepts):
         source = Source.of(quantizer)
@@ -70,6 +70,9 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
             _cast(graph, quantizer)
         else:
             _quantize(graph, quantizer)
+    for node in graph.find_nodes(op="call_function", target=QUANTIZE_GROUPS):
+        if read_by(node) <= set(gemms):
+            _cast_groups(graph, node)
     for gemm in gemms:
         _gemm(graph, gemm, copies)
 
@@ -115,58 +118,19 @@ def _quantize(graph: Graph, node: Node) -> None:
         item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
 
 
+def _cast_groups(graph: Graph, node: Node) -> None:
+    """Scales of the rows in each group, and the cast, as one op."""
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+    both = build(fp8_ops.CAST_GROUPS, *node.args)
+    results = build.item(both, 0), build.item(both, 1)
+    for item in list(node.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+
 def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
-    build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
-    a, a_scales, b, b_scales, _, _, dtype = gemm.args
+    build, kind = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm)), Kind.of(gemm)
+    a, a_scales, b, b_scales, _, _, dtype = gemm.args[:7]
     a, b = row_major(build, a, copies), row_major(build, b, copies)
-    out = keep_as(scaled_mm(build, a, a_scales, b, b_scales, dtype), gemm)
-    out.meta["quartet_kernel"] = "cublaslt"
+    name = "cublaslt" if kind.single else "fp8-grouped"
+    out = keep_as(multiply(build, name, kind, a, a_scales, b, b_scales, dtype), gemm)
     gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))
-
-
-def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
-    """``codes`` with rows one after another: as they are, or one copy, shared by what reads it in backward."""
-    if [str(s) for s in val(codes).stride()] == [str(shape(codes)[1]), "1"]:
-        return codes
-    backward = build.meta["partitioner_tag"] == BACKWARD
-    copy = copies.get(codes) if backward else None
-    if copy is None:
-        copy = build(fp8_ops.ROW_MAJOR, codes)
-        if backward:
-            copies[codes] = copy
-    return copy
-
-
-def scaled_mm(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,
-              aligned: bool = False) -> Node:
-    """``A · Bᵀ`` of row-major FP8 codes: ``[M, K] × [N, K] → [M, N rounded up to 16]`` of ``dtype``.
-
-    Scales are fp32, ``[1, 1]`` of a tensor or ``[M, 1]`` and ``[N, 1]`` of rows. With one of each the tensor's is
-    repeated for every row. ``aligned``: K is a multiple of 16 whatever it is.
-    """
-    rows = tuple(shape(s)[0] for s in (a_scales, b_scales))
-    if any(not isinstance(r, int) or r != 1 for r in rows):
-        a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
-        b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
-    cols = 1 if aligned else ALIGN
-    a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
-    return build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype,
-                 True)
-
-
-def promote(graph: Graph) -> None:
-    """Let our products accumulate in fp32 every 128 elements of K, and not in the tensor cores' shorter registers.
-
-    Relative error of a product of exact operands on an H200: 2.1e-3 (K = 4096) to 3.5e-3 (16384) fast, 1.7e-3
-    promoted, which is the rounding of a bf16 output; the promoted product takes 10 to 15 % longer.
-    """
-    for node in graph.find_nodes(op="call_function", target=aten._scaled_mm.default):
-        if "quartet_kernel" in node.meta:
-            node.update_arg(7, False)
-
-
-def _per_row(build: Builder, codes: Node, scales: Node) -> Node:
-    if str(shape(scales)[0]) == str(shape(codes)[0]):
-        return scales
-    every = build(aten.expand.default, scales, [build.size(shape(codes)[0]), 1])
-    return build(aten.clone.default, every, memory_format=torch.contiguous_format)

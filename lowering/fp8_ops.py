@@ -2,6 +2,7 @@
 
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
+    fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
     fp8_row_major   codes that lie in another order → a row-major copy
 
 Inductor chooses the layout of what it computes itself; a matrix product of one-byte operands takes only this one.
@@ -12,10 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quartet.kernels.reference import grouped
 from quartet.kernels.reference.elements import fp8_encode
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import FLOAT8, library
 
 library.define("fp8_cast(Tensor x, Tensor multiplier, str element, bool plain, bool transposed) -> (Tensor, Tensor)")
+library.define("fp8_cast_groups(Tensor x, str spec, Tensor ends) -> (Tensor, Tensor)")
 library.define("fp8_row_major(Tensor codes) -> Tensor")
 
 
@@ -44,25 +48,45 @@ def _cast_fake(x, multiplier, element, plain, transposed):
             x.new_empty((cols, rows) if transposed else 0, dtype=dtype))
 
 
+def _cast_groups(x: Tensor, spec: str, ends: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = grouped.quantize_groups(x, QuantSpec.parse(spec), ends)
+    return codes.contiguous(), scales.contiguous()
+
+
+def _cast_groups_cuda(x: Tensor, spec: str, ends: Tensor) -> tuple[Tensor, Tensor]:
+    from quartet.kernels.triton import groups
+
+    return groups.quantize_groups(x, QuantSpec.parse(spec), ends)
+
+
+def _cast_groups_fake(x, spec, ends):
+    codes = x.new_empty(x.shape, dtype=FLOAT8[QuantSpec.parse(spec).element])
+    return codes, x.new_empty(x.shape[0], ends.shape[0], dtype=torch.float32)
+
+
 def _row_major(codes: Tensor) -> Tensor:
     return codes.clone(memory_format=torch.contiguous_format)
 
 
 def _row_major_cuda(codes: Tensor) -> Tensor:
-    if codes.dim() == 2 and codes.stride(0) == 1 and codes.element_size() == 1:
+    if codes.dim() in (2, 3) and codes.stride(-2) == 1 and codes.element_size() == 1:
         from quartet.kernels.triton import cast
 
-        return cast.transpose(codes.t())
+        return cast.transpose(codes.mT)
     return _row_major(codes)
 
 
 library.impl("fp8_cast", _cast, "CompositeExplicitAutograd")
 library.impl("fp8_cast", _cast_cuda, "CUDA")
 torch.library.register_fake("quartet::fp8_cast", _cast_fake, lib=library)
+library.impl("fp8_cast_groups", _cast_groups, "CompositeExplicitAutograd")
+library.impl("fp8_cast_groups", _cast_groups_cuda, "CUDA")
+torch.library.register_fake("quartet::fp8_cast_groups", _cast_groups_fake, lib=library)
 library.impl("fp8_row_major", _row_major, "CompositeExplicitAutograd")
 library.impl("fp8_row_major", _row_major_cuda, "CUDA")
 torch.library.register_fake("quartet::fp8_row_major", lambda codes: codes.new_empty(codes.shape), lib=library)
 
 CAST = torch.ops.quartet.fp8_cast.default
+CAST_GROUPS = torch.ops.quartet.fp8_cast_groups.default
 ROW_MAJOR = torch.ops.quartet.fp8_row_major.default
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)

@@ -121,8 +121,8 @@ class Builder:
         return self(aten.slice.Tensor, node, 1, 0, self.size(cols))
 
     def padded(self, node: Node, rows: int = 1, cols: int = 1) -> Node:
-        """A 2-D node with zeros below and to the right, as far as the next multiples of ``rows`` and ``cols``."""
-        below, right = (self._missing(size, to) for size, to in zip(shape(node), (rows, cols), strict=True))
+        """Matrices with zeros below and to the right, as far as the next multiples of ``rows`` and ``cols``."""
+        below, right = (self._missing(size, to) for size, to in zip(shape(node)[-2:], (rows, cols), strict=True))
         return node if below == right == 0 else self(aten.constant_pad_nd.default, node, [0, right, 0, below])
 
     def _missing(self, size: Any, multiple: int) -> Any:

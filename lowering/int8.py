@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.chains import Accepts
-from quartet.lowering.fp8 import row_major
+from quartet.lowering.fp8_products import row_major
 from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, val
 from quartet.lowering.int8_ops import ALIGN, FEWEST_ROWS, INT_MM, LONGEST
 from quartet.runtime.devices import Target

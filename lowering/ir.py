@@ -15,12 +15,13 @@ recipe. Every op is functional and a pure function of its arguments.
     scaled_mm(a, a_scales, b, b_scales, a_spec, b_spec, dtype, a_amax, b_amax)   [M, K] · [N, K]ᵀ
     scaled_bmm(…, dtype, batch, a_amax, b_amax)   [batch·M, K] and [batch·N, K] → [batch·M, N]
 
-The codes that a scaled_mm reads are those of a quantize or, where one scale is the whole tensor's, their transpose.
+The codes that a product reads are those of a quantize or, where one scale is the whole tensor's, their transpose.
 ``amax`` is given where the spec takes one (``QuantSpec.takes_amax``), else it is None.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def _amax_fake(x: Tensor) -> Tensor:
 
 
 def _quantize(x: Tensor, spec: str, seed: Tensor | None, site: int, amax: Tensor | None = None) -> Three:
-    return reference.quantize(x, QuantSpec.parse(spec), seed, site, amax=amax)
+    codes, scales, mask = reference.quantize(x, QuantSpec.parse(spec), seed, site, amax=amax)
+    return codes.contiguous(), scales.contiguous(), mask.contiguous()
 
 
 def _quantize_fake(x: Tensor, spec: str, seed: Tensor | None, site: int, amax: Tensor | None = None) -> Three:
@@ -197,8 +199,11 @@ SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, AMAX, QUANTIZE, DEQUANTIZE, APPLY_MASK
 
 
 def quantizer_of(codes: Node) -> tuple[Node, bool]:
-    """The node whose first result is an operand of a scaled_mm, and whether the operand is its transpose."""
-    flipped = codes.target is torch.ops.aten.permute.default
-    item = codes.args[0] if flipped else codes
-    assert isinstance(item, Node) and isinstance(item.args[0], Node)
-    return item.args[0], flipped
+    """The node whose first result is an operand of a product, and whether the operand is its transpose, or that of each
+    of the matrices that lie below each other in it."""
+    flipped = False
+    while codes.target is not operator.getitem:
+        flipped = flipped != (codes.target is torch.ops.aten.permute.default)
+        codes = codes.args[0]  # type: ignore[assignment]
+    assert isinstance(codes.args[0], Node)
+    return codes.args[0], flipped

@@ -17,16 +17,31 @@ from torch.fx import Graph, Node
 from quartet.kernels import extension
 from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.extension import ExtensionError
-from quartet.kernels.spec import ELEMENTS, QuantSpec
-from quartet.lowering import blackwell, block_scaled, cuda, fp8, int8, scaled_mm
+from quartet.kernels.spec import ELEMENTS, QuantSpec, dtype_name
+from quartet.lowering import blackwell, block_scaled, cuda, fp8, fp8_products, int8, scaled_mm
 from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering.chains import Accepts
-from quartet.lowering.ir import FLOAT8
+from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
+from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM
+from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
 Supports = Callable[[Target, torch.dtype, QuantSpec, int], str | None]
 SupportsPair = Callable[[QuantSpec, QuantSpec], str | None]
+SupportsKind = Callable[[Target, OpOverload], str | None]
 Lower = Callable[[Graph, list[Node], Accepts], None]
+
+
+_CALLED = {SCALED_MM: "matrices", SCALED_BMM: "batches of matrices", SCALED_GROUPED_MM: "groups"}
+
+
+def only(*products: OpOverload) -> SupportsKind:
+    """``supports_kind`` of a kernel that multiplies some kinds of products on every device that it runs on."""
+    def supports_kind(target: Target, product: OpOverload) -> str | None:
+        return None if product in products else "multiplies {}, not {}".format(
+            " and ".join(_CALLED[p] for p in products), _CALLED[product])
+
+    return supports_kind
 
 
 @dataclass(frozen=True)
@@ -36,8 +51,9 @@ class Kernel:
     Attributes:
         name: what ``explain`` prints and ``disable_kernels`` takes.
         supports: (target, compute dtype, quantiser, Hadamard size or 0) → None, or why not.
-        lower: (graph, its scaled_mm nodes, what it accepts) → rewrites them; None leaves the semantic ops as they are.
+        lower: (graph, its products' nodes, what it accepts) → rewrites them; None leaves the semantic ops as they are.
         supports_pair: (quantiser of A, of B), each of them supported → None, or why not the two together.
+        supports_kind: (target, ``scaled_mm``, ``scaled_bmm`` or ``scaled_grouped_mm`` of the IR) → None, or why not.
         reads: the question of ``supports`` with the dtype of what is quantised, where the product's is another matter.
         align: what the kernel pads the contraction axis to a multiple of.
     """
@@ -49,6 +65,7 @@ class Kernel:
     supports_pair: SupportsPair = lambda a, b: None
     align: int = 1
     reads: Supports | None = None
+    supports_kind: SupportsKind = only(SCALED_MM)
 
 
 def _cpp(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -59,6 +76,18 @@ def _cpp(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> 
 
 def _cublaslt(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     return fp8.unavailable(target) or fp8.supports(spec, dtype)
+
+
+def _fp8_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    if spec.element == "e5m2":
+        return "multiplies groups and batches of e4m3, not e5m2"
+    if dtype is not torch.bfloat16:
+        return f"the product of groups and batches is bfloat16, not {dtype_name(dtype)}"
+    return _cublaslt(target, dtype, spec, rotation)
+
+
+def _groups_and_batches(target: Target, product: OpOverload) -> str | None:
+    return only(SCALED_BMM, SCALED_GROUPED_MM)(target, product) or fp8_products.supports_kind(target, product)
 
 
 def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -77,8 +106,10 @@ def not_generated(target: Target, *specs: QuantSpec) -> str | None:
     return None
 
 
+_EVERY = only(SCALED_MM, SCALED_BMM, SCALED_GROUPED_MM)
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower),
+    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower,
+           supports_kind=_EVERY),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports),
     Kernel("scaled-mm", "block-scaled tensor cores through torch.nn.functional.scaled_mm", scaled_mm.supports,
@@ -86,17 +117,22 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
            blackwell.lower_dot, reads=cuda.supports),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
-           cuda.lower_fold, reads=cuda.supports),
+           cuda.lower_fold, reads=cuda.supports, supports_kind=fp8_products.supports_kind),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,
-           fp8.ALIGN),
+           fp8_products.ALIGN),
+    Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches", _fp8_grouped,
+           fp8.lower, fp8.supports_pair, fp8_products.ALIGN, supports_kind=_groups_and_batches),
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
            align=int8.ALIGN),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
-           cuda.lower_plain),
-    Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor),
+           cuda.lower_plain, supports_kind=_EVERY),
+    Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor,
+           supports_kind=only(SCALED_MM, SCALED_BMM)),
+    Kernel("grouped-mm", "the reference's groups, dequantised and multiplied in the model's dtype", _inductor,
+           supports_kind=only(SCALED_GROUPED_MM)),
 )
 NAMES: tuple[str, ...] = tuple(kernel.name for kernel in KERNELS)
-_KIND, _OTHER_NAMES = "kernel", ("grouped-mm", "reference")  # what reports call that is in no list
+_KIND, _OTHER_NAMES = "kernel", ("reference",)  # what reports call that is in no list
 
 
 def register(kernel: Kernel, before: str = "inductor") -> Kernel:
@@ -133,8 +169,8 @@ def _set(*kernels: Kernel) -> None:
 
 def choose(device: torch.device | Target, dtype: torch.dtype,
            specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
-           disabled: tuple[str, ...] = ()) -> tuple[Kernel | None, dict[str, str]]:
-    """The first kernel that takes every (quantiser, Hadamard size) of a GEMM, and why others did not."""
+           disabled: tuple[str, ...] = (), product: OpOverload = SCALED_MM) -> tuple[Kernel | None, dict[str, str]]:
+    """The first kernel that takes every (quantiser, Hadamard size) of a product, and why others did not."""
     target = Target.of(device)
     if target.missing is not None:
         return None, dict.fromkeys(NAMES, target.missing)
@@ -142,7 +178,7 @@ def choose(device: torch.device | Target, dtype: torch.dtype,
     for kernel in KERNELS:
         reason = f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else next(
             (r for spec, rotation in specs if (r := kernel.supports(target, dtype, spec, rotation)) is not None),
-            kernel.supports_pair(*(spec for spec, _ in specs)))
+            kernel.supports_pair(*(spec for spec, _ in specs)) or kernel.supports_kind(target, product))
         if reason is None:
             return kernel, reasons
         reasons[kernel.name] = reason

@@ -16,6 +16,7 @@ from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import block_scaled, fp8, ir
 from quartet.lowering.block_scaled_ops import LIBRARY_MM, STRIP
 from quartet.lowering.chains import Accepts
+from quartet.lowering.fp8_products import ALIGN
 from quartet.lowering.graph import Builder, is_backward
 from quartet.runtime.devices import Target
 
@@ -60,8 +61,8 @@ def _blocks(graph: Graph, gemm: Node) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
     a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
     left = _scales(build, a_scales, a_spec, rows=1)
-    right = _scales(build, b_scales, b_spec, rows=fp8.ALIGN)
-    b = build.padded(b, rows=fp8.ALIGN)  # type: ignore[arg-type]
+    right = _scales(build, b_scales, b_spec, rows=ALIGN)
+    b = build.padded(b, rows=ALIGN)  # type: ignore[arg-type]
     out = build(LIBRARY_MM, a, left, b, right, _format(a_spec), _format(b_spec), dtype)
     block_scaled.put(build, gemm, out, "scaled-mm")
 

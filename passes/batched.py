@@ -5,14 +5,11 @@ A site without a batch passes through: its operands are matrices already.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
-from quartet.lowering.graph import Builder, aten, shape
+from quartet.lowering.graph import Builder, aten
+from quartet.lowering.products import SWAP, Kind, flat, multiply, stacked, turned
 from quartet.passes.sites import MatmulSite
-
-SWAP = [0, 2, 1]
 
 
 def matrix(build: Builder, site: MatmulSite, node: Node, flipped: bool) -> Node:
@@ -31,10 +28,7 @@ def flip(build: Builder, site: MatmulSite, x: Node) -> Node:
 
 def product(build: Builder, site: MatmulSite, a: Node, b: Node) -> Node:
     """``A · Bᵀ`` of every matrix: ``[batch·M, K]`` and ``[batch·N, K]`` → ``[batch·M, N]``."""
-    if site.batch is None:
-        return build(aten.mm.default, a, build.transpose(b))
-    right = build(aten.permute.default, stacked(build, site.batch, b), SWAP)
-    return flat(build, build(aten.bmm.default, stacked(build, site.batch, a), right))
+    return multiply(build, Kind(site.batch), a, b)
 
 
 def restored(build: Builder, site: MatmulSite, out: Node, flipped: bool) -> Node:
@@ -43,18 +37,3 @@ def restored(build: Builder, site: MatmulSite, out: Node, flipped: bool) -> Node
         return build.transpose(out) if flipped else out
     out = stacked(build, site.batch, out)
     return build.contiguous(build(aten.permute.default, out, SWAP)) if flipped else out
-
-
-def turned(build: Builder, count: Any, x: Node) -> Node:
-    """``[count·cols, rows]`` of ``count`` matrices that lie below each other, ``[count·rows, cols]``."""
-    return flat(build, build(aten.permute.default, stacked(build, count, x), SWAP))
-
-
-def stacked(build: Builder, count: Any, x: Node) -> Node:
-    """``[count, rows, cols]`` of ``[count·rows, cols]``."""
-    return build(aten.reshape.default, x, [build.size(count), -1, build.size(shape(x)[1])])
-
-
-def flat(build: Builder, x: Node) -> Node:
-    """``[count·rows, cols]`` of ``[count, rows, cols]``."""
-    return build(aten.reshape.default, x, [-1, build.size(shape(x)[-1])])

@@ -12,37 +12,35 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import blackwell, block_scaled, fp8, ir, registry
+from quartet.lowering import blackwell, block_scaled, fp8_products, ir, products, registry
 from quartet.lowering.graph import editing, val
-from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
 
 
 def lower(state: State) -> None:
-    """Choose a kernel for every scaled_mm and hand each kernel family its share of the graph, device by device."""
+    """Choose a kernel for every product and hand each kernel family its share of the graph, device by device."""
     chosen: dict[tuple[registry.Kernel, torch.device], list[Node]] = {}
-    for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
+    for node in state.gm.graph.nodes:
+        if node.target not in products.SCALED:
+            continue
         specs = _chain(node.args[0], node.args[4]), _chain(node.args[2], node.args[5])
         device, gemm = val(node).device, node.meta[SITE_KEY]
         target = state.config.target_of(device)
-        kernel, reasons = registry.choose(target, val(node).dtype, specs, state.config.disable_kernels)
+        kernel, reasons = registry.choose(target, val(node).dtype, specs, state.config.disable_kernels,
+                                           node.target)
         if kernel is None:
             state.declined[gemm] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             continue
         state.kernels[gemm] = kernel.name
         chosen.setdefault((kernel, device), []).append(node)
-    for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_BMM):
-        state.kernels[node.meta[SITE_KEY]] = "inductor"  # no kernel of ours takes batches
-    for node in state.gm.graph.find_nodes(op="call_function", target=SCALED_GROUPED_MM):
-        state.kernels[node.meta[SITE_KEY]] = "grouped-mm"
     for (kernel, device), nodes in chosen.items():
         if kernel.lower is not None:
             with editing(state.gm) as graph:
                 kernel.lower(graph, nodes, partial(_accepts, state.config.target_of(device), kernel))
     if state.config.accumulation == "promoted":
-        fp8.promote(state.gm.graph)
+        fp8_products.promote(state.gm.graph)
     if state.config.portable_rounding:
         blackwell.use_integers(state.gm.graph)
     if state.config.autotune:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering import registry
+from quartet.lowering import ir, registry
 from quartet.lowering.cost import FP8_KERNELS, Cost, Layer, predict
 from quartet.lowering.graph import VIEWS, is_backward, val
 from quartet.lowering.rates import Rates, rates_of
@@ -46,8 +46,8 @@ def _once(state: State, costs: dict[int, Cost]) -> bool:
         resolution = site.resolution
         if rates is None or resolution is None or any(resolution.choice(role).rule is not None for role in ROLES):
             continue
-        if site.groups is not None:
-            _leave(site, dict.fromkeys(ROLES, "the cost model knows no groups: name it in a rule"))
+        if site.scaled is not ir.SCALED_MM:
+            _leave(site, dict.fromkeys(ROLES, "the cost model knows neither groups nor batches: name it in a rule"))
         else:
             _decide(site, _layer(state, site, sharing[site.x_group]), rates, costs)
     return before != [site.recipe for site in state.sites]
@@ -123,12 +123,13 @@ def _kernel(state: State, site: MatmulSite, role: str, target: Target) -> str:
     gemm = site.active(role)
     if gemm is None or gemm.a.spec is None:
         return ""
-    return "inductor" if site.batch is not None else kernel_of(gemm, site, target, state.config.disable_kernels)
+    return kernel_of(gemm, site, target, state.config.disable_kernels)
 
 
 def kernel_of(gemm: Gemm, site: MatmulSite, target: Target, disabled: tuple[str, ...]) -> str:
     """Name of the kernel that takes a quantised product of a layer, "" for none."""
     assert gemm.a.spec is not None and gemm.b.spec is not None
     rotation = gemm.rotation.n if gemm.rotation is not None else 0
-    kernel, _ = registry.choose(target, site.dtype, ((gemm.a.spec, rotation), (gemm.b.spec, rotation)), disabled)
+    kernel, _ = registry.choose(target, site.dtype, ((gemm.a.spec, rotation), (gemm.b.spec, rotation)), disabled,
+                                site.scaled)
     return "" if kernel is None else kernel.name

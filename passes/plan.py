@@ -87,8 +87,7 @@ def _ungenerated(state: State, site: MatmulSite) -> str | None:
         if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
             continue
         reason = registry.not_generated(target, gemm.a.spec, gemm.b.spec)
-        if reason is not None and (site.batch is not None or site.groups is not None
-                                   or not kernel_of(gemm, site, target, ())):
+        if reason is not None and not kernel_of(gemm, site, target, ()):
             return reason
     return None
 

@@ -17,6 +17,7 @@ A backward GEMM without quantisers whose operand is ``saved`` multiplies what fp
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -26,7 +27,8 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.chains import REUSABLE, Source
 from quartet.lowering.graph import Builder, aten, editing, keep_as, replace_all, shape, val
-from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
+from quartet.lowering.grouped_ops import QUANTIZE_GROUPS
+from quartet.lowering.products import turned
 from quartet.lowering.recipe import Gemm
 from quartet.passes.delayed import amax_of
 from quartet.passes.find_matmuls import input_indices
@@ -77,13 +79,12 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not backward and len(site.products) > 1:
         _mark_reusable(state, qb)
-    operands = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
+    operands: tuple[Any, ...] = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
     if site.groups is not None:
-        out = build(SCALED_GROUPED_MM, *operands, site.groups.ends, role == "wgrad", *_outer_scales(qa, qb))
-    elif site.batch is None:
-        out = build(ir.SCALED_MM, *operands, *_outer_scales(qa, qb))
-    else:
-        out = build(ir.SCALED_BMM, *operands, build.size(site.batch), *_outer_scales(qa, qb))
+        operands = *operands, site.groups.ends, role == "wgrad"
+    elif site.batch is not None:
+        operands = *operands, build.size(site.batch)
+    out = build(site.scaled, *operands, *_outer_scales(qa, qb))
     keep_as(out, product.node)
     out.meta[SITE_KEY] = (site.index, role)
     state.kernels[site.index, role] = "reference"  # until lowering finds better
@@ -186,10 +187,11 @@ def _saved_codes(state: State, build: Builder, site: MatmulSite, role: str, prod
     """Operand b as the codes of fprop, transposed; None when it is rotated or wanted in another format."""
     made = site.quantized["w" if role == "dgrad" else "x"]
     rotated = product.b is not None and product.b.target is ir.HADAMARD
-    stacked = site.batch is not None or (site.groups is not None and role == "dgrad")
-    if rotated or made.spec != wanted or not wanted.commutes_with_transpose or stacked:
+    if rotated or made.spec != wanted or not wanted.commutes_with_transpose:
         return None
-    return _transposed(build, _saved(state, site, role, product))
+    codes = _saved(state, site, role, product)
+    count = site.groups.count if site.groups is not None and role == "dgrad" else site.batch
+    return _transposed(build, codes) if count is None else replace(codes, codes=turned(build, count, codes.codes))
 
 
 def _start_from_saved(state: State, site: MatmulSite, role: str, product: Product) -> None:

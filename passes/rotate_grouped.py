@@ -15,10 +15,11 @@ from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
+from quartet.lowering.fp8_products import ALIGN
 from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
 from quartet.lowering.grouped_ops import GATHER_ROWS, GROUP_LAYOUT, GROUPED_MM
+from quartet.lowering.products import SWAP, flat, stacked, turned
 from quartet.lowering.recipe import Gemm
-from quartet.passes.batched import SWAP, flat, stacked, turned
 from quartet.passes.rotate import rotated, signs_of
 from quartet.passes.sites import Groups, MatmulSite
 from quartet.passes.state import State, recipe_of
@@ -50,11 +51,11 @@ def multiple_of(site: MatmulSite, roles: list[str]) -> int:
             wanted.append(gemm.outer.n)
         if gemm.a.spec is not None and gemm.a.spec.tile and role != "wgrad":
             wanted.append(gemm.a.spec.block)
+        if role == "wgrad" and gemm.a.spec is not None:
+            wanted.append(ALIGN)
         if role == "wgrad":
             wanted += [operand.spec.multiple for operand in (gemm.a, gemm.b) if operand.spec is not None]
             wanted += [gemm.rotation.n] if gemm.rotation is not None else []
-        if role == "wgrad" and gemm.b.source == "saved":
-            wanted.append(1)
     return max(wanted)
 
 

@@ -9,8 +9,11 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.lowering.recipe import Gemm, Recipe
 from quartet.lowering.resolution import Resolution
+from quartet.runtime.compat import OpOverload
 
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
 OP_CLASS_KEY = "quartet_op_class"  # of a forward product that a pass has written: its op class
@@ -104,6 +107,11 @@ class MatmulSite:
     saved_bytes: int | None = None
     batch: Any = None
     groups: Groups | None = None
+
+    @property
+    def scaled(self) -> OpOverload:
+        """The op of the IR that a quantised product becomes."""
+        return SCALED_GROUPED_MM if self.groups is not None else ir.SCALED_MM if self.batch is None else ir.SCALED_BMM
 
     def remark(self, role: str, text: str) -> None:
         """Add a remark on the GEMM of a role."""

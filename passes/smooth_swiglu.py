@@ -21,8 +21,7 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.reference.smooth import smooth_scale
-from quartet.lowering.fp8 import inline
-from quartet.lowering.graph import Builder, aten, editing, val
+from quartet.lowering.graph import Builder, aten, editing, inline, val
 from quartet.passes.gated import Gated, gated_activation
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MatmulSite

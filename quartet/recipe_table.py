@@ -8,6 +8,8 @@ import torch
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
+from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
+from quartet.lowering.ir import SCALED_BMM, SCALED_MM
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Recipe, Rotation
 from quartet.passes.saved import not_generated as saved_not_generated
 from quartet.possible import obstacle
@@ -16,8 +18,7 @@ from quartet.runtime.devices import Target
 
 TARGETS = ("cpu", "sm_80", "sm_89", "sm_90", "sm_100a", "sm_120a")
 DTYPE = torch.bfloat16
-GENERATED = {"embedding": "reference", "grouped": "grouped-mm", "bmm": "inductor", "attention_qk": "inductor",
-             "attention_pv": "inductor"}  # where the registry has no choice
+PRODUCTS = {"grouped": SCALED_GROUPED_MM, "bmm": SCALED_BMM, "attention_qk": SCALED_BMM, "attention_pv": SCALED_BMM}
 HEADING = """\
 # Recipes
 
@@ -43,7 +44,7 @@ CLASSES = """\
 ## Which kernels run the op classes
 
 All kernels that a recipe above gets there, for bf16. Products of one matrix with one weight have the kernels of linear
-layers, convolutions after unfolding. `grouped-mm` and the `inductor` of batches multiply dequantised operands in the
+layers, convolutions after unfolding. `cpp`, `triton`, `inductor` and `grouped-mm` multiply dequantised operands in the
 model's dtype; `reference` is the quantiser of a table's rows alone, as generated code.
 """
 
@@ -153,9 +154,8 @@ def kernels_of(recipe: Recipe, op_class: str, target: Target) -> dict[str, str |
 
 
 def _kernel(a: QuantSpec, b: QuantSpec, rotation: Rotation | None, op_class: str, target: Target) -> str | None:
-    if op_class in GENERATED:
-        read = (b,) if op_class == "embedding" else (a, b)
-        return None if registry.not_generated(target, *read) else GENERATED[op_class]
+    if op_class == "embedding":
+        return None if registry.not_generated(target, b) else "reference"
     size = rotation.n if rotation is not None else 0
-    kernel, _ = registry.choose(target, DTYPE, ((a, size), (b, size)))
+    kernel, _ = registry.choose(target, DTYPE, ((a, size), (b, size)), product=PRODUCTS.get(op_class, SCALED_MM))
     return None if kernel is None else kernel.name

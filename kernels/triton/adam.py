@@ -19,8 +19,7 @@ from quartet.kernels.reference.optimizers import Hyper, Kind
 from quartet.kernels.reference.state_format import StateFormat
 from quartet.kernels.reference.states import Layout
 from quartet.kernels.triton import adam_kernels as kernels
-from quartet.kernels.triton.host import cdiv, on_device
-from quartet.kernels.triton.memory import INTERPRETED
+from quartet.kernels.triton.host import cdiv, hardware, on_device
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOOPS, WARPS = 16, 4
@@ -161,12 +160,6 @@ def _constants(kind: Kind, param: str, gradient: str) -> dict[str, Any]:
     for s in range(3):
         constants |= {f"E{s}": states[s][0], f"M{s}": states[s][1]}
     return constants
-
-
-@cache
-def hardware(device: torch.device) -> bool:
-    """Whether the GPU converts FP8 itself."""
-    return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _bits(x: float) -> int:

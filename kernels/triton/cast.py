@@ -33,9 +33,11 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
 
 
 @triton.jit
-def _transpose_tile(x, out, rows, cols, row_stride, M: tl.constexpr, N: tl.constexpr):
+def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
+    x += tl.program_id(2).to(tl.int64) * matrix_stride
+    out += tl.program_id(2).to(tl.int64) * rows * cols
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0)
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
@@ -77,14 +79,15 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
 
 
 def transpose(x: Tensor) -> Tensor:
-    """Row-major ``[K, R]`` copy of the transpose of a one-byte row-major tensor ``[R, K]`` on a GPU."""
-    if x.dim() != 2 or x.element_size() != 1 or x.stride(1) != 1:
-        raise ValueError(f"transpose needs a row-major 2-D tensor of one-byte elements, got {x.dtype} {list(x.shape)}")
-    r, k = x.shape
-    out = x.new_empty(k, r)
+    """Row-major ``[…, K, R]`` copy of the transposes of one-byte matrices ``[R, K]`` or ``[E, R, K]`` on a GPU."""
+    if x.dim() not in (2, 3) or x.element_size() != 1 or x.stride(-1) != 1:
+        raise ValueError("transpose needs a matrix, or a stack of them, of one-byte elements with rows in memory, got "
+                         f"{x.dtype} {list(x.shape)} with strides {list(x.stride())}")
+    *stack, r, k = x.shape
+    out = x.new_empty(*stack, k, r)
     if x.numel():
         with on_device(x):
-            launch(_transpose_tile, (cdiv(r, 128), cdiv(k, 64)),
-                (x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0)),
+            launch(_transpose_tile, (cdiv(r, 128), cdiv(k, 64), *stack),
+                (x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0) if stack else 0, x.stride(-2)),
                 M=128, N=64, num_warps=8)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def wide(x: Tensor, n: int) -> bool:
 
 def warps(lanes: int) -> int:
     return max(1, min(16, lanes // 32))
+
+
+@cache
+def hardware(device: torch.device) -> bool:
+    """Whether the GPU converts FP8 itself."""
+    return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -163,17 +163,23 @@ def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain,
     return codes, scales, t_codes, t_scales
 
 
-def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain,
-               form: Form = PLAIN) -> tuple[Tensor, Tensor]:
+def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, form: Form = PLAIN,
+               matrices: int = 1) -> tuple[Tensor, Tensor]:
     """Codes and scales of a quantised tensor's transpose: ``quantize(hadamard(v.t()))``, ``v = dequantize(codes)``.
 
     Args:
         codes, scales: uint8 ``[R, K/2]`` and ``[R, K/in_spec.block]``, contiguous; ``in_spec`` has no gain.
         form: of what is read and of what is returned.
+        matrices: how many matrices of R / matrices rows lie below each other; each is transposed by itself.
     Returns:
-        codes uint8 ``[K, Rp/2]`` and scales uint8 ``[K, Rp/block]``. Errors as :func:`quantize`.
+        codes uint8 ``[matrices · K, Rp/2]`` and scales uint8 ``[matrices · K, Rp/block]``, ``Rp`` the rows of one
+        matrix rounded up to whole blocks. Errors as :func:`quantize`.
     """
     r, half = _packed_shape("requantize", codes, scales, in_spec, form.swizzled)
+    if r % matrices or (form.swizzled and matrices != 1):
+        raise ValueError(f"requantize turns matrices of equally many rows below each other, with swizzled scales one; "
+                         f"got {r} rows of {matrices}")
+    r //= matrices
     if in_spec.gain != 1.0:
         raise ValueError(f"requantize reads codes without a gain, '{in_spec}' has {in_spec.gain:.3f}; dequantize it")
     _check(codes, chain, any_dtype=True)
@@ -181,11 +187,11 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain,
         raise ValueError(f"requantize does not write '{chain.spec}'; dequantize, and quantize the transpose")
     n = chain.unit(r)
     height = cdiv(r, n)
-    out = _Packed(codes, half * 2, height * n, chain.spec, True, form)
+    out = _Packed(codes, matrices * half * 2, height * n, chain.spec, True, form)
     if codes.numel():
         lanes, words = WARP, half // 4
         with on_device(codes):
-            launch(columns.requantize_columns, (height, cdiv(words, lanes)),
+            launch(columns.requantize_columns, (height, cdiv(words, lanes), matrices),
                 (codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales,
                  r, words, chain.site),
                 IN_BLOCK=in_spec.block, **_constants(chain, n, form), SWIZZLED=form.swizzled,

@@ -1,11 +1,15 @@
 """The quantise benchmark without a GPU: it says that it needs one, and its arithmetic is right."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
 from quartet.recipes import recipes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -71,3 +75,36 @@ def test_the_forward_quantiser_is_that_of_the_default_recipe(bench, monkeypatch)
 def test_fusion_is_measured_with_it_too(bench):
     fusion, forward = importlib.import_module("bench_fusion"), recipes()["quartet"].fprop
     assert (fusion.SPEC, fusion.ROTATION) == (forward.a.spec, forward.rotation.n)
+
+
+def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):
+    pytest.importorskip("quartet.kernels.triton.ops")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    x = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    every = bench.kernels(torch.device("cpu"), 0)
+    assert list(every)[-len(bench.INDUCTOR):] == list(bench.INDUCTOR) and not any("," in name for name in every)
+    shares = {}
+    for name, (text, transposed) in bench.INDUCTOR.items():
+        run = bench.Run(every[name], [x])
+        shares[name] = run.bytes() / x.numel()
+        codes, scales, _ = reference.quantize(x.t() if transposed else x, QuantSpec.parse(text))
+        same = (torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+                for a, b in zip(run.outputs, (codes, scales), strict=True))
+        assert all(same), name
+        assert transposed == name.endswith("columns")
+        assert every[name].goal == (bench.COLUMN_GOAL if transposed else bench.ROW_GOAL)
+    assert shares["Inductor mxfp8 rows"] == shares["Inductor mxfp8 columns"] == 2 + 1 + 1 / 32
+    assert shares["Inductor fp8 1x128 rows"] == 2 + 1 + 4 / 128
+    assert shares["Inductor fp8 128x128 tiles"] == 2 + 1 + 4 / 128**2
+    assert shares["Inductor int8 rows"] == 2 + 1 + 4 / 384
+
+
+def test_inductor_makes_code_of_them(bench):
+    """Of the transpose in blocks, whose way through Inductor is the longest."""
+    text, transposed = bench.INDUCTOR["Inductor mxfp8 columns"]
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with fresh_cache():
+        (codes, scales), (source,) = run_and_get_code(bench.by_inductor(text, transposed), x)
+    expected = reference.quantize(x.t(), QuantSpec.parse(text))
+    assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(scales, expected[1])
+    assert not re.search(r"^[^#\n]*torch\.ops\.quartet", source, re.MULTILINE)

@@ -122,6 +122,15 @@ def test_requantize(name, shape, device):
                                        expected.requantize(codes, scales, QUEST, c), c.spec))
 
 
+@pytest.mark.parametrize("matrices, rows, cols", ((3, 40, 320), (8, 256, 512), (64, 32, 128)))
+def test_requantize_matrices_below_each_other(matrices, rows, cols, device):
+    c = chain("stochastic", device)
+    codes, scales, _ = expected.quantize(expected.data(matrices * rows, cols, torch.bfloat16, device),
+                                         chain("quest", device))
+    same(expected.quantized_difference("column", ops.requantize(codes, scales, QUEST, c, matrices=matrices),
+                                       expected.requantize(codes, scales, QUEST, c, matrices), c.spec))
+
+
 @pytest.mark.parametrize("block", (32, 64, 128))
 @pytest.mark.parametrize("rows", (3, 200))
 def test_fold(rows, block, device):

@@ -70,10 +70,10 @@ def check_both(x: torch.Tensor, along_rows: Chain, along_columns: Chain) -> list
                                             along_columns.spec))
 
 
-def check_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain) -> list[str]:
+def check_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain, matrices: int = 1) -> list[str]:
     codes, scales, _ = ref.quantize(x, spec)
-    return expected.quantized_difference("column", ops.requantize(codes, scales, spec, c),
-                                         expected.requantize(codes, scales, spec, c), c.spec)
+    return expected.quantized_difference("column", ops.requantize(codes, scales, spec, c, matrices=matrices),
+                                         expected.requantize(codes, scales, spec, c, matrices), c.spec)
 
 
 @contextmanager
@@ -256,6 +256,8 @@ case("both-transposed", check_both, expected.data(70, 40).t(), chain(QUEST, 32),
 case("requantize-stochastic", check_requantize, expected.data(40, 64), QUEST, chain(STOCHASTIC, 32, True))
 case("requantize-nearest", check_requantize, expected.data(5, 320), QuantSpec(), chain(QuantSpec(rule="headroom")))
 case("requantize-block-64", check_requantize, expected.data(70, 128), QuantSpec(block=64), chain(QUEST, 64, True))
+case("requantize-stack", check_requantize, expected.data(3 * 40, 64), QUEST, chain(STOCHASTIC, 32, True), 3)
+case("requantize-stack-whole", check_requantize, expected.data(2 * 64, 256), QUEST, chain(QUEST, 32), 2)
 case("requantize-broken", check_requantize, expected.broken(), QUEST, chain(STOCHASTIC))
 case("requantize-huge", check_requantize, expected.edges()["huge"], QuantSpec(), chain(QUEST))
 case("requantize-tiny", check_requantize, expected.edges()["tiny"], QuantSpec(), chain(QuantSpec()))

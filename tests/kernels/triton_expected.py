@@ -45,9 +45,11 @@ def random_bits(seed: Tensor, site: int, first_row: int, rows: int, cols: int) -
     return ((words.unsqueeze(-1) >> torch.tensor(WINDOWS, device=seed.device)) & 0x1FF).reshape(rows, cols)
 
 
-def requantize(codes: Tensor, scales: Tensor, spec: QuantSpec, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`quantize` makes of the transpose of the dequantised codes."""
-    return quantize(ref.dequantize(codes, scales, spec).t(), chain)
+def requantize(codes: Tensor, scales: Tensor, spec: QuantSpec, chain: Chain,
+               matrices: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`quantize` makes of the transposes, below each other, of the dequantised matrices."""
+    values = ref.dequantize(codes, scales, spec)
+    return quantize(values.reshape(matrices, len(values) // matrices, values.shape[1]).mT.flatten(0, 1), chain)
 
 
 def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, int]:

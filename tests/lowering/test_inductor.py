@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from quartet.backend import compile_graph
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
+from quartet.lowering import inductor
 from quartet.options import Options
 
 pytestmark = pytest.mark.usefixtures("inductor")
@@ -227,3 +230,14 @@ def test_one_training_step_equals_the_interpreted_graph():
     exact = model(x)
     error = (steps[1][0] - exact).norm() / exact.norm()
     assert 0.01 < error < 0.5, "the layer was not quantised"
+
+
+@pytest.mark.parametrize("spec, kept", [("e4m3/32 e8m0 ceil nearest", {2}), ("e4m3/128 fp32 amax_pow2 nearest", {2}),
+                                        ("e4m3/128x128 fp32 amax_pow2 nearest", {2}),
+                                        ("e2m1/32 e8m0 ceil nearest", {2, 3})])
+def test_on_a_gpu_blocks_are_kept_in_memory_only_where_codes_are_packed(spec, kept):
+    with FakeTensorMode():
+        x = torch.empty(256, 256, dtype=torch.bfloat16, device="cuda")
+    gm = make_fx(lambda t: inductor._quantize(t, spec, None, 0)[:2])(x)
+    stores = gm.graph.find_nodes(op="call_function", target=inductor.store)
+    assert {node.args[0].meta["val"].dim() for node in stores} == kept

@@ -95,13 +95,14 @@ def train(model, policy, x=None, offs=None, seed=1, **options):
     return step(compiled, model, (tokens() if x is None else x, offsets() if offs is None else offs), seed), backend
 
 
+@pytest.mark.parametrize("disable", ([], ["cpp"]))
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", LOCAL)
-def test_each_expert_is_a_linear_layer_quantised_by_itself(name, transposed):
+def test_each_expert_is_a_linear_layer_quantised_by_itself(name, transposed, disable):
     recipe = LOCAL[name]
-    got, backend = train(Experts(transposed=transposed), on(recipe))
+    got, backend = train(Experts(transposed=transposed), on(recipe), disable_kernels=disable)
     assert backend.lowered() == {"weight": ALL}
-    separate, other = train(Separate(transposed=transposed), Policy(None).on("linear", recipe), disable_kernels=["cpp"])
+    separate, other = train(Separate(transposed=transposed), Policy(None).on("linear", recipe), disable_kernels=disable)
     assert sum(r.lowered for r in other.records) == 3 * sum(c > 0 for c in COUNTS)
     assert_same(got, separate)
 
@@ -115,7 +116,7 @@ def test_one_expert_is_a_linear_layer(name):
             return F.linear(x, self.weight[0] if self.transposed else self.weight[0].t())
 
     x, offs = tokens(40), torch.tensor([40], dtype=torch.int32)
-    got, backend = train(Experts(1), on(name), x, offs)
+    got, backend = train(Experts(1), on(name), x, offs, disable_kernels=["cpp"])
     linear, other = train(Linear(1), Policy(None).on("linear", name), tokens(40), offs, disable_kernels=["cpp"])
     assert {(r.role, r.lowered) for r in backend.records} == {(r.role, r.lowered) for r in other.records}
     assert_same(got, linear)
@@ -236,7 +237,7 @@ def test_records_say_what_was_done():
     _, backend = train(Experts(), on("quartet"))
     records = {r.role: r for r in backend.records}
     assert {(r.fqn, r.op_class, r.kernel, r.recipe) for r in backend.records} == {
-        ("weight", "grouped", "grouped-mm", "quartet")}
+        ("weight", "grouped", "cpp", "quartet")}
     assert {r: (records[r].m, records[r].n, records[r].k) for r in records} == {
         "fprop": (50, OUT, IN), "dgrad": (50, IN, OUT), "wgrad": (OUT, IN, 50)}
     assert all("5 groups, each padded to a multiple of 32 tokens" in r.notes for r in backend.records)
@@ -315,7 +316,7 @@ def test_a_cost_model_without_groups_decides_nothing(monkeypatch):
     recipe = dataclasses.replace(quartet.recipes()["mxfp8"], name="everything", skip=())
     policy = Policy(recipe, where_it_pays=True)
     _, backend = train(Experts(), policy)
-    assert {r.reason for r in backend.records} == {"the cost model knows no groups: name it in a rule"}
+    assert {r.reason for r in backend.records} == {"the cost model knows neither groups nor batches: name it in a rule"}
     _, backend = train(Experts(), policy.on("grouped", "mxfp8"))
     assert backend.lowered() == {"weight": ALL}
 
@@ -346,7 +347,7 @@ def test_a_layer_with_as_many_tokens_as_data_says():
         assert_close(got, step(compile_plain(model), model, (tokens(), ids)))
     assert backend.lowered() == {"shared": ALL, "gate": ALL, "up": ALL, "down": ALL}
     kernels = {r.fqn: r.kernel for r in backend.records}
-    assert kernels.pop("shared") in ("cpp", "inductor") and set(kernels.values()) == {"grouped-mm"}
+    assert kernels.pop("shared") == "cpp" and set(kernels.values()) == {"cpp"}
     (forward,) = backend.forwards()
     assert count(forward, "gather_rows") == 2 + 3, "gate and up read one X in the padded layout"
     assert count(forward, "group_layout") == 1

@@ -41,13 +41,16 @@ def trace(target: str, model: Any, *inputs: Any, records: list | None = None, dy
 
 
 def carry_out(target: str, model: Any, x: torch.Tensor, policy: Any, gradient: torch.Tensor, seed: int = 1,
-              **options: Any) -> tuple[list[torch.Tensor], list[GraphModule]]:
-    """Output and gradients, x's first, of the graphs compiled for ``target``, run eagerly here, and the graphs."""
+              rest: tuple[torch.Tensor, ...] = (), **options: Any) -> tuple[list[torch.Tensor], list[GraphModule]]:
+    """Output and gradients, x's first, of the graphs compiled for ``target``, run eagerly here, and the graphs.
+
+    ``rest``: what the model takes besides x.
+    """
     capture = Capture()
     run = _compiled(target, model, capture, None, False, policy=policy, **options)
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)
-    out = run(x)
+    out = run(x, *rest)
     grads = torch.autograd.grad(out, [x, *model.parameters()], gradient)
     torch._dynamo.reset()
     return [out.detach(), *grads], capture.graphs
