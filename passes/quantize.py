@@ -28,7 +28,7 @@ from quartet.lowering import ir
 from quartet.lowering.chains import REUSABLE, Source
 from quartet.lowering.graph import Builder, aten, editing, keep_as, replace_all, shape, val
 from quartet.lowering.grouped_ops import QUANTIZE_GROUPS
-from quartet.lowering.products import turned
+from quartet.lowering.products import SWAP, turned
 from quartet.lowering.recipe import Gemm
 from quartet.passes.delayed import amax_of
 from quartet.passes.find_matmuls import input_indices
@@ -128,10 +128,16 @@ def _mark_reusable(state: State, weight: Quantized) -> None:
     """Name the parameter whose quantised form is the same in every forward of an optimizer step."""
     quantizer = ir.quantizer_of(weight.codes)[0]
     source = Source.of(quantizer)
-    origin = source.x
-    while origin.op == "call_function" and origin.target in WHOLE_VIEWS:
+    origin, stack, flipped = source.x, source.x.target is aten.reshape.default, False
+    while origin.op == "call_function" and (origin.target in WHOLE_VIEWS or stack and origin is source.x):
+        if stack and origin.target is aten.permute.default:
+            if origin.args[1] != SWAP:
+                return
+            flipped = not flipped
         assert isinstance(origin.args[0], Node)
         origin = origin.args[0]
+    if flipped:  # matrices that were transposed one by one have the shape and the strides of any others
+        return
     fixed = not weight.spec.stochastic and source.signs is None and "recompute" not in quantizer.meta
     if fixed and input_indices(state.gm.graph).get(origin) in state.config.weights:
         quantizer.meta[REUSABLE] = origin

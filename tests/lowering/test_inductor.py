@@ -232,12 +232,10 @@ def test_one_training_step_equals_the_interpreted_graph():
     assert 0.01 < error < 0.5, "the layer was not quantised"
 
 
-@pytest.mark.parametrize("spec, kept", [("e4m3/32 e8m0 ceil nearest", {2}), ("e4m3/128 fp32 amax_pow2 nearest", {2}),
-                                        ("e4m3/128x128 fp32 amax_pow2 nearest", {2}),
-                                        ("e2m1/32 e8m0 ceil nearest", {2, 3})])
-def test_on_a_gpu_blocks_are_kept_in_memory_only_where_codes_are_packed(spec, kept):
+@pytest.mark.parametrize("spec", ["e4m3/32 e8m0 ceil nearest", "e4m3/128 fp32 amax_pow2 nearest"])
+def test_on_a_gpu_unpacked_blocks_are_not_kept_in_memory(spec):
     with FakeTensorMode():
         x = torch.empty(256, 256, dtype=torch.bfloat16, device="cuda")
-    gm = make_fx(lambda t: inductor._quantize(t, spec, None, 0)[:2])(x)
+        gm = make_fx(lambda t: inductor._quantize(t, spec, None, 0)[:2])(x)
     stores = gm.graph.find_nodes(op="call_function", target=inductor.store)
-    assert {node.args[0].meta["val"].dim() for node in stores} == kept
+    assert {node.args[0].meta["val"].dim() for node in stores} == {2}

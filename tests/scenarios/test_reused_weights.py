@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import assert_same, compile_eager, step
 from models import MLP
 from torch.utils.checkpoint import checkpoint
 
+from quartet import Policy
 from quartet.lowering import cpu_ops
 from quartet.runtime import weights
 from quartet.runtime.weights import REUSED
@@ -216,3 +218,41 @@ def test_kept_codes_survive_being_overwritten(trained):
             for t in REUSED.find(parameter, what):
                 t.fill_(77)
             assert all(torch.equal(a, b) for a, b in zip(REUSED.find(parameter, what), made, strict=True))
+
+
+class Experts(torch.nn.Module):
+    """Square experts, read as they lie, or every matrix transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1)) / 8)
+        self.ends = torch.tensor([2, 2, 8], dtype=torch.int32)
+
+    def forward(self, x):
+        y = F.grouped_mm(x.bfloat16(), self.weight.bfloat16().transpose(1, 2), offs=self.ends)
+        return F.grouped_mm(y, self.weight.bfloat16(), offs=self.ends)
+
+
+def test_experts_are_quantised_once_a_step(monkeypatch):
+    """The same parameter transposed is another tensor, of the same shape and strides: it is quantised each time."""
+    made, run = [], cpu_ops.cpu.rotate_quantize
+
+    def count(x, **arguments):
+        if tuple(x.shape) == (3 * 64, 64) and arguments["spec"].rule == "quest":  # not dgrad's
+            made.append(x.clone())
+        return run(x, **arguments)
+
+    monkeypatch.setattr(cpu_ops.cpu, "rotate_quantize", count)
+    runs = []
+    for reuse in (True, False):
+        model = Experts()
+        compiled, backend = compile_eager(model, Policy(None).on("grouped", "quartet"), reuse_weights=reuse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            train_step(model, compiled, optimizer)
+        assert {record.kernel for record in backend.records} == {"cpp"}
+        made.clear()
+        train_step(model, compiled, optimizer, forwards=4)
+        assert len(made) == (1 + 4 if reuse else 4 + 4)  # as they lie, and transposed
+        runs.append((model, compiled, optimizer))
+    same_next_step(runs)
