@@ -35,13 +35,13 @@ Lower = Callable[[Graph, list[Node], Accepts], None]
 _CALLED = {SCALED_MM: "matrices", SCALED_BMM: "batches of matrices", SCALED_GROUPED_MM: "groups"}
 
 
-def only(*products: OpOverload) -> SupportsKind:
-    """``supports_kind`` of a kernel that multiplies some kinds of products on every device that it runs on."""
-    def supports_kind(target: Target, product: OpOverload) -> str | None:
-        return None if product in products else "multiplies {}, not {}".format(
-            " and ".join(_CALLED[p] for p in products), _CALLED[product])
+def _among(product: OpOverload, *taken: OpOverload) -> str | None:
+    return None if product in taken else f"multiplies {' and '.join(_CALLED[t] for t in taken)}, not {_CALLED[product]}"
 
-    return supports_kind
+
+def matrices(target: Target, product: OpOverload) -> str | None:
+    """``Kernel.supports_kind`` of what multiplies two matrices only."""
+    return _among(product, SCALED_MM)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Kernel:
     supports_pair: SupportsPair = lambda a, b: None
     align: int = 1
     reads: Supports | None = None
-    supports_kind: SupportsKind = only(SCALED_MM)
+    supports_kind: SupportsKind = matrices
 
 
 def _cpp(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -86,8 +86,12 @@ def _fp8_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: 
     return _cublaslt(target, dtype, spec, rotation)
 
 
+def _every(target: Target, product: OpOverload) -> str | None:
+    return None
+
+
 def _groups_and_batches(target: Target, product: OpOverload) -> str | None:
-    return only(SCALED_BMM, SCALED_GROUPED_MM)(target, product) or fp8_products.supports_kind(target, product)
+    return _among(product, SCALED_BMM, SCALED_GROUPED_MM) or fp8_products.supports_kind(target, product)
 
 
 def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -106,10 +110,9 @@ def not_generated(target: Target, *specs: QuantSpec) -> str | None:
     return None
 
 
-_EVERY = only(SCALED_MM, SCALED_BMM, SCALED_GROUPED_MM)
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower,
-           supports_kind=_EVERY),
+           supports_kind=_every),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports),
     Kernel("scaled-mm", "block-scaled tensor cores through torch.nn.functional.scaled_mm", scaled_mm.supports,
@@ -125,11 +128,11 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
            align=int8.ALIGN),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
-           cuda.lower_plain, supports_kind=_EVERY),
+           cuda.lower_plain, supports_kind=_every),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor,
-           supports_kind=only(SCALED_MM, SCALED_BMM)),
+           supports_kind=lambda target, product: _among(product, SCALED_MM, SCALED_BMM)),
     Kernel("grouped-mm", "the reference's groups, dequantised and multiplied in the model's dtype", _inductor,
-           supports_kind=only(SCALED_GROUPED_MM)),
+           supports_kind=lambda target, product: _among(product, SCALED_GROUPED_MM)),
 )
 NAMES: tuple[str, ...] = tuple(kernel.name for kernel in KERNELS)
 _KIND, _OTHER_NAMES = "kernel", ("reference",)  # what reports call that is in no list
@@ -152,7 +155,8 @@ def register(kernel: Kernel, before: str = "inductor") -> Kernel:
     at = NAMES.index(before)
     _set(*KERNELS[:at], kernel, *KERNELS[at:])
     facts = kernel.align, before
-    extension.add(_KIND, kernel.name, facts, kernel.supports, kernel.lower, kernel.supports_pair, kernel.reads)
+    extension.add(_KIND, kernel.name, facts, kernel.supports, kernel.lower, kernel.supports_pair, kernel.reads,
+                  kernel.supports_kind)
     return kernel
 
 

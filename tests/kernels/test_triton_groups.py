@@ -1,15 +1,13 @@
 """FP8 rows with scales of groups: the reference's bits in Triton's interpreter, compiled for GPUs that are not here."""
 
-import json
-import os
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpret
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,10 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, list[str]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{SCRIPT.name} ended with status {done.returncode}\n{done.stderr}"
-    return {line["case"]: line["differences"] for line in map(json.loads, done.stdout.splitlines())}
+    return {case: line["differences"] for case, line in interpret(SCRIPT).items()}
 
 
 @pytest.mark.parametrize("name", cases.cases())

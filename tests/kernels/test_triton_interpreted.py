@@ -1,12 +1,12 @@
 """The Triton kernels' arithmetic on a CPU, bit for bit against the reference: one process interprets all the cases."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreter import interpret
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,10 +19,7 @@ SCRIPT = Path(__file__).with_name("triton_cases.py")
 @pytest.fixture(scope="session")
 def results() -> dict[str, dict]:
     """What the script says of each case."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{SCRIPT.name} ended with status {done.returncode}\n{done.stderr}"
-    return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+    return interpret(SCRIPT)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,13 +1,11 @@
 """The kernels give the bits of the reference: C++ on the CPU, Triton in its interpreter, where one process runs all."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpret
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,10 +21,7 @@ SCRIPT = Path(__file__).with_name("adam_cases.py")
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, list[str]]:
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{SCRIPT.name} ended with status {done.returncode}\n{done.stderr}"
-    return {line["case"]: line["differences"] for line in map(json.loads, done.stdout.splitlines())}
+    return {case: line["differences"] for case, line in interpret(SCRIPT).items()}
 
 
 @pytest.mark.parametrize("name", cases.cases())
