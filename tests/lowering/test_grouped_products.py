@@ -74,6 +74,14 @@ def test_experts_take_the_tensor_cores(recipe, kernel, out, width):
     assert left.shape == (groups * a.shape[0],) and right.shape == (groups * b.shape[1],)
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-rowwise", "quartet"])
+def test_sizes_may_be_symbolic(recipe):
+    a, b = (torch.randn(3, *size, dtype=BF16, requires_grad=True) for size in ((40, 64), (64, 48)))
+    for model, inputs, op in ((Experts(), (tokens(), ENDS), "grouped"), (Batches(), (a, b), "bmm")):
+        forward, *_, backward = trace("sm_90", model, *inputs, policy=on(op, recipe), dynamic=True)
+        assert [targets(gm)[aten._scaled_grouped_mm.default] for gm in (forward, backward)] == [1, 2]
+
+
 def test_a_tensor_of_weights_with_one_scale_is_quantised_once():
     """dgrad reads the codes of fprop, every expert's matrix turned: nothing is quantised again."""
     forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=on("grouped", "fp8"))
