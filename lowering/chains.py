@@ -133,12 +133,15 @@ def both_axes(quantizers: list[Node]) -> list[tuple[Node, Node]]:
     return pairs
 
 
-def quantize_both(graph: Graph, op: OpOverload, rows: Node, columns: Node) -> tuple[Builder, Node]:
-    """``op`` in place of a pair of :func:`both_axes`, where the first of the two is; its results are not wired up."""
+def quantize_both(graph: Graph, op: OpOverload, rows: Node, columns: Node, *further: Any) -> tuple[Builder, Node]:
+    """``op`` in place of a pair of :func:`both_axes`, where the first of the two is; its results are not wired up.
+
+    ``further``: its arguments behind those of the two chains.
+    """
     first = min(rows, columns)
     build = Builder(graph, like=first, before=first, backward=is_backward(first))
     sources = [ready(build, Source.of(node)) for node in (rows, columns)]
-    return build, build(op, sources[0].x, *sources[0].chain, *sources[1].chain)
+    return build, build(op, sources[0].x, *sources[0].chain, *sources[1].chain, *further)
 
 
 def _pairs(quantizer: Node) -> bool:

@@ -78,7 +78,7 @@ class Lowering:
 
     def __init__(self, graph: Graph, gemms: list[Node], accepts: Accepts, fold: bool) -> None:
         self.graph, self.gemms, self.fold = graph, set(gemms), fold
-        self.wanted = {direct(codes, gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
+        self.wanted = {direct(codes, gemm): _ends(gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
         self.operands: dict[tuple[Node, bool], Operand] = {}  # (codes, backward) → E4M3 values and row scales
         quantizers = accepted(graph, gemms, accepts)
         alone = [node for node in quantizers if node in self.wanted and not is_stored(node, self.gemms)]
@@ -93,7 +93,7 @@ class Lowering:
             self._gemm(gemm)
 
     def _quantize_both(self, rows: Node, columns: Node) -> None:
-        build, op = quantize_both(self.graph, cuda_ops.QUANTIZE_BOTH, rows, columns)
+        build, op = quantize_both(self.graph, cuda_ops.QUANTIZE_BOTH, rows, columns, self.wanted[columns])
         for index, node in enumerate((rows, columns)):
             codes = next(item for item in node.users if item.args[1] == 0)
             self.operands[codes, is_backward(node)] = build.item(op, 2 * index), build.item(op, 2 * index + 1)
@@ -105,10 +105,11 @@ class Lowering:
         folded = self.fold and node in self.wanted
         tail = (*source.chain, not folded or is_stored(node, self.gemms), folded)
         stored, matrices = source.stack or (source.stored, 1)
+        ends = self.wanted[node] if folded else None
         if stored is not None and source.encode is None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
-            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail, build.size(matrices))
+            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail, build.size(matrices), ends)
         else:
-            op = build(cuda_ops.QUANTIZE, source.x, *tail, source.parameter)
+            op = build(cuda_ops.QUANTIZE, source.x, *tail, source.parameter, ends)
         results = [build.item(op, i) for i in range(5)]
         if folded:
             self.operands[results[0], is_backward(node)] = results[3], results[4]
@@ -142,11 +143,17 @@ class Lowering:
         key = codes, is_backward(gemm)
         if key in self.operands and direct(codes, gemm) is not None:
             return self.operands[key]
-        folded = build(cuda_ops.FOLD, codes, scales, spec)
+        folded = build(cuda_ops.FOLD, codes, scales, spec, _ends(gemm))
         operand = build.item(folded, 0), build.item(folded, 1)
         if key[1]:
             self.operands[key] = operand
         return operand
+
+
+def _ends(gemm: Node) -> Node | None:
+    """Where groups end along what a product contracts, if it contracts the tokens of groups."""
+    kind = Kind.of(gemm)
+    return kind.ends if kind.over_tokens else None
 
 
 def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

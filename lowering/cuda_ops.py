@@ -5,14 +5,14 @@
     cuda_quantize_both  the same of a tensor and of its transpose, from one read: two FP8 operands
     cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand; of ``matrices``
                         below each other each is transposed
-    cuda_fold           codes and scales → FP8 operand
+    cuda_fold           codes and scales → FP8 operand; with ``ends``, of groups along K
     cuda_dequantize     codes and scales → operand in another dtype
     cuda_unrotate       × gain → apply_mask → inverse hadamard → first columns
     cuda_rotated_amax   hadamard → amax
     cuda_rotate         hadamard, and its amax
 
-An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1]``. ``encode`` is the multiplier of the
-tensor, for E4M3 scales.
+An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1]``, or of groups ``[R, E]``.
+``encode`` is the multiplier of the tensor, for E4M3 scales.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 
 CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, Tensor? encode"
 OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site, Tensor? t_encode"
-library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None) "
+library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None, "
+               "Tensor? ends=None) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}, Tensor? t_ends=None) "
+               "-> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, bool packed, bool folded, "
-               "SymInt matrices=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-library.define("cuda_fold(Tensor codes, Tensor scales, str spec) -> (Tensor, Tensor)")
+               "SymInt matrices=1, Tensor? ends=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define("cuda_fold(Tensor codes, Tensor scales, str spec, Tensor? ends=None) -> (Tensor, Tensor)")
 library.define("cuda_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
 library.define("cuda_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
                "ScalarType dtype) -> Tensor")
@@ -71,8 +73,13 @@ def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None) -> Five:
+              encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None,
+              ends: Tensor | None = None) -> Five:
     ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    if ends is not None:
+        codes, scales, mask, *_ = ops.quantize(x, chain, packed=True, folded=False)
+        kept = (codes, scales, mask) if packed else (t.new_empty(0) for t in (codes, scales, mask))
+        return *kept, *ops.fold(codes, scales, chain.spec, ends)
 
     def make() -> Five:
         return ops.quantize(x, chain, packed=packed, folded=folded)
@@ -85,25 +92,25 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
 
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
-                   t_site: int, t_encode: Tensor | None) -> Four:
+                   t_site: int, t_encode: Tensor | None, t_ends: Tensor | None = None) -> Four:
     ops, rows = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
     columns = chain_of(t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)
     codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
-    return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec)
+    return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec, t_ends)
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
-                matrices: int = 1) -> Five:
+                matrices: int = 1, ends: Tensor | None = None) -> Five:
     ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
     codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices=matrices)
-    operand = ops.fold(codes, scales, chain.spec) if folded else _operand(codes)
+    operand = ops.fold(codes, scales, chain.spec, ends) if folded else _operand(codes)
     codes, scales = (codes, scales) if packed else (codes.new_empty(0), codes.new_empty(0))
     return codes, scales, codes.new_empty(0), *operand
 
 
-def _fold(codes: Tensor, scales: Tensor, spec: str) -> Two:
-    return _kernels().fold(codes, scales, QuantSpec.parse(spec))
+def _fold(codes: Tensor, scales: Tensor, spec: str, ends: Tensor | None = None) -> Two:
+    return _kernels().fold(codes, scales, QuantSpec.parse(spec), ends)
 
 
 def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
@@ -141,10 +148,11 @@ def padded_to(cols, rotation: int, spec: QuantSpec):
     return ceil_to(cols, chain_multiple(spec, rotation))
 
 
-def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, folded: bool) -> Five:
+def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, folded: bool,
+             ends: Tensor | None = None) -> Five:
     q = QuantSpec.parse(spec)
     padded = padded_to(cols, rotation, q)
-    operand = _operand(like, rows, padded) if folded else _operand(like)
+    operand = _operand(like, rows, padded, ends=ends) if folded else _operand(like)
 
     def empty(*shape) -> Tensor:
         return like.new_empty(shape or 0, dtype=torch.uint8)
@@ -156,30 +164,33 @@ def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, f
             empty(rows, padded // 8) if q.mask else empty(), *operand)
 
 
-def _operand(like: Tensor, *size) -> Two:
+def _operand(like: Tensor, *size, ends: Tensor | None = None) -> Two:
     """Of no elements without a size."""
+    groups = 1 if ends is None else ends.shape[0]
     return (like.new_empty(size or 0, dtype=torch.float8_e4m3fn),
-            like.new_empty((size[0], 1) if size else 0, dtype=torch.float32))
+            like.new_empty((size[0], groups) if size else 0, dtype=torch.float32))
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, encode, packed, folded, parameter=None):
-    return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded)
+def _quantize_fake(x, rotation, signs, spec, seed, site, encode, packed, folded, parameter=None, ends=None):
+    return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded, ends)
 
 
 def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
-                        t_encode):
+                        t_encode, t_ends=None):
     rows, cols = x.shape
     return (*_outputs(x, rows, cols, rotation, spec, False, True)[3:],
-            *_outputs(x, cols, rows, t_rotation, t_spec, False, True)[3:])
+            *_outputs(x, cols, rows, t_rotation, t_spec, False, True, t_ends)[3:])
 
 
-def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices=1):
-    made = _outputs(codes, matrices * codes.shape[1] * 2, codes.shape[0] // matrices, rotation, spec, packed, folded)
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices=1,
+                     ends=None):
+    made = _outputs(codes, matrices * codes.shape[1] * 2, codes.shape[0] // matrices, rotation, spec, packed, folded,
+                    ends)
     return *made[:2], made[2].new_empty(0), *made[3:]
 
 
-def _fold_fake(codes, scales, spec):
-    return _operand(codes, codes.shape[0], codes.shape[1] * 2)
+def _fold_fake(codes, scales, spec, ends=None):
+    return _operand(codes, codes.shape[0], codes.shape[1] * 2, ends=ends)
 
 
 def _dequantize_fake(codes, scales, spec, dtype):

@@ -3,6 +3,7 @@
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
+    fp8_bmm         A · Bᵀ of [batch, M, K] and [batch, N, K], scales [batch, M] and [batch, N] → [batch, M, N]
     fp8_row_major   codes that lie in another order → a row-major copy
 
 Inductor chooses the layout of what it computes itself; a matrix product of one-byte operands takes only this one.
@@ -18,8 +19,11 @@ from quartet.kernels.reference.elements import fp8_encode
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import FLOAT8, library
 
+MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
+
 library.define("fp8_cast(Tensor x, Tensor multiplier, str element, bool plain, bool transposed) -> (Tensor, Tensor)")
 library.define("fp8_cast_groups(Tensor x, str spec, Tensor ends) -> (Tensor, Tensor)")
+library.define("fp8_bmm(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, ScalarType dtype, bool fast) -> Tensor")
 library.define("fp8_row_major(Tensor codes) -> Tensor")
 
 
@@ -64,6 +68,17 @@ def _cast_groups_fake(x, spec, ends):
     return codes, x.new_empty(x.shape[0], ends.shape[0], dtype=torch.float32)
 
 
+def _bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
+    made = [torch._scaled_grouped_mm(left, right, left_scales, right_scales, out_dtype=dtype, use_fast_accum=fast)
+            for left, right, left_scales, right_scales in parts]
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def _bmm_fake(a, b, a_scales, b_scales, dtype, fast):
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=dtype)
+
+
 def _row_major(codes: Tensor) -> Tensor:
     return codes.clone(memory_format=torch.contiguous_format)
 
@@ -82,11 +97,14 @@ torch.library.register_fake("quartet::fp8_cast", _cast_fake, lib=library)
 library.impl("fp8_cast_groups", _cast_groups, "CompositeExplicitAutograd")
 library.impl("fp8_cast_groups", _cast_groups_cuda, "CUDA")
 torch.library.register_fake("quartet::fp8_cast_groups", _cast_groups_fake, lib=library)
+library.impl("fp8_bmm", _bmm, "CompositeExplicitAutograd")
+torch.library.register_fake("quartet::fp8_bmm", _bmm_fake, lib=library)
 library.impl("fp8_row_major", _row_major, "CompositeExplicitAutograd")
 library.impl("fp8_row_major", _row_major_cuda, "CUDA")
 torch.library.register_fake("quartet::fp8_row_major", lambda codes: codes.new_empty(codes.shape), lib=library)
 
 CAST = torch.ops.quartet.fp8_cast.default
 CAST_GROUPS = torch.ops.quartet.fp8_cast_groups.default
+BMM = torch.ops.quartet.fp8_bmm.default
 ROW_MAJOR = torch.ops.quartet.fp8_row_major.default
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)

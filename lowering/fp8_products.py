@@ -1,5 +1,5 @@
-"""Products of row-major FP8 codes on the FP8 tensor cores: of matrices by ``aten._scaled_mm``, of groups and batches by
-``aten._scaled_grouped_mm``.
+"""Products of row-major FP8 codes on the FP8 tensor cores: of matrices by ``aten._scaled_mm``, of groups and, some
+hundreds at a time, of batches by ``aten._scaled_grouped_mm``.
 
 The latter takes E4M3 alone, with a scale a row, and gives bfloat16. Both want K and N in multiples of 16, what is
 missing is padded with zeros, and groups of tokens that are contracted in multiples of 16 too, which is the layout's
@@ -22,7 +22,8 @@ from quartet.runtime.devices import Target
 ALIGN = 16
 GROUPED_ON = 9  # major compute capability: PyTorch has the grouped product for Hopper alone
 _KERNEL = "quartet_kernel"
-_FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8}  # where the argument use_fast_accum is
+# where the argument use_fast_accum is
+_FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops.BMM: 5}
 
 
 def supports_kind(target: Target, product: OpOverload) -> str | None:
@@ -57,12 +58,12 @@ def multiply(build: Builder, name: str, kind: Kind, a: Node, a_scales: Any, b: N
         return flat(build, _grouped(build, name, a, right, left_scales, right_scales, kind, dtype))
     count = kind.batch if kind.ends is None else shape(kind.ends)[0]
     left, each = build.padded(a, cols=cols), build.padded(stacked(build, count, b), rows=ALIGN, cols=cols)
-    right = build(aten.permute.default, each, SWAP)
     b_scales = build.padded(_in_rows(build, b_scales, count), cols=ALIGN)
-    if kind.ends is not None:
-        return _grouped(build, name, left, right, build(aten.reshape.default, a_scales, [-1]), b_scales, kind, dtype)
-    return flat(build, _grouped(build, name, stacked(build, count, left), right, _in_rows(build, a_scales, count),
-                                b_scales, kind, dtype))
+    if kind.ends is None:
+        left, a_scales = stacked(build, count, left), _in_rows(build, a_scales, count)
+        return flat(build, _named(build(fp8_ops.BMM, left, each, a_scales, b_scales, dtype, True), name))
+    a_scales = build(aten.reshape.default, a_scales, [-1])
+    return _grouped(build, name, left, build(aten.permute.default, each, SWAP), a_scales, b_scales, kind, dtype)
 
 
 def promote(graph: Graph) -> None:

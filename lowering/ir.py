@@ -201,9 +201,9 @@ SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, AMAX, QUANTIZE, DEQUANTIZE, APPLY_MASK
 def quantizer_of(codes: Node) -> tuple[Node, bool]:
     """The node whose first result is an operand of a product, and whether the operand is its transpose, or that of each
     of the matrices that lie below each other in it."""
-    flipped = False
-    while codes.target is not operator.getitem:
-        flipped = flipped != (codes.target is torch.ops.aten.permute.default)
-        codes = codes.args[0]  # type: ignore[assignment]
-    assert isinstance(codes.args[0], Node)
-    return codes.args[0], flipped
+    flipped, item = False, codes
+    while item.target in (torch.ops.aten.permute.default, torch.ops.aten.reshape.default):
+        flipped = flipped != (item.target is torch.ops.aten.permute.default)
+        item = item.args[0]  # type: ignore[assignment]
+    assert item.target is operator.getitem and isinstance(item.args[0], Node), f"{codes.format_node()} holds no codes"
+    return item.args[0], flipped

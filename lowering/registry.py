@@ -180,13 +180,22 @@ def choose(device: torch.device | Target, dtype: torch.dtype,
         return None, dict.fromkeys(NAMES, target.missing)
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
-        reason = f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else next(
-            (r for spec, rotation in specs if (r := kernel.supports(target, dtype, spec, rotation)) is not None),
-            kernel.supports_pair(*(spec for spec, _ in specs)) or kernel.supports_kind(target, product))
+        reason = _why_not(kernel, target, dtype, specs, product)
+        if kernel.name in disabled:
+            reason = f"disabled: disable_kernels names {kernel.name!r}"
         if reason is None:
             return kernel, reasons
         reasons[kernel.name] = reason
     return None, reasons
+
+
+def _why_not(kernel: Kernel, target: Target, dtype: torch.dtype,
+             specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]], product: OpOverload) -> str | None:
+    for spec, rotation in specs:
+        reason = kernel.supports(target, dtype, spec, rotation)
+        if reason is not None:
+            return reason
+    return kernel.supports_pair(*(spec for spec, _ in specs)) or kernel.supports_kind(target, product)
 
 
 _PROBED = (
@@ -205,5 +214,11 @@ def probe(device: torch.device | Target) -> list[tuple[str, str, str | None]]:
                if element.emax is not None]
     formats += [(name, QuantSpec.parse(text), 0) for name, text in _PROBED]
     target = Target.of(device)
-    return [(name, k.name, target.missing or k.supports(target, torch.bfloat16, spec, rotation))
+    return [(name, k.name, target.missing or k.supports(target, torch.bfloat16, spec, rotation) or _idle(k, target))
             for name, spec, rotation in formats for k in KERNELS]
+
+
+def _idle(kernel: Kernel, target: Target) -> str | None:
+    """Why a kernel multiplies nothing on a device, None where it does."""
+    reasons = [kernel.supports_kind(target, product) for product in _CALLED]
+    return None if None in reasons else reasons[-1]

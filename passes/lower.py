@@ -29,7 +29,7 @@ def lower(state: State) -> None:
         device, gemm = val(node).device, node.meta[SITE_KEY]
         target = state.config.target_of(device)
         kernel, reasons = registry.choose(target, val(node).dtype, specs, state.config.disable_kernels,
-                                           node.target)
+                                          node.target)
         if kernel is None:
             state.declined[gemm] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             continue

@@ -40,7 +40,7 @@ _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WG
 
 
 def quantize(state: State) -> None:
-    """Replace every planned product by quantise nodes and a scaled_mm."""
+    """Replace every planned product by quantise nodes and a scaled one."""
     with editing(state.gm):
         for site in state.planned():
             for role in ("fprop", "dgrad", "wgrad"):
@@ -61,7 +61,7 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     saved = None
     if product.source is not None:
         product.source = state.current(product.source)
-        saved = _saved_codes(state, build, site, role, product, gemm.b.spec)
+        saved = _saved_codes(state, build, site, role, product, gemm)
         if saved is None:
             _start_from_saved(state, site, role, product)
     if backward:
@@ -119,7 +119,7 @@ def _masked(build: Builder, site: MatmulSite, role: str, out: Node) -> Node:
 
 
 def _outer_scales(a: Quantized, b: Quantized) -> tuple[Node | None, ...]:
-    """Further arguments of a scaled_mm whose operands have a factor for the whole tensor."""
+    """Further arguments of a product whose operands have a factor for the whole tensor."""
     factors = tuple(q.amax if q.spec.scale == "e4m3" else None for q in (a, b))
     return () if factors == (None, None) else factors
 
@@ -189,11 +189,12 @@ def _saved(state: State, site: MatmulSite, role: str, product: Product) -> Quant
 
 
 def _saved_codes(state: State, build: Builder, site: MatmulSite, role: str, product: Product,
-                 wanted: QuantSpec) -> Quantized | None:
-    """Operand b as the codes of fprop, transposed; None when it is rotated or wanted in another format."""
-    made = site.quantized["w" if role == "dgrad" else "x"]
+                 gemm: Gemm) -> Quantized | None:
+    """Operand b as the codes of fprop, transposed; None when it is rotated or wanted in another format, or longer."""
+    made, wanted = site.quantized["w" if role == "dgrad" else "x"], gemm.b.spec
+    assert gemm.a.spec is not None and wanted is not None
     rotated = product.b is not None and product.b.target is ir.HADAMARD
-    if rotated or made.spec != wanted or not wanted.commutes_with_transpose:
+    if rotated or made.spec != wanted or not wanted.commutes_with_transpose or gemm.a.spec.multiple > wanted.multiple:
         return None
     codes = _saved(state, site, role, product)
     count = site.groups.count if site.groups is not None and role == "dgrad" else site.batch

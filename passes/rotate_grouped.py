@@ -51,9 +51,8 @@ def multiple_of(site: MatmulSite, roles: list[str]) -> int:
             wanted.append(gemm.outer.n)
         if gemm.a.spec is not None and gemm.a.spec.tile and role != "wgrad":
             wanted.append(gemm.a.spec.block)
-        if role == "wgrad" and gemm.a.spec is not None:
-            wanted.append(ALIGN)
         if role == "wgrad":
+            wanted += [ALIGN] if gemm.a.spec is not None else []
             wanted += [operand.spec.multiple for operand in (gemm.a, gemm.b) if operand.spec is not None]
             wanted += [gemm.rotation.n] if gemm.rotation is not None else []
     return max(wanted)

@@ -8,6 +8,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.graph import aten, is_backward
 from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
+from quartet.lowering.products import SCALED
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
 
@@ -31,7 +32,7 @@ def verify(state: State, after: str) -> None:
             spec = QuantSpec.parse(str(node.args[1]))
             _require((node.args[2] is not None) == spec.stochastic, after, node, "stochastic quantisers have a seed")
             _require((len(node.args) > 4) == spec.takes_amax, after, node, "quantisers that take an amax have one")
-        if SITE_KEY in node.meta and node.target in (*ir.PRODUCTS, SCALED_GROUPED_MM):  # not of an earlier compilation
+        if SITE_KEY in node.meta and node.target in SCALED:  # not of an earlier compilation
             _check_gemm(node, after)
 
 

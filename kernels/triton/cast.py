@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -34,10 +36,12 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
 
 @triton.jit
 def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    tiles = (rows + M - 1) // M
+    matrix = tl.program_id(0).to(tl.int64) // tiles
+    row = (tl.program_id(0) % tiles).to(tl.int64) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
-    x += tl.program_id(2).to(tl.int64) * matrix_stride
-    out += tl.program_id(2).to(tl.int64) * rows * cols
+    x += matrix * matrix_stride
+    out += matrix * rows * cols
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0)
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
@@ -87,7 +91,7 @@ def transpose(x: Tensor) -> Tensor:
     out = x.new_empty(*stack, k, r)
     if x.numel():
         with on_device(x):
-            launch(_transpose_tile, (cdiv(r, 128), cdiv(k, 64), *stack),
+            launch(_transpose_tile, (cdiv(r, 128) * prod(stack), cdiv(k, 64)),
                 (x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0) if stack else 0, x.stride(-2)),
                 M=128, N=64, num_warps=8)
     return out

@@ -44,14 +44,14 @@ def quantize_both(x, rows, cols, row_stride,
     if WORDS:
         words = load_down(tile.to(tl.pointer_type(tl.int32), bitcast=True), stride // PER, limit, N, ALL)
         for c in range(PER):
-            _quantize_column(column_of(words, c, N, TYPE), (column + c).to(tl.int64), inside, height, column_signs,
-                             keys, column_codes, column_scale_bytes, column_masks, column_site, tensor, N, ROTATION,
-                             SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, SWIZZLED, HARDWARE)
+            _quantize_column(column_of(words, c, N, TYPE), (column + c).to(tl.int64), tl.program_id(0), inside, height,
+                             column_signs, keys, column_codes, column_scale_bytes, column_masks, column_site, tensor, N,
+                             ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, SWIZZLED, HARDWARE)
     else:
         values = load_elements_down(tile, stride, limit, N)
-        _quantize_column(values, column.to(tl.int64), inside, height, column_signs, keys, column_codes,
-                         column_scale_bytes, column_masks, column_site, tensor, N, ROTATION, SIGNED, BLOCK, RULE,
-                         SIGMA, POWER, STOCHASTIC, TILE, MASK, SWIZZLED, HARDWARE)
+        _quantize_column(values, column.to(tl.int64), tl.program_id(0), inside, height, column_signs, keys,
+                         column_codes, column_scale_bytes, column_masks, column_site, tensor, N, ROTATION, SIGNED,
+                         BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, SWIZZLED, HARDWARE)
     if ROWS:
         keys = round_keys(row_seed, RSR)
         ACROSS: tl.constexpr = L * PER // RN
@@ -64,12 +64,11 @@ def quantize_both(x, rows, cols, row_stride,
 
 
 @triton.jit
-def _quantize_column(values, row, inside, height, signs, keys, code_words, scale_bytes, mask_words, site, tensor,
+def _quantize_column(values, row, unit, inside, height, signs, keys, code_words, scale_bytes, mask_words, site, tensor,
                      N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
                      RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
                      TILE: tl.constexpr, MASK: tl.constexpr, SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
-    """Quantise and store N rows of one column a lane: ``row`` of a transpose that is ``height`` units wide."""
-    unit = tl.program_id(0)
+    """Quantise and store N rows of one column a lane: a unit of ``row`` of a transpose ``height`` units wide."""
     packed, masks, scales = quantize_unit(values, signs, keys, site, row, unit, height, inside, tensor, N, ROTATION,
                                           SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, TILE, HARDWARE)
     store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, unit, height, inside, N, BLOCK, MASK,
@@ -88,8 +87,9 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
     Matrices of so many rows lie below each other, as their transposes do. ALL: no tile goes beyond a matrix. SWIZZLED:
     scales are read and written where Blackwell's tensor cores look, of one matrix.
     """
-    first = tl.program_id(0).to(tl.int64) * N
-    matrix = tl.program_id(2).to(tl.int64)
+    height = (rows + N - 1) // N
+    matrix, unit = tl.program_id(0).to(tl.int64) // height, tl.program_id(0) % height
+    first = unit.to(tl.int64) * N
     code_words += matrix * rows * words
     scale_bytes += matrix * rows * (words * 8 // IN_BLOCK)
     j = tl.program_id(1) * B + tl.arange(0, B)
@@ -104,13 +104,12 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
         scales = scales + (tl.maximum(bytes_[i] << 23, 1 << 22).to(tl.float32, bitcast=True),)
     if SIGNED:  # a row has one sign for all its columns
         scales = signed(scales, signs, N, ROTATION)
-    height = (rows + N - 1) // N
     keys = round_keys(seed, STOCHASTIC)
     for c in range(8):
         values = ()
         for i in tl.static_range(N):
             values = values + (value_of(nibbles[i] << (28 - 4 * c)) * scales[i],)
-        _quantize_column(values, matrix * words * 8 + j * 8 + c, inside, height, None, keys, out_codes,
+        _quantize_column(values, matrix * words * 8 + j * 8 + c, unit, inside, height, None, keys, out_codes,
                          out_scale_bytes, out_codes, site, (None, None, 0, 0), N, ROTATION, False, BLOCK, RULE, SIGMA,
                          POWER, STOCHASTIC, TILE, False, SWIZZLED, HARDWARE)
 

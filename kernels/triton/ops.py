@@ -24,6 +24,8 @@ from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.rotations import rotate
 
 Three = tuple[Tensor, Tensor, Tensor]
+_MAGNITUDES = 0x7777777777777777  # of sixteen packed codes: all but their signs
+_LEAST_TOP, _LEVEL = 7, 150  # scale bytes: the least that a fold takes for a row's largest, and one in the middle
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, 
     if codes.numel():
         lanes, words = WARP, half // 4
         with on_device(codes):
-            launch(columns.requantize_columns, (height, cdiv(words, lanes), matrices),
+            launch(columns.requantize_columns, (height * matrices, cdiv(words, lanes)),
                 (codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales,
                  r, words, chain.site),
                 IN_BLOCK=in_spec.block, **_constants(chain, n, form), SWIZZLED=form.swizzled,
@@ -199,7 +201,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, 
     return out.codes, out.scales
 
 
-def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def fold(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """E4M3 values and power-of-two row scales of packed rows: ``values · row scale = code · 2^e``.
 
     Exact where a row's blocks span at most fifteen powers of two; blocks further below the row's largest are
@@ -207,10 +209,13 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
 
     Args:
         codes, scales: uint8 ``[R, K/2]`` and ``[R, K/block]``, contiguous.
+        ends: int32 ``[E]``, where groups of whole blocks end along K; each part of a row then has a scale of its own.
     Returns:
-        float8_e4m3fn ``[R, K]`` and float32 ``[R, 1]``.
+        float8_e4m3fn ``[R, K]`` and float32 ``[R, 1]``, or ``[R, E]`` with ends.
     """
     r, half = _packed_shape("fold", codes, scales, spec)
+    if ends is not None:
+        return _fold_groups(codes, scales, spec, ends)
     values = codes.new_empty(r, half * 2, dtype=torch.float8_e4m3fn)
     row_scales = codes.new_empty(r, 1, dtype=torch.float32)
     if codes.numel():
@@ -223,6 +228,21 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
                  table(codes.device), r, units),
                 PER_SCALE=spec.block // 32, R=per_program, L=lanes, num_warps=warps(per_program * lanes))
     return values, row_scales
+
+
+def _fold_groups(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Every group's largest scale byte is brought to one level, rows are folded, and the scales take it back."""
+    words = codes.view(torch.int64).reshape(*scales.shape, spec.block // 16)
+    filled = ((words & _MAGNITUDES) != 0).any(-1)
+    byte = scales.to(torch.int32)
+    first = torch.arange(scales.shape[1], dtype=ends.dtype, device=ends.device) * spec.block
+    group = torch.searchsorted(ends, first, right=True).clamp(max=ends.shape[0] - 1)
+    top = byte.new_full((len(codes), ends.shape[0]), _LEAST_TOP)
+    top.scatter_reduce_(1, group.expand_as(byte), torch.where(filled & (byte != 255), byte, 0), "amax")
+    level = torch.where(byte == 255, byte, (byte - top[:, group] + _LEVEL).clamp(0, 254))
+    values, row_scales = fold(codes, level.to(torch.uint8), spec)
+    powers = ((top - (_LEAST_TOP - 1)) << 23).view(torch.float32)  # what fold makes of a row whose largest byte is top
+    return values, powers * (row_scales * 2.0 ** (127 + _LEAST_TOP - 1 - _LEVEL))
 
 
 def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:

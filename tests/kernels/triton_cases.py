@@ -76,6 +76,25 @@ def check_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain, matrices: int =
                                          expected.requantize(codes, scales, spec, c, matrices), c.spec)
 
 
+def check_fold_of_groups(x: torch.Tensor, spec: QuantSpec, ends: tuple[int, ...]) -> list[str]:
+    """Each group's part of the rows is folded as if it were all of them."""
+    codes, scales, _ = ref.quantize(x, spec)
+    values, row_scales = ops.fold(codes, scales, spec, torch.tensor(ends, dtype=torch.int32))
+    lines, start = [], 0
+    for group, end in enumerate(ends):
+        columns = slice(start, x.shape[1] if group == len(ends) - 1 else end)
+        blocks = slice(columns.start // spec.block, columns.stop // spec.block)
+        packed = codes[:, columns.start // 2:columns.stop // 2].contiguous(), scales[:, blocks].contiguous()
+        if packed[0].numel():
+            wanted, wanted_scales, _ = expected.fold(*packed, spec)
+            lines += expected.difference(f"values of group {group}", values[:, columns].contiguous(), wanted)
+            filled = (ref.dequantize(*packed, spec) != 0).any(1)  # else the scale has no meaning
+            lines += expected.difference(f"scales of group {group}", row_scales[filled, group],
+                                         wanted_scales[filled, 0])
+        start = end
+    return lines
+
+
 @contextmanager
 def filled_memory() -> Iterator[None]:
     """New tensors are full of ones, so that what nobody writes is seen."""
@@ -258,6 +277,8 @@ case("requantize-nearest", check_requantize, expected.data(5, 320), QuantSpec(),
 case("requantize-block-64", check_requantize, expected.data(70, 128), QuantSpec(block=64), chain(QUEST, 64, True))
 case("requantize-stack", check_requantize, expected.data(3 * 40, 64), QUEST, chain(STOCHASTIC, 32, True), 3)
 case("requantize-stack-whole", check_requantize, expected.data(2 * 64, 256), QUEST, chain(QUEST, 32), 2)
+case("fold-groups", check_fold_of_groups, expected.spread(5), QuantSpec(), (32, 32, 96, 160))
+case("fold-groups-of-64", check_fold_of_groups, expected.data(40, 512), QuantSpec(block=64), (128, 384, 448))
 case("requantize-broken", check_requantize, expected.broken(), QUEST, chain(STOCHASTIC))
 case("requantize-huge", check_requantize, expected.edges()["huge"], QuantSpec(), chain(QUEST))
 case("requantize-tiny", check_requantize, expected.edges()["tiny"], QuantSpec(), chain(QuantSpec()))

@@ -77,9 +77,10 @@ def test_experts_take_the_tensor_cores(recipe, kernel, out, width):
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-rowwise", "quartet"])
 def test_sizes_may_be_symbolic(recipe):
     a, b = (torch.randn(3, *size, dtype=BF16, requires_grad=True) for size in ((40, 64), (64, 48)))
-    for model, inputs, op in ((Experts(), (tokens(), ENDS), "grouped"), (Batches(), (a, b), "bmm")):
+    for model, inputs, op, product in ((Experts(), (tokens(), ENDS), "grouped", aten._scaled_grouped_mm.default),
+                                       (Batches(), (a, b), "bmm", fp8_ops.BMM)):
         forward, *_, backward = trace("sm_90", model, *inputs, policy=on(op, recipe), dynamic=True)
-        assert [targets(gm)[aten._scaled_grouped_mm.default] for gm in (forward, backward)] == [1, 2]
+        assert [targets(gm)[product] for gm in (forward, backward)] == [1, 2]
 
 
 def test_a_tensor_of_weights_with_one_scale_is_quantised_once():
@@ -98,8 +99,13 @@ def test_rows_of_groups_are_cast_by_one_op():
 def test_a_gradient_of_mxfp4_experts_is_read_once():
     _, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=on("grouped", "quartet"))
     assert targets(backward)[cuda_ops.QUANTIZE_BOTH] == 1
-    stacks = [node.args[-1] for node in backward.graph.find_nodes(op="call_function", target=cuda_ops.REQUANTIZE)]
+    stacks = [node.args[-2] for node in backward.graph.find_nodes(op="call_function", target=cuda_ops.REQUANTIZE)]
     assert sorted(stacks) == [1, len(COUNTS)]  # the tokens, and every expert's weights by themselves
+    (_, wgrad) = sorted(products(backward), key=lambda p: p[0][1].dim(), reverse=True)
+    assert wgrad[0][2].shape == (len(COUNTS) * wgrad[0][0].shape[0],)
+    folds = [node for gm in (backward,) for node in gm.graph.nodes if node.target in (
+        cuda_ops.QUANTIZE_BOTH, cuda_ops.REQUANTIZE) and node.args[-1] is not None]
+    assert len(folds) == 2  # of both operands of wgrad, a scale in each group
 
 
 @pytest.mark.parametrize("op, recipe, kernels", [
@@ -140,6 +146,7 @@ def scaled_grouped_mm(a, b, scale_a, scale_b, offs=None, bias=None, scale_result
     """What ``aten._scaled_grouped_mm`` computes; what it leaves undefined is NaN."""
     a, b = a.float(), b.float()
     if offs is None:
+        assert len(a) <= fp8_ops.MOST_GROUPS or not fast
         return ((a @ b) * scale_a.unsqueeze(2) * scale_b.unsqueeze(1)).to(out_dtype)
     bounds = list(zip([0, *offs.tolist()], offs.tolist(), strict=False))
     if b.dim() == 3:
@@ -197,5 +204,12 @@ def test_batches_are_the_references(written_down, recipe, rows, cols, width):
     a, gradient = torch.randn(3, rows, width).to(BF16), torch.randn(3, rows, cols).to(BF16)
     run = partial(carry_out, "sm_90", Stack(), a, on("grouped", recipe), gradient)
     got, graphs = run()
-    assert sum(targets(gm)[aten._scaled_grouped_mm.default] for gm in graphs) == 3
+    assert sum(targets(gm)[fp8_ops.BMM] for gm in graphs) == 3
     assert_near(got, run(disable_kernels=["fp8-grouped"])[0])
+
+
+def test_batches_of_more_matrices_than_the_library_takes(written_down):
+    a, b = (torch.randn(2 * fp8_ops.MOST_GROUPS + 5, n, 16).to(torch.float8_e4m3fn) for n in (3, 16))
+    scales = torch.rand(len(a), 3), torch.rand(len(b), 16)
+    got = torch.ops.quartet.fp8_bmm(a, b, *scales, BF16, True)
+    assert torch.equal(got, scaled_grouped_mm(a, b.mT, *scales, out_dtype=BF16))
