@@ -70,8 +70,8 @@ def _cast_groups_fake(x, spec, ends):
 
 def _bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
-    made = [torch._scaled_grouped_mm(left, right, left_scales, right_scales, out_dtype=dtype, use_fast_accum=fast)
-            for left, right, left_scales, right_scales in parts]
+    multiply = torch.ops.aten._scaled_grouped_mm.default
+    made = [multiply(*part, out_dtype=dtype, use_fast_accum=fast) for part in parts]
     return made[0] if len(made) == 1 else torch.cat(made)
 
 

@@ -18,14 +18,12 @@ from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.reference.packing import swizzled_size
 from quartet.kernels.spec import QuantSpec, chain_multiple, dtype_name
 from quartet.kernels.triton import columns, rows, two_level
-from quartet.kernels.triton.fold import inexact_blocks, table
+from quartet.kernels.triton.fold import inexact_blocks, levelled, table
 from quartet.kernels.triton.host import DTYPES, WARP, cdiv, check_given, on_device, power_of_two, warps, wide
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.rotations import rotate
 
 Three = tuple[Tensor, Tensor, Tensor]
-_MAGNITUDES = 0x7777777777777777  # of sixteen packed codes: all but their signs
-_LEAST_TOP, _LEVEL = 7, 150  # scale bytes: the least that a fold takes for a row's largest, and one in the middle
 
 
 @dataclass(frozen=True)
@@ -174,13 +172,11 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, 
         form: of what is read and of what is returned.
         matrices: how many matrices of R / matrices rows lie below each other; each is transposed by itself.
     Returns:
-        codes uint8 ``[matrices · K, Rp/2]`` and scales uint8 ``[matrices · K, Rp/block]``, ``Rp`` the rows of one
-        matrix rounded up to whole blocks. Errors as :func:`quantize`.
+        codes uint8 ``[matrices·K, Rp/2]``, scales uint8 ``[matrices·K, Rp/block]``. Errors as :func:`quantize`.
     """
     r, half = _packed_shape("requantize", codes, scales, in_spec, form.swizzled)
     if r % matrices or (form.swizzled and matrices != 1):
-        raise ValueError(f"requantize turns matrices of equally many rows below each other, with swizzled scales one; "
-                         f"got {r} rows of {matrices}")
+        raise ValueError(f"requantize turns matrices of one height, with swizzled scales one: {r} rows of {matrices}")
     r //= matrices
     if in_spec.gain != 1.0:
         raise ValueError(f"requantize reads codes without a gain, '{in_spec}' has {in_spec.gain:.3f}; dequantize it")
@@ -215,7 +211,9 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor | None = N
     """
     r, half = _packed_shape("fold", codes, scales, spec)
     if ends is not None:
-        return _fold_groups(codes, scales, spec, ends)
+        level, powers = levelled(codes, scales, spec, ends)
+        values, row_scales = fold(codes, level, spec)
+        return values, powers * row_scales
     values = codes.new_empty(r, half * 2, dtype=torch.float8_e4m3fn)
     row_scales = codes.new_empty(r, 1, dtype=torch.float32)
     if codes.numel():
@@ -228,21 +226,6 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor | None = N
                  table(codes.device), r, units),
                 PER_SCALE=spec.block // 32, R=per_program, L=lanes, num_warps=warps(per_program * lanes))
     return values, row_scales
-
-
-def _fold_groups(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Every group's largest scale byte is brought to one level, rows are folded, and the scales take it back."""
-    words = codes.view(torch.int64).reshape(*scales.shape, spec.block // 16)
-    filled = ((words & _MAGNITUDES) != 0).any(-1)
-    byte = scales.to(torch.int32)
-    first = torch.arange(scales.shape[1], dtype=ends.dtype, device=ends.device) * spec.block
-    group = torch.searchsorted(ends, first, right=True).clamp(max=ends.shape[0] - 1)
-    top = byte.new_full((len(codes), ends.shape[0]), _LEAST_TOP)
-    top.scatter_reduce_(1, group.expand_as(byte), torch.where(filled & (byte != 255), byte, 0), "amax")
-    level = torch.where(byte == 255, byte, (byte - top[:, group] + _LEVEL).clamp(0, 254))
-    values, row_scales = fold(codes, level.to(torch.uint8), spec)
-    powers = ((top - (_LEAST_TOP - 1)) << 23).view(torch.float32)  # what fold makes of a row whose largest byte is top
-    return values, powers * (row_scales * 2.0 ** (127 + _LEAST_TOP - 1 - _LEVEL))
 
 
 def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
