@@ -79,11 +79,12 @@ def _cublaslt(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int
 
 
 def _fp8_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    if spec.element == "e5m2":
+    reason = _cublaslt(target, dtype, spec, rotation)
+    if reason is None and spec.element == "e5m2":
         return "multiplies groups and batches of e4m3, not e5m2"
-    if dtype is not torch.bfloat16:
+    if reason is None and dtype is not torch.bfloat16:
         return f"the product of groups and batches is bfloat16, not {dtype_name(dtype)}"
-    return _cublaslt(target, dtype, spec, rotation)
+    return reason
 
 
 def _every(target: Target, product: OpOverload) -> str | None:
