@@ -53,7 +53,11 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                   inner_compile: Callable[..., Any] | None = None,
                   collect: Callable[[list[MatmulRecord]], None] | None = None,
                   collect_saved: Callable[[list[SavedRecord]], None] | None = None) -> Callable[..., Any]:
-    """:func:`quartet` with parsed options; ``inner_compile`` replaces Inductor's code generation."""
+    """:func:`quartet` with parsed options.
+
+    ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records. Whoever
+    asks for any of them is not answered from a cache.
+    """
     compat.warn_if_untested()
     step = make_pipeline(gm, example_inputs, options)
     anchored = step.config.anchor is not None
@@ -64,7 +68,9 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if saved is not None:
         patches["custom_partitioner_fn"] = saved
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-    with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext():
+    watched = any(asked is not None for asked in (inner_compile, collect, collect_saved))
+    with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
+            compat.every_pass() if watched else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
     if anchored:
         compiled = Anchored(compiled, sorted(step.config.weights))

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quartet.runtime.amax import frozen
-from quartet.runtime.compat import compiled_settings, fresh_dynamo
+from quartet.runtime.compat import any_number_of_compilations, compiled_settings
 
 
 class Capture:
@@ -100,13 +100,13 @@ def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put buffers, gradients and the random state back afterwards; compile without touching dynamo's caches.
+    """Put buffers, gradients and the random state back afterwards; compile without using up dynamo's limits.
 
     The histories of delayed scaling are not written meanwhile.
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
     gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
-    with torch.random.fork_rng(), fresh_dynamo(), frozen():
+    with torch.random.fork_rng(), any_number_of_compilations(), frozen():
         try:
             yield
         finally:

@@ -37,7 +37,7 @@ PRIVATE = (
     ("torch._dynamo", "config", "explain() compiles once more without using up the limits of recompilation"),
     ("torch._dynamo.config", "recompile_limit", "the limit for one piece of code"),
     ("torch._dynamo.config", "accumulated_recompile_limit", "the limit for all of it"),
-    ("torch._functorch", "config", "explain() compiles past the cache of AOTAutograd, whose hits run no pass"),
+    ("torch._functorch", "config", "records are taken past the cache of AOTAutograd, whose hits run no pass"),
     ("torch._functorch.config", "enable_autograd_cache", "the switch of that cache"),
     ("torch._dynamo.utils", "counters", "cache hits, for tests"),
 )
@@ -142,12 +142,17 @@ def warn_if_untested() -> None:
 
 
 @contextmanager
-def fresh_dynamo() -> Iterator[None]:
-    """A compilation is neither refused as one too many of its code object nor answered from AOTAutograd's cache."""
+def any_number_of_compilations() -> Iterator[None]:
+    """No compilation is refused as one too many of its code object."""
     dynamo = importlib.import_module("torch._dynamo.config")
-    functorch = importlib.import_module("torch._functorch.config")
-    with dynamo.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20), \
-            functorch.patch(enable_autograd_cache=False):
+    with dynamo.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        yield
+
+
+@contextmanager
+def every_pass() -> Iterator[None]:
+    """Passes run, and graphs reach the inner compiler: AOTAutograd's cache would answer with code made earlier."""
+    with importlib.import_module("torch._functorch.config").patch(enable_autograd_cache=False):
         yield
 
 

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from quartet.kernels.reference.elements import E2M1_VALUES
-from quartet.kernels.spec import QuantSpec
 from quartet.kernels.triton.memory import INTERPRETED, store4
 
 TOP = 6
@@ -25,8 +24,6 @@ NAN_ROW = TOP - _LOWEST + 1
 _TOP = tl.constexpr(TOP)
 _LOW = tl.constexpr(_LOWEST)
 _NAN = tl.constexpr(NAN_ROW)
-_MAGNITUDES = 0x7777777777777777  # of sixteen packed codes: all but their signs
-_LEVEL = 150  # a scale byte in the middle
 COUNTERS: dict[torch.device, Tensor] = {}
 
 
@@ -44,28 +41,6 @@ def inexact_blocks(device: torch.device) -> Tensor:
     if device not in COUNTERS:
         COUNTERS[device] = lasting(device, lambda: torch.zeros(1, dtype=torch.int64, device=device))
     return COUNTERS[device]
-
-
-def levelled(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale bytes of packed rows with every group's largest brought to one level, and the powers that undo it.
-
-    A fold of the result, its row scales times the powers, is the fold of each group's part of a row by itself.
-
-    Args:
-        codes, scales, spec, ends: as of ``ops.fold``.
-    Returns:
-        uint8 ``[R, K/block]`` and fp32 ``[R, E]``.
-    """
-    words = codes.view(torch.int64).reshape(*scales.shape, spec.block // 16)
-    filled = ((words & _MAGNITUDES) != 0).any(-1)
-    byte = scales.to(torch.int32)
-    first = torch.arange(scales.shape[1], dtype=ends.dtype, device=ends.device) * spec.block
-    group = torch.searchsorted(ends, first, right=True).clamp(max=ends.shape[0] - 1)
-    top = byte.new_full((len(codes), ends.shape[0]), TOP + 1)  # the least that a fold takes for a row's largest
-    top.scatter_reduce_(1, group.expand_as(byte), torch.where(filled & (byte != 255), byte, 0), "amax")
-    level = torch.where(byte == 255, byte, (byte - top[:, group] + _LEVEL).clamp(0, 254))
-    powers = ((top - TOP) << 23).view(torch.float32) * 2.0 ** (127 + TOP - _LEVEL)
-    return level.to(torch.uint8), powers
 
 
 def lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.reference.packing import swizzled_size
 from quartet.kernels.spec import QuantSpec, chain_multiple, dtype_name
 from quartet.kernels.triton import columns, rows, two_level
-from quartet.kernels.triton.fold import inexact_blocks, levelled, table
+from quartet.kernels.triton.fold import inexact_blocks, table
 from quartet.kernels.triton.host import DTYPES, WARP, cdiv, check_given, on_device, power_of_two, warps, wide
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.rotations import rotate
@@ -210,21 +210,19 @@ def fold(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor | None = N
         float8_e4m3fn ``[R, K]`` and float32 ``[R, 1]``, or ``[R, E]`` with ends.
     """
     r, half = _packed_shape("fold", codes, scales, spec)
-    if ends is not None:
-        level, powers = levelled(codes, scales, spec, ends)
-        values, row_scales = fold(codes, level, spec)
-        return values, powers * row_scales
+    groups = 1 if ends is None else ends.shape[0]
     values = codes.new_empty(r, half * 2, dtype=torch.float8_e4m3fn)
-    row_scales = codes.new_empty(r, 1, dtype=torch.float32)
+    row_scales = codes.new_empty(r, groups, dtype=torch.float32)
     if codes.numel():
         units = half // 16
-        lanes = min(power_of_two(units), 512)
+        lanes = min(power_of_two(cdiv(units, groups)), 512)
         per_program = max(1, 128 // lanes)
         with on_device(codes):
-            launch(rows.fold_rows, (cdiv(r, per_program),),
+            launch(rows.fold_rows, (cdiv(r, per_program), groups),
                 (codes.view(torch.int32), scales, values.view(torch.int32), row_scales, inexact_blocks(codes.device),
-                 table(codes.device), r, units),
-                PER_SCALE=spec.block // 32, R=per_program, L=lanes, num_warps=warps(per_program * lanes))
+                 table(codes.device), ends, r, units, groups),
+                PER_SCALE=spec.block // 32, GROUPED=ends is not None, R=per_program, L=lanes,
+                num_warps=warps(per_program * lanes))
     return values, row_scales
 
 

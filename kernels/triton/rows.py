@@ -119,8 +119,9 @@ def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_wor
                 units, site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, WIDE,
                 False, HARDWARE))
         tl.debug_barrier()
-        _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows,
-                    units * (N // 32), BLOCK // 32, R, L)
+        packed = units * (N // 32)
+        _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, 0, packed,
+                    packed, 1, BLOCK // 32, R, L)
     else:
         quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, tl.program_id(1) * L + lane % L,
                            rows, cols, row_stride, units, site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
@@ -148,30 +149,39 @@ def quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row,
 
 
 @triton.jit
-def fold_rows(code_words, scale_bytes, value_words, row_scales, inexact, lut, rows, units,
-              PER_SCALE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
-    """E4M3 bytes and row scales of packed rows of ``units`` · 32 elements; PER_SCALE · 32 elements share a scale."""
+def fold_rows(code_words, scale_bytes, value_words, row_scales, inexact, lut, ends, rows, units, groups,
+              PER_SCALE: tl.constexpr, GROUPED: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """E4M3 bytes and row scales of packed rows of ``units`` · 32 elements; PER_SCALE · 32 elements share a scale.
+
+    GROUPED: those of one group's part of the rows, which is the second grid axis, up to the last for the last group.
+    """
     lane = tl.arange(0, R * L)
     row = tl.program_id(0).to(tl.int64) * R + lane // L
+    first, last, group = 0, units, tl.program_id(1)
+    if GROUPED:
+        first = tl.load(ends + group - 1, mask=group > 0, other=0) // 32
+        last = tl.where(group < groups - 1, tl.load(ends + group) // 32, units)
     top = tl.zeros_like(lane)
-    for start in range(0, units, L):
-        byte, words, _, _ = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, units, PER_SCALE)
+    for start in range(first, last, L):
+        byte, words, _, _ = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, last, units, PER_SCALE)
         top = tl.maximum(top, row_byte(byte, is_zero(words)))
-    _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, units, PER_SCALE,
-                R, L)
+    _fold_units(code_words, scale_bytes, value_words, row_scales + group, inexact, lut, row, lane, top, rows, first,
+                last, units, groups, PER_SCALE, R, L)
 
 
 @triton.jit
-def _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, units,
-                PER_SCALE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
-    """Write the E4M3 bytes and scales of rows of ``units`` · 32 packed elements whose largest byte is in ``top``."""
+def _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, first, last,
+                units, groups, PER_SCALE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """Write the E4M3 bytes and scales of units ``first`` to ``last`` of rows of ``units`` · 32 packed elements, whose
+    largest byte is in ``top``; scales of a row lie ``groups`` apart."""
     scale = row_scale_byte(tl.max(tl.reshape(top, (R, L)), 1))
     here = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    tl.store(row_scales + here, power_of_two(scale), mask=here < rows)
+    tl.store(row_scales + here * groups, power_of_two(scale), mask=here < rows)
     scale = tl.reshape(tl.broadcast_to(scale[:, None], (R, L)), (R * L,))
     lost = tl.zeros_like(lane)
-    for start in range(0, units, L):
-        byte, words, unit, valid = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, units, PER_SCALE)
+    for start in range(first, last, L):
+        byte, words, unit, valid = _packed_unit(code_words, scale_bytes, row, start + lane % L, rows, last, units,
+                                                PER_SCALE)
         low, high, far = lookup(lut, byte, scale)
         lost += (far & ~is_zero(words)).to(tl.int32)
         store_folded(value_words + unit * 8, words, low, high, valid)
@@ -181,9 +191,9 @@ def _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, 
 
 
 @triton.jit
-def _packed_unit(code_words, scale_bytes, row, column, rows, units, PER_SCALE: tl.constexpr):
-    """Scale byte, four words of nibbles, flat index and validity of one block of 32 a lane."""
-    valid = (row < rows) & (column < units)
+def _packed_unit(code_words, scale_bytes, row, column, rows, last, units, PER_SCALE: tl.constexpr):
+    """Scale byte, four words of nibbles, flat index and validity of one block of 32 a lane, before block ``last``."""
+    valid = (row < rows) & (column < last)
     unit = row * units + column
     words = ()
     if INTERPRETED:
@@ -225,7 +235,8 @@ def unrotate_rows(x, mask_words, signs, out, rows, cols, row_stride, units, gain
 def dequantize_rows(code_words, scale_bytes, out, blocks, PER_SCALE: tl.constexpr, B: tl.constexpr):
     """``code · 2^e`` of B blocks of 32."""
     block = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    byte, words, _, valid = _packed_unit(code_words, scale_bytes, tl.zeros_like(block), block, 1, blocks, PER_SCALE)
+    byte, words, _, valid = _packed_unit(code_words, scale_bytes, tl.zeros_like(block), block, 1, blocks, blocks,
+                                         PER_SCALE)
     scale = power_of_two(byte)
     values = ()
     for i in tl.static_range(32):

@@ -1,4 +1,4 @@
-"""FP8 rows with scales of groups on the device: every bit as the reference's on the same device."""
+"""FP8 rows and folds of MXFP4 rows with scales of groups, every bit as the reference's, and many matrices at once."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import group_cases as cases  # noqa: E402
 import triton_expected as expected  # noqa: E402
 
-from quartet.kernels.triton import groups  # noqa: E402
+from quartet.kernels import reference as ref  # noqa: E402
+from quartet.kernels.spec import QuantSpec  # noqa: E402
+from quartet.kernels.triton import groups, ops  # noqa: E402
+from quartet.lowering import fp8_ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,3 +94,27 @@ def test_a_recorded_graph_follows_the_ends():
     graph.replay()
     for made, wanted in zip(got, cases.grouped.quantize_groups(x, cases.E4M3, ends), strict=True):
         assert not expected.difference("replayed", made, wanted)
+
+
+@pytest.mark.parametrize("block", (32, 64, 128))
+def test_fold(block):
+    """Every group lies twenty powers of two below the one before it."""
+    ends, spec = (512, 512, 640, 1536, 1920), QuantSpec(block=block)
+    x = expected.data(300, 2048, torch.float32, "cuda")
+    for start, end in zip(ends, (*ends[1:], 2048), strict=True):
+        x[:, start:] *= 2.0**-20 if end > start else 1
+    codes, scales, _ = ref.quantize(x, spec)
+    folded = ops.fold(codes, scales, spec, torch.tensor(ends, dtype=torch.int32, device="cuda"))
+    lines = expected.fold_of_groups_difference(folded, codes, scales, spec, ends)
+    assert not lines, "\n".join(lines)
+
+
+def test_more_matrices_than_one_product_takes():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the grouped FP8 product needs compute capability 9.0")
+    count = 2 * fp8_ops.MOST_GROUPS + 5
+    a, b = (torch.randn(count, n, 64, device="cuda").to(torch.float8_e4m3fn) for n in (48, 32))
+    scales = torch.rand(count, 48, device="cuda") + 0.5, torch.rand(count, 32, device="cuda") + 0.5
+    got = torch.ops.quartet.fp8_bmm(a, b, *scales, torch.bfloat16, True)
+    wanted = a.float() @ b.float().mT * scales[0].unsqueeze(2) * scales[1].unsqueeze(1)
+    torch.testing.assert_close(got.float(), wanted, rtol=2**-7, atol=1e-2)

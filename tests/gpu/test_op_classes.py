@@ -148,3 +148,22 @@ def test_a_step_is_the_references(name, recipe, kernels):
         assert {r.kernel for r in records if r.op_class.startswith(op)} <= set(registry.NAMES) | {"reference"}
         if torch.cuda.get_device_capability() == (9, 0):
             assert {r.kernel for r in records if r.op_class.startswith(op)} == set(kernels.split(", "))
+
+
+def test_an_expert_with_gradients_far_below_the_others():
+    """Its part of a row over tokens is folded with a scale of its own."""
+    torch.manual_seed(3)
+    model, x = Experts().to(DEVICE, BF16), draw(256, 256, dtype=BF16)
+    gradient, found = draw(256, 192, dtype=BF16), []
+    gradient[200:] *= 2.0**-24
+    for reference in (False, True):
+        torch._dynamo.reset()
+        model.zero_grad()
+        torch.manual_seed(7)
+        policy = Policy(None).on(op="grouped", recipe="quartet")
+        run = torch.compile(model, backend=backend(policy, [], [], reference), fullgraph=True, dynamic=False)
+        run(x, ends()).backward(gradient)
+        found.append(model.weight.grad)
+    for expert, (ours, wanted) in enumerate(zip(*found, strict=True)):
+        assert wanted.any() == (expert != 1)  # which has no tokens
+        assert expert == 1 or distance(ours, wanted) < 1e-2, f"{expert}: {distance(ours, wanted):.1e}"

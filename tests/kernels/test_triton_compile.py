@@ -69,6 +69,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "requantize-quest": lambda: ops.requantize(CODES, SCALES, QUEST, FORWARD),
     "requantize-nearest": lambda: ops.requantize(CODES, SCALES, QUEST, NEAREST),
     "fold": lambda: ops.fold(CODES, SCALES, QUEST),
+    "fold-groups": lambda: ops.fold(CODES, SCALES, QUEST, torch.tensor([64, 512], dtype=torch.int32)),
     "dequantize": lambda: ops.dequantize(CODES, SCALES, QUEST, torch.bfloat16),
     "signs": lambda: rotations.random_signs(torch.tensor(0), 23, 32),
     "rows-nvfp4": lambda: ops.quantize(X, NVFP4, packed=True, folded=False),

@@ -77,22 +77,9 @@ def check_requantize(x: torch.Tensor, spec: QuantSpec, c: Chain, matrices: int =
 
 
 def check_fold_of_groups(x: torch.Tensor, spec: QuantSpec, ends: tuple[int, ...]) -> list[str]:
-    """Each group's part of the rows is folded as if it were all of them."""
     codes, scales, _ = ref.quantize(x, spec)
-    values, row_scales = ops.fold(codes, scales, spec, torch.tensor(ends, dtype=torch.int32))
-    lines, start = [], 0
-    for group, end in enumerate(ends):
-        columns = slice(start, x.shape[1] if group == len(ends) - 1 else end)
-        blocks = slice(columns.start // spec.block, columns.stop // spec.block)
-        packed = codes[:, columns.start // 2:columns.stop // 2].contiguous(), scales[:, blocks].contiguous()
-        if packed[0].numel():
-            wanted, wanted_scales, _ = expected.fold(*packed, spec)
-            lines += expected.difference(f"values of group {group}", values[:, columns].contiguous(), wanted)
-            filled = (ref.dequantize(*packed, spec) != 0).any(1)  # else the scale has no meaning
-            lines += expected.difference(f"scales of group {group}", row_scales[filled, group],
-                                         wanted_scales[filled, 0])
-        start = end
-    return lines
+    folded = ops.fold(codes, scales, spec, torch.tensor(ends, dtype=torch.int32))
+    return expected.fold_of_groups_difference(folded, codes, scales, spec, ends)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -152,6 +154,21 @@ def fold_difference(what: str, got: tuple[Tensor, Tensor], codes: Tensor, scales
     exact = (unfold(*got) == unscaled(codes, scales, spec)) | ~ok
     if not expected and not exact.all():
         lines.append(f"{what}: {int((~exact).sum())} values differ from code · scale")
+    return lines
+
+
+def fold_of_groups_difference(got: tuple[Tensor, Tensor], codes: Tensor, scales: Tensor, spec: QuantSpec,
+                              ends: Sequence[int]) -> list[str]:
+    """Each group's part of the rows, the last one's with what is behind it, against :func:`fold` of that part."""
+    (values, row_scales), lines = got, []
+    for group, (start, end) in enumerate(pairwise((0, *ends[:-1], 2 * codes.shape[1]))):
+        packed = (codes[:, start // 2:end // 2].contiguous(),
+                  scales[:, start // spec.block:end // spec.block].contiguous())
+        if packed[0].numel():
+            wanted, wanted_scales, _ = fold(*packed, spec)
+            filled = (ref.dequantize(*packed, spec) != 0).any(1)  # else the scale has no meaning
+            lines += (difference(f"values of group {group}", values[:, start:end].contiguous(), wanted)
+                      + difference(f"scales of group {group}", row_scales[filled, group], wanted_scales[filled, 0]))
     return lines
 
 
