@@ -36,10 +36,11 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
 
 @triton.jit
 def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
-    tiles = (rows + M - 1) // M
-    matrix = tl.program_id(0).to(tl.int64) // tiles
-    row = (tl.program_id(0) % tiles).to(tl.int64) * M + tl.arange(0, M)
-    col = tl.program_id(1) * N + tl.arange(0, N)
+    height, width = (rows + M - 1) // M, (cols + N - 1) // N
+    strip = tl.program_id(0) // height
+    matrix = (strip // width).to(tl.int64)
+    row = (tl.program_id(0) % height).to(tl.int64) * M + tl.arange(0, M)
+    col = strip % width * N + tl.arange(0, N)
     x += matrix * matrix_stride
     out += matrix * rows * cols
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -91,7 +92,7 @@ def transpose(x: Tensor) -> Tensor:
     out = x.new_empty(*stack, k, r)
     if x.numel():
         with on_device(x):
-            launch(_transpose_tile, (cdiv(r, 128) * prod(stack), cdiv(k, 64)),
+            launch(_transpose_tile, (cdiv(r, 128) * cdiv(k, 64) * prod(stack),),
                 (x.view(torch.uint8), out.view(torch.uint8), r, k, x.stride(0) if stack else 0, x.stride(-2)),
                 M=128, N=64, num_warps=8)
     return out

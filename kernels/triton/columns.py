@@ -84,15 +84,17 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
                        B: tl.constexpr):
     """The eight columns of words j of N packed rows, dequantised, rotated and quantised along the rows; B words j.
 
-    Matrices of so many rows lie below each other, as their transposes do. ALL: no tile goes beyond a matrix. SWIZZLED:
-    scales are read and written where Blackwell's tensor cores look, of one matrix.
+    Matrices of so many rows lie below each other, as their transposes do; programs follow each other down a strip of
+    words, to the next strip, and to the next matrix. ALL: no tile goes beyond a matrix. SWIZZLED: scales are read and
+    written where Blackwell's tensor cores look, of one matrix.
     """
-    height = (rows + N - 1) // N
-    matrix, unit = tl.program_id(0).to(tl.int64) // height, tl.program_id(0) % height
+    height, strips = (rows + N - 1) // N, (words + B - 1) // B
+    unit, strip = tl.program_id(0) % height, tl.program_id(0) // height
+    matrix, strip = (strip // strips).to(tl.int64), strip % strips
     first = unit.to(tl.int64) * N
     code_words += matrix * rows * words
     scale_bytes += matrix * rows * (words * 8 // IN_BLOCK)
-    j = tl.program_id(1) * B + tl.arange(0, B)
+    j = strip * B + tl.arange(0, B)
     inside = j < words
     limit = tl.where(inside, tl.minimum(rows - first, N), 0).to(tl.int32)
     width = words + first * 0

@@ -189,7 +189,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, 
     if codes.numel():
         lanes, words = WARP, half // 4
         with on_device(codes):
-            launch(columns.requantize_columns, (height * matrices, cdiv(words, lanes)),
+            launch(columns.requantize_columns, (height * cdiv(words, lanes) * matrices,),
                 (codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales,
                  r, words, chain.site),
                 IN_BLOCK=in_spec.block, **_constants(chain, n, form), SWIZZLED=form.swizzled,
