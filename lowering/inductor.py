@@ -122,6 +122,7 @@ def _scaled_bmm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec
 
 
 _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    ir.FIXED_SIGNS: ir.fixed_signs,
     ir.HADAMARD: hadamard,
     ir.AMAX: reference.largest_magnitude,
     ir.QUANTIZE: _quantize,

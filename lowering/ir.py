@@ -22,6 +22,7 @@ The codes that a product reads are those of a quantize or, where one scale is th
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def ceil_to(size, multiple: int):
 
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_BITS = 32  # signs of a word
 _SCALES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "fp32": torch.float32}
 
 
@@ -90,8 +92,15 @@ def _random_bits_fake(seed: Tensor, site: int, rows, cols) -> Tensor:
     return seed.new_empty(rows, cols, dtype=torch.int16)
 
 
-def _fixed_signs(signs: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(signs, dtype=torch.float32, device=device)
+def fixed_signs(signs: Sequence[int], device: torch.device) -> Tensor:
+    """Made on the device: a copy from the host would wait for it, and cannot be recorded in a CUDA graph."""
+    found = []
+    for start in range(0, len(signs), _BITS):
+        part = signs[start:start + _BITS]
+        word = sum(1 << i for i, sign in enumerate(part) if sign < 0)
+        at = torch.arange(len(part), device=device)
+        found.append(1 - 2 * (torch.full_like(at, word) >> at & 1))
+    return torch.cat(found).to(torch.float32)
 
 
 def _fixed_signs_fake(signs: list[int], device: torch.device) -> Tensor:
@@ -172,7 +181,7 @@ def _scaled_bmm_fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a
 for _name, _impl, _fake in (
     ("signs", _signs, _signs_fake),
     ("random_bits", _random_bits, _random_bits_fake),
-    ("fixed_signs", _fixed_signs, _fixed_signs_fake),
+    ("fixed_signs", fixed_signs, _fixed_signs_fake),
     ("hadamard", _hadamard, _hadamard_fake),
     ("amax", _amax, _amax_fake),
     ("quantize", _quantize, _quantize_fake),

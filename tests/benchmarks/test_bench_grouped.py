@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from uncompiled import uncompiled
 
-from quartet.backend import compile_graph
-from quartet.lowering import registry
-from quartet.options import Options
-from quartet.passes import pipeline
 from quartet.policy import Policy
-from quartet.runtime.capture import Capture
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MISSING = "no-such-recipe"
 SHAPES = ("64x32x48x4", "swiglu-64x32x48x4", "fused-64x32x48x4")
@@ -36,10 +33,6 @@ def stand_in():
 
 @pytest.fixture(scope="module")
 def scripts():
-    def uncompiled(gm, example_inputs, *, mode=None, options=None):
-        parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
-        return compile_graph(gm, example_inputs, parsed, inner_compile=Capture())
-
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         loaded = {name: importlib.import_module(name) for name in ("gpu_common", "bench_linear", "bench_grouped")}
@@ -51,13 +44,6 @@ def scripts():
 @pytest.fixture
 def bench(scripts):
     return scripts.bench_grouped
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def read(path):

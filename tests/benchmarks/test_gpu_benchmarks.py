@@ -12,14 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from uncompiled import uncompiled
 
-from quartet.backend import compile_graph
-from quartet.lowering import registry
-from quartet.options import Options
-from quartet.passes import pipeline
 from quartet.recipes import recipes
-from quartet.runtime.capture import Capture
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = "no-such-recipe"
 TINY_GAP = ("--device", "cpu", "--compiler", "aot_eager", "--size", "tiny", "--steps", "3", "--batch", "2", "--seq",
@@ -29,10 +26,6 @@ TINY_GAP = ("--device", "cpu", "--compiler", "aot_eager", "--size", "tiny", "--s
 @pytest.fixture(scope="module")
 def scripts():
     """The benchmark modules, with the graphs of our backend run as they are."""
-    def uncompiled(gm, example_inputs, *, mode=None, options=None):
-        parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
-        return compile_graph(gm, example_inputs, parsed, inner_compile=Capture())
-
     with pytest.MonkeyPatch.context() as patch:
         for folder in ("examples", "benchmarks"):
             patch.syspath_prepend(ROOT / folder)
@@ -40,13 +33,6 @@ def scripts():
                   for name in ("gpu_common", "gpu_worker", "bench_linear", "bench_train", "train_gap", "plot")}
         patch.setattr(loaded["gpu_common"], "our_backend", lambda: uncompiled)
         yield types.SimpleNamespace(**loaded)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def read(path: Path):

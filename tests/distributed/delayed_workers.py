@@ -1,7 +1,7 @@
 """What one of two gloo processes does with delayed scaling; the test looks at what the ranks return."""
 
 import torch
-from torch import nn
+from residual_models import MLP, Deep
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +13,7 @@ from quartet.policy import Policy
 from quartet.runtime import amax
 from quartet.runtime.capture import Capture
 
-WIDTH, STEPS = 32, 3
+WIDTH, HIDDEN, STEPS = 32, 48, 3
 SPEC = quartet.QuantSpec.parse("e4m3/tensor fp32 delayed nearest")
 
 
@@ -23,26 +23,6 @@ def backend():
                             wgrad=quartet.Gemm(operand, saved), history=quartet.Delayed(4))
     capture, options = Capture(), Options(policy=Policy(recipe))
     return lambda gm, inputs: compile_graph(gm, inputs, options, capture)
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Deep(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(MLP() for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def size(rank, step):
@@ -68,7 +48,7 @@ def data_parallel(rank, folder):
         torch._dynamo.reset()
         torch.manual_seed(0)
         amax.reduce_over(group)
-        model = MLP()
+        model = MLP(WIDTH, HIDDEN)
         run = torch.compile(DistributedDataParallel(model), backend=backend())
         train(run, model, rank)
         found[name] = quartet.state_dict(model)["delayed"]
@@ -81,7 +61,7 @@ def sharded(rank, folder):
     def build():
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = Deep()
+        model = Deep(WIDTH, HIDDEN)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from residual_models import Deep
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,29 +18,9 @@ WIDTH, HIDDEN, STEPS, FORWARDS = 64, 96, 4, 3
 WEIGHTS = {(HIDDEN, WIDTH), (WIDTH, HIDDEN)}
 
 
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Deep(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(MLP() for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def seeded(seed=0):
     torch.manual_seed(seed)
-    return Deep()
+    return Deep(WIDTH, HIDDEN)
 
 
 def backend(reuse):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import interpret
+from interpreter import differences
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, list[str]]:
-    return {case: line["differences"] for case, line in interpret(SCRIPT).items()}
+    return differences(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases.cases())

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter import interpret
+from interpreter import differences
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,7 +33,7 @@ EVERYWHERE = ("ternary", "feedback")
 
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, list[str]]:
-    return {case: line["differences"] for case, line in interpret(SCRIPT).items()}
+    return differences(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases.cases())

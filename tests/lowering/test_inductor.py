@@ -18,6 +18,7 @@ from quartet.options import Options
 
 pytestmark = pytest.mark.usefixtures("inductor")
 ops = torch.ops.quartet
+GIVEN = [1 - 2 * (i * i // 3 % 2) for i in range(64)]
 QUEST = QuantSpec(rule="quest", mask=True)
 HEADROOM = QuantSpec(rule="headroom", rounding="stochastic")
 
@@ -76,7 +77,8 @@ def test_hadamard():
         return (ops.hadamard(x, 16, None, False, torch.float32),
                 ops.hadamard(xt.t(), 32, signs[:32], False, torch.bfloat16),
                 ops.hadamard(x, 64, signs[:64], True, torch.float32),
-                ops.hadamard(low, 128, signs, False, torch.float32))
+                ops.hadamard(low, 128, signs, False, torch.float32),
+                ops.hadamard(x, 64, ops.fixed_signs(GIVEN, x.device), False, torch.float32))
 
     signs = torch.randint(0, 2, (128,), generator=torch.Generator().manual_seed(1)).float() * 2 - 1
     agree(rotate, awkward(6, 200), awkward(100, 8), awkward(6, 200, torch.bfloat16), signs)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import interpret
+from interpreter import differences
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("adam_cases.py")
 @pytest.fixture(scope="session")
 def interpreted() -> dict[str, list[str]]:
     pytest.importorskip("triton")
-    return {case: line["differences"] for case, line in interpret(SCRIPT).items()}
+    return differences(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases.cases())

@@ -16,3 +16,8 @@ def interpret(script: Path) -> dict[str, dict[str, Any]]:
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{script.name} ended with status {done.returncode}\n{done.stderr}"
     return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def differences(script: Path) -> dict[str, list[str]]:
+    """Case → how it differs from the reference, for a script that prints this as ``differences``."""
+    return {case: line["differences"] for case, line in interpret(script).items()}
