@@ -30,8 +30,6 @@ from quartet.lowering.graph import Builder, aten, is_backward, keep_as, shape, v
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
-NAMES = {block_scaled_ops.MM: "cutlass", blackwell_ops.DOT: "dot-scaled"}
-
 
 def arch(target: Target) -> str | None:
     """What kernels for a target are compiled for, or None where it has no FP4 tensor cores."""
@@ -140,7 +138,6 @@ def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
     else:
         made = build(product, a, a_scales, b, b_scales, gain, dtype)
     out = keep_as(made, gemm)
-    out.meta["quartet_kernel"] = NAMES[product]
     follows, width = Epilogue.of(gemm), shape(out)[1]
     if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
         follows = None

@@ -65,7 +65,7 @@ def lower_cutlass(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     operands = Operands(graph, [gemm for gemm in gemms if gemm not in fp4], accepts)
     for gemm in operands.gemms:
         build, kind, *given, alpha = operands.of(gemm, N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])
-        put(build, gemm, build(MM, *given, kind, 1.0, gemm.args[6], alpha), "cutlass")
+        put(build, gemm, build(MM, *given, kind, 1.0, gemm.args[6], alpha))
     blackwell.unswizzle(graph)
 
 
@@ -80,15 +80,13 @@ def lower_library(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     operands = Operands(graph, gemms, accepts)
     for gemm in gemms:
         build, kind, *given, alpha = operands.of(gemm, ALIGN)
-        put(build, gemm, build(LIBRARY_MM, *given, kind, kind, gemm.args[6], alpha), "scaled-mm")
+        put(build, gemm, build(LIBRARY_MM, *given, kind, kind, gemm.args[6], alpha))
     blackwell.unswizzle(graph)
 
 
-def put(build: Builder, gemm: Node, product: Node, kernel: str) -> None:
+def put(build: Builder, gemm: Node, product: Node) -> None:
     """Let the first columns of ``product`` stand for ``gemm``."""
-    out = keep_as(product, gemm)
-    out.meta["quartet_kernel"] = kernel
-    gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))
+    gemm.replace_all_uses_with(build.columns(keep_as(product, gemm), shape(gemm)[1]))
 
 
 class Operands:

@@ -71,5 +71,4 @@ def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
             operands.append(build(cpu_ops.DEQUANTIZE, codes, scales, spec, dtype))
     out = keep_as(multiply(build, Kind.of(gemm), *operands), gemm)
     gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
-    out.meta["quartet_kernel"] = "cpp"
     finish(build, gemm, out, gain, cpu_ops.UNROTATE, Epilogue.of(gemm))

@@ -122,11 +122,10 @@ class Lowering:
         sides, kind = ((a, a_scales, a_spec), (b, b_scales, b_spec)), Kind.of(gemm)
         if self.fold:
             left, right = (self._operand(build, gemm, *side) for side in sides)
-            out = multiply(build, "triton-fp8", kind, *left, *right, val(gemm).dtype, aligned=True)
+            out = multiply(build, kind, *left, *right, val(gemm).dtype, aligned=True)
         else:
             values = [build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides]
             out = multiply_plain(build, kind, *values)
-            out.meta["quartet_kernel"] = "triton"
         out = keep_as(out, gemm)
         specs = [QuantSpec.parse(spec) for spec in (a_spec, b_spec)]  # type: ignore[arg-type]
         for spec, amax in zip(specs, amaxes(gemm), strict=False):

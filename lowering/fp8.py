@@ -28,7 +28,7 @@ CAPABILITY = (8, 9)  # the first with FP8
 
 
 def unavailable(device: torch.device | Target) -> str | None:
-    """None where a device has FP8 tensor cores that ``_scaled_mm`` drives, else why not."""
+    """None where a device has FP8 tensor cores that PyTorch's scaled products drive, else why not."""
     target = Target.of(device)
     if target.type != "cuda":
         return f"FP8 tensor cores are on NVIDIA GPUs, not on {target.type}"
@@ -42,7 +42,7 @@ def unavailable(device: torch.device | Target) -> str | None:
 
 
 def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
-    """None when ``_scaled_mm`` multiplies operands of this format into ``dtype``, else why not."""
+    """None when PyTorch's scaled products multiply operands of this format into ``dtype``, else why not."""
     if spec.element not in ir.FLOAT8:
         return f"multiplies FP8 operands, not {spec.element}"
     if spec.blocked:
@@ -131,6 +131,5 @@ def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
     build, kind = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm)), Kind.of(gemm)
     a, a_scales, b, b_scales, _, _, dtype = gemm.args[:7]
     a, b = row_major(build, a, copies), row_major(build, b, copies)
-    name = "cublaslt" if kind.single else "fp8-grouped"
-    out = keep_as(multiply(build, name, kind, a, a_scales, b, b_scales, dtype), gemm)
+    out = keep_as(multiply(build, kind, a, a_scales, b, b_scales, dtype), gemm)
     gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))

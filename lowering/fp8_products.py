@@ -21,7 +21,7 @@ from quartet.runtime.devices import Target
 
 ALIGN = 16
 GROUPED_ON = 9  # major compute capability: PyTorch has the grouped product for Hopper alone
-_KERNEL = "quartet_kernel"
+_OURS = "quartet_product"  # marks a product that is not the user's own
 # where the argument use_fast_accum is
 _FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops.BMM: 5}
 
@@ -34,12 +34,11 @@ def supports_kind(target: Target, product: OpOverload) -> str | None:
         "this device" if target.capability is None else "{}.{}".format(*target.capability))
 
 
-def multiply(build: Builder, name: str, kind: Kind, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,
+def multiply(build: Builder, kind: Kind, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,
              aligned: bool = False) -> Node:
     """``A · Bᵀ`` of row-major codes, its columns rounded up to 16.
 
     Args:
-        name: of the kernel, for reports and :func:`promote`.
         a, b: matrices, or matrices below each other, as the kind of product has them.
         a_scales, b_scales: fp32, one a row ``[rows, 1]`` or one of the tensor ``[1, 1]``; over the tokens of groups
             also ``[rows, groups]``. With one of each the tensor's is repeated for every row.
@@ -47,7 +46,7 @@ def multiply(build: Builder, name: str, kind: Kind, a: Node, a_scales: Any, b: N
     """
     cols = 1 if aligned else ALIGN
     if kind.single:
-        return _matrices(build, name, a, a_scales, b, b_scales, dtype, cols)
+        return _matrices(build, a, a_scales, b, b_scales, dtype, cols)
     a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
     if kind.over_tokens:
         assert kind.ends is not None
@@ -55,15 +54,15 @@ def multiply(build: Builder, name: str, kind: Kind, a: Node, a_scales: Any, b: N
         right = build.transpose(build.padded(b, rows=ALIGN))
         left_scales = _each_group(build, a_scales, groups)
         right_scales = _each_group(build, build.padded(b_scales, rows=ALIGN), groups)
-        return flat(build, _grouped(build, name, a, right, left_scales, right_scales, kind, dtype))
+        return flat(build, _grouped(build, a, right, left_scales, right_scales, kind, dtype))
     count = kind.batch if kind.ends is None else shape(kind.ends)[0]
     left, each = build.padded(a, cols=cols), build.padded(stacked(build, count, b), rows=ALIGN, cols=cols)
     b_scales = build.padded(_in_rows(build, b_scales, count), cols=ALIGN)
     if kind.ends is None:
         left, a_scales = stacked(build, count, left), _in_rows(build, a_scales, count)
-        return flat(build, _named(build(fp8_ops.BMM, left, each, a_scales, b_scales, dtype, True), name))
+        return flat(build, _marked(build(fp8_ops.BMM, left, each, a_scales, b_scales, dtype, True)))
     a_scales = build(aten.reshape.default, a_scales, [-1])
-    return _grouped(build, name, left, build(aten.permute.default, each, SWAP), a_scales, b_scales, kind, dtype)
+    return _grouped(build, left, build(aten.permute.default, each, SWAP), a_scales, b_scales, kind, dtype)
 
 
 def promote(graph: Graph) -> None:
@@ -74,7 +73,7 @@ def promote(graph: Graph) -> None:
     """
     for target, argument in _FAST.items():
         for node in graph.find_nodes(op="call_function", target=target):
-            if _KERNEL in node.meta:
+            if _OURS in node.meta:
                 node.update_arg(argument, False)
 
 
@@ -92,24 +91,22 @@ def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
     return copy
 
 
-def _matrices(build: Builder, name: str, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,
-              cols: int) -> Node:
+def _matrices(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any, cols: int) -> Node:
     if any(not isinstance(r, int) or r != 1 for r in (shape(a_scales)[0], shape(b_scales)[0])):
         a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
         b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
     a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
-    return _named(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True),
-                  name)
+    return _marked(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True))
 
 
-def _grouped(build: Builder, name: str, left: Node, right: Node, left_scales: Node, right_scales: Node, kind: Kind,
+def _grouped(build: Builder, left: Node, right: Node, left_scales: Node, right_scales: Node, kind: Kind,
              dtype: Any) -> Node:
-    return _named(build(aten._scaled_grouped_mm.default, left, right, left_scales, right_scales, kind.ends, None, None,
-                        dtype, True), name)
+    return _marked(build(aten._scaled_grouped_mm.default, left, right, left_scales, right_scales, kind.ends, None, None,
+                         dtype, True))
 
 
-def _named(node: Node, name: str) -> Node:
-    node.meta[_KERNEL] = name
+def _marked(node: Node) -> Node:
+    node.meta[_OURS] = True
     return node
 
 

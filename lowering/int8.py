@@ -62,7 +62,6 @@ def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
     known = isinstance(m, int) and isinstance(k, int) and m >= FEWEST_ROWS and k <= LONGEST
     made = build(aten._int_mm.default, a, build.transpose(b)) if known else build(INT_MM, a, b)
     out = keep_as(made, gemm)
-    out.meta["quartet_kernel"] = "int-mm"
     out = build.cast(build.columns(out, n), torch.float32)
     out = build(aten.mul.Tensor, build(aten.mul.Tensor, out, a_scales), build.transpose(b_scales))  # type: ignore[arg-type]
     gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))

@@ -64,7 +64,7 @@ def _blocks(graph: Graph, gemm: Node) -> None:
     right = _scales(build, b_scales, b_spec, rows=ALIGN)
     b = build.padded(b, rows=ALIGN)  # type: ignore[arg-type]
     out = build(LIBRARY_MM, a, left, b, right, _format(a_spec), _format(b_spec), dtype)
-    block_scaled.put(build, gemm, out, "scaled-mm")
+    block_scaled.put(build, gemm, out)
 
 
 def _scales(build: Builder, scales: Any, text: Any, rows: int) -> Node:
