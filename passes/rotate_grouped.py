@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from quartet.lowering import ir
 from quartet.lowering.fp8_products import ALIGN
 from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
-from quartet.lowering.grouped_ops import GATHER_ROWS, GROUP_LAYOUT, GROUPED_MM
+from quartet.lowering.grouped_ops import GATHER_ROWS, GROUP_LAYOUT, GROUPED_MM, PAD_GROUPS
 from quartet.lowering.products import SWAP, flat, stacked, turned
 from quartet.lowering.recipe import Gemm
 from quartet.passes.rotate import rotated, signs_of
@@ -67,14 +67,14 @@ def _lay_out(state: State, site: MatmulSite, groups: Groups, roles: list[str]) -
     groups.ends, source, groups.place = (build.item(made, i) for i in range(3))
     site.notes += (f"{groups.count} groups" + (f", each padded to a multiple of {multiple} tokens" * (multiple > 1)),)
     if "fprop" in roles or "wgrad" in roles:
-        groups.x = build(GATHER_ROWS, state.current(site.x[0]), source)
+        groups.x = build(PAD_GROUPS, state.current(site.x[0]), source)
         groups.x.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
     if "dgrad" in roles or "wgrad" in roles:
         first = min(site.products[role].node for role in ("dgrad", "wgrad") if role in roles)
         build = Builder(state.gm.graph, like=first, before=first, backward=True)
         assert site.gradient is not None
         e = state.current(site.gradient[0])
-        groups.e = build(GATHER_ROWS, build.transpose(e) if site.gradient[1] else e, source)
+        groups.e = build(PAD_GROUPS, build.transpose(e) if site.gradient[1] else e, source)
 
 
 def _weights(state: State, build: Builder, site: MatmulSite, across: bool) -> Node:

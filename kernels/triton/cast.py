@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quartet.kernels.triton.host import DTYPES, cdiv, on_device
 from quartet.kernels.triton.launch import launch
+from quartet.kernels.triton.memory import tile_in_stack
 
 _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
@@ -36,11 +37,9 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
 
 @triton.jit
 def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
-    height, width = (rows + M - 1) // M, (cols + N - 1) // N
-    strip = tl.program_id(0) // height
-    matrix = (strip // width).to(tl.int64)
-    row = (tl.program_id(0) % height).to(tl.int64) * M + tl.arange(0, M)
-    col = strip % width * N + tl.arange(0, N)
+    i, j, matrix = tile_in_stack((rows + M - 1) // M, (cols + N - 1) // N)
+    row = i.to(tl.int64) * M + tl.arange(0, M)
+    col = j * N + tl.arange(0, N)
     x += matrix * matrix_stride
     out += matrix * rows * cols
     inside = (row < rows)[:, None] & (col < cols)[None, :]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.triton.blocks import signed
-from quartet.kernels.triton.memory import column_of, load_down, load_elements_down, swizzled
+from quartet.kernels.triton.memory import column_of, load_down, load_elements_down, swizzled, tile_in_stack
 from quartet.kernels.triton.quantizer import round_keys
 from quartet.kernels.triton.rows import quantize_row_units, quantize_unit, store_unit, value_of
 
@@ -84,13 +84,11 @@ def requantize_columns(code_words, scale_bytes, signs, seed, out_codes, out_scal
                        B: tl.constexpr):
     """The eight columns of words j of N packed rows, dequantised, rotated and quantised along the rows; B words j.
 
-    Matrices of so many rows lie below each other, as their transposes do; programs follow each other down a strip of
-    words, to the next strip, and to the next matrix. ALL: no tile goes beyond a matrix. SWIZZLED: scales are read and
-    written where Blackwell's tensor cores look, of one matrix.
+    Matrices of so many rows lie below each other, as their transposes do. ALL: no tile goes beyond a matrix. SWIZZLED:
+    scales are read and written where Blackwell's tensor cores look, of one matrix.
     """
-    height, strips = (rows + N - 1) // N, (words + B - 1) // B
-    unit, strip = tl.program_id(0) % height, tl.program_id(0) // height
-    matrix, strip = (strip // strips).to(tl.int64), strip % strips
+    height = (rows + N - 1) // N
+    unit, strip, matrix = tile_in_stack(height, (words + B - 1) // B)
     first = unit.to(tl.int64) * N
     code_words += matrix * rows * words
     scale_bytes += matrix * rows * (words * 8 // IN_BLOCK)

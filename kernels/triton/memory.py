@@ -57,6 +57,16 @@ def swizzled(row, column, columns):
 
 
 @triton.jit
+def tile_in_stack(height, width):
+    """Row and column of a program's tile among ``height · width`` tiles of a matrix, and the matrix, int64, in a stack.
+
+    Programs follow each other down a column of tiles, to the next column, and to the next matrix.
+    """
+    column = tl.program_id(0) // height
+    return tl.program_id(0) % height, column % width, (column // width).to(tl.int64)
+
+
+@triton.jit
 def opaque(tile):
     """An int32 tile as it is: its parts stay in the threads that made them, and only the whole changes place."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1)
