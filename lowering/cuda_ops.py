@@ -66,6 +66,12 @@ def _rotations() -> ModuleType:
     return rotations
 
 
+def _draws() -> ModuleType:
+    from quartet.kernels.triton import draws
+
+    return draws
+
+
 def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
              encode: Tensor | None) -> Chain:
     """The arguments ``CHAIN`` of an op as what the kernels take."""
@@ -140,7 +146,11 @@ def _rotate_cpu(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
 
 
 def _signs(seed: Tensor, site: int, n: int) -> Tensor:
-    return _rotations().random_signs(seed, site, n)
+    return _draws().random_signs(seed, site, n)
+
+
+def _random_bits(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
+    return _draws().random_bits(seed, site, rows, cols)
 
 
 def padded_to(cols, rotation: int, spec: QuantSpec):
@@ -226,6 +236,7 @@ for _name, _impl, _fake in (
 library.impl("cuda_rotated_amax", _rotated_amax_cpu, "CPU")
 library.impl("cuda_rotate", _rotate_cpu, "CPU")
 library.impl("signs", _signs, "CUDA")  # 130 launches otherwise
+library.impl("random_bits", _random_bits, "CUDA")  # as many, of int64 tensors
 
 QUANTIZE = torch.ops.quartet.cuda_quantize.default
 QUANTIZE_BOTH = torch.ops.quartet.cuda_quantize_both.default

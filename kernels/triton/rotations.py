@@ -17,14 +17,6 @@ from quartet.kernels.triton.launch import launch
 PROGRAMS = 4096  # that a reduction of a tensor to one number is shared among
 
 
-def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
-    """``reference.random_signs`` in one launch: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
-    out = seed.new_empty(n, dtype=torch.float32)
-    with on_device(seed):
-        launch(rows.draw_signs, (1,), (seed, out, site, n), N=128, num_warps=4)
-    return out
-
-
 def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor | None, gain: float, cols: int,
                 dtype: torch.dtype) -> Tensor:
     """``hadamard(apply_mask(x · gain, mask), rotation, signs, inverse=True, dtype)[:, :cols]``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quartet.kernels.reference import philox
 from quartet.kernels.triton.blocks import amax_bits, first_stages, hadamard, last_stage, last_stage_amax_bits
 from quartet.kernels.triton.fold import is_zero, lookup, row_byte, row_scale_byte, store_folded
 from quartet.kernels.triton.memory import (
@@ -31,8 +30,6 @@ from quartet.kernels.triton.quantizer import (
     scale_byte,
 )
 from quartet.kernels.triton.two_level import e4m3_value, quantize_blocks
-
-SIGN_STREAM = tl.constexpr(philox.SIGN_STREAM)
 
 
 @triton.jit
@@ -297,14 +294,3 @@ def value_of(top_nibble):
     """fp32 of the E2M1 code in bits 31…28: moved to the float's sign and low exponent it is the value · 2^-126."""
     bits = (top_nibble >> 6) & -2118123520  # 0x81C00000: the sign, and the code as bits 24…22
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
-
-
-@triton.jit
-def draw_signs(seed, out, site, n, N: tl.constexpr):
-    """Sign i is negative where bit i of the Philox call of the sign stream is set."""
-    i = tl.arange(0, N)
-    zero = tl.zeros_like(i).to(tl.uint32)
-    stream = tl.full(i.shape, SIGN_STREAM, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero, zero, tl.full(i.shape, site, tl.uint32), stream)
-    word = tl.where(i < 64, tl.where(i < 32, w0, w1), tl.where(i < 96, w2, w3))
-    tl.store(out + i, tl.where((word >> (i % 32).to(tl.uint32)) & 1 == 1, -1.0, 1.0), mask=i < n)

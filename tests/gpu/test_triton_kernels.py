@@ -8,8 +8,9 @@ pytest.importorskip("triton")
 
 from quartet.kernels import reference as ref  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import cast, ops, rotations  # noqa: E402
+from quartet.kernels.triton import cast, draws, ops, rotations  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
+from quartet.lowering import ir  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -171,7 +172,16 @@ def test_dequantize(block, dtype, device):
 def test_random_signs(n, device):
     seed = torch.tensor(SEED, device=device)
     for site in (0, 1, 77, 2**32 - 1):
-        same(expected.difference("signs", rotations.random_signs(seed, site, n), ref.random_signs(seed, site, n)))
+        same(expected.difference("signs", draws.random_signs(seed, site, n), ref.random_signs(seed, site, n)))
+
+
+@pytest.mark.parametrize("shape", ((1, 16), (43, 80), (513, 4096), (0, 32)), ids=label)
+def test_random_bits(shape, device):
+    """The op of the IR, which takes the kernel for a seed on a GPU."""
+    seed = torch.tensor(SEED, device=device)
+    for site in (0, 1, 77, 2**32 - 1):
+        wanted = ref.random_bits(seed, site, *shape).to(torch.int16)
+        same(expected.difference("bits", ir.ops.random_bits(seed, site, *shape), wanted))
 
 
 @pytest.mark.parametrize(("rotation", "cols", "masked", "dtype"), (
@@ -349,7 +359,7 @@ def calls(x, c):
     folded = ops.fold(codes, scales, QUEST)
     rotated = rotations.mask_rotate(x, None, rotation=32, signs=c.signs, gain=2.0, cols=x.shape[1], dtype=x.dtype)
     plain = ops.dequantize(codes, scales, QUEST, x.dtype)
-    signs = rotations.random_signs(c.seed, c.site, 32)
+    signs = draws.random_signs(c.seed, c.site, 32)
     return (codes, scales, values, row_scales, *both, *again, *folded, rotated, plain, signs)
 
 

@@ -19,7 +19,7 @@ import triton_expected as expected  # noqa: E402
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import cast, ops, rotations  # noqa: E402
+from quartet.kernels.triton import cast, draws, ops, rotations  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
 
 QUEST, GUARDED = expected.DEFAULT, QuantSpec(rule="quest", mask=True)
@@ -71,7 +71,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "fold": lambda: ops.fold(CODES, SCALES, QUEST),
     "fold-groups": lambda: ops.fold(CODES, SCALES, QUEST, torch.tensor([64, 512], dtype=torch.int32)),
     "dequantize": lambda: ops.dequantize(CODES, SCALES, QUEST, torch.bfloat16),
-    "signs": lambda: rotations.random_signs(torch.tensor(0), 23, 32),
+    "signs": lambda: draws.random_signs(torch.tensor(0), 23, 32),
+    "bits": lambda: draws.random_bits(torch.tensor(0), 23, 512, 4096),
     "rows-nvfp4": lambda: ops.quantize(X, NVFP4, packed=True, folded=False),
     "rows-four-six": lambda: ops.quantize(X, two_level("e2m1/16 e4m3 four_six nearest"), packed=True, folded=False),
     "rows-eden": lambda: ops.quantize(X, two_level("e2m1/16 e4m3 eden stochastic"), packed=True, folded=False),
@@ -91,7 +92,7 @@ CALLS: dict[str, Callable[[], Any]] = {
 OTHERS = (80, 89, 100, 120)
 EVERYWHERE = ("rows-quest-fold", "rows-stochastic-fold", "rows-stochastic-clipped", "columns-quest", "both-stochastic",
               "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic",
-              "fold", "dequantize", "signs", "cast-both", "cast-e5m2-both", "transpose", "unrotate-masked")
+              "fold", "dequantize", "signs", "bits", "cast-both", "cast-e5m2-both", "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name != "cast-both" or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100
@@ -128,7 +129,7 @@ def test_products_and_sums_are_not_fused():
     """A fused multiply-add rounds once where the reference rounds twice."""
     for name, call in CALLS.items():
         for launch in triton_offline.launches(call):
-            exact = launch.kernel.__name__ in ("draw_signs", "_transpose_tile")  # no sums of floats
+            exact = launch.kernel.__name__ in ("draw_signs", "draw_bits", "_transpose_tile")  # no sums of floats
             assert exact or launch.keywords["enable_fp_fusion"] is False, name
 
 

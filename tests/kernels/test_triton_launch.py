@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import ops  # noqa: E402
+from quartet.kernels.triton import draws, ops  # noqa: E402
 from quartet.kernels.triton.launch import _COMPILED, launch  # noqa: E402
 
 
@@ -102,6 +102,11 @@ def test_quantisers_say_how_wide_is_too_wide():
     assert launched.kernel.__name__ == "quantize_both"
     with pytest.raises(ValueError, match=r"quantize_both on \[1, 4194304\], .* grid of 1 × 65536 × 1 .* into 2 parts"):
         triton_offline.launches(lambda: ops.quantize_both(x, c, c))
+
+
+def test_random_bits_are_drawn_a_group_at_a_time():
+    with pytest.raises(ValueError, match="16 elements at a time; 40 columns"):
+        draws.random_bits(torch.tensor(0), 0, 2, 40)
 
 
 def test_another_kernel_is_another(kernel):

@@ -22,7 +22,7 @@ import two_level_cases
 
 from quartet.kernels import reference as ref
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import blackwell, cast, host, ops, rotations, scaled_gemm
+from quartet.kernels.triton import blackwell, cast, draws, host, ops, rotations, scaled_gemm
 from quartet.kernels.triton.ops import Chain
 
 CPU = torch.device("cpu")
@@ -154,7 +154,12 @@ def check_dequantize(x: torch.Tensor, spec: QuantSpec) -> list[str]:
 
 
 def check_signs(site: int, n: int) -> list[str]:
-    return expected.difference("signs", rotations.random_signs(SEED, site, n), ref.random_signs(SEED, site, n))
+    return expected.difference("signs", draws.random_signs(SEED, site, n), ref.random_signs(SEED, site, n))
+
+
+def check_bits(site: int, rows: int, cols: int) -> list[str]:
+    wanted = ref.random_bits(SEED, site, rows, cols).to(torch.int16)
+    return expected.difference("bits", draws.random_bits(SEED, site, rows, cols), wanted)
 
 
 def check_counter() -> list[str]:
@@ -309,6 +314,10 @@ case("dequantize-block-64", check_dequantize, expected.data(9, 640), QuantSpec(b
 case("signs-128", check_signs, 77, 128)
 case("signs-16", check_signs, 1, 16)
 case("signs-last-site", check_signs, LAST_SITE, 64)
+case("bits", check_bits, 77, 64, 48)
+case("bits-of-one-group", check_bits, 1, 1, 16)
+case("bits-behind-a-program", check_bits, LAST_SITE, 43, 80)
+case("bits-of-nothing", check_bits, 3, 0, 32)
 case("mask-rotate-32", check_mask_rotate, 90, 32, False, True, 1.7777)
 case("mask-rotate-64-signed", check_mask_rotate, 100, 64, True, True, 4 / 3)
 case("mask-rotate-128-signed", check_mask_rotate, 256, 128, True, False, 1.0)
