@@ -1,6 +1,8 @@
-"""What this PyTorch's ``_scaled_mm`` can do on a CPU."""
+"""What this PyTorch's scaled products can do on a CPU, and look at."""
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def rows_run_on_a_cpu():
@@ -10,3 +12,15 @@ def rows_run_on_a_cpu():
     except RuntimeError:
         return False
     return True
+
+
+def fakes_have_scales_checked():
+    """Whether a fake tensor of a GPU is refused as a scale that it can not be; PyTorch 2.15 looks at real ones only."""
+    with FakeTensorMode():
+        codes = torch.empty(128, 128, dtype=torch.float8_e4m3fn, device="cuda")
+        three, whole = torch.empty(3, device="cuda"), F.ScalingType.TensorWise
+        try:
+            F.scaled_mm(codes, codes.t(), three, whole, three, whole)
+        except (RuntimeError, ValueError):
+            return True
+    return False
