@@ -7,7 +7,7 @@ program's own among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -23,6 +23,7 @@ from quartet.lowering import cpu as cpu_lowering
 from quartet.lowering.chains import Accepts
 from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM
+from quartet.lowering.recipe import Gemm
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
@@ -32,6 +33,7 @@ SupportsKind = Callable[[Target, OpOverload], str | None]
 Lower = Callable[[Graph, list[Node], Accepts], None]
 
 
+QUANTIZED = (torch.float32, torch.bfloat16, torch.float16)  # what quantisers take
 _CALLED = {SCALED_MM: "matrices", SCALED_BMM: "batches of matrices", SCALED_GROUPED_MM: "groups"}
 
 
@@ -71,7 +73,7 @@ class Kernel:
 def _cpp(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     if target.type != "cpu":
         return f"runs on a CPU, not on {target.type}"
-    return cpu.unavailable() or cpu.supports(spec, rotation, dtype)
+    return cpu.supports(spec, rotation, dtype) or cpu.unavailable()
 
 
 def _cublaslt(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -181,9 +183,8 @@ def choose(device: torch.device | Target, dtype: torch.dtype,
         return None, dict.fromkeys(NAMES, target.missing)
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
-        reason = _why_not(kernel, target, dtype, specs, product)
-        if kernel.name in disabled:
-            reason = f"disabled: disable_kernels names {kernel.name!r}"
+        reason = (f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else
+                  _why_not(kernel, target, dtype, specs, product))
         if reason is None:
             return kernel, reasons
         reasons[kernel.name] = reason
@@ -197,6 +198,36 @@ def _why_not(kernel: Kernel, target: Target, dtype: torch.dtype,
         if reason is not None:
             return reason
     return kernel.supports_pair(*(spec for spec, _ in specs)) or kernel.supports_kind(target, product)
+
+
+def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[str, ...] = ()) -> str:
+    """Which kernels take which operands of these products on these devices: the key of a choice among them.
+
+    A kernel is asked for every quantiser, Hadamard size and dtype that :func:`choose` can come to ask it for. So
+    whatever of this machine an answer rests on (a compiler, objects of a cache, versions, what the processor has) is in
+    the key, by what it decides.
+    """
+    operands = sorted({(side.spec, n) for gemm in gemms for side in (gemm.a, gemm.b) if side.spec is not None
+                       for n in _hadamards(gemm)}, key=str)
+    found: list[tuple[str, ...]] = []
+    for target in sorted(set(targets), key=str) if operands else ():
+        found.append((str(target), target.missing or ""))
+        for kernel in () if target.missing else KERNELS:
+            if kernel.name not in disabled:
+                found.append((kernel.name, *_answers(kernel, target, operands)))
+    return repr(found)
+
+
+def _answers(kernel: Kernel, target: Target, operands: Iterable[tuple[QuantSpec, int]]) -> Iterator[str]:
+    """A word of 0 and 1 for each question that a kernel answers: no and yes."""
+    for ask in filter(None, (kernel.supports, kernel.reads)):
+        yield "".join("01"[ask(target, dtype, spec, n) is None] for spec, n in operands for dtype in QUANTIZED)
+    yield "".join("01"[kernel.supports_kind(target, product) is None] for product in _CALLED)
+
+
+def _hadamards(gemm: Gemm) -> set[int]:
+    """Sizes of a Hadamard transform that a quantiser of the product can follow at once."""
+    return {0, *(rotation.n for rotation in (gemm.rotation, gemm.outer) if rotation is not None)}
 
 
 _PROBED = (

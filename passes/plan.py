@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
@@ -17,7 +16,7 @@ from quartet.passes.pays import kernel_of, leave_slower
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = registry.QUANTIZED
 
 
 class UnsupportedMatmul(ValueError):

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.dump import GraphDump
 from quartet.lowering import inductor, registry
+from quartet.lowering.recipe import ROLES, Recipe
 from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.passes import pipeline
@@ -26,6 +27,7 @@ from quartet.recipes import resolve
 from quartet.runtime import compat
 from quartet.runtime.amax import Anchored, no_anchor
 from quartet.runtime.anchored_graph import with_input
+from quartet.runtime.devices import Target
 from quartet.runtime.streams import data_parallel_stream
 
 log = logging.getLogger("quartet")
@@ -104,7 +106,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
                 options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
-                config.autotune, torch.__version__, torch.get_num_threads()))
+                config.autotune, torch.__version__, torch.get_num_threads(), kernels_here(gm, example_inputs, options)))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), regions)
 
@@ -119,16 +121,31 @@ def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivati
     return SavedActivations(options.policy.resolve_saved, step.config, step.key, own, default)
 
 
+def recipes_of(policy: Policy) -> list[Recipe]:
+    """Every recipe that the policy can choose."""
+    chosen = (resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules))
+    return [recipe for recipe in chosen if recipe is not None]
+
+
 def remembers(policy: Policy) -> bool:
     """Whether a recipe of the policy scales by what operands were in earlier steps."""
-    chosen = [resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules)]
-    return any(recipe is not None and recipe.remembers for recipe in chosen)
+    return any(recipe.remembers for recipe in recipes_of(policy))
 
 
 def quantizes(policy: Policy) -> bool:
     """Whether any matmul could be quantised under the policy."""
-    chosen = [resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules)]
-    return any(recipe is not None and recipe.quantizes for recipe in chosen)
+    return any(recipe.quantizes for recipe in recipes_of(policy))
+
+
+def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
+    """What the kernels say of the products that the policy can ask for, on each device of the graph's matmuls."""
+    values = (*example_inputs, *(node.meta.get("example_value") for node in gm.graph.nodes))
+    devices = {value.device for value in values
+               if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0}
+    targets = map(Target.of, devices) if options.target is None else [options.target]
+    gemms = [gemm for recipe in recipes_of(options.policy) for role in ROLES
+             if (gemm := getattr(recipe, role)) is not None]
+    return registry.answers(targets, gemms, options.disable_kernels)
 
 
 def weight_names(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:

@@ -57,6 +57,16 @@ def _kernels() -> _Kernels:
         raise BuildError(f"cannot load the compiled CPU kernels: {error}; delete the kernel cache folder") from error
 
 
+def _called() -> _Kernels:
+    """The kernels, for a graph that calls them. Raises BuildError: they cannot be loaded here."""
+    try:
+        return _kernels()
+    except BuildError as error:
+        raise BuildError("a compiled graph calls the fused CPU kernels, which are not available here; compile the model "
+                         'again in this process, or with options={"disable_kernels": ["cpp"]} of torch.compile, to do '
+                         f"without them, or: {error}") from error
+
+
 @cache
 def unavailable() -> str | None:
     """None when the kernels are built and loaded (building them the first time), else the reason, warned about once."""
@@ -105,7 +115,7 @@ def rotate_quantize(x: Tensor, *, rotation: int, signs: Tensor | None, spec: Qua
     word, draw = _spec_word(spec), _seed(spec, seed)
     outputs, pointers = _outputs(rows, cols, rotation, spec, packed, values)
     if rows and cols:
-        _kernels().rotate_quantize(
+        _called().rotate_quantize(
             x.data_ptr(), _TYPES[x.dtype], row_stride, col_stride, rows, cols, *rotate, word, draw, site, *pointers,
             torch.get_num_threads())
     del keep
@@ -129,7 +139,7 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, *, transpose: 
     word, draw = _spec_word(spec), _seed(spec, seed)
     outputs, pointers = _outputs(*((cols, rows) if transpose else (rows, cols)), rotation, spec, packed, values)
     if rows and cols:
-        _kernels().requantize(
+        _called().requantize(
             codes.data_ptr(), scales.data_ptr(), in_spec.block, in_spec.gain, rows, cols, transpose, *rotate, word,
             draw, site, *pointers, torch.get_num_threads())
     del keep
@@ -146,7 +156,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     rows, cols = _quantized_shape("dequantize", codes, scales, spec)
     values = torch.empty(rows, cols, dtype=dtype)
     if rows and cols:
-        _kernels().dequantize(codes.data_ptr(), scales.data_ptr(), spec.block, spec.gain if gain else 1.0, rows * cols,
+        _called().dequantize(codes.data_ptr(), scales.data_ptr(), spec.block, spec.gain if gain else 1.0, rows * cols,
                               values.data_ptr(), _TYPES[dtype], torch.get_num_threads())
     return values
 
@@ -180,7 +190,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     rotate, keep = _rotation(rotation, signs)
     out = torch.empty(rows, cols, dtype=dtype)
     if rows and cols:
-        _kernels().mask_rotate(x.data_ptr(), _TYPES[x.dtype], x.stride(0), rows, width, gain, mask_pointer, width // 8,
+        _called().mask_rotate(x.data_ptr(), _TYPES[x.dtype], x.stride(0), rows, width, gain, mask_pointer, width // 8,
                                *rotate, out.data_ptr(), cols, _TYPES[dtype], torch.get_num_threads())
     del keep
     return out

@@ -9,6 +9,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import quartet
 from quartet.backend import make_pipeline
+from quartet.lowering import registry
+from quartet.lowering.recipe import ROLES
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.policy import Policy
@@ -125,3 +127,71 @@ def test_the_key_of_a_process_is_computed_from_files_once(monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert key() == before
+
+
+def kernels_and_key(recipe, kind="cpu"):
+    """(the kernels that a layer's products get, the key) under a policy here; a target that will run."""
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.mm, (graph.placeholder("x"), graph.placeholder("w"))))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    inputs = [torch.randn(64, 64), torch.nn.Parameter(torch.randn(64, 64))]
+    options = Options(Policy(recipe))
+    gemms = [gemm for role in ROLES if (gemm := getattr(quartet.recipes()[recipe], role)) is not None]
+    pairs = [tuple((side.spec, gemm.rotation.n if gemm.rotation else 0) for side in (gemm.a, gemm.b)) for gemm in gemms
+             if gemm.a.spec is not None]
+    target = Target("cpu") if kind == "cpu" else Target("cuda", (10, 0))
+    kernels = [kernel and kernel.name for pair in pairs for dtype in registry.QUANTIZED
+               for kernel in [registry.choose(target, dtype, pair)[0]]]
+    return kernels, make_pipeline(gm, inputs, replace(options, target=None if kind == "cpu" else target)).uuid()
+
+
+def no(*arguments):
+    return "not here"
+
+
+FACTS = {
+    "no compiler of C++": ("cpu", "quartet.kernels.cpu.ops.unavailable", no),
+    "no VNNI": ("cpu", "torch.cpu.get_capabilities", dict),
+    "no nvcc, headers or objects": ("cuda", "quartet.kernels.cutlass.build.unready", no),
+    "no Triton": ("cuda", "quartet.lowering.cuda.unavailable", no),
+    "no GPU": ("cuda", "quartet.lowering.blackwell.unavailable", no),
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+@pytest.mark.parametrize("recipe", sorted(quartet.recipes()))
+def test_what_a_choice_of_kernels_rests_on_here_is_in_the_key(monkeypatch, recipe, fact):
+    kind, question, answer = FACTS[fact]
+    monkeypatch.setattr("quartet.kernels.cpu.ops.unavailable", lambda: None)
+    monkeypatch.setattr("quartet.kernels.cutlass.build.unready", lambda *arguments: None)
+    monkeypatch.setattr("quartet.lowering.cuda.unavailable", lambda target: None)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
+    kernels, before = kernels_and_key(recipe, kind)
+    assert kernels_and_key(recipe, kind) == (kernels, before)
+    monkeypatch.setattr(question, answer)
+    others, after = kernels_and_key(recipe, kind)
+    assert others == kernels or after != before
+
+
+def test_what_a_kernel_of_ones_own_asks_the_machine_is_in_the_key():
+    here = True
+    own = registry.Kernel("mine", "", lambda target, dtype, spec, rotation: None if here else "not here")
+    registry.register(own, before="cpp")
+    try:
+        there = registry.answers([Target("cpu")], [quartet.recipes()["quartet"].fprop])
+        here = False
+        assert registry.answers([Target("cpu")], [quartet.recipes()["quartet"].fprop]) != there
+    finally:
+        registry.unregister("mine")
+
+
+def test_a_kernel_that_is_switched_off_or_never_wanted_is_not_asked_for(monkeypatch):
+    def build():
+        raise AssertionError("asked for")
+
+    monkeypatch.setattr("quartet.kernels.cpu.ops.unavailable", build)
+    for options in (Options(Policy("bf16")), Options(Policy("fp8")), Options(disable_kernels=("cpp",))):
+        assert key(options)
+    specs = tuple((side.spec, 32) for side in (MINE.fprop.a, MINE.fprop.b))
+    kernel, reasons = registry.choose(Target("cpu"), torch.float32, specs, ("cpp",))
+    assert kernel.name == "inductor" and reasons["cpp"] == "disabled: disable_kernels names 'cpp'"
