@@ -12,8 +12,10 @@ Policies are ``bf16`` (plain Inductor), recipe names, and variants of ``quartet`
 
     floor-guarded-nearest    power of two by floor|nearest, deviation centred|guarded|rms, backward sr|nearest|bf16
     ceil-sr                  forward scales from the largest magnitude, no clipping
+    even-sr, even-masked-sr  the rule ``even``, gradients straight through it or masked where it clips
 
-``nearest-rms-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. A run continues the file at ``--out``.
+``nearest-rms-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. Gaps are between runs of one seed, and
+have their standard deviation over the seeds beside them. A run continues the file at ``--out``.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from llama import PRESETS, Llama
 from torch import Tensor
 from train_llama import adamw, descend, learning_rate
 
-VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil))-(sr|nearest|bf16)")
+VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil|even|even-masked))-(sr|nearest|bf16)")
 POLICIES = ("bf16", "quartet", "fp8", "fp8-rowwise", "quartet-paper", "floor-guarded-nearest", "floor-rms-sr",
             "nearest-guarded-sr", "floor-guarded-sr", "floor-guarded-bf16", "nearest-rms-nearest", "ceil-sr")
 PRECISIONS = ("autocast", "bf16", "fp32")
@@ -63,8 +65,11 @@ def variant(name: str) -> Any:
     from quartet.recipes import recipes
 
     base = recipes()["quartet"]
-    power, sigma, ceil, backward = match.groups()
-    forward = {"rule": "ceil", "mask": False} if ceil else {"sigma": sigma, "power": power}
+    power, sigma, largest, backward = match.groups()
+    forward = {"rule": "quest", "sigma": sigma, "power": power, "mask": True}
+    if largest:
+        rule, _, masked = largest.partition("-")
+        forward = {"rule": rule, "mask": bool(masked)}
     recipe = replace(base, name=name, summary="a variant of quartet", fprop=_respecify(base.fprop, **forward))
     if backward == "bf16":
         return recipe.only({"fprop"})
@@ -164,20 +169,22 @@ def finish(todo: Sequence[tuple[str, int]], corpus: Corpus, args: argparse.Names
 
 
 def report(record: common.Record, policies: Sequence[str]) -> None:
-    """Print a row a policy: mean validation loss over the seeds, and the mean gap to BF16 of the same seed."""
+    """Print a row a policy: mean validation loss over the seeds, and the mean gap to BF16 of the same seed and its
+    standard deviation."""
     done = [r for r in record.results.values() if "validation_loss" in r]
     baseline = {r["seed"]: r["validation_loss"] for r in done if r["policy"] == common.BASELINE}
-    rows, gaps = [["policy", "validation", "gap to bf16", "seeds", "step ms", "compile s"]], {}
+    rows, gaps = [["policy", "validation", "gap to bf16", "deviation", "seeds", "step ms", "compile s"]], {}
     for policy in policies:
         own = [r for r in done if r["policy"] == policy]
         if not own:
             failed = any(r["policy"] == policy for r in record.results.values())
-            rows.append([policy, "failed" if failed else "not run", "", "", "", ""])
+            rows.append([policy, "failed" if failed else "not run", "", "", "", "", ""])
             continue
         gap = [r["validation_loss"] - baseline[r["seed"]] for r in own if r["seed"] in baseline]
         gaps[policy] = statistics.fmean(gap) if gap else None
         means = {key: statistics.fmean(r[key] for r in own) for key in ("validation_loss", "step_ms", "compile_s")}
-        rows.append([policy, f"{means['validation_loss']:.4f}", f"{gaps[policy]:+.4f}" if gap else "", str(len(own)),
+        rows.append([policy, f"{means['validation_loss']:.4f}", f"{gaps[policy]:+.4f}" if gap else "",
+                     f"{statistics.stdev(gap):.4f}" if len(gap) > 1 else "", str(len(own)),
                      f"{means['step_ms']:.1f}", f"{means['compile_s']:.1f}"])
     record.save(gaps=gaps)
     say(common.table(rows))

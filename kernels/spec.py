@@ -18,16 +18,18 @@ from quartet.kernels.element import ELEMENTS, Element
 SCALES = ("e8m0", "e4m3", "fp32")
 BLOCKS = (16, 32, 64, 128)
 WHOLES = ("row", "tensor")
-RULES = ("floor", "ceil", "headroom", "quest", "amax", "amax_pow2", "delayed", "absmean", "four_six", "eden")
+RULES = ("floor", "ceil", "headroom", "quest", "even", "amax", "amax_pow2", "delayed", "absmean", "four_six", "eden")
 ROUNDINGS = ("nearest", "stochastic")
 SIGMAS = ("centred", "guarded", "rms")
 POWERS = ("floor", "nearest")
 
 RULES_OF_SCALE = {
-    "e8m0": ("floor", "ceil", "headroom", "quest"),
+    "e8m0": ("floor", "ceil", "headroom", "quest", "even"),
     "e4m3": ("amax", "four_six", "eden"),
     "fp32": ("amax", "amax_pow2", "delayed", "absmean"),
 }
+_CLIPPING = ("floor", "quest", "even")  # elements may lie beyond the format's largest magnitude
+_E2M1_ONLY = ("quest", "headroom", "even")
 EDEN_GROUP = 128  # elements over which the eden rule corrects the length of what it rounded
 _ROUNDED_BY_RULE = ("eden",)  # stochastic in their scales, to nearest in their codes
 
@@ -51,7 +53,8 @@ class QuantSpec:
             NVFP4), or ``"row"`` or ``"tensor"``: all that lie in one.
         scale: scale format, one of ``SCALES``: ``"e8m0"`` of a block; ``"e4m3"`` of a block of 16, times one fp32
             number for the tensor; ``"fp32"`` of a row, a tensor or a block.
-        rule: how the scale follows from those elements, one of ``RULES_OF_SCALE[scale]``. ``amax``: the largest
+        rule: how the scale follows from those elements, one of ``RULES_OF_SCALE[scale]``. The powers of two of ``e8m0``
+            scales: see ``quartet.kernels.reference.scales.e8m0_scale``. ``amax``: the largest
             magnitude becomes the largest that the format holds; ``amax_pow2``: with the multiplier rounded down to a
             power of two; ``delayed``: ``amax`` of a magnitude that is given from outside; ``absmean``: the mean
             magnitude becomes 1; ``four_six`` and ``eden``: see ``quartet.kernels.reference.nvfp4``.
@@ -92,7 +95,7 @@ class QuantSpec:
                             "'tensor' with scale 'fp32'")
         self._check_scale()
         self._check_element()
-        if self.mask and self.rule not in ("quest", "floor"):
+        if self.mask and self.rule not in _CLIPPING:
             raise SpecError(f"scale rule {self.rule!r} never clips, so it has no clip mask; use mask=False")
         if self.rule != "quest":
             object.__setattr__(self, "sigma", QuantSpec.sigma)
@@ -115,7 +118,7 @@ class QuantSpec:
                             "do not exist; tile=True goes with blocks, scale 'fp32' (amax, amax_pow2) or 'e4m3' (amax)")
 
     def _check_element(self) -> None:
-        if self.rule in ("quest", "headroom") and self.element != "e2m1":
+        if self.rule in _E2M1_ONLY and self.element != "e2m1":
             raise SpecError(f"scale rule {self.rule!r} is defined for e2m1 only, not {self.element}; "
                             "use 'floor' or 'ceil'")
         if self.scale == "e8m0" and self.format.emax is None:

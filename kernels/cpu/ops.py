@@ -214,8 +214,8 @@ def _rotation(n: int, signs: Tensor | None) -> tuple[tuple[int, int | None], Ten
 
 @cache
 def _spec_word(spec: QuantSpec) -> int:
-    return (spec.block | RULES.index(spec.rule) << 8 | SIGMAS.index(spec.sigma) << 10
-            | (spec.power == "nearest") << 12 | spec.stochastic << 13 | spec.mask << 14)
+    return (spec.block | RULES.index(spec.rule) << 8 | SIGMAS.index(spec.sigma) << 11
+            | (spec.power == "nearest") << 13 | spec.stochastic << 14 | spec.mask << 15)
 
 
 def _seed(spec: QuantSpec, seed: Tensor | None) -> int | None:

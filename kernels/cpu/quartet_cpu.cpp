@@ -257,7 +257,7 @@ Hadamard hadamard_of(int n) {
 
 // ---- block scales -------------------------------------------------------------------------------------------------
 
-enum Rule { FLOOR, CEIL, HEADROOM, QUEST };
+enum Rule { FLOOR, CEIL, HEADROOM, QUEST, EVEN };
 enum Sigma { CENTRED, GUARDED, RMS };
 
 struct Spec {
@@ -265,10 +265,10 @@ struct Spec {
   bool nearest_power, stochastic, mask;
 };
 
-// block in bits 0-7, rule 8-9, sigma 10-11, power nearest 12, stochastic 13, mask 14
+// block in bits 0-7, rule 8-10, sigma 11-12, power nearest 13, stochastic 14, mask 15
 Spec spec_of(int32_t word) {
-  return {word & 255, (word >> 8) & 3, (word >> 10) & 3, (word >> 12 & 1) != 0, (word >> 13 & 1) != 0,
-          (word >> 14 & 1) != 0};
+  return {word & 255, (word >> 8) & 7, (word >> 11) & 3, (word >> 13 & 1) != 0, (word >> 14 & 1) != 0,
+          (word >> 15 & 1) != 0};
 }
 
 struct Sums {
@@ -330,6 +330,7 @@ template <int BLOCK> I scale_byte(const F* x, const Spec& spec) {
     I mantissa;
     byte = exponent_of(amax, &mantissa) - 2 + 127;
     if (spec.rule == CEIL) byte += (mantissa > 0x400000) & 1;
+    if (spec.rule == EVEN) byte += (mantissa >= 0x600000) & 1;
   }
   byte = min_i(max_i(byte, I{}), I{} + 254);
   byte = a == 0 ? I{} + 127 : byte;

@@ -1,4 +1,4 @@
-"""Scale rules: E8M0 (floor, ceil, headroom, quest) as integers from exponent bits, never log2 or exp2; fp32 ones."""
+"""Scale rules: those of E8M0 as integers from exponent bits, never log2 or exp2; fp32 ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from quartet.kernels.spec import QuantSpec
 QUEST_CLIP = 2.92247856 / 6.0  # Gaussian-MSE-optimal clip over the largest E2M1 value
 QUEST_FLOOR = 1e-8
 ABSMEAN_FLOOR = 1e-5
+_SEVEN_MANTISSA = 0x600000  # of 7 = 1.75 · 2²
 _SQRT2_MANTISSA = 0x3504F4  # first fp32 significand above √2
 _MANTISSA = 0x7FFFFF
 _ONE_BYTE = 127
@@ -59,6 +60,15 @@ def _quest_byte(blocks: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
 def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
     """Scale bytes of fp32 ``[..., block]``: uint8 ``[...]``.
 
+    With a = max |x|, M and 2^emax the largest magnitude of the element format and its power of two:
+
+        floor, headroom   2^(⌊log2 a⌋ − emax)
+        ceil              2^⌈log2(a/M)⌉: nothing is above M
+        even              2^(⌊log2 a'⌋ − 2), a' = a to the nearest of 1, 1.5 · 2^k: a/scale in [3.5, 7). What is above 6
+                          becomes 6, as rounding to nearest would have it if E2M1 went on to 8
+        quest             2^⌊log2 t⌋, or 2^⌊log2 t + ½⌋ with power "nearest", t = 0.487 σ + 10⁻⁸: the clip of least
+                          error for a Gaussian of deviation σ
+
     An all-zero block gets byte 127 (scale 1); a block with a NaN or an infinity gets 255 (NaN).
     """
     amax = blocks.abs().amax(-1)
@@ -72,6 +82,8 @@ def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
         if spec.rule == "ceil":
             significand = spec.max / 2.0**emax
             byte = byte + (mantissa > int((significand - 1.0) * 2**23)).to(torch.int32)
+        elif spec.rule == "even":
+            byte = byte + (mantissa >= _SEVEN_MANTISSA).to(torch.int32)
     byte = byte.clamp(0, 254)
     byte = torch.where(amax == 0, _ONE_BYTE, byte)
     return torch.where(torch.isfinite(amax), byte, E8M0_NAN).to(torch.uint8)

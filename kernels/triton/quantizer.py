@@ -47,6 +47,8 @@ def byte_of_amax(top, RULE: tl.constexpr):
     byte = (top >> 23) - 2
     if RULE == "ceil":
         byte += ((top & 0x7FFFFF) > 0x400000).to(tl.int32)
+    elif RULE == "even":
+        byte += ((top & 0x7FFFFF) >= 0x600000).to(tl.int32)
     byte = tl.where(top == 0, 127, tl.maximum(byte, 0))
     return tl.where(top < _INFINITE, byte, 255)
 
@@ -308,7 +310,7 @@ def encode(x, inverse, words, N: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: 
            MASK: tl.constexpr, HARDWARE: tl.constexpr):
     """N/8 int32 vectors of eight nibbles each, and N/32 of the bits of |x · inverse| < 6 (none unless MASK).
 
-    CLIPS: the scale rule leaves elements above 6. HARDWARE: round by the GPU's conversions, to nearest with the same
+    CLIPS: what lies above 6 has to be made 6 first. HARDWARE: round by the GPU's conversions, to nearest with the same
     result, stochastically with another use of the random words. ``inverse``: a tuple with the reciprocal scale of
     every block of BLOCK, times 2^-14 if STOCHASTIC and not HARDWARE. ``words``: see :func:`random_words`.
     """

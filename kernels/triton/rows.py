@@ -66,8 +66,9 @@ def quantize_unit(x, signs, keys, site, row, column, units, valid, tensor, N: tl
         random = ()
         if STOCHASTIC:
             random = random_words(keys, site, (row * units + column) * (N // 16), N)
-        packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, RULE == "quest" or RULE == "floor", MASK,
-                               HARDWARE)
+        # even leaves what is below 7, which rounds to 6 by itself where it rounds to nearest
+        clips: tl.constexpr = RULE == "quest" or RULE == "floor" or (RULE == "even" and STOCHASTIC)
+        packed, masks = encode(x, inverse, random, N, BLOCK, STOCHASTIC, clips, MASK, HARDWARE)
     return packed, masks, scales
 
 

@@ -64,10 +64,13 @@ def test_shares_and_slots(bench, capsys):
 def test_the_forward_quantiser_is_that_of_the_default_recipe(bench, monkeypatch):
     ops = pytest.importorskip("quartet.kernels.triton.ops")
     forward, chains = recipes()["quartet"].fprop, {}
-    for name in ("rows quest packed fold", "rows quest packed", "rows guarded packed fold"):
+    for name in ("rows quest packed fold", "rows quest packed", "rows guarded packed fold", "rows even packed fold",
+                 "rows even mask packed fold"):
         monkeypatch.setattr(ops, "quantize", lambda x, chain, name=name, **which: chains.update({name: chain}))
         bench.kernels(torch.device("cpu"), 0)[name].call(torch.zeros(2, 64))
     guarded = chains.pop("rows guarded packed fold")
+    even = [chains.pop(f"rows even {mask}packed fold") for mask in ("", "mask ")]
+    assert [str(c.spec) for c in even] == ["e2m1/32 e8m0 even nearest", "e2m1/32 e8m0 even nearest mask"]
     assert {(str(c.spec), c.rotation) for c in chains.values()} == {(str(forward.a.spec), forward.rotation.n)}
     assert len(chains) == 2 and str(guarded.spec) == "e2m1/32 e8m0 quest(guarded,floor) nearest mask"
 

@@ -182,6 +182,8 @@ def test_gap_in_a_process_of_its_own_is_the_same(gap, scripts, tmp_path):
     ("floor-guarded-nearest", "e2m1/32 e8m0 quest(guarded,floor) nearest mask", "e2m1/32 e8m0 headroom nearest"),
     ("nearest-rms-sr", "e2m1/32 e8m0 quest(rms,nearest) nearest mask", "e2m1/32 e8m0 headroom stochastic"),
     ("ceil-sr", "e2m1/32 e8m0 ceil nearest", "e2m1/32 e8m0 headroom stochastic"),
+    ("even-sr", "e2m1/32 e8m0 even nearest", "e2m1/32 e8m0 headroom stochastic"),
+    ("even-masked-sr", "e2m1/32 e8m0 even nearest mask", "e2m1/32 e8m0 headroom stochastic"),
     ("floor-centred-bf16", "e2m1/32 e8m0 quest(centred,floor) nearest mask", None),
 ])
 def test_variants_are_what_their_names_say(scripts, name, forward, backward):

@@ -18,6 +18,7 @@ SEED = -8_765_432_109_876
 CHAINS = {
     "default": (expected.DEFAULT, expected.ROTATION, False),
     "guarded": (QuantSpec(rule="quest", mask=True), 32, False),
+    "even": (QuantSpec(rule="even"), 32, False),
     "stochastic": (QuantSpec(rule="headroom", rounding="stochastic"), 32, True),
     "rotation-128": (QuantSpec(rule="floor", mask=True), 128, True),
 }

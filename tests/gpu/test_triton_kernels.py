@@ -27,6 +27,9 @@ CHAINS = {
     "guarded": (GUARDED, 32, False),
     "stochastic": (STOCHASTIC, 32, True),
     "ceil": (QuantSpec(), 0, False),
+    "even": (QuantSpec(rule="even"), 32, False),
+    "even-mask": (QuantSpec(rule="even", mask=True), 32, False),
+    "even-stochastic": (QuantSpec(rule="even", rounding="stochastic", mask=True), 0, False),
     "nearest-power": (QuantSpec(rule="quest", rounding="stochastic", sigma="rms", power="nearest", mask=True), 0,
                       False),
     "centred-64": (QuantSpec(rule="quest", sigma="centred", mask=True), 64, False),
@@ -37,7 +40,8 @@ VARIANTS = ([(name, torch.bfloat16, shape) for name in CHAINS for shape in SHAPE
             + [(name, dtype, shape) for name in ("quest", "stochastic") for dtype in DTYPES[1:] for shape in SMALL])
 FEW = ([(name, torch.bfloat16, shape) for name in ("quest", "stochastic") for shape in SHAPES]
        + [("stochastic", dtype, shape) for dtype in DTYPES[1:] for shape in ((64, 4096), (130, 4096))]
-       + [("guarded", torch.bfloat16, shape) for shape in SMALL] + [("quest", torch.float32, (33, 33))])
+       + [(name, torch.bfloat16, shape) for name in ("guarded", "even", "even-mask") for shape in SMALL]
+       + [("quest", torch.float32, (33, 33))])
 
 
 def label(value):
@@ -115,7 +119,7 @@ def test_both_of_different_chains(device):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
-@pytest.mark.parametrize("name", ("quest", "guarded", "stochastic", "centred-64"))
+@pytest.mark.parametrize("name", ("quest", "guarded", "stochastic", "centred-64", "even"))
 def test_requantize(name, shape, device):
     c = chain(name, device)
     codes, scales, _ = expected.quantize(expected.data(*shape, torch.bfloat16, device), chain("quest", device))
@@ -197,7 +201,7 @@ def test_mask_rotate(rotation, cols, masked, dtype, device):
     same(expected.difference("values", got, expected.mask_rotate(x, mask, rotation, signs, 1.7777, cols, dtype)))
 
 
-@pytest.mark.parametrize("name", ("quest", "guarded", "ceil", "stochastic"))
+@pytest.mark.parametrize("name", ("quest", "guarded", "ceil", "stochastic", "even", "even-stochastic"))
 @pytest.mark.parametrize("edge", expected.edges())
 def test_edges(edge, name, device):
     spec = CHAINS[name][0]
@@ -210,7 +214,7 @@ def test_edges(edge, name, device):
                                        expected.requantize(codes, scales, QuantSpec(), c), spec))
 
 
-@pytest.mark.parametrize("name", ("quest", "guarded", "stochastic"))
+@pytest.mark.parametrize("name", ("quest", "guarded", "stochastic", "even", "even-mask"))
 def test_nan_and_infinity_stay_in_their_blocks(name, device):
     x = expected.broken().to(device)
     spec, _, _ = CHAINS[name]

@@ -16,10 +16,12 @@ SITE = 0xFEDCBA98
 SHAPES = ((1, 1), (3, 5), (1, 257), (17, 96), (33, 130), (40, 1), (16, 512), (19, 384))
 ROTATIONS = (0, 16, 32, 64, 128)
 SPECS = [
-    QuantSpec(block=block, rule=rule, rounding=rounding, sigma=sigma, power=power, mask=rule in ("quest", "floor"))
+    QuantSpec(block=block, rule=rule, rounding=rounding, sigma=sigma, power=power,
+              mask=rule in ("quest", "floor", "even"))
     for block in (16, 32, 64, 128)
     for rule, sigma, power in (
         ("floor", "guarded", "floor"), ("ceil", "guarded", "floor"), ("headroom", "guarded", "floor"),
+        ("even", "guarded", "floor"),
         ("quest", "guarded", "floor"), ("quest", "centred", "nearest"), ("quest", "rms", "floor"))
     for rounding in ("nearest", "stochastic")
 ]

@@ -73,7 +73,7 @@ def test_properties():
 @pytest.mark.parametrize("fields, message", (
     ({"block": "tensor"}, "'e8m0' with block 'tensor'.*'fp32' scales to 'row', 'tensor' or such"),
     ({"scale": "fp32", "block": "row", "rule": "ceil"}, "'ceil' gives no fp32 scale; possible: amax, amax_pow2"),
-    ({"rule": "amax"}, "'amax' gives no e8m0 scale; possible: floor, ceil, headroom, quest"),
+    ({"rule": "amax"}, "'amax' gives no e8m0 scale; possible: floor, ceil, headroom, quest, even"),
     ({"scale": "fp32", "block": "row", "rule": "amax", "element": "int4"}, "'int4' does not exist"),
     ({"scale": "fp32", "block": "row", "rule": "amax", "mask": True}, "'amax' never clips"),
     ({"scale": "fp32", "block": "row", "rule": "amax", "rounding": "stochastic"}, "stochastic.*e2m1 only"),

@@ -25,6 +25,7 @@ HEADROOM = QuantSpec(rule="headroom")
 STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
 FLT_MAX = torch.finfo(torch.float32).max
 EVERY = (RELEASED, GUARDED, HEADROOM, STOCHASTIC, QuantSpec(rule="floor"), QuantSpec(rule="ceil"),
+         QuantSpec(rule="even"), QuantSpec(rule="even", rounding="stochastic", mask=True),
          QuantSpec("e4m3"), QuantSpec("e5m2", rule="floor"))
 
 
@@ -192,6 +193,7 @@ def test_seed_and_site_pick_the_bits(gen):
     (QuantSpec(rule="quest"), 22.3),
     (QuantSpec(rule="quest", sigma="centred"), 22.3),
     (QuantSpec(rule="quest", power="nearest"), 13.4),
+    (QuantSpec(rule="even"), 12.7),
     (HEADROOM, 13.7),
     (STOCHASTIC, 27.8),
 ))
@@ -208,6 +210,24 @@ def test_relative_error_of_quest_floor_at_unit_deviation(gen):
     x = torch.randn(4096, 128, generator=gen)
     error = (roundtrip(x, QuantSpec(rule="quest")) - x).square().sum() / x.square().sum()
     assert error.item() * 1e3 == pytest.approx(26.9, rel=0.025)
+
+
+@pytest.mark.parametrize("rule, shortest, longest", (("quest", 0.0, 0.7), ("even", 0.98, 1.01)))
+def test_length_of_rotated_blocks_with_a_mean(rule, shortest, longest, gen):
+    """<Q(x), x>/<x, x> of rotated sigmoids: H gathers their mean in one coefficient, 5.2 root mean squares."""
+    octave = 2.0 ** torch.linspace(0, 1, 512).unsqueeze(1)
+    x = hadamard(torch.randn(512, 256, generator=gen).sigmoid() * octave, 32)
+    made = roundtrip(x, QuantSpec(rule=rule, sigma="rms", power="nearest"))
+    assert shortest < ((made * x).sum() / x.square().sum()).item() < longest
+
+
+def test_even_rounds_what_it_clips_as_a_longer_grid_would(gen):
+    """Elements lie below 7 · scale, so that none is further from its code's value than 1, half a step of the grid."""
+    x = torch.randn(4096, 128, generator=gen).exp() * torch.randn(4096, 128, generator=gen)
+    codes, scales, mask = quantize(x, QuantSpec(rule="even", mask=True))
+    scale = (2.0 ** (scales.float() - 127)).repeat_interleave(32, 1)
+    assert (x.abs() / scale).max() < 7 and torch.equal(unpack_bits(mask), x.abs() / scale < 6)
+    assert ((dequantize(codes, scales, QuantSpec(rule="even")) - x).abs() / scale).max() <= 1
 
 
 # --- edges ------------------------------------------------------------------------------------------------------

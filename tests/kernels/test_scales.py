@@ -27,6 +27,8 @@ def exact_byte(amax: float, element: str, rule: str) -> int:
         ratio = a / Fraction(ELEMENTS[element].max)
         e = floor_log2(ratio)
         e += Fraction(2) ** e < ratio
+    elif rule == "even":
+        e = floor_log2(a * Fraction(8, 7)) - 2  # from 7/8 of a power of two on the next one
     else:
         e = floor_log2(a) - ELEMENTS[element].emax
     return min(max(e + 127, 0), 254)
@@ -47,9 +49,9 @@ def around_powers() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("element", MX)
-@pytest.mark.parametrize("rule", ("floor", "ceil", "headroom"))
+@pytest.mark.parametrize("rule", ("floor", "ceil", "headroom", "even"))
 def test_rules_in_exact_arithmetic(element, rule):
-    if rule == "headroom" and element != "e2m1":
+    if rule in ("headroom", "even") and element != "e2m1":
         with pytest.raises(ValueError, match="e2m1 only"):
             QuantSpec(element, rule=rule)
         return
@@ -61,15 +63,18 @@ def test_rules_in_exact_arithmetic(element, rule):
 def torchao_to_mx(x: torch.Tensor, element: str, rule: str):
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", reason="torchao is the oracle")
     dtype = {"e2m1": torch.float4_e2m1fn_x2, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[element]
-    mode = mx.ScaleCalculationMode.FLOOR if rule == "floor" else mx.ScaleCalculationMode.RCEIL
-    scales, codes = mx.to_mx(x, dtype, 32, mode)
+    modes = {"floor": mx.ScaleCalculationMode.FLOOR, "ceil": mx.ScaleCalculationMode.RCEIL,
+             "even": mx.ScaleCalculationMode.EVEN}
+    scales, codes = mx.to_mx(x, dtype, 32, modes[rule])
     return scales.view(torch.uint8), codes.view(torch.uint8)
 
 
 @pytest.mark.parametrize("element", MX)
-@pytest.mark.parametrize("rule", ("floor", "ceil"))
+@pytest.mark.parametrize("rule", ("floor", "ceil", "even"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_torchao_bit_for_bit(element, rule, dtype, gen):
+    if rule == "even" and element != "e2m1":
+        return
     magnitude = torch.tensor(2.0) ** (torch.rand(512, 1, generator=gen) * 200 - 90)
     x = (torch.randn(512, 256, generator=gen) * magnitude).to(dtype)
     scales, codes = torchao_to_mx(x, element, rule)
@@ -78,13 +83,13 @@ def test_torchao_bit_for_bit(element, rule, dtype, gen):
     assert torch.equal(ours.view(torch.uint8), codes)
 
 
-@pytest.mark.parametrize("element", MX)
-def test_torchao_floor_on_the_edges(element):
+@pytest.mark.parametrize("element, rule", [*((element, "floor") for element in MX), ("e2m1", "even")])
+def test_torchao_on_the_edges(element, rule):
     """Every amax next to a power of two. Below 2^-126 torchao divides by 2^-126 instead of the scale it stores."""
     amax = around_powers()
     x = blocks_with_amax(amax)
-    scales, codes = torchao_to_mx(x, element, "floor")
-    ours, ours_scales, _ = quantize(x, QuantSpec(element, rule="floor"))
+    scales, codes = torchao_to_mx(x, element, rule)
+    ours, ours_scales, _ = quantize(x, QuantSpec(element, rule=rule))
     assert torch.equal(ours_scales, scales)
     normal = ours_scales[:, 0] > 0
     assert torch.equal(ours.view(torch.uint8)[normal], codes[normal]) and normal.float().mean() > 0.85
@@ -105,9 +110,9 @@ def test_torchao_rceil_on_the_edges(element):
 
 
 @pytest.mark.parametrize("element", MX)
-@pytest.mark.parametrize("rule", ("floor", "ceil", "headroom", "quest"))
+@pytest.mark.parametrize("rule", ("floor", "ceil", "headroom", "quest", "even"))
 def test_zero_nan_and_infinite_blocks(element, rule):
-    if rule in ("headroom", "quest") and element != "e2m1":
+    if rule in ("headroom", "quest", "even") and element != "e2m1":
         return
     x = torch.randn(6, 32)
     x[0] = 0

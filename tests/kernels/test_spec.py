@@ -32,7 +32,7 @@ def legal():
 
 def test_every_legal_spec_round_trips():
     specs = list(legal())
-    e8m0 = 4 * ((1 + 1 + 2 + 2 * 6) * 2 + 2 * (2 + 1))  # E2M1 ceil headroom floor quest; FP8 floor ceil
+    e8m0 = 4 * ((1 + 1 + 2 + 2 + 2 * 6) * 2 + 2 * (2 + 1))  # E2M1 ceil headroom floor even quest; FP8 floor ceil
     nvfp4 = 2 + 2 + 1 + 1  # amax, and of tiles, by both roundings; four_six; eden
     wide = 3 * (2 * (1 + 1 + 4 + 4) + 1)  # FP8 and INT8 of a row, a tensor, blocks, tiles by both rules; delayed
     narrow = 2 * (1 + 4) * 2 + 1  # E2M1 of a row and of blocks, by both roundings; ternary
@@ -69,11 +69,12 @@ def test_properties():
     ({"element": "int8"}, "int8 has no 'e8m0' scales"),
     ({"element": "ternary", "scale": "fp32", "rule": "amax"}, "ternary codes and scale rule 'absmean' belong"),
     ({"element": "e4m3", "scale": "fp32", "rule": "delayed"}, "'delayed' gives one scale a tensor, not one a 32"),
-    ({"rule": "even"}, "rule 'even'.*floor, ceil, headroom, quest"),
+    ({"rule": "rceil"}, "rule 'rceil'.*floor, ceil, headroom, quest, even"),
     ({"rounding": "up"}, "rounding 'up'.*nearest, stochastic"),
     ({"rule": "quest", "sigma": "max"}, "sigma 'max'.*centred, guarded, rms"),
     ({"rule": "quest", "power": "ceil"}, "power 'ceil'.*floor, nearest"),
     ({"rule": "quest", "element": "e4m3"}, "'quest'.*e2m1 only, not e4m3"),
+    ({"rule": "even", "element": "e5m2"}, "'even'.*e2m1 only, not e5m2"),
     ({"rule": "headroom", "element": "e5m2"}, "'headroom'.*e2m1 only, not e5m2"),
     ({"rule": "ceil", "mask": True}, "'ceil' never clips.*mask=False"),
     ({"rule": "headroom", "mask": True}, "'headroom' never clips"),

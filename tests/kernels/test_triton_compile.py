@@ -30,6 +30,7 @@ FORWARD, OLD_FORWARD = Chain(QUEST, expected.ROTATION), Chain(GUARDED, 32)
 BACKWARD = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
 CLIPPED = Chain(QuantSpec(rule="floor", rounding="stochastic", mask=True), 32, None, torch.tensor(0), 23)
 NEAREST = Chain(QuantSpec(rule="headroom"), 32, torch.ones(32))
+EVEN = Chain(QuantSpec(rule="even"), 32)
 
 
 def two_level(spec: str, rotation: int = 0) -> Chain:
@@ -49,6 +50,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rows-quest": lambda: ops.quantize(X, FORWARD, packed=True, folded=False),
     "rows-quest-fold": lambda: ops.quantize(X, FORWARD, packed=True, folded=True),
     "rows-guarded-fold": lambda: ops.quantize(X, OLD_FORWARD, packed=True, folded=True),
+    "rows-even": lambda: ops.quantize(X, EVEN, packed=True, folded=False),
+    "rows-even-fold": lambda: ops.quantize(X, EVEN, packed=True, folded=True),
     "rows-stochastic-fold": lambda: ops.quantize(X, BACKWARD, packed=False, folded=True),
     "rows-nearest-fold": lambda: ops.quantize(X, NEAREST, packed=False, folded=True),
     "rows-stochastic-odd": lambda: ops.quantize(torch.empty(33, 33, dtype=torch.bfloat16), BACKWARD, packed=True,
@@ -59,6 +62,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "columns-stochastic-partial": lambda: ops.quantize(X[:40, :70].t(), BACKWARD, packed=True, folded=False),
     "columns-stochastic-odd": lambda: ops.quantize(X[:, :33].t(), BACKWARD, packed=True, folded=False),
     "columns-quest": lambda: ops.quantize(X.t(), FORWARD, packed=True, folded=False),
+    "columns-even": lambda: ops.quantize(X.t(), EVEN, packed=True, folded=False),
     "columns-guarded": lambda: ops.quantize(X.t(), OLD_FORWARD, packed=True, folded=False),
     "both-quest-stochastic": lambda: ops.quantize_both(X, FORWARD, BACKWARD),
     "both-stochastic": lambda: ops.quantize_both(X, BACKWARD, BACKWARD),
@@ -67,6 +71,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "both-nearest": lambda: ops.quantize_both(X, NEAREST, NEAREST),
     "requantize-stochastic": lambda: ops.requantize(CODES, SCALES, QUEST, BACKWARD),
     "requantize-quest": lambda: ops.requantize(CODES, SCALES, QUEST, FORWARD),
+    "requantize-even": lambda: ops.requantize(CODES, SCALES, EVEN.spec, EVEN),
     "requantize-nearest": lambda: ops.requantize(CODES, SCALES, QUEST, NEAREST),
     "fold": lambda: ops.fold(CODES, SCALES, QUEST),
     "fold-groups": lambda: ops.fold(CODES, SCALES, QUEST, torch.tensor([64, 512], dtype=torch.int32)),
@@ -90,9 +95,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
 }
 OTHERS = (80, 89, 100, 120)
-EVERYWHERE = ("rows-quest-fold", "rows-stochastic-fold", "rows-stochastic-clipped", "columns-quest", "both-stochastic",
-              "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic",
-              "fold", "dequantize", "signs", "bits", "cast-both", "cast-e5m2-both", "transpose", "unrotate-masked")
+EVERYWHERE = ("rows-quest-fold", "rows-even-fold", "rows-stochastic-fold", "rows-stochastic-clipped", "columns-quest",
+              "both-stochastic", "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated",
+              "requantize-stochastic", "fold", "dequantize", "signs", "bits", "cast-both", "cast-e5m2-both",
+              "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name != "cast-both" or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100

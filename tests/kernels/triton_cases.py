@@ -30,6 +30,7 @@ SEED = torch.tensor(-8_765_432_109_876)
 LAST_SITE = 2**32 - 1
 QUEST, DEFAULT = QuantSpec(rule="quest", mask=True), expected.DEFAULT
 STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
+EVEN = QuantSpec(rule="even", mask=True)
 
 CASES: dict[str, Callable[[], list[str]]] = {}
 
@@ -198,10 +199,10 @@ for sigma in ("guarded", "centred", "rms"):
     for power in ("floor", "nearest"):
         case(f"rows-quest-{sigma}-{power}", check_rows, expected.data(5, 96),
              chain(QuantSpec(rule="quest", sigma=sigma, power=power, mask=True), 32 * (sigma != "rms")))
-for rule in ("ceil", "floor", "headroom", "quest"):
+for rule in ("ceil", "floor", "headroom", "quest", "even"):
     case(f"rows-{rule}-stochastic", check_rows, expected.data(6, 80),
-         chain(QuantSpec(rule=rule, rounding="stochastic", mask=rule in ("floor", "quest")), site=LAST_SITE))
-for rule in ("ceil", "floor", "headroom"):
+         chain(QuantSpec(rule=rule, rounding="stochastic", mask=rule in ("floor", "quest", "even")), site=LAST_SITE))
+for rule in ("ceil", "floor", "headroom", "even"):
     case(f"rows-{rule}-nearest", check_rows, expected.data(5, 70), chain(QuantSpec(rule=rule, mask=rule == "floor")))
 for rotation in (32, 64, 128):
     for signed in (False, True):
@@ -213,12 +214,15 @@ for block in (64, 128):
 for name, x in expected.edges().items():
     case(f"rows-{name}-quest", check_rows, x, chain(QUEST))
     case(f"rows-{name}-headroom", check_rows, x, chain(STOCHASTIC))
+    case(f"rows-{name}-even", check_rows, x, chain(EVEN))
 for sigma in ("centred", "rms"):
     case(f"rows-huge-quest-{sigma}", check_rows, expected.edges()["huge"], chain(QuantSpec(rule="quest", sigma=sigma)))
 case("rows-ties-ceil", check_rows, expected.edges()["ties"], chain(QuantSpec(rule="ceil")))
 case("rows-tops-ceil", check_rows, expected.edges()["tops"], chain(QuantSpec(rule="ceil", rounding="stochastic")))
+case("rows-tops-even-stochastic", check_rows, expected.edges()["tops"],
+     chain(QuantSpec(rule="even", rounding="stochastic", mask=True)))
 case("rows-tops-floor", check_rows, expected.edges()["tops"], chain(QuantSpec(rule="floor", mask=True)))
-for name, spec in (("quest", QUEST), ("headroom", STOCHASTIC)):
+for name, spec in (("quest", QUEST), ("headroom", STOCHASTIC), ("even", EVEN)):
     case(f"rows-broken-{name}", check_rows, expected.broken(), chain(spec))
     case(f"rows-broken-rotated-{name}", check_rows, expected.broken(), chain(spec, 32, True))
 for name, x in (("data", expected.data(40, 70)), ("one-row", expected.data(1, 130)), *expected.edges().items(),
@@ -246,11 +250,13 @@ case("rows-sliced", check_unfolded, expected.data(9, 100)[::2, 3:90], chain(QUES
 case("rows-strided", check_unfolded, expected.data(5, 150)[:, ::2], chain(QUEST))
 case("rows-repeated", check_unfolded, expected.data(1, 64).expand(4, 64), chain(STOCHASTIC))
 case("columns-quest", check_rows, expected.data(70, 9).t(), chain(QUEST, 32))
+case("columns-even", check_rows, expected.data(70, 9).t(), chain(EVEN, 32))
 case("columns-stochastic", check_unfolded, expected.data(33, 33).t(), chain(STOCHASTIC, 32, True, LAST_SITE))
 case("columns-rotation-64", check_unfolded, expected.data(100, 5).t(), chain(STOCHASTIC, 64, True))
 case("columns-rotation-128", check_unfolded, expected.data(130, 3).t(), chain(QuantSpec(rule="floor", mask=True), 128))
 case("columns-sliced", check_unfolded, expected.data(80, 20)[5:70:2, 3:15].t(), chain(QUEST))
 case("columns-broken", check_unfolded, expected.broken().t().contiguous().t(), chain(QUEST))
+case("both-even", check_both, expected.data(33, 40), chain(EVEN, 32), chain(QuantSpec(rule="even"), 32))
 case("both-stochastic", check_both, expected.data(40, 70), chain(STOCHASTIC, 32, True), chain(STOCHASTIC, 32, True, 9))
 case("both-nearest", check_both, expected.data(33, 33), chain(QuantSpec(rule="headroom")),
      chain(QuantSpec(rule="ceil"), 32))

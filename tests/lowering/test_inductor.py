@@ -85,7 +85,8 @@ def test_hadamard():
 
 
 @pytest.mark.parametrize("spec", (QUEST, QuantSpec(rule="quest", sigma="centred", power="nearest", block=64),
-                                  QuantSpec(rule="floor", mask=True, block=16)), ids=str)
+                                  QuantSpec(rule="floor", mask=True, block=16), QuantSpec(rule="even", mask=True)),
+                         ids=str)
 def test_quantize(spec):
     agree(lambda x: ops.quantize(x, str(spec), None, 0), awkward(9, 136))
 
