@@ -22,8 +22,9 @@ VIEWS = (
 
 FORWARD = "is_forward"
 BACKWARD = "must_be_in_backward"
+MODULE_KEY = "quartet_module"  # node.meta key: the name of the module that computes the node
 _INHERITED = ("seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id", "custom",
-              "autograd_backward", "source_fn_stack")
+              "autograd_backward", "source_fn_stack", MODULE_KEY)
 
 
 SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)

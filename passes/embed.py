@@ -22,7 +22,8 @@ from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir, registry
 from quartet.lowering.graph import Builder, aten, editing, is_backward, replace_all, shape, val
 from quartet.lowering.recipe import Rotation
-from quartet.passes.find_matmuls import left_alone, module_name, module_of, parameter_origins
+from quartet.passes.find_matmuls import left_alone, parameter_origins
+from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import DTYPES, UnsupportedMatmul
 from quartet.passes.state import State, draw_seed
 

@@ -8,7 +8,6 @@ either orientation: autograd writes gW = Eᵀ·X or gWᵀ = Xᵀ·E by the strid
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -20,6 +19,7 @@ from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
 from quartet.passes.state import State
 
@@ -243,24 +243,5 @@ def left_alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], 
                         m=m, n=n, k=k, dtype=dtype_name(dtype), reason=reason)
 
 
-def module_of(node: Node) -> str:
-    """Name of the innermost module that computes ``node``."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return module_path(next((str(v[0]) for v in reversed(list(stack.values()))), ""))
-
-
-def module_name(parameter: str) -> str:
-    """``layers.0.q`` of its weight, also of a parametrised one; other parameters keep their own name."""
-    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", parameter).removesuffix(".weight")
-
-
 def _plain(size: Any) -> int | str:
     return size if isinstance(size, int) else str(size)
-
-
-def module_path(path: str) -> str:
-    """A dotted name from how dynamo writes one: ``L['self']._modules['layers']._modules['0'].q`` → ``layers.0.q``."""
-    text = re.sub(r"^L\[['\"](self|model|fn|mod|s|m)['\"]\](\.__self__)?\.?", "", path)
-    text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", "." + text)
-    text = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", text)
-    return text.strip(".")

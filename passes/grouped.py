@@ -17,7 +17,8 @@ from torch.fx import Node
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
-from quartet.passes.find_matmuls import canonical, left_alone, module_name, module_of, parameter_origins
+from quartet.passes.find_matmuls import canonical, left_alone, parameter_origins
+from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import UnsupportedMatmul
 from quartet.passes.sites import Groups, MatmulSite, Product
 from quartet.passes.state import State

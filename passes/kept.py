@@ -11,7 +11,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quartet.lowering.graph import aten, shape, val
-from quartet.passes.find_matmuls import module_path
 from quartet.runtime.compat import OpOverload
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -169,10 +168,3 @@ def stored_bytes(storage: Storage) -> int:
         whole = hint(val(storage.root).numel()) * dtype.itemsize
         total += min(whole, sum(byte_count(part.made) for part in storage.parts if val(part.made).dtype is dtype))
     return total
-
-
-def module_of(node: Node) -> str | None:
-    """The innermost module that computes a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else None
-    return module_path(path) if isinstance(path, str) else None

@@ -27,6 +27,7 @@ from quartet.passes.estimator import estimator
 from quartet.passes.find_matmuls import find_matmuls
 from quartet.passes.grouped import find_grouped
 from quartet.passes.lower import lower
+from quartet.passes.naming import name_modules
 from quartet.passes.outliers import outliers
 from quartet.passes.plan import plan
 from quartet.passes.quantize import quantize
@@ -133,6 +134,7 @@ def source_digest() -> str:
 def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
     """All enabled passes over one graph; returns a record for every matmul and role."""
     state = State(gm, config)
+    name_modules(gm.graph, config.modules)
     for index, step in enumerate(p for p in PASSES if p.__name__ not in config.disable_passes):
         name = step.__name__
         for observer in config.observers:

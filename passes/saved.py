@@ -34,12 +34,12 @@ from quartet.passes.kept import (
     chain,
     dense_order,
     is_symbol,
-    module_of,
     pairs,
     returned,
     storages,
     stored_bytes,
 )
+from quartet.passes.naming import module_of
 from quartet.passes.pipeline import source_digest
 from quartet.passes.state import STREAM_STRIDE, Config, State, draw_seed
 from quartet.runtime.compat import CustomPartitionerFn

@@ -54,6 +54,8 @@ class Config:
         portable_rounding: no rounding by conversions that only some devices have.
         autotune: kernels may measure, when they first run, which of them is fastest.
         anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.amax``).
+        modules: what dynamo writes for a module → its name in the model.
+        widths: how many features the layers of the model read, also those that are in no graph or in another one.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
@@ -72,6 +74,8 @@ class Config:
     portable_rounding: bool = False
     anchor: int | None = None
     autotune: bool = False
+    modules: Mapping[str, str] = field(default_factory=dict)
+    widths: frozenset[int] = frozenset()
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""

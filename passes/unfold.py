@@ -23,7 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from quartet.lowering.graph import Builder, aten, editing, is_backward, keep_as, shape, val
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Resolution
-from quartet.passes.find_matmuls import left_alone, module_name, module_of, parameter_origins
+from quartet.passes.find_matmuls import left_alone, parameter_origins
+from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import DTYPES, UnsupportedMatmul
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, RECOMPUTED_KEY
 from quartet.passes.state import State

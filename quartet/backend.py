@@ -15,9 +15,9 @@ from quartet.dump import GraphDump
 from quartet.lowering import inductor, registry
 from quartet.lowering.recipe import ROLES, Recipe
 from quartet.lowering.records import MatmulRecord, SavedRecord
+from quartet.names import names_of
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.passes.find_matmuls import module_path
 from quartet.passes.layers import layers_of
 from quartet.passes.saved import SavedActivations
 from quartet.passes.state import Config, Observer
@@ -90,25 +90,24 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
 
 def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> pipeline.Pipeline:
     """The joint-graph pass for one dynamo graph."""
-    weights = weight_names(gm, example_inputs)
+    names = names_of(gm, example_inputs)
     stream = data_parallel_stream(example_inputs)
     observers: tuple[Observer, ...] = ()
     if options.dump is not None:
         observers = (GraphDump(options.dump, emit_artifact=compat.emit_artifact),)
     disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
-    anchor = len(example_inputs) if weights and remembers(options.policy) else None
-    config = Config(options.policy.resolve, weights, options.strict, disabled, options.disable_kernels,
+    anchor = len(example_inputs) if names.weights and remembers(options.policy) else None
+    config = Config(options.policy.resolve, names.weights, options.strict, disabled, options.disable_kernels,
                     options.recompute, stream, observers, options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
                     options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
-                    compat.max_autotune(options.inductor))
-    regions = region_weights(gm, weights)
-    key = repr((options.policy.digest(), sorted(weights.items()), sorted(regions.items()), options.strict, disabled,
+                    compat.max_autotune(options.inductor), names.modules, names.widths)
+    key = repr((options.policy.digest(), names.key(), options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
                 options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
                 config.autotune, torch.__version__, torch.get_num_threads(), kernels_here(gm, example_inputs, options)))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
-    return pipeline.Pipeline(config, key, tuple(earlier), regions)
+    return pipeline.Pipeline(config, key, tuple(earlier), names.regions)
 
 
 def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivations | None:
@@ -146,35 +145,6 @@ def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], option
     gemms = [gemm for recipe in recipes_of(options.policy) for role in ROLES
              if (gemm := getattr(recipe, role)) is not None]
     return registry.answers(targets, gemms, options.disable_kernels)
-
-
-def weight_names(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
-    """Index of each input that is a parameter → its name in the model, as far as dynamo knows it."""
-    names: dict[int, str] = {}
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=False)):
-        if isinstance(value, torch.nn.Parameter):
-            arg = node.meta.get("grapharg")
-            source = getattr(getattr(arg, "source", None), "name", None)
-            name = source() if callable(source) else source
-            names[index] = module_path(name) if isinstance(name, str) else node.name
-    return names
-
-
-def region_weights(gm: torch.fx.GraphModule, weights: Mapping[int, str]) -> dict[pipeline.Signature, dict[int, str]]:
-    """Signature of each ``nested_compile_region`` → parameter name by its input, as its first call has them.
-
-    Where calls of one signature disagree, an input is a parameter only if it is one in all of them.
-    """
-    names = {node: weights[i] for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in weights}
-    found: dict[pipeline.Signature, dict[int, str]] = {}
-    for call in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
-        operands = call.args[2:]
-        body = pipeline.signature(o.meta.get("example_value") if isinstance(o, torch.fx.Node) else o for o in operands)
-        own = {i: names[o] for i, o in enumerate(operands) if o in names}
-        known = found.setdefault(body, own)
-        found[body] = {i: name for i, name in known.items() if i in own}
-    return found
 
 
 def _warn_unmatched(policy: Policy, records: Sequence[MatmulRecord]) -> None:

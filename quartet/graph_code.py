@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from quartet.kernels.spec import dtype_name
+from quartet.passes.naming import module_of
 from quartet.runtime.compat import OperatorBase, OpOverload
 
 OP_MODULE = "quartet.lowering"
@@ -45,17 +46,6 @@ def describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"({', '.join(describe(v) for v in value)})"
     return f"{value} (here {hint(value)})" if isinstance(value, torch.SymInt) else str(value)
-
-
-def module_name(node: fx.Node) -> str:
-    """Name of the module that a node comes from, ``"layers.0.q_proj"``; ``""`` when unknown."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    name = list(stack.values())[-1][0]
-    name = re.sub(r"^L(\['\w+'\]|__\w+?__)", "", name)
-    name = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]", lambda m: f".{m[1] or m[2]}", name)
-    return name.strip(".")
 
 
 def is_backward(node: fx.Node) -> bool:
@@ -203,7 +193,7 @@ class _Printer:
                 section = now
                 lines += ["", f"        # ━━━━━━━━ {'backward' if now else 'forward'} ━━━━━━━━"]
                 place = ""
-            if (name := module_name(node)) and name != place:
+            if (name := module_of(node)) and name != place:
                 place = name
                 lines += ["", f"        # {name}"]
             text = f"        {node.name} = {self.expression(node, gm)}"

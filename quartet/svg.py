@@ -16,7 +16,8 @@ import networkx as nx
 import torch
 from torch import fx
 
-from quartet.graph_code import describe, is_backward, module_name, op_name
+from quartet.graph_code import describe, is_backward, op_name
+from quartet.passes.naming import module_of
 from quartet.report import shorten
 
 MATMULS = frozenset(f"aten.{name}" for name in (
@@ -79,7 +80,7 @@ def dataflow(gm: fx.GraphModule, max_sites: int | None = MAX_SITES) -> nx.DiGrap
         nearest = _unimplied(reached, bits, above)
         if node in kinds and (len(kept) == len(sites) or _site(node) in kept):
             value = describe(_first(node.meta.get("val")))
-            flow.add_node(node.name, box=Box(op_name(node).partition(".")[2], module_name(node), value, kinds[node],
+            flow.add_node(node.name, box=Box(op_name(node).partition(".")[2], module_of(node), value, kinds[node],
                                              is_backward(node)))
             above[node.name] = 0
             for bit in _bits(nearest):

@@ -10,6 +10,8 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ PRIVATE = (
     ("torch._functorch", "config", "records are taken past the cache of AOTAutograd, whose hits run no pass"),
     ("torch._functorch.config", "enable_autograd_cache", "the switch of that cache"),
     ("torch._dynamo.utils", "counters", "cache hits, for tests"),
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator", "which code a graph comes from, and so its modules"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "the module inside of a compiled one"),
 )
 
 
@@ -164,6 +168,82 @@ def compiled_settings(model: Any) -> tuple[str | None, dict[str, Any] | None]:
     if getattr(backend, "compiler_name", None) != "quartet":
         return None, None
     return backend.kwargs.get("mode"), backend.kwargs.get("options")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The code that dynamo is compiling on this thread: its variables, whether it goes on after a graph break, and
+    whether the graph at hand ends in one."""
+
+    local: Mapping[str, Any]
+    outside: Mapping[str, Any]
+    resumed: bool
+    broken: bool
+
+    def value(self, source: Any) -> Any:
+        """What a source of dynamo stands for; None for one that no expression over the variables gives."""
+        try:
+            return eval(source_name(source), {"L": self.local, "G": self.outside})
+        except Exception:  # an expression of dynamo's own guards may need more than the variables
+            return None
+
+
+def compiling() -> Scope | None:
+    """The code whose graph a backend has been given; None outside of a compilation by dynamo."""
+    try:
+        output = _load("torch._dynamo.symbolic_convert", "InstructionTranslator").current_tx().output
+        root, reason = output.root_tx, output.compile_subgraph_reason
+        return Scope(root.f_locals, root.f_globals, root.f_code.co_name.startswith("torch_dynamo_resume"),
+                     bool(getattr(reason, "graph_break", False)))
+    except (ImportError, AttributeError):
+        return None
+
+
+def source_name(source: Any) -> str:
+    """The expression that dynamo writes for where a value comes from."""
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def source_bases(source: Any) -> list[Any]:
+    """A source and those that it starts from, the first variable first: of ``L['self'].net.weight`` those of ``self``,
+    ``self.net`` and so on."""
+    found: list[Any] = []
+    while source is not None:
+        found.insert(0, source)
+        source = getattr(source, "base", None)
+    return found
+
+
+def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn.Module], torch.nn.Module | None]:
+    """The modules whose calls ``frame`` is inside of, the outermost first: those outside of what torch.compile made,
+    those inside, and the module that it was given; None for a function that is no method and takes none first.
+
+    Only frames of torch are looked into: reading the variables of a user's frame would keep them alive.
+    """
+    called = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
+    outside: list[torch.nn.Module] = []
+    inside: list[torch.nn.Module] = []
+    part = None
+    while frame is not None:
+        if frame.f_code in called:
+            outside.insert(0, frame.f_locals["self"])
+        elif (frame.f_code.co_name, frame.f_globals.get("__name__")) == ("compile_wrapper", "torch._dynamo.eval_frame"):
+            inside, outside = outside + inside, []
+            function, arguments = frame.f_locals.get("fn"), frame.f_locals.get("args") or ()
+            owner = getattr(function, "__self__", arguments[0] if arguments else None)
+            part = owner if isinstance(owner, torch.nn.Module) else None
+        frame = frame.f_back
+    return outside, inside, part
+
+
+def inside(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module in what torch.compile or data parallelism put around it; None for any other."""
+    if isinstance(module, _load("torch._dynamo.eval_frame", "OptimizedModule")):
+        return module._orig_mod
+    if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+        return module.module
+    return None
 
 
 def trace(function: Callable[..., Any], inputs: list[torch.Tensor]) -> torch.fx.GraphModule:

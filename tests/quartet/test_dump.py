@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import quartet.lowering  # noqa: F401  defines torch.ops.quartet
 from quartet.dump import GraphDump, count_diff, format_diff, op_counts
-from quartet.graph_code import STAND_IN, describe, hint, module_name, print_graph
+from quartet.graph_code import STAND_IN, describe, hint, print_graph
 from quartet.lowering.records import MatmulRecord
 from quartet.svg import dataflow, draw
 
@@ -224,19 +224,6 @@ def test_describe_names_dtypes_and_structure():
     assert describe(torch.zeros(2, 3, dtype=torch.bfloat16)) == "bf16[2, 3]"
     assert describe((torch.zeros(1, dtype=torch.uint8), None)) == "(u8[1], None)"
     assert describe(torch.zeros(1, dtype=torch.complex64)) == "complex64[1]"
-
-
-@pytest.mark.parametrize("raw, name", [
-    ("L['self'].model.layers.0.q_proj", "model.layers.0.q_proj"),
-    ("L['m']", ""),
-    ("L['self']._modules['layers']._modules['3'].mlp", "layers.3.mlp"),
-    ("L['self'].layers[2].mlp", "layers.2.mlp"),
-    ("layers.1", "layers.1"),
-])
-def test_module_names_lose_the_scaffolding_of_dynamo(raw, name):
-    node = fx.Graph().placeholder("x")
-    node.meta["fwd_nn_module_stack"] = {"a": ("L['self']", None), "b": (raw, None)}
-    assert module_name(node) == name
 
 
 # ── the folder ──

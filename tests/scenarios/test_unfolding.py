@@ -7,9 +7,9 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
-from quartet.backend import weight_names
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe import Gemm, Operand, Recipe
+from quartet.names import names_of
 from quartet.passes.canonicalize import canonicalize
 from quartet.passes.state import Config, State
 from quartet.passes.unfold import unfold
@@ -44,7 +44,7 @@ class Unfolder(CustomGraphPass):
     """``unfold`` alone, as a joint graph pass; ``counts`` says what it made."""
 
     def __init__(self, gm, inputs):
-        self.config = Config(QUARTET.resolve, weight_names(gm, inputs))
+        self.config = Config(QUARTET.resolve, names_of(gm, inputs).weights)
         self.left = None
 
     def __call__(self, graph):

@@ -1,0 +1,190 @@
+"""Which model a graph belongs to, and what its parameters and modules are called there.
+
+Names are those of ``named_modules()`` of the module that was compiled, found by identity, so that it does not matter by
+which way a graph has reached a module: from the stack after a graph break, through a wrapper's ``__getattr__``, as a
+variable of a function. For a function the module is the first on that way. What is in no module keeps the name of the
+variable. Nothing here outlives the compilation but weak references to modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quartet.passes import pipeline
+from quartet.passes.naming import module_path, parameter_path, stacks
+from quartet.runtime import compat
+
+_seen: dict[int, ref[nn.Module]] = {}  # modules that have given names, the latest last
+
+
+@dataclass(frozen=True)
+class Names:
+    """What one graph's inputs and modules are called.
+
+    Attributes:
+        weights: index of each input that is a parameter → its name.
+        modules: what dynamo writes for a module → its name.
+        regions: of each ``nested_compile_region`` by signature: parameter name by input, as its first call has them.
+        widths: how many features the layers of the model read, those that are in no graph included.
+        place: of the compiled module in the model whose call compiles it, ``"layers.0"``; empty where it is the model.
+    """
+
+    weights: Mapping[int, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    regions: Mapping[pipeline.Signature, Mapping[int, str]] = field(default_factory=dict)
+    widths: frozenset[int] = frozenset()
+    place: str = ""
+
+    def key(self) -> str:
+        """All that what is compiled can depend on."""
+        return repr([*(sorted(table.items()) for table in (self.weights, self.modules, self.regions)),
+                     sorted(self.widths)])
+
+
+def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
+    """The names for a graph that dynamo has captured, and is compiling now if they are to be those of the model."""
+    models = _Models()
+    weights = {index: models.parameter(node, value) for index, (node, value) in enumerate(
+        zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)) if isinstance(value, nn.Parameter)}
+    modules = {path: models.module(key, path) for key, path in stacks(gm)}
+    return Names(weights, modules, _regions(gm, weights), models.widths(), models.place())
+
+
+class _Members:
+    """A module, and the names of its parameters and submodules by identity; of several names the first."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root, self.names = root, dict[int, str]()
+        for path, module in nn.Module.named_modules(root):
+            self.names.setdefault(id(module), path)
+            for name, parameter in nn.Module.named_parameters(module, recurse=False):
+                self.names.setdefault(id(parameter), f"{path}.{name}" if path else name)
+
+
+class _Models:
+    """The modules that a graph's parameters can be of, found from what dynamo compiles and from the calls around it."""
+
+    def __init__(self) -> None:
+        self.scope = compat.compiling()
+        outside, inside, part = compat.calls(sys._getframe())
+        self.outside, self.inside = _unwrapped(outside), _unwrapped(inside)
+        self.part = None if part is None else unwrapped(part)
+        self._members: dict[int, _Members] = {}
+        self.roots: dict[int, nn.Module] = {}  # those that have given names
+
+    def parameter(self, node: Node, value: nn.Parameter) -> str:
+        """The name of a parameter, the input ``node`` of dynamo's graph."""
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        seen = None if self.scope is None or source is None else self.scope.value(source)
+        for root in self._candidates(source):
+            names = self._of(root).names
+            for parameter in (value, seen):
+                if id(parameter) in names:
+                    self._remember(root)
+                    return names[id(parameter)]
+        return parameter_path(compat.source_name(source)) or node.name
+
+    def module(self, key: str, path: str) -> str:
+        """The name of a module by its ``id`` in text, or from what dynamo writes for it."""
+        if key.isdecimal():
+            for root in (*self._compiled(), *self.roots.values()):
+                if int(key) in self._of(root).names:
+                    return self._of(root).names[int(key)]
+        return module_path(path)
+
+    def widths(self) -> frozenset[int]:
+        """The last sizes of all matrices that layers of the model multiply."""
+        return frozenset(width for root in self._whole() for width in _read(root))
+
+    def place(self) -> str:
+        """Where the compiled module is in the outermost one that is being called."""
+        for compiled in [self.part] if self.part is not None else list(self.roots.values()):
+            for root in self.outside:
+                if root is not compiled and id(compiled) in self._of(root).names:
+                    return self._of(root).names[id(compiled)]
+        return ""
+
+    def _of(self, root: nn.Module) -> _Members:
+        if id(root) not in self._members:
+            self._members[id(root)] = _Members(root)
+        return self._members[id(root)]
+
+    def _remember(self, root: nn.Module) -> None:
+        if id(root) not in self.roots:
+            self.roots[id(root)] = root
+            _seen.pop(id(root), None)
+            _seen[id(root)] = ref(root)
+
+    def _compiled(self) -> list[nn.Module]:
+        """What was compiled, and for a function what it calls, the outermost first."""
+        return ([] if self.part is None else [self.part]) + self.inside
+
+    def _candidates(self, source: Any) -> Iterator[nn.Module]:
+        """Modules that may hold a parameter, in the order in which they name it."""
+        yield from self._compiled()
+        first = self._first_module(source)
+        if self.scope is not None and self.scope.resumed:  # the way to it may start from the stack
+            earlier = [module for made in reversed(_seen.values()) if (module := made()) is not None]
+            yield from (module for module in earlier if first is None or id(first) in self._of(module).names)
+        if first is not None:
+            yield first
+
+    def _first_module(self, source: Any) -> nn.Module | None:
+        """The first module on the way from a variable to a parameter."""
+        if self.scope is None:
+            return None
+        values = (self.scope.value(base) for base in compat.source_bases(source))
+        return next((unwrapped(value) for value in values if isinstance(value, nn.Module)), None)
+
+    def _whole(self) -> Iterable[nn.Module]:
+        """The largest modules that are known around the graph."""
+        compiled = self._compiled()[:1] or list(self.roots.values())
+        for module in compiled:
+            yield next((root for root in self.outside if id(module) in self._of(root).names), module)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile and data parallelism put around it."""
+    while (inner := compat.inside(module)) is not None:
+        module = inner
+    return module
+
+
+def _unwrapped(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for module in map(unwrapped, modules)}.values())
+
+
+def _read(root: nn.Module) -> Iterator[int]:
+    """How many features each layer with a matrix of weights reads; an embedding reads none.
+
+    Only what is stored is looked at: a parametrised weight would be computed, and may change what it is computed from.
+    """
+    for module in nn.Module.modules(root):
+        width = vars(module).get("in_features")
+        weight = dict(nn.Module.named_parameters(module, recurse=False)).get("weight")
+        if isinstance(width, int):
+            yield width
+        elif weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield int(weight.shape[0 if "nf" in vars(module) else 1])  # Conv1D of GPT-2 is stored [in, out]
+
+
+def _regions(gm: GraphModule, weights: Mapping[int, str]) -> dict[pipeline.Signature, dict[int, str]]:
+    """Parameter name by input of each region. Where calls of one signature disagree, an input is a parameter only if it
+    is one in all of them."""
+    names = {node: weights[i] for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in weights}
+    found: dict[pipeline.Signature, dict[int, str]] = {}
+    for call in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+        operands = call.args[2:]
+        body = pipeline.signature(o.meta.get("example_value") if isinstance(o, Node) else o for o in operands)
+        own = {i: names[o] for i, o in enumerate(operands) if o in names}
+        known = found.setdefault(body, own)
+        found[body] = {i: name for i, name in known.items() if i in own}
+    return found
