@@ -1,7 +1,8 @@
 """A private folder of compiled kernels: each object is built once, checked whenever it is used, and rebuilt if damaged.
 
 An object's name ends in a hash of everything that decides its content. Beside ``NAME.so`` lie ``NAME.sha256``, the
-digest of the object, and ``NAME.json``, what its build noted down; ``NAME.lock`` is held while it is built.
+digest of the object, and ``NAME.json``, what its build noted down; ``NAME.lock`` is held while it is built, in a folder
+``build-NAME.…``. What else is in the folder is another's: what is listed and removed goes by its full name.
 """
 
 from __future__ import annotations
@@ -10,18 +11,33 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from quartet.kernels.files import foreign_link, trusted
 
 Notes = Mapping[str, Any]
+VARIABLE = "QUARTET_CACHE_DIR"
+RELOCATE = f"set {VARIABLE} to an empty folder of yours that is not mounted noexec, where they are built anew"
+_STEM = r"((?:quartet_\w+|optimizer|cutlass_tuned)-[0-9a-f]{32})"
+_FILE = re.compile(_STEM + r"\.(?:so|sha256|json|lock)")
+_SCRATCH = re.compile(r"build-" + _STEM + r"\.\w+")
+_REMEDIES = (  # of what a system or a compiler says
+    (("No space left", "quota exceeded"), "make room on that disk, or set {} to a folder on another one"),
+    (("Read-only file system", "Permission denied", "not permitted"), "set {} to a folder that you can write to"),
+    (("out of memory", "memory exhausted", "Cannot allocate memory", "Killed"),
+     "it takes more memory than is free: try again when there is more"),
+)
 
 
 class BuildError(RuntimeError):
@@ -44,41 +60,71 @@ class Entry:
     notes: Notes
 
 
-def cache_dir() -> Path:
+def cache_dir(create: bool = True) -> Path:
     """The cache folder: ``$QUARTET_CACHE_DIR``, by default ``$XDG_CACHE_HOME/quartet`` or ``~/.cache/quartet``.
 
-    Created with mode 0700 if missing. Raises BuildError unless it is private to this user.
+    Args:
+        create: make it, with mode 0700, if it is missing.
+    Raises:
+        BuildError: it is not private to this user, or no variable names a folder and this user has no home.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quartet"
-    return private_folder(Path(os.environ.get("QUARTET_CACHE_DIR") or default))
+    named, above = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(named) if named else (Path(above) if above else Path.home() / ".cache") / "quartet"
+    except RuntimeError as error:
+        raise BuildError(f"user {os.getuid()} has no home folder for the kernel cache: set {VARIABLE} to a folder you "
+                         "own") from error
+    return private_folder(folder, create=create)
 
 
-def private_folder(folder: Path, what: str = "kernel cache folder", variable: str = "QUARTET_CACHE_DIR") -> Path:
-    """``folder``, created if missing. Raises BuildError unless this user owns it and nobody else can write to it, or
-    put another in its place.
+def private_folder(folder: Path, what: str = "kernel cache folder", variable: str = VARIABLE,
+                   create: bool = True) -> Path:
+    """``folder``, created if missing and ``create``. Raises BuildError unless this user owns it and nobody else but
+    root can write to it, or put another in its place.
 
     ``what`` it is and the environment ``variable`` that puts it elsewhere are for the message.
     """
+    elsewhere = f"set {variable} to a folder you own"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        link = foreign_link(folder)
+        if link is not None:
+            raise BuildError(f"the {what} {folder} is behind the link {link} of user {link.lstat().st_uid}, who could "
+                             f"lead it elsewhere; {elsewhere}, by a path without that link")
+        if create:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        elif not folder.exists():
+            return folder
         status, parent = folder.stat(), folder.resolve().parent
         above = parent.stat()
     except OSError as error:
         raise BuildError(f"cannot create the {what} {folder}: {error.strerror or error}; "
-                         f"set {variable} to a folder you own") from error
+                         f"{remedy_of(str(error), elsewhere, variable)}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise BuildError(f"the {what} {folder} is no folder; {elsewhere}")
     if status.st_uid != os.getuid():
-        raise BuildError(f"{what} {folder} belongs to user {status.st_uid}, not to you ({os.getuid()}); "
-                         f"set {variable} to a folder you own")
+        raise BuildError(f"{what} {folder} belongs to user {status.st_uid}, not to you ({os.getuid()}); {elsewhere}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BuildError(f"{what} {folder} has mode {stat.S_IMODE(status.st_mode):04o}: others could "
                          f"replace the code that runs from it; run `chmod 700 {folder}`")
+    if above.st_uid not in trusted():
+        raise BuildError(f"the {what} {folder} lies in {parent} of user {above.st_uid}, who could put another in its "
+                         f"place; {elsewhere} in one that is yours")
     others = stat.S_IWOTH | (0 if above.st_gid == os.getgid() else stat.S_IWGRP)  # a umask of 002 means one's own group
     if above.st_mode & others and not above.st_mode & stat.S_ISVTX:
         raise BuildError(f"the {what} {folder} lies in {parent}, of mode {stat.S_IMODE(above.st_mode):04o}: others "
                          f"could put another folder in its place; run `chmod go-w {parent}`, or set {variable} to a "
                          "folder in one that only you can write to")
     return folder
+
+
+def remedy_of(said: str, otherwise: str, variable: str = VARIABLE) -> str:
+    """What to do about words of the system or of a compiler; ``otherwise`` where they are of no known kind.
+
+    ``variable`` of the environment puts elsewhere what could not be written.
+    """
+    return next((remedy.format(variable) for words, remedy in _REMEDIES if any(word in said for word in words)),
+                otherwise)
 
 
 def fingerprint(*parts: bytes) -> str:
@@ -92,10 +138,12 @@ def target_of(name: str) -> Path:
 
 
 def write_json(target: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file of the cache by ``content``: whoever reads it finds the old or the new one, whole."""
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f"{target.stem}.", delete=False) as handle:
-        handle.write(json.dumps(dict(content), indent=1) + "\n")
-    os.replace(handle.name, target)
+    """Replace a file of the cache by ``content``: whoever reads it finds the old or the new one, whole. Raises
+    BuildError."""
+    with _writing(target), tempfile.TemporaryDirectory(prefix=f"build-{target.stem}.", dir=target.parent) as scratch:
+        path = Path(scratch) / target.name
+        path.write_text(json.dumps(dict(content), indent=1) + "\n")
+        os.replace(path, target)
 
 
 def intact(target: Path) -> bool:
@@ -142,9 +190,9 @@ def notes_of(target: Path) -> Notes:
 
 
 def entries() -> list[Entry]:
-    """Every object in the cache folder, by name."""
+    """Every object in the cache folder, by name; nothing is created."""
     found = []
-    for path in sorted(cache_dir().glob("*.so")):
+    for path in files("*", "so"):
         try:
             status = path.stat()
         except FileNotFoundError:
@@ -153,59 +201,110 @@ def entries() -> list[Entry]:
     return found
 
 
+def files(names: str, suffix: str) -> list[Path]:
+    """The files of this package in the cache folder whose stems match ``names`` (with ``*`` and ``?``), in order;
+    nothing is created."""
+    found = cache_dir(create=False).glob(f"{names}.{suffix}")
+    return sorted(path for path in found if _FILE.fullmatch(path.name) and path.is_file())
+
+
 def clear() -> tuple[int, int]:
-    """Empty the cache of all that is not being built just now; (objects, bytes) removed."""
-    folder = cache_dir()
+    """Remove from the cache folder what this package made and does not build just now; (objects, bytes) removed.
+
+    Links are removed themselves, not what they lead to. Raises BuildError where nothing can be removed.
+    """
+    folder = cache_dir(create=False)
+    ours: defaultdict[str, list[Path]] = defaultdict(list)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = (_SCRATCH if _is_folder(path) else _FILE).fullmatch(path.name)
+        if match is not None:
+            ours[match[1]].append(path)
     count = size = 0
-    stems = {path.stem for suffix in ("so", "sha256", "json", "lock") for path in folder.glob(f"*.{suffix}")}
-    for stem in sorted(stems):
-        target = folder / f"{stem}.so"
+    for stem, paths in sorted(ours.items()):
+        target, lock = folder / f"{stem}.so", folder / f"{stem}.lock"
+        if lock.is_symlink():
+            _remove(lock)
         try:
-            with locked(target, wait=False):
-                if target.exists():
-                    count, size = count + 1, size + target.stat().st_size
-                _remove_abandoned(target)
-                for suffix in (".so", ".sha256", ".json", ".lock"):
-                    target.with_suffix(suffix).unlink(missing_ok=True)
+            with _writing(target), locked(target, wait=False):
+                for path in (*(path for path in paths if path != lock), lock):
+                    if path == target:
+                        count, size = count + 1, size + path.lstat().st_size
+                    _remove(path)
         except BlockingIOError:
             continue
     return count, size
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def run_compiler(command: list[str], what: str, remedy: str, timeout: float = 300) -> tuple[str, str]:
-    """Standard output and error of a compiler; BuildError with the end of what it said and ``remedy`` if it fails."""
+    """Standard output and error of a compiler; BuildError with the end of what it said if it fails, and with ``remedy``
+    unless that names another cause, such as a full disk."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout,
+                              env=os.environ | {"LC_ALL": "C"})
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"the {what} `{command[0]}` did not end in {timeout:.0f} s; try again when the machine has "
+                         "less to do") from error
+    except OSError as error:
         raise BuildError(f"cannot run the {what} `{command[0]}`: {error}; {remedy}") from error
     if done.returncode != 0:
-        tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-20:])
-        raise BuildError(f"`{shlex.join(command)}` failed with status {done.returncode}; {remedy}\n{tail}")
+        said = done.stderr.strip() or done.stdout.strip()
+        tail = "\n".join(said.splitlines()[-20:])
+        raise BuildError(f"`{shlex.join(command)}` failed with status {done.returncode}; "
+                         f"{remedy_of(said, remedy, f'{VARIABLE} and TMPDIR')}\n{tail}")
     return done.stdout, done.stderr
 
 
 def _remove_abandoned(target: Path) -> None:
     """Remove the scratch folders of builds that were killed; the caller holds the lock, so nobody works in them."""
     for scratch in target.parent.glob(f"build-{target.stem}.*"):
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
 
 
 @contextmanager
 def locked(target: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of an object or another file of the cache. Raises BlockingIOError where it is taken and ``wait`` is
-    False."""
+    False, BuildError where it cannot be made."""
     path = target.with_suffix(".lock")
     while True:
-        with open(path, "w") as handle:
+        with open_lock(path) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_at(path, os.fstat(handle.fileno())):
                 yield
                 return
 
 
+def open_lock(path: Path) -> IO[bytes]:
+    """A file to lock, made if it is missing and never changed. Raises BuildError, also where it is a link."""
+    with _writing(path):
+        return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb+")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the system becomes a BuildError about the folder of ``path``; a taken lock stays what it is."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise BuildError(f"cannot write to the folder {path.parent}: {error.strerror or error}; "
+                         f"{remedy_of(str(error), f'set {VARIABLE} to another folder of yours')}") from error
+
+
 def _is_at(path: Path, status: os.stat_result) -> bool:
     """Whether the file is there still: ``clear`` removes locks, and who waited for one then holds what nobody sees."""
     try:
-        return os.path.samestat(path.stat(), status)
+        return os.path.samestat(path.lstat(), status)
     except FileNotFoundError:
         return False

@@ -83,7 +83,7 @@ def list_cache() -> str:
         built = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.built))
         rows.append((name, f"{entry.size / 1024:.0f}", built, str(entry.notes.get("seconds", "")),
                      str(entry.notes.get("registers", "")), "" if entry.intact else "damaged, will be built again"))
-    summary = f"{cache_dir()}: {_count(len(rows) - 1)}, {total / 2**20:.1f} MiB"
+    summary = f"{cache_dir(create=False)}: {_count(len(rows) - 1)}, {total / 2**20:.1f} MiB"
     tuned = [f"tuned for {device}: {', '.join(products)}" for device, products in measured_classes()]
     return "\n".join([summary, *([table(rows)] if len(rows) > 1 else []), *tuned])
 
@@ -91,7 +91,7 @@ def list_cache() -> str:
 def clear_cache() -> str:
     """Empty the cache; what was removed."""
     count, size = clear()
-    return f"{cache_dir()}: removed {_count(count)}, {size / 2**20:.1f} MiB"
+    return f"{cache_dir(create=False)}: removed {_count(count)}, {size / 2**20:.1f} MiB"
 
 
 def _count(objects: int) -> str:

@@ -5,19 +5,44 @@ The object's name holds a hash of everything that decides its content: source, f
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from quartet.kernels.build_cache import BuildError, build_once, cache_dir, fingerprint, run_compiler, target_of
+from quartet.kernels.build_cache import (
+    RELOCATE,
+    BuildError,
+    build_once,
+    cache_dir,
+    fingerprint,
+    run_compiler,
+    target_of,
+)
 
-__all__ = ["BuildError", "cache_dir", "library"]
+__all__ = ["BuildError", "cache_dir", "functions", "library"]
 
 SOURCE = Path(__file__).with_name("quartet_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
-_REMEDY = ("install g++ 9 or newer with OpenMP (Debian: apt-get install g++), or point CXX at one; "
-           "without it the slower reference kernels are used")
+_REMEDY = "install g++ 9 or newer with OpenMP (Debian: apt-get install g++), or point CXX at one"
+
+
+def functions(signatures: Mapping[str, tuple[Any, ...]], source: Path | None = None) -> dict[str, Callable[..., None]]:
+    """The C functions ``quartet_NAME`` of :func:`library` by NAME, which take what ``signatures`` says and return
+    nothing. Raises BuildError, also where the object cannot be used."""
+    path = library(source)
+    found: dict[str, Callable[..., None]] = {}
+    try:
+        shared = ctypes.CDLL(str(path))
+        for name, signature in signatures.items():
+            function = found[name] = getattr(shared, f"quartet_{name}")
+            function.argtypes, function.restype = signature, None
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"cannot use the compiled kernels: {error}; {RELOCATE}") from error
+    return found
 
 
 def library(source: Path | None = None) -> Path:
@@ -27,13 +52,19 @@ def library(source: Path | None = None) -> Path:
     processes build once.
 
     Raises:
-        BuildError: no compiler, a failed compilation, or a cache folder that others could write to.
+        BuildError: no compiler, a failed compilation, or a cache folder that others could write to, or this user
+            cannot.
     """
     source = source or SOURCE
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    target = target_of(f"{source.stem}-{_key(compiler, source)}")
-    build_once(target, lambda path: _compile(compiler, source, path))
+    command = compiler()
+    target = target_of(f"{source.stem}-{_key(command, source)}")
+    build_once(target, lambda path: _compile(command, source, path))
     return target
+
+
+def compiler() -> list[str]:
+    """``$CXX``, by default ``g++``, as a command."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def _key(compiler: list[str], source: Path) -> str:

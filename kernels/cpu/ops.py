@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quartet.kernels.cpu.build import BuildError, library
+from quartet.kernels.cpu.build import BuildError, functions
 from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.spec import RULES, SIGMAS, QuantSpec, dtype_name
 
@@ -34,7 +34,7 @@ _SIGNATURES = {
 
 
 class _Kernels:
-    """The four C functions, with their signatures set once."""
+    """The four C functions."""
 
     rotate_quantize: Callable[..., None]
     requantize: Callable[..., None]
@@ -42,19 +42,12 @@ class _Kernels:
     mask_rotate: Callable[..., None]
 
     def __init__(self) -> None:
-        shared = ctypes.CDLL(str(library()))
-        for name, signature in _SIGNATURES.items():
-            function = getattr(shared, f"quartet_{name}")
-            function.argtypes, function.restype = signature, None
-            setattr(self, name, function)
+        vars(self).update(functions(_SIGNATURES))
 
 
 @cache
 def _kernels() -> _Kernels:
-    try:
-        return _Kernels()
-    except OSError as error:
-        raise BuildError(f"cannot load the compiled CPU kernels: {error}; delete the kernel cache folder") from error
+    return _Kernels()
 
 
 def _called() -> _Kernels:
@@ -62,9 +55,9 @@ def _called() -> _Kernels:
     try:
         return _kernels()
     except BuildError as error:
-        raise BuildError("a compiled graph calls the fused CPU kernels, which are not available here; compile the model "
-                         'again in this process, or with options={"disable_kernels": ["cpp"]} of torch.compile, to do '
-                         f"without them, or: {error}") from error
+        raise BuildError("a compiled graph calls the fused CPU kernels, which are not available here. To do without "
+                         'them, compile the model again in this process, or with options={"disable_kernels": ["cpp"]} '
+                         f"of torch.compile. What is wrong: {error}") from error
 
 
 @cache

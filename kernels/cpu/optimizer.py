@@ -28,16 +28,9 @@ _FIELDS = 13  # of the C++ struct Tensor
 
 @cache
 def _kernel() -> Callable[..., None]:
-    path = build.library(SOURCE)
-    try:
-        function = ctypes.CDLL(str(path)).quartet_optimizer
-    except OSError as error:
-        raise BuildError(f"cannot load the compiled optimizer kernel: {error}; "
-                         "delete the kernel cache folder") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = (pointer, ctypes.c_int64, pointer, pointer, pointer, ctypes.c_uint64, number, number)
-    function.restype = None
-    return function
+    signature = (pointer, ctypes.c_int64, pointer, pointer, pointer, ctypes.c_uint64, number, number)
+    return build.functions({"optimizer": signature}, SOURCE)["optimizer"]
 
 
 @cache

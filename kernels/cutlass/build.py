@@ -17,6 +17,7 @@ from quartet.kernels.build_cache import (
     BuildError,
     build_once,
     cache_dir,
+    files,
     fingerprint,
     intact,
     notes_of,
@@ -77,7 +78,7 @@ def source_of(configuration: Configuration) -> str:
 def built_ahead(configuration: Configuration) -> Path | None:
     """An intact object of the kernel in the cache, of any nvcc and headers, the latest of several; None without one."""
     source = source_of(configuration)
-    found = [path for path in cache_dir().glob(f"{configuration.name}-*.so")
+    found = [path for path in files(f"{configuration.name}-*", "so")
              if notes_of(path).get("source") == source and intact(path)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -101,10 +102,10 @@ def unready(arch: str, kind: str, output: str) -> str | None:
     if reason is None:
         return None
     try:
-        folder = cache_dir()
+        folder = cache_dir(create=False)
     except BuildError as error:
         return f"{reason}; {error}"
-    absent = _absent(arch, kind, output, folder, folder.stat().st_mtime_ns)
+    absent = _absent(arch, kind, output, folder, folder.stat().st_mtime_ns if folder.exists() else 0)
     if len(absent) in (0, len(list(table([arch], [kind], output)))):
         return reason if absent else None
     return (f"{reason}; the cache {folder} has others, but not {', '.join(c.name for c in absent)}, which "

@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from quartet.kernels.build_cache import BuildError
+from quartet.kernels.build_cache import RELOCATE, BuildError
 from quartet.kernels.cutlass.build import build
 from quartet.kernels.cutlass.configuration import Configuration
 
@@ -14,6 +14,7 @@ from quartet.kernels.cutlass.configuration import Configuration
 STATUS = ("success", "a misaligned operand", "an invalid data type", "an invalid layout", "an invalid problem",
           "an unsupported operation", "a null workspace", "an internal error", "a device of another architecture",
           "a driver that is too old", "insufficient device memory", "an invalid argument")
+_ANEW = f"run `quartet cache clear`, or {RELOCATE}"
 SUCCESS, MISALIGNED, INTERNAL, INVALID = 0, 1, 7, 11
 _REMEDY = {
     MISALIGNED: "pointers have to be multiples of 16 bytes and rows whole 16-byte units: copy views with .clone()",
@@ -68,13 +69,12 @@ class Library:
             shared = ctypes.CDLL(str(path))
             self._functions = {name: getattr(shared, f"quartet_{name}") for name in _SIGNATURES}
         except (OSError, AttributeError) as error:
-            raise BuildError(f"cannot open the kernel {configuration.name}: {error}; "
-                             "run `quartet cache clear` and build it again") from error
+            raise BuildError(f"cannot open the kernel {configuration.name}: {error}; {_ANEW}") from error
         for name, function in self._functions.items():
             function.restype, function.argtypes = _SIGNATURES[name]
         found = self._functions["name"]().decode()
         if found != configuration.name:
-            raise BuildError(f"{path} holds the kernel {found}, not {configuration.name}; run `quartet cache clear`")
+            raise BuildError(f"{path} holds the kernel {found}, not {configuration.name}; {_ANEW}")
 
     def can_implement(self, problem: Problem) -> int:
         """CUTLASS's status for a problem: 0 when the kernel computes it. Null pointers count as aligned."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from quartet.kernels.build_cache import private_folder
+from quartet.kernels.build_cache import open_lock, private_folder
 
 COMPILE_BYTES = 6_000_000_000  # the most that one kernel's compilation was seen to take is 5.6e9
 _POLL_SECONDS = 0.5
@@ -88,8 +88,8 @@ def compile_slot() -> Iterator[None]:
     folder = private_folder(Path(tempfile.gettempdir()) / f"quartet-compile-{os.getuid()}", "folder of locks", "TMPDIR")
     while True:
         with ExitStack() as held:
-            handles = [held.enter_context(open(folder / f"slot-{i}", "w")) for i in range(os.cpu_count() or 1)]
-            gate = held.enter_context(open(folder / "gate", "w"))
+            handles = [held.enter_context(open_lock(folder / f"slot-{i}")) for i in range(os.cpu_count() or 1)]
+            gate = held.enter_context(open_lock(folder / "gate"))
             fcntl.flock(gate, fcntl.LOCK_EX)
             free = [handle for handle in handles if _try_lock(handle.fileno())]
             taken = len(handles) - len(free)

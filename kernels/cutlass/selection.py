@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quartet.kernels.build_cache import BuildError, cache_dir, fingerprint, locked, notes_of, write_json
+from quartet.kernels.build_cache import BuildError, cache_dir, files, fingerprint, locked, notes_of, write_json
 from quartet.kernels.cutlass.build import source_of
 from quartet.kernels.cutlass.configuration import Configuration, ConfigurationError, choose, every_tile, table
 
@@ -68,7 +68,7 @@ def remember(product: Product, device: torch.device, microseconds: Mapping[Confi
              replace: bool = True) -> None:
     """Keep what was measured for a product's shape class; without ``replace`` only where nothing was.
 
-    Raises BuildError when others can write to the cache folder.
+    Raises BuildError when others can write to the cache folder, or this user cannot.
     """
     path = measurements(product.arch, device)
     with locked(path):
@@ -93,7 +93,7 @@ def measurements(arch: str, device: torch.device) -> Path:
 
 def measured_classes() -> Iterator[tuple[str, list[str]]]:
     """(name of a device, its shape classes that were measured), of every file in the cache folder."""
-    for path in sorted(cache_dir().glob(f"{PREFIX}*.json")):
+    for path in files(f"{PREFIX}*", "json"):
         yield str(notes_of(path).get("device")), sorted(_read(path))
 
 

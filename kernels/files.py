@@ -1,0 +1,49 @@
+"""Paths in folders that others can write to: nobody's link leads what we write to another place."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT_USER = 0
+
+
+def trusted() -> tuple[int, int]:
+    """The users whose folders and links are trusted: this one, and root, who can do anything anyway."""
+    return os.getuid(), ROOT_USER
+
+
+def foreign_link(path: Path) -> Path | None:
+    """The first link on the way to ``path``, itself included, that belongs to another user."""
+    return next((link for link in _links(path.absolute(), set()) if link.lstat().st_uid not in trusted()), None)
+
+
+def check(path: Path) -> None:
+    """PermissionError where another user's link leads to ``path``, and so would lead what is written there."""
+    link = foreign_link(path)
+    if link is not None:
+        raise PermissionError(errno.EPERM, f"the link {link} belongs to user {link.lstat().st_uid}; remove it, or "
+                                           "write to another folder", str(path))
+
+
+def opener(name: str, flags: int) -> int:
+    """For ``open(path, "w", opener=opener)``, which then raises what :func:`check` does."""
+    path = Path(name)
+    check(path)
+    return os.open(path, flags if path.is_symlink() else flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``path`` with this text in UTF-8 and nothing else. Raises OSError, also as :func:`check` does."""
+    with open(path, "w", encoding="utf-8", opener=opener) as file:
+        file.write(text)
+
+
+def _links(path: Path, seen: set[Path]) -> Iterator[Path]:
+    for part in (*reversed(path.parents), path):
+        if part not in seen and part.is_symlink():
+            seen.add(part)
+            yield part
+            yield from _links(part.parent / part.readlink(), seen)
