@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from quartet.graph_code import op_name, print_graph
+from quartet.kernels.files import opener, write_text
 from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.report import Report, page, saved_table
 from quartet.svg import dataflow, draw, kind_of
@@ -185,7 +186,7 @@ class GraphDump:
 
     def _text(self, graph: _Graph, name: str, text: str) -> None:
         if graph.folder is not None:
-            (graph.folder / name).write_text(text, encoding="utf-8")
+            write_text(graph.folder / name, text)
         if self.emit_artifact is not None:
             self.emit_artifact(f"quartet_{graph.name}_{name}", text)
 
@@ -193,7 +194,8 @@ class GraphDump:
         code = print_graph(gm, title, f"{stem}.constants.pt")
         self._text(graph, f"{stem}.py", code.source)
         if code.constants and graph.folder is not None:
-            torch.save(code.constants, graph.folder / f"{stem}.constants.pt")
+            with open(graph.folder / f"{stem}.constants.pt", "wb", opener=opener) as file:
+                torch.save(code.constants, file)
 
 
 def _index(graph: _Graph, report: Report, drawing: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quartet.kernels.files import check, opener
 from quartet.kernels.reference import lowbit
 from quartet.runtime.direct.convert import hold
 from quartet.runtime.direct.weight import LowBitWeight
@@ -26,7 +27,8 @@ def export(model: nn.Module, file: str | Path | None = None) -> dict[str, Tensor
     Args:
         file: also written there, ``.safetensors`` by that package, anything else by ``torch.save``.
     Raises:
-        ImportError: a ``.safetensors`` file without the package.
+        ImportError: a ``.safetensors`` file without the package. OSError: another user's link leads to the file, or it
+            cannot be written.
     """
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -49,9 +51,11 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
         for name, value in tensors.items():  # the format has no two names for one tensor
             first = shared.setdefault(value.data_ptr(), name) if value.numel() else name
             tensors = tensors if first == name else tensors | {name: value.clone()}
+        check(file)
         save_file({k: v.contiguous() for k, v in tensors.items()}, file, {"format": FORMAT})
     else:
-        torch.save(tensors, file)
+        with open(file, "wb", opener=opener) as handle:
+            torch.save(tensors, handle)
 
 
 def read(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:

@@ -1,0 +1,70 @@
+"""Writing where other users may have put links."""
+
+import os
+
+import pytest
+import torch
+
+from quartet.dump import GraphDump
+from quartet.kernels.files import check, foreign_link, opener, write_text
+from quartet.runtime.direct.export import export
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """(another user's link to a file, the file)."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("precious")
+    link.symlink_to(file)
+    monkeypatch.setattr("quartet.kernels.files.trusted", lambda: (os.getuid() + 1,))
+    return link, file
+
+
+def test_a_file_is_written_and_overwritten(tmp_path):
+    for text in ("a longer text, “quoted”", "short"):
+        write_text(tmp_path / "a", text)
+        assert (tmp_path / "a").read_text(encoding="utf-8") == text
+
+
+def test_ones_own_link_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    assert foreign_link(tmp_path / "link") is None
+
+
+def test_another_users_link_is_not_followed(planted):
+    link, file = planted
+    assert foreign_link(link) == link
+    for write in (lambda: write_text(link, "text"), lambda: open(link, "wb", opener=opener), lambda: check(link),
+                  lambda: export(torch.nn.Linear(1, 1), link)):
+        with pytest.raises(PermissionError, match="belongs to user .*; remove it, or write to another folder"):
+            write()
+    assert file.read_text() == "precious"
+
+
+def test_another_users_link_on_the_way_is_not_followed(planted, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "way").symlink_to("folder")
+    with pytest.raises(PermissionError, match=f"{tmp_path}/way belongs"):
+        write_text(tmp_path / "way" / "a", "text")
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_links_in_a_circle_end(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert foreign_link(tmp_path / "a" / "c") is None
+    with pytest.raises(OSError, match="Too many levels"):
+        write_text(tmp_path / "a" / "c", "text")
+
+
+def test_a_dump_does_not_follow_another_users_link(planted, tmp_path):
+    link, file = planted
+    dump = GraphDump(tmp_path / "dumps")
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    dump.before(0, "a", gm)
+    (dump.folder / "00_a.after.py").symlink_to(file)
+    with pytest.warns(UserWarning, match="could not dump.*PermissionError.*belongs to user"):
+        dump.after(0, "a", gm, 0.0)
+    assert dump.failed and file.read_text() == "precious"
