@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -137,18 +138,37 @@ def _explain(arguments: argparse.Namespace) -> int:
     except (OptionError, PolicyError) as error:
         raise UsageError(str(error)) from None
     for path in filter(None, (arguments.html, arguments.json)):
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: the folder {path.absolute().parent} does not exist; make it first")
+        _check_output(path)
     _check_target(arguments.target)
     args, kwargs, model = _example(arguments.example)
     target = {} if arguments.target is None else {"target": arguments.target}
     report = explain(model, *args, options=options, **target, **kwargs)
     print(report)
     if arguments.html is not None:
-        arguments.html.write_text(report.to_html(), encoding="utf-8")
+        _write(arguments.html, report.to_html())
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _write(arguments.json, json.dumps(report.to_dict(), indent=1) + "\n")
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: the folder {folder} does not exist; make it first")
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: you may not write there; name a file in a folder of yours")
+
+
+def _write(path: Path, text: str) -> None:
+    from quartet.kernels.files import write_text
+
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _example(target: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -156,7 +176,9 @@ def _example(target: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     module_name, colon, name = target.partition(":")
     if not (module_name and colon and name):
         raise UsageError(f"{target!r} is not MODULE:FACTORY; for example 'my_model:make'")
-    made = _factory(_import(module_name), name)()
+    factory = _factory(_import(module_name), name)
+    _check_callable(target, factory)
+    made = factory()
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, Mapping))):
         shape = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise UsageError(f"{target} returned {shape}; expected (model, inputs) with inputs a tuple or a dict, "
@@ -165,7 +187,23 @@ def _example(target: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     return ((), dict(inputs), model) if isinstance(inputs, Mapping) else (inputs, {}, model)
 
 
+def _check_callable(target: str, factory: Callable[[], Any]) -> None:
+    """Refuse a factory that needs arguments."""
+    try:
+        parameters = inspect.signature(factory)
+    except (TypeError, ValueError):  # of a builtin that does not say
+        return
+    try:
+        parameters.bind()
+    except TypeError as error:
+        raise UsageError(f"{target} takes {parameters} and is called without arguments: {error}; give them defaults, "
+                         "or name a function that needs none") from None
+
+
 def _import(name: str) -> ModuleType:
+    if not all(name.split(".")):
+        raise UsageError(f"{name!r} is not a module's name: write it from {os.getcwd()} or the Python path on, with a "
+                         "dot between folders, for example 'package.my_model'")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from quartet.kernels.build_cache import BuildError
+from quartet.kernels.cpu.build import compiler
 from quartet.kernels.cutlass import toolchain
 from quartet.runtime.devices import Target
 
 PACKAGES = ("torch-quartet", "torch", "triton", "sympy", "networkx", "numpy")
 REMEDY = {
     "triton": "`pip install triton`; CUDA builds of torch bring it",
-    "g++": "`apt-get install g++`: the fused C++ kernels for a CPU need it",
+    "g++": "`apt-get install g++`, or point CXX at one: the fused C++ kernels for a CPU need it",
 }
 
 
@@ -48,11 +49,13 @@ def compilers() -> Iterator[tuple[str, str]]:
 
 
 def _gxx() -> str:
-    path = shutil.which("g++")
+    command = compiler()
+    path = shutil.which(command[0])
     if path is None:
-        return f"missing ({REMEDY['g++']})"
+        return f"{'' if command == ['g++'] else f'{command[0]} is '}missing ({REMEDY['g++']})"
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+        done = subprocess.run([path, *command[1:], "--version"], capture_output=True, text=True, timeout=20)
+        said = done.stdout.splitlines()
     except (OSError, subprocess.SubprocessError) as error:
         return f"does not run: {error}  {path}"
     return f"{said[0].strip() if said else 'no version'}  {path}"

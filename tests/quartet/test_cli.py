@@ -1,6 +1,7 @@
 """The ``quartet`` command: output, exit status, and errors that name the nearest legal value."""
 
 import json
+import os
 import runpy
 import sys
 from dataclasses import replace
@@ -37,6 +38,13 @@ def named():
 
 def wrong():
     return Double()
+
+def sized(size):
+    return Double(), (torch.ones(size),)
+
+class Sized:
+    def __init__(self, size):
+        pass
 '''
 
 
@@ -137,6 +145,12 @@ def test_explain_passes_a_dict_as_keywords(example, explained):
     ("an_example_model:mak", "did you mean 'make'?"),
     ("an_example_model:SIZE", "'SIZE' is not a function but int"),
     ("an_example_model:wrong", "returned Double; expected (model, inputs)"),
+    ("..:x", "'..' is not a module's name: write it from"),
+    (".an_example_model:make", "is not a module's name"),
+    ("an_example_model..:make", "is not a module's name"),
+    ("an_example_model:sized", "takes (size) and is called without arguments: missing a required argument: 'size'; "
+                               "give them defaults, or name a function that needs none"),
+    ("an_example_model:Sized", "takes (size) and is called without arguments"),
 ])
 def test_explain_refuses_a_wrong_target(example, explained, capsys, target, message):
     assert message in fails(capsys, "explain", target)
@@ -151,6 +165,24 @@ def test_explain_refuses_an_unknown_policy_before_it_builds_the_model(example, e
 def test_explain_refuses_a_missing_folder_before_it_compiles(example, explained, capsys):
     assert "does not exist; make it first" in fails(capsys, "explain", "an_example_model:make", "--html", "no/a.html")
     assert explained == []
+
+
+@pytest.mark.parametrize("option", ("--html", "--json"))
+def test_explain_refuses_what_it_cannot_write_before_it_compiles(example, explained, capsys, monkeypatch, option):
+    assert "it is a folder; name a file in it" in fails(capsys, "explain", "an_example_model:make", option, ".")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "you may not write there" in fails(capsys, "explain", "an_example_model:make", option, "a.html")
+    assert explained == []
+
+
+def test_a_full_disk_costs_the_page_and_not_the_table(example, explained, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("quartet.kernels.files.write_text", full)
+    assert main(["explain", "an_example_model:make", "--html", "a.html"]) == 2
+    said = capsys.readouterr()
+    assert "lm_head" in said.out and said.err == "quartet: cannot write a.html: No space left on device\n"
 
 
 def test_an_import_error_inside_the_module_is_not_a_usage_error(example):
