@@ -4,10 +4,10 @@
     python benchmarks/bench_quantize.py --sizes 16384x4096 --kernels "rows quest packed fold,fold" --repeat 50
 
 Every kernel reads each input and writes each output once in that count, whatever it does; what it was not asked to
-return does not count. ``quest`` is the forward quantiser of the default recipe, ``even`` and ``even mask`` are those
-with scales by that rule, ``guarded`` the one with the guarded deviation and scales rounded down. ``Inductor`` marks
-what it generates from the reference of a quantiser, alone, with no neighbour to fuse with; its ``columns`` are the
-rows of the transpose. A size is ``rows x columns`` of a bf16 tensor.
+return does not count. ``quest`` is the forward quantiser of the default recipe, ``guarded`` the one with the guarded
+deviation and scales rounded down, ``even``, ``even mask`` and ``even signed`` are those with scales by that rule.
+``Inductor`` marks what it generates from the reference of a quantiser, alone, with no neighbour to fuse with; its
+``columns`` are the rows of the transpose. A size is ``rows x columns`` of a bf16 tensor.
 The kernels of a size and the copy of its tensor take turns in one process; inputs are random and rotate, and nothing of
 them is in the L2 cache when a call starts.
 ``slots`` are the instructions that the GPU could have started per element in the time, at its highest clock: a kernel
@@ -111,6 +111,7 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     quest = ops.Chain(forward, default.rotation.n)
     guarded = ops.Chain(QuantSpec(rule="quest", mask=True), 32)
     even, even_mask = ops.Chain(QuantSpec(rule="even"), 32), ops.Chain(QuantSpec(rule="even", mask=True), 32)
+    even_signed = ops.Chain(QuantSpec(rule="even"), 32, signs)
     stochastic = ops.Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, signs, bits, 7)
     nearest = ops.Chain(QuantSpec(rule="headroom"), 32, signs)
 
@@ -142,6 +143,8 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         "rows quest packed": Kernel(ROW_GOAL, alone, quantize(quest, True, False)),
         "rows even packed fold": Kernel(ROW_GOAL, alone, quantize(even, True, True)),
         "rows even packed": Kernel(ROW_GOAL, alone, quantize(even, True, False)),
+        "rows even signed packed fold": Kernel(ROW_GOAL, alone, quantize(even_signed, True, True)),
+        "rows even signed packed": Kernel(ROW_GOAL, alone, quantize(even_signed, True, False)),
         "rows even mask packed fold": Kernel(ROW_GOAL, alone, quantize(even_mask, True, True)),
         "rows guarded packed fold": Kernel(ROW_GOAL, alone, quantize(guarded, True, True)),
         "rows SR fold": Kernel(ROW_GOAL, alone, quantize(stochastic, False, True)),

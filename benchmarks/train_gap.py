@@ -13,6 +13,7 @@ Policies are ``bf16`` (plain Inductor), recipe names, and variants of ``quartet`
     floor-guarded-nearest    power of two by floor|nearest, deviation centred|guarded|rms, backward sr|nearest|bf16
     ceil-sr                  forward scales from the largest magnitude, no clipping
     even-sr, even-masked-sr  the rule ``even``, gradients straight through it or masked where it clips
+    even-signed-sr           any of them with fixed signs before the rotation of forward
 
 ``nearest-rms-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. Gaps are between runs of one seed, and
 have their standard deviation over the seeds beside them. A run continues the file at ``--out``.
@@ -49,7 +50,7 @@ from llama import PRESETS, Llama
 from torch import Tensor
 from train_llama import adamw, descend, learning_rate
 
-VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil|even|even-masked))-(sr|nearest|bf16)")
+VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil|even|even-masked))(-signed)?-(sr|nearest|bf16)")
 POLICIES = ("bf16", "quartet", "fp8", "fp8-rowwise", "quartet-paper", "floor-guarded-nearest", "floor-rms-sr",
             "nearest-guarded-sr", "floor-guarded-sr", "floor-guarded-bf16", "nearest-rms-nearest", "ceil-sr")
 PRECISIONS = ("autocast", "bf16", "fp32")
@@ -62,15 +63,17 @@ def variant(name: str) -> Any:
     """The recipe that a variant's name describes; None for any other name."""
     if (match := VARIANT.fullmatch(name)) is None:
         return None
-    from quartet.recipes import recipes
+    from quartet.lowering.recipe import Rotation
+    from quartet.recipes import FLAT_SIGNS, recipes
 
     base = recipes()["quartet"]
-    power, sigma, largest, backward = match.groups()
+    power, sigma, largest, signed, backward = match.groups()
     forward = {"rule": "quest", "sigma": sigma, "power": power, "mask": True}
     if largest:
         rule, _, masked = largest.partition("-")
         forward = {"rule": rule, "mask": bool(masked)}
-    recipe = replace(base, name=name, summary="a variant of quartet", fprop=_respecify(base.fprop, **forward))
+    fprop = replace(_respecify(base.fprop, **forward), rotation=Rotation(32, FLAT_SIGNS if signed else "none"))
+    recipe = replace(base, name=name, summary="a variant of quartet", fprop=fprop)
     if backward == "bf16":
         return recipe.only({"fprop"})
     rounding = {"sr": "stochastic", "nearest": "nearest"}[backward]

@@ -8,13 +8,15 @@ import io
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from uncompiled import uncompiled
 
-from quartet.recipes import recipes
+from quartet.lowering.recipe import Rotation
+from quartet.recipes import FLAT_SIGNS, recipes
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,8 +191,15 @@ def test_gap_in_a_process_of_its_own_is_the_same(gap, scripts, tmp_path):
 def test_variants_are_what_their_names_say(scripts, name, forward, backward):
     recipe = scripts.train_gap.variant(name)
     assert {str(recipe.fprop.a.spec), str(recipe.fprop.b.spec)} == {forward}
+    assert recipe.fprop.rotation == Rotation(32)
     for gemm in (recipe.dgrad, recipe.wgrad):
         assert (gemm and {str(gemm.a.spec), str(gemm.b.spec)}) == (backward and {backward})
+
+
+def test_a_signed_variant_has_signs_in_forward_only(scripts):
+    signed, plain = (scripts.train_gap.variant(f"even{infix}-sr") for infix in ("-signed", ""))
+    assert signed.fprop == replace(plain.fprop, rotation=Rotation(32, FLAT_SIGNS))
+    assert (signed.dgrad, signed.wgrad) == (plain.dgrad, plain.wgrad)
 
 
 def test_the_default_policies_exist(scripts):

@@ -28,6 +28,7 @@ CHAINS = {
     "stochastic": (STOCHASTIC, 32, True),
     "ceil": (QuantSpec(), 0, False),
     "even": (QuantSpec(rule="even"), 32, False),
+    "even-signed": (QuantSpec(rule="even"), 32, True),
     "even-mask": (QuantSpec(rule="even", mask=True), 32, False),
     "even-stochastic": (QuantSpec(rule="even", rounding="stochastic", mask=True), 0, False),
     "nearest-power": (QuantSpec(rule="quest", rounding="stochastic", sigma="rms", power="nearest", mask=True), 0,
