@@ -50,13 +50,15 @@ def _kernels() -> ModuleType:
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               encode: Tensor | None, parameter: Tensor | None = None, hardware: bool = True) -> Three:
-    def make() -> Three:
+    def make(packed: bool) -> Three:
         return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site, encode), hardware=hardware)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Three:
         return codes, scales, mask
 
-    return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
+    if parameter is None:
+        return make(True)
+    return REUSED.serve(parameter, described(x, rotation, spec, "swizzled", hardware), True, make, finish)
 
 
 def _quantize_cpu(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,

@@ -35,14 +35,16 @@ def _signs(seed: Tensor, site: int, n: int) -> Tensor:
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               packed: bool, values: torch.dtype | None, parameter: Tensor | None = None) -> Four:
-    def make() -> Four:
+    def make(packed: bool) -> Four:
         return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
                                    packed=packed, values=values)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Four:
         return codes, scales, mask, x.new_empty(0) if values is None else _dequantize(codes, scales, spec, values)
 
-    return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
+    if parameter is None:
+        return make(packed)
+    return REUSED.serve(parameter, described(x, rotation, spec), packed, make, finish)
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,

@@ -87,13 +87,15 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
         kept = (codes, scales, mask) if packed else (t.new_empty(0) for t in (codes, scales, mask))
         return *kept, *ops.fold(codes, scales, chain.spec, ends)
 
-    def make() -> Five:
+    def make(packed: bool) -> Five:
         return ops.quantize(x, chain, packed=packed, folded=folded)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Five:
         return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else _operand(codes))
 
-    return make() if parameter is None else REUSED.serve(parameter, described(x, rotation, spec), make, finish)
+    if parameter is None:
+        return make(packed)
+    return REUSED.serve(parameter, described(x, rotation, spec), packed, make, finish)
 
 
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,

@@ -29,6 +29,7 @@ from quartet.runtime.amax import Anchored, no_anchor
 from quartet.runtime.anchored_graph import with_input
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import data_parallel_stream
+from quartet.runtime.weights import REUSED
 
 log = logging.getLogger("quartet")
 compat.register_log()
@@ -62,6 +63,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     """
     compat.warn_if_untested()
     step = make_pipeline(gm, example_inputs, options)
+    if step.config.reuse_weights:
+        REUSED.watch()
     anchored = step.config.anchor is not None
     if anchored:
         gm, example_inputs = with_input(gm, example_inputs, no_anchor())

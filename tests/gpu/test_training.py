@@ -12,6 +12,7 @@ from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import list_mode_options
+from quartet.runtime.storages import storage_number
 from quartet.runtime.weights import REUSED
 
 pytestmark = pytest.mark.gpu
@@ -180,6 +181,61 @@ def test_accumulated_gradients_are_those_of_weights_quantised_each_time():
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("policy", ["tetrajet", quartet.Policy("bf16").on("*", "quartet", op="linear", role="fprop")],
+                         ids=["requantised", "fprop only"])
+def test_accumulated_gradients_where_backward_needs_no_codes(policy):
+    grads = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        module, x, e = linear(256, 512, 512)
+        compiled = torch.compile(module, backend="quartet", options={"policy": policy, "reuse_weights": reuse})
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+        for _ in range(3):
+            for seed in range(3):
+                torch.manual_seed(seed)
+                compiled(x).backward(e)
+            made = REUSED._step.get(storage_number(module.weight), {})
+            gradient = module.weight.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert any(m.kept is not None for m in made.values()) is reuse
+        grads.append((gradient, module.weight.detach().clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_replayed_optimizer_steps_never_leave_old_codes():
+    """Nothing is called and no version counter moves when a captured step is replayed."""
+    weights = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        module, x, e = linear(256, 512, 512)
+        compiled = torch.compile(module, backend="quartet", options=QUARTET | {"reuse_weights": reuse})
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-1)
+
+        def accumulate(module=module, compiled=compiled, x=x, e=e):
+            module.weight.grad.zero_()
+            for seed in range(3):
+                torch.manual_seed(seed)
+                compiled(x).backward(e)
+
+        compiled(x).backward(e)
+        optimizer.step()  # eager: the optimizer is known
+        accumulate()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for _ in range(3):
+            graph.replay()
+            accumulate()
+        optimizer.step()
+        for _ in range(2):
+            graph.replay()
+            accumulate()
+        weights.append((module.weight.detach().clone(), module.weight.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_micro_batches_on_two_streams_share_no_codes():
     """The one that would keep the codes is busy; what it has been asked to make is not there yet."""
     module, x, e = linear(256, 512, 512)
@@ -210,8 +266,8 @@ def test_micro_batches_on_two_streams_share_no_codes():
         module.weight.mul_(-2)  # voids what is kept
         module.weight.mul_(-0.5)
     got = accumulate(streams, True)
-    address = module.weight.data_ptr()
-    assert {stream for at, stream, _ in REUSED._kept if at == address} >= {s.cuda_stream for s in streams}
+    made = REUSED._step[storage_number(module.weight)]
+    assert {stream for *_, stream, _ in made} >= {s.cuda_stream for s in streams}
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 

@@ -1,6 +1,8 @@
 """Quantised weights serve all forwards of an optimizer step, and never one too many."""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from quartet import Policy
 from quartet.lowering import cpu_ops
 from quartet.runtime import weights
-from quartet.runtime.weights import REUSED
+from quartet.runtime.storages import storage_number
+from quartet.runtime.weights import REUSED, ReusedWeights
 
 WEIGHTS = {(96, 64), (40, 96)}
 
@@ -48,6 +51,12 @@ def trained():
     return runs
 
 
+def kept(model):
+    """(parameter, what for) → codes, scales and mask that this step keeps of it."""
+    return {(name, key): made.kept for name, p in model.named_parameters()
+            for key, made in REUSED._step.get(storage_number(p), {}).items() if made.kept is not None}
+
+
 def data(seed):
     return torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
 
@@ -79,8 +88,8 @@ def test_nothing_is_kept_without_accumulation(trained, quantized):
     for _ in range(3):
         train_step(*trained[0], forwards=1)
     assert len(quantized) == 3 * len(WEIGHTS)
-    mine = {p.data_ptr() for p in trained[0][0].parameters()}
-    assert not any(address in mine for address, _, _ in REUSED._kept)
+    trained[0][1](data(0)).mean().backward()
+    assert not kept(trained[0][0])
 
 
 @pytest.mark.parametrize("change", ["in place", "load_state_dict", "new data", "another tensor", "dtype and back"])
@@ -178,8 +187,7 @@ def kept_of(model, inner, policy):
         train_step(model, compiled, optimizer)
     for i in range(3):
         compiled(data(i)).square().mean().backward()
-    mine = {p.data_ptr() for p in inner(model).parameters()}
-    return [key for key in REUSED._kept if key[0] in mine]
+    return kept(inner(model))
 
 
 def test_streams_share_nothing(trained, quantized, monkeypatch):
@@ -192,8 +200,7 @@ def test_streams_share_nothing(trained, quantized, monkeypatch):
     for stream in (1, 2, 1, 2, 1, 2):
         current[0] = stream
         compiled(data(0)).mean().backward()
-    streams = {stream for address, stream, _ in REUSED._kept if address == model.up.weight.data_ptr()}
-    assert streams == {1, 2}
+    assert {stream for _, (*_, stream, _) in kept(model)} == {1, 2}
     assert len(quantized) == 4 * len(WEIGHTS)  # the first two forwards on each: that it repeats shows in the second
     assert [stream for stream, kept in read if kept is not None] == [1] * len(WEIGHTS) + [2] * len(WEIGHTS)
 
@@ -210,14 +217,179 @@ def test_kept_codes_survive_being_overwritten(trained):
     """Compiled code may reuse the memory of what an op gave it."""
     model, compiled, _ = trained[0]
     compiled(data(0)).mean().backward()
-    kept = {key: [t.clone() for t in made] for key, (_, made) in REUSED._kept.items()}
-    assert kept
-    for (address, _, what), made in kept.items():
-        parameter = next((p for p in model.parameters() if p.data_ptr() == address), None)
-        if parameter is not None:
-            for t in REUSED.find(parameter, what):
+    made = kept(model)
+    assert made
+    for (name, (*_, what)), results in made.items():
+        want = [t.clone() for t in results]
+        for _ in range(2):
+            got = REUSED.serve(model.get_parameter(name), what, True, None, lambda *codes: codes)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            for t in got:
                 t.fill_(77)
-            assert all(torch.equal(a, b) for a, b in zip(REUSED.find(parameter, what), made, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["tetrajet", Policy("bf16").on("*", "quartet", op="linear", role="fprop")],
+                         ids=["requantised", "fprop only"])
+def test_codes_that_backward_does_not_ask_for_are_kept_all_the_same(quantized, policy):
+    runs = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        model = MLP()
+        compiled, _ = compile_eager(model, policy, reuse_weights=reuse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            train_step(model, compiled, optimizer)
+        quantized.clear()
+        train_step(model, compiled, optimizer, forwards=4)
+        if policy != "tetrajet":  # which quantises the weight once more in each backward
+            assert len(quantized) == len(WEIGHTS) * (1 if reuse else 4)
+        runs.append((model, compiled, optimizer))
+    same_next_step(runs)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
+
+
+def test_results_are_those_that_were_asked_for():
+    """Of one weight one graph may want the codes, another only its values."""
+    weight, spec = torch.nn.Parameter(torch.randn(32, 64)), "e2m1/32 e8m0 quest(rms,nearest) nearest mask"
+    optimizer = torch.optim.SGD([weight], 0.0)
+
+    def step():
+        wanted = (False, torch.float32), (True, None), (False, torch.float32), (True, torch.bfloat16), (True, None)
+        made = [cpu_ops.QUANTIZE(weight.detach(), 32, None, spec, None, 0, packed, values, weight.detach())
+                for packed, values in wanted]
+        weight.grad = torch.zeros_like(weight)
+        found = REUSED.find(weight, weights.described(weight, 32, spec))
+        optimizer.step()
+        return made, found
+
+    want, found = step()
+    assert found is None
+    for _ in range(2):
+        got, found = step()
+        assert found is not None
+        for a, b in zip(got, want, strict=True):
+            assert all(torch.equal(x, y) and x.dtype is y.dtype for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def swapping():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("form", ["double", "load_state_dict", "swap_tensors"])
+@pytest.mark.parametrize("asked", [True, False], ids=["kept", "never seen"])
+def test_parameters_can_be_swapped(swapping, asked, form):
+    """``torch.utils.swap_tensors`` refuses tensors that anything refers to weakly."""
+    layer, spec = torch.nn.Linear(64, 32), "e2m1/32 e8m0 quest(rms,nearest) nearest mask"
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+
+    def codes(parameter):
+        return cpu_ops.QUANTIZE(layer.weight.detach(), 32, None, spec, None, 0, True, None, parameter)
+
+    for _ in range(2):
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        for _ in range(2 * asked):
+            codes(layer.weight)
+    assert bool(kept(layer)) is asked
+    if form == "double":
+        layer.double().float()
+    elif form == "load_state_dict":
+        layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
+    else:
+        torch.utils.swap_tensors(layer.weight, torch.nn.Parameter(layer.weight.detach() + 1))
+    assert all(torch.equal(a, b) for a, b in zip(codes(layer.weight), codes(None), strict=True))
+
+
+def test_a_dropped_model_takes_its_codes_along(trained):
+    model, compiled, _ = trained[0]
+    for i in range(2):
+        compiled(data(i)).mean().backward()
+    codes, = [weakref.ref(made[0]) for (name, _), made in kept(model).items() if name == "up.weight"]
+    known = len(REUSED._known)
+    trained.clear()
+    torch._dynamo.reset()
+    del model, compiled, _
+    gc.collect()
+    assert codes() is None and len(REUSED._known) < known
+
+
+def test_a_compiled_step_is_seen_and_frees_what_was_kept(trained):
+    """It moves the version counter; the hooks of an optimizer are compiled with it."""
+    for model, compiled, optimizer in trained:
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for _ in range(3):
+            for i in range(3):
+                torch.manual_seed(i)
+                compiled(data(i)).square().mean().backward()
+            step()
+            assert not kept(model)
+            optimizer.zero_grad()
+    same_next_step(trained)
+
+
+def test_nothing_is_kept_of_what_a_captured_step_changes(trained, quantized, monkeypatch):
+    """Its replays tell nobody: no hook runs and no version counter moves."""
+    model, compiled, optimizer = trained[0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    compiled(data(0)).mean().backward()
+    optimizer.step()
+    monkeypatch.undo()
+    for eager in (False, True):  # nor after the optimizer has stepped once more where it can be seen
+        for i in range(3):
+            compiled(data(i)).mean().backward()
+        assert not kept(model)
+        if eager:
+            optimizer.step()
+
+
+def test_an_optimizer_of_other_parameters_costs_nothing(trained):
+    """Its parameters are looked at once, and again when any are added or others are asked for."""
+    class Watched(list):
+        looked = 0
+
+        def __iter__(self):
+            self.looked += 1
+            return super().__iter__()
+
+    group = {"params": Watched([torch.nn.Parameter(torch.zeros(2))])}
+    stranger = torch.optim.SGD(group["params"], 0.1)
+    stranger.param_groups = [group]
+    looked = group["params"].looked
+    for _ in range(3):
+        REUSED._after_step(stranger, (), {})
+    assert group["params"].looked == looked + 1
+    group["params"].append(trained[0][0].up.weight)
+    for _ in range(3):
+        REUSED._after_step(stranger, (), {})
+    assert group["params"].looked == looked + 4
+
+
+def test_a_sparse_parameter_may_be_stepped(trained):
+    sparse = torch.nn.Parameter(torch.eye(3).to_sparse())
+    optimizer = torch.optim.SGD([sparse], 0.1)
+    REUSED._after_step(optimizer, (), {})
+
+
+def test_parts_of_one_storage_are_told_apart():
+    flat = torch.randn(2, 32, 64)
+    parts = [torch.nn.Parameter(flat[i]) for i in range(2)]
+    reused = ReusedWeights()
+    optimizer = torch.optim.SGD(parts[:1], 0.1)
+    for _ in range(3):
+        for part in parts:
+            for _ in range(2):
+                reused.serve(part, "codes", True, lambda packed, part=part: (part.detach().clone(),) * 3,
+                             lambda *codes: codes)
+        found = [reused.find(part, "codes") for part in parts]
+        reused._after_step(optimizer, (), {})
+    assert torch.equal(found[0][0], parts[0]) and found[1] is None  # no optimizer's
 
 
 class Experts(torch.nn.Module):
