@@ -13,8 +13,7 @@ input more, the ``anchor``, whose value is a number that stands for the weights 
 the table says in text which slots the graph means, by weight. All that a cached graph needs at run time is in the
 arguments of its ops. Nothing is ever written to the anchor; that the ops are declared to do so keeps them in order.
 
-A slot is due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind has stepped its weight,
-it is due at the first forward after each step, so that the micro-batches of a step count once.
+When a slot is due, ``quartet.runtime.remembered`` says.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from quartet.runtime.remembered import WEIGHTS, Counted, Weight
 
 library = torch.library.Library("quartet", "FRAGMENT")
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # a replayed graph would not ask which slots are due
@@ -40,16 +39,11 @@ library.define("amax_record(Tensor(a!) anchor, str table, int[] slots, Tensor[] 
 
 
 @dataclass(eq=False)
-class Slot:
-    """One operand's state: row ``index`` of ``home`` (fp32 ``[rows, 1 + length]``).
-
-    ``due``: the history advances at the next forward. ``counted``: an optimizer tells when.
-    """
+class Slot(Counted):
+    """One operand's state: row ``index`` of ``home`` (fp32 ``[rows, 1 + length]``)."""
 
     home: Tensor
     index: int = 0
-    due: bool = True
-    counted: bool = False
 
     @property
     def row(self) -> Tensor:
@@ -73,35 +67,20 @@ class Entry:
 
 
 class Slots:
-    """All slots of this process, by weight and operand; they live as long as their weight."""
+    """All slots of this process, by weight and operand."""
 
     def __init__(self) -> None:
-        self.of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.moved = 0  # counts changes of place
         self.frozen = 0
-        self._watching = False
 
-    def of(self, weight: Tensor) -> dict[str, Slot]:
-        """operand → slot of a weight."""
-        return self.of_weight.get(weight, {})
+    def of(self, parameter: Tensor) -> dict[str, Slot]:
+        """operand → slot of a parameter."""
+        weight = WEIGHTS.of.get(parameter)
+        return {} if weight is None else weight.slots
 
-    def put(self, weight: Tensor, operand: str, slot: Slot) -> None:
-        self.of_weight.setdefault(weight, {})[operand] = slot
+    def put(self, weight: Weight, operand: str, slot: Slot) -> None:
+        weight.slots[operand] = slot
         self.moved += 1
-
-    def watch(self) -> None:
-        """Learn of optimizer steps from now on."""
-        if not self._watching:
-            self._watching = True
-            register_optimizer_step_post_hook(self._after_step)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                for slot in self.of(weight).values():
-                    slot.due = slot.counted = True
 
 
 SLOTS = Slots()
@@ -184,7 +163,7 @@ class Group:
 class Table:
     """The slots that one graph means, for one set of weights."""
 
-    def __init__(self, entries: list[Entry], weights: Mapping[int, Tensor], device: torch.device) -> None:
+    def __init__(self, entries: list[Entry], weights: Mapping[int, Weight], device: torch.device) -> None:
         self.entries = entries
         lengths: dict[int, list[int]] = {}
         for position, entry in enumerate(entries):
@@ -212,10 +191,10 @@ class Table:
                 group.record([self.place[slots[i]][1] for i in mine], values)
 
 
-def _slots(entries: list[Entry], weights: Mapping[int, Tensor], device: torch.device) -> list[Slot]:
+def _slots(entries: list[Entry], weights: Mapping[int, Weight], device: torch.device) -> list[Slot]:
     """Slots of one length. Unless all exist as they should, they are put together in one new tensor."""
     length = entries[0].length
-    found = [SLOTS.of(weights[e.weight]).get(e.operand) for e in entries]
+    found: list[Slot | None] = [weights[e.weight].slots.get(e.operand) for e in entries]
     fit = all(s is not None and s.home.device == device and s.home.shape[1] == 1 + length for s in found)
     loaded = len(found) > 1 and any(s is not None and len(s.home) == 1 for s in found)
     if fit and not loaded:
@@ -240,7 +219,7 @@ class Anchor:
         number = next(_NUMBERS)
         with torch.inference_mode(False):
             self.tensor = torch.tensor([number])
-        self.weights = {index: ref(weight) for index, weight in weights.items()}
+        self.weights = {index: ref(WEIGHTS.get(weight)) for index, weight in weights.items()}
         self._tables: dict[tuple[str, torch.device], Table] = {}
         self._moved = SLOTS.moved
         _ANCHORS[number] = self
@@ -249,8 +228,8 @@ class Anchor:
     def alive(self) -> bool:
         return all(weight() is not None for weight in self.weights.values())
 
-    def stands_for(self, weights: Mapping[int, Any]) -> bool:
-        return all(self.weights[index]() is weight for index, weight in weights.items())
+    def stands_for(self, weights: Mapping[int, Tensor]) -> bool:
+        return self.alive and all(self.weights[index]() is WEIGHTS.of.get(weight) for index, weight in weights.items())
 
     def table(self, text: str, device: torch.device) -> Table:
         found = self._tables.get((text, device)) if self._moved == SLOTS.moved else None
@@ -267,8 +246,8 @@ _NUMBERS = count(1)
 _ANCHORS: WeakValueDictionary[int, Anchor] = WeakValueDictionary()
 
 
-def weight_of(anchor: Tensor, index: int) -> Tensor | None:
-    """The parameter at an input of the graph that an anchor was given to; None for no anchor, and while frozen."""
+def weight_of(anchor: Tensor, index: int) -> Weight | None:
+    """Of the parameter at an input of the graph that an anchor was given to; None for no anchor, and while frozen."""
     owner = _ANCHORS.get(int(anchor.item()))
     return None if owner is None or SLOTS.frozen else owner.weights[index]()
 
@@ -284,9 +263,10 @@ class Anchored:
     def __init__(self, compiled: Callable[..., Any], weights: Sequence[int]) -> None:
         self.compiled, self.indices = compiled, tuple(weights)
         self._anchors: dict[int, Anchor] = {}
-        SLOTS.watch()
+        WEIGHTS.watch()
 
     def __call__(self, *args: Any) -> Any:
+        WEIGHTS.after_compiled_steps()
         return self.compiled(*args, self._find(args).tensor)
 
     def _find(self, args: Sequence[Any]) -> Anchor:

@@ -5,73 +5,37 @@
 
 The first of them starts an average at w. As with histories of magnitudes (``quartet.runtime.amax``) a graph finds its
 state through its anchor: ``weight`` is the input of the graph that is the parameter, ``name`` tells apart what is made
-of one parameter. An average is due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind
-has stepped the parameter, it is due at the first forward after each step. Forwards without a backward read the average
-as the next training step will have it.
+of one parameter. When an average is due, ``quartet.runtime.remembered`` says. Forwards without a backward read the
+average as the next training step will have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from quartet.runtime.amax import library, weight_of
+from quartet.runtime.remembered import Counted, Weight
 
 
 @dataclass(eq=False)
-class Average:
-    """fp32 ``value``, shaped like a weight.
-
-    ``due``: the next forward advances it. ``counted``: an optimizer tells when.
-    """
+class Average(Counted):
+    """fp32 ``value``, shaped like a weight."""
 
     value: Tensor
-    due: bool = True
-    counted: bool = False
 
 
-class Averages:
-    """All averages of this process, by parameter and name; they live as long as their parameter."""
-
-    def __init__(self) -> None:
-        self.of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._watching = False
-
-    def of(self, weight: Tensor) -> dict[str, Average]:
-        """name → average of a parameter."""
-        return self.of_weight.get(weight, {})
-
-    def put(self, weight: Tensor, averages: Mapping[str, Average]) -> None:
-        """Replace the averages of a parameter."""
-        if not self._watching:
-            self._watching = True
-            register_optimizer_step_post_hook(self._after_step)
-        self.of_weight[weight] = dict(averages)
-
-    def find(self, weight: Tensor, name: str, w: Tensor) -> Average | None:
-        """The average of ``w``, on its device; None where there is none of its shape yet."""
-        found = self.of(weight).get(name)
-        if found is None or found.value.shape != w.shape:
-            return None
-        found.value = found.value.to(w.device)
-        return found
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                for average in self.of(weight).values():
-                    average.due = average.counted = True
+def average_of(weight: Weight, name: str, w: Tensor) -> Average | None:
+    """The average of ``w``, on its device; None where there is none of its shape yet."""
+    found = weight.averages.get(name)
+    if found is None or found.value.shape != w.shape:
+        return None
+    found.value = found.value.to(w.device)
+    return found
 
 
-AVERAGES = Averages()
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # a replayed graph would not ask what is due
 library.define("average_advance(Tensor(a!) anchor, Tensor w, int weight, str name, float decay) -> ()", tags=_TAGS)
 library.define("average_read(Tensor anchor, Tensor w, int weight, str name, float decay) -> Tensor", tags=_TAGS)
@@ -79,14 +43,13 @@ library.define("average_read(Tensor anchor, Tensor w, int weight, str name, floa
 
 @torch.no_grad()
 def _advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> None:
-    parameter = weight_of(anchor, weight)
-    if parameter is None:
+    owner = weight_of(anchor, weight)
+    if owner is None:
         return
-    average = AVERAGES.find(parameter, name, w)
+    average = average_of(owner, name, w)
     if average is None:
-        with torch.inference_mode(False):
-            average = Average(w.to(torch.float32, copy=True).contiguous())
-        AVERAGES.put(parameter, {**AVERAGES.of(parameter), name: average})
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
+            average = owner.averages[name] = Average(w.to(torch.float32, copy=True).contiguous())
     elif average.due:
         average.value.lerp_(w.to(torch.float32), 1.0 - decay)
     average.due = not average.counted
@@ -94,8 +57,8 @@ def _advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) ->
 
 @torch.no_grad()
 def _read(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> Tensor:
-    parameter = weight_of(anchor, weight)
-    average = None if parameter is None else AVERAGES.find(parameter, name, w)
+    owner = weight_of(anchor, weight)
+    average = None if owner is None else average_of(owner, name, w)
     current = w.to(torch.float32, copy=True).contiguous()
     if average is None:
         return current

@@ -11,26 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from quartet.runtime.amax import SLOTS, Slot
-from quartet.runtime.averages import AVERAGES, Average
+from quartet.runtime.averages import Average
+from quartet.runtime.remembered import WEIGHTS, Weight
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
     """What a training run needs to continue bit for bit, beside the states of model, optimizer and generators.
 
     Returns:
-        ``{"delayed": {"layers.0.up.weight.x": {"amax": fp32 [1 + length], "due": bool, "counted": bool}, …}}``:
+        ``{"delayed": {"layers.0.up.weight.x": {"amax": fp32 [1 + length], "due": bool, "counted": bool,
+        "of": str}, …}}``:
         for each weight by name and each of its operands (``x``, ``w``, ``e``) the pending magnitude and the history,
-        newest first, as copies. ``torch.save`` and ``torch.load(weights_only=True)`` take it. Empty for a model
+        newest first, as copies. ``of`` is what had been done to the operand before it was measured, also in the key:
+        ``x:smooth-channel``. ``torch.save`` and ``torch.load(weights_only=True)`` take it. Empty for a model
         without delayed scaling. Where weights have moving averages also ``"averages"``: ``{"layers.0.up.weight.w":
         {"average": fp32 of the weight's shape, "due": bool, "counted": bool}, …}``. Under FSDP2 it gathers the
         parameters, so all ranks call it.
     """
-    found = {}
-    for name, weight in _parameters(model):
-        for operand, slot in sorted(SLOTS.of(weight).items()):
-            found[f"{name}.{operand}"] = {"amax": slot.row.clone(), "due": slot.due, "counted": slot.counted}
-    averages = {f"{name}.{part}": {"average": average.value.clone(), "due": average.due, "counted": average.counted}
-                for name, weight in _parameters(model) for part, average in sorted(AVERAGES.of(weight).items())}
+    found, averages = {}, {}
+    for name, parameter in _parameters(model):
+        weight = WEIGHTS.of.get(parameter) or Weight()
+        for operand, slot in sorted(weight.slots.items()):
+            found[f"{name}.{operand}"] = {"amax": slot.row.clone(), "due": slot.due, "counted": slot.counted,
+                                          "of": _measured(operand)}
+        for part, average in sorted(weight.averages.items()):
+            averages[f"{name}.{part}"] = {"average": average.value.clone(), "due": average.due,
+                                          "counted": average.counted}
     return {"delayed": found, "averages": averages} if averages else {"delayed": found}
 
 
@@ -38,7 +44,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Put back what :func:`state_dict` gave, before the model is compiled or after; other slots become empty.
 
     Raises:
-        ValueError: not such a state, or of a parameter that the model does not have; nothing is changed then.
+        ValueError: not such a state, of a parameter that the model does not have, or of a version that did not say
+            what each history is of; nothing is changed then.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("delayed"), Mapping):
         raise ValueError("expected what quartet.state_dict(model) returns, a mapping with the key 'delayed', not "
@@ -46,18 +53,19 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     weights = dict(_parameters(model))
     slots = [(*_owner(key, weights), _checked(key, entry)) for key, entry in state["delayed"].items()]
     averages = [(*_owner(key, weights), _average(key, entry)) for key, entry in state.get("averages", {}).items()]
-    for weight in weights.values():
-        for slot in SLOTS.of(weight).values():
-            slot.row.zero_()
-            slot.due, slot.counted = True, False
+    for parameter in weights.values():
+        known = WEIGHTS.of.get(parameter)
+        if known is not None:
+            known.averages.clear()
+            for slot in known.slots.values():
+                slot.row.zero_()
+                slot.due, slot.counted = True, False
     for owner, operand, entry in slots:
         with torch.inference_mode(False), torch.no_grad():
             row = entry["amax"].detach().to(owner.device, torch.float32, copy=True).reshape(1, -1)
-        SLOTS.put(owner, operand, Slot(row, 0, bool(entry["due"]), bool(entry["counted"])))
-    for parameter in weights.values():
-        mine = {name: average for whose, name, average in averages if whose is parameter}
-        if mine or AVERAGES.of(parameter):
-            AVERAGES.put(parameter, mine)
+        SLOTS.put(WEIGHTS.get(owner), operand, Slot(row, due=bool(entry["due"]), counted=bool(entry["counted"])))
+    for owner, part, average in averages:
+        WEIGHTS.get(owner).averages[part] = average
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -95,8 +103,18 @@ def _owner(key: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, str]:
 def _checked(key: str, entry: Any) -> Mapping[str, Any]:
     row = entry.get("amax") if isinstance(entry, Mapping) else None
     if not isinstance(row, Tensor) or row.dim() != 1 or row.numel() < 2 or not {"due", "counted"} <= set(entry):
-        raise ValueError(f"entry {key!r} of the state is not {{'amax': fp32 [1 + length], 'due', 'counted'}}")
+        raise ValueError(f"entry {key!r} of the state is not {{'amax': fp32 [1 + length], 'due', 'counted', 'of'}}")
+    if entry.get("of") != _measured(key):
+        raise ValueError(f"entry {key!r} of the state does not say what had been done to the operand that it is the "
+                         f"history of ('of': {_measured(key)!r}): an earlier version of quartet saved it, which took "
+                         "smoothed and rotated operands for those themselves. Load {**state, 'delayed': {}} instead: "
+                         "histories begin anew, by the magnitudes of the first step")
     return entry
+
+
+def _measured(key: str) -> str:
+    """What had been done to the operand that a slot measures, from its name."""
+    return key.rpartition(".")[2].partition(":")[2]
 
 
 def _average(key: str, entry: Any) -> Average:
@@ -104,4 +122,5 @@ def _average(key: str, entry: Any) -> Average:
     if not isinstance(value, Tensor) or not {"due", "counted"} <= set(entry):
         raise ValueError(f"entry {key!r} of the state is not {{'average': fp32 like the weight, 'due', 'counted'}}")
     with torch.inference_mode(False), torch.no_grad():
-        return Average(value.detach().to(torch.float32, copy=True), bool(entry["due"]), bool(entry["counted"]))
+        return Average(value.detach().to(torch.float32, copy=True), due=bool(entry["due"]),
+                       counted=bool(entry["counted"]))

@@ -126,7 +126,7 @@ class ReusedWeights:
         if known is None:
             known = _Known()
             self._known.put(parameter, known)
-        offset = parameter.storage_offset()
+        offset = _offset(parameter)
         if offset not in known.observed:
             known.observed[offset] = None
             self._asked += 1
@@ -155,16 +155,21 @@ class ReusedWeights:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 known = self._known.get(p) if type(p) is torch.nn.Parameter and has_storage(p) else None
-                if known is not None and p.storage_offset() in known.observed:
+                if known is not None and _offset(p) in known.observed:
                     any_known = True
-                    known.observed[p.storage_offset()] = observed and known.observed[p.storage_offset()] is not False
+                    known.observed[_offset(p)] = observed and known.observed[_offset(p)] is not False
         return any_known
 
 
 def _key(parameter: Tensor, what: Hashable) -> Key:
     """Storages may hold several parameters, and parameters of several shapes."""
-    return (parameter.storage_offset(), parameter.dtype, tuple(parameter.shape), parameter.stride(),
+    return (_offset(parameter), parameter.dtype, tuple(parameter.shape), parameter.stride(),
             _stream(parameter), what)
+
+
+def _offset(parameter: Tensor) -> int:
+    """Where a parameter begins in its storage."""
+    return int(parameter.storage_offset())
 
 
 def _stream(parameter: Tensor) -> int:

@@ -1,0 +1,97 @@
+"""What belongs to a parameter, kept without a reference to it, strong or weak.
+
+``torch.utils.swap_tensors``, and with it ``Module.double()`` and ``load_state_dict`` in swap mode, refuses tensors that
+are weakly referenced. So a parameter is known by its module, which may be: it is the one at its ``id`` as long as its
+module has it under its name, whatever memory it has been given since. A parameter of no module is known by the storage
+that it lies in. What is kept goes when both have gone.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from weakref import ref
+
+from torch import Tensor, UntypedStorage, nn
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter's name in its module."""
+
+    module: ref[nn.Module]
+    name: str
+
+    def holds(self, number: int) -> bool:
+        """Whether the parameter with this ``id`` is there."""
+        module = self.module()
+        return module is not None and id(module._parameters.get(self.name)) == number
+
+
+@dataclass
+class _Entry(Generic[Value]):
+    value: Value
+    place: Place | None
+    storage: ref[UntypedStorage]
+
+    def is_of(self, parameter: Tensor) -> bool:
+        if self.place is not None and self.place.holds(id(parameter)):
+            return True
+        return self.storage() is parameter.untyped_storage()
+
+    def is_needed(self, number: int) -> bool:
+        return self.place is not None and self.place.holds(number) or self.storage() is not None
+
+
+class ByParameter(Generic[Value]):
+    """Values by parameter."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry[Value]] = {}
+        self._places: dict[int, Place] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, parameter: Tensor) -> Value | None:
+        entry = self._entries.get(id(parameter))
+        return entry.value if entry is not None and entry.is_of(parameter) else None
+
+    def values(self) -> list[Value]:
+        return [entry.value for entry in list(self._entries.values())]
+
+    def put(self, parameter: Tensor, value: Value) -> None:
+        """Replace the value of a parameter. The first of a module's makes this look at every object of the process."""
+        number = id(parameter)
+
+        def drop(_: Any) -> None:
+            entry = self._entries.get(number)
+            if entry is not None and not entry.is_needed(number):
+                del self._entries[number]
+
+        place = self._place_of(parameter)
+        module = None if place is None else place.module()
+        if place is not None and module is not None:
+            place = Place(ref(module, drop), place.name)
+        self._entries[number] = _Entry(value, place, ref(parameter.untyped_storage(), drop))
+
+    def _place_of(self, parameter: Tensor) -> Place | None:
+        found = self._places.get(id(parameter))
+        if found is None or not found.holds(id(parameter)):
+            self._places = _all_places()
+            found = self._places.get(id(parameter))
+        return found
+
+
+def _all_places() -> dict[int, Place]:
+    """``id`` of each parameter that a module has → its place."""
+    found: dict[int, Place] = {}
+    for module in gc.get_objects():
+        if issubclass(type(module), nn.Module):
+            parameters = vars(module).get("_parameters")
+            if isinstance(parameters, dict):
+                found.update({id(p): Place(ref(module), name) for name, p in parameters.items() if p is not None})
+    return found
