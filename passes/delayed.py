@@ -11,6 +11,7 @@ see is recorded once, at the end of each. Both are ops of ``quartet.runtime.amax
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch.fx import Node
@@ -19,13 +20,14 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.graph import BACKWARD, Builder, aten, editing, is_backward, val
 from quartet.passes.find_matmuls import input_indices
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import MADE_KEY, MatmulSite
 from quartet.passes.state import State, recipe_of
 from quartet.runtime.amax import AMAX_BEGIN, AMAX_READ, AMAX_RECORD, Entry
 
 MUST_BE_IN_FORWARD = "must_be_in_forward"
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
             aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default)
+SAME = (torch.ops.prims.convert_element_type.default, aten.constant_pad_nd.default, aten.clone.default)
 
 
 @dataclass
@@ -35,10 +37,12 @@ class Histories:
     Attributes:
         anchor: the input that stands for the weights of a call. begin: the op that reads the histories.
         used: (site, of a weight its input, operand, tensor) → its magnitude. current: slot → what the tensor's own was.
+        weights: site → its weight's input.
     """
 
     anchor: Node
     begin: Node
+    weights: list[int | None]
     entries: list[Entry] = field(default_factory=list)
     used: dict[tuple[int, str, Node], Node] = field(default_factory=dict)
     current: dict[int, Node] = field(default_factory=dict)
@@ -63,8 +67,9 @@ def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: Matmul
     origin = _origin(x)
     key = weight if operand == "w" else owner.index, operand, origin
     if key not in held.used:
-        held.used[key] = _new_slot(held, origin, Entry(weight, _free_name(held, weight, operand), history.entries),
-                                   history.margin)
+        first = 1 if operand == "w" else 1 + held.weights[: owner.index].count(weight)
+        name = _free_name(held, weight, operand, first, _made(origin))
+        held.used[key] = _new_slot(held, origin, Entry(weight, name, history.entries), history.margin)
     return held.used[key]
 
 
@@ -114,7 +119,8 @@ def _histories(state: State, device: torch.device) -> Histories | None:
         index = input_indices(state.gm.graph)
         wanted = state.config.anchor
         anchor = next((node for node, position in index.items() if wanted is not None and position == wanted), None)
-        state.histories[device] = None if anchor is None else Histories(anchor, _start(state, anchor, device))
+        state.histories[device] = None if anchor is None else Histories(
+            anchor, _start(state, anchor, device), [weight_index(state, site) for site in state.sites])
     return state.histories[device]
 
 
@@ -144,10 +150,34 @@ def weight_index(state: State, site: MatmulSite) -> int | None:
     return None
 
 
-def _free_name(held: Histories, weight: int, operand: str) -> str:
-    """``x``; of a weight that multiplies several tensors also ``x2``, ``x3``, …"""
+def _made(x: Node) -> str:
+    """What passes have done to an operand before it is measured, in a word; nothing of what leaves magnitudes alone."""
+    found: list[str] = []
+    turned = False
+    while x.op == "call_function" and isinstance(x.args[0], Node):
+        if MADE_KEY in x.meta:
+            found.insert(0, x.meta[MADE_KEY])
+            break
+        if x.target is ir.HADAMARD:
+            signs = x.args[2]
+            found.insert(0, f"H{x.args[1]}" + ("" if signs is None else "-signs"))
+            turned = False
+        elif x.target not in RESHAPES and x.target not in SAME:
+            break
+        turned ^= x.target in (aten.permute.default, aten.t.default)
+        x = x.args[0]
+    if turned and found and found[-1].startswith("H"):
+        found.append("turned")
+    return "".join((":", "+".join(found))) if found else ""
+
+
+def _free_name(held: Histories, weight: int, operand: str, first: int, made: str) -> str:
+    """``x``, or ``x:H32`` of a rotation of it; of a weight that multiplies several tensors also ``x2``, ``x3``, …
+
+    ``first``: the number to begin with, which does not depend on what the policy leaves alone.
+    """
     taken = {entry.operand for entry in held.entries if entry.weight == weight}
-    names = (operand if n == 1 else f"{operand}{n}" for n in range(1, len(taken) + 2))
+    names = (f"{operand}{'' if n == 1 else n}{made}" for n in count(first))
     return next(name for name in names if name not in taken)
 
 

@@ -19,7 +19,7 @@ from torch.fx import Node
 from quartet.lowering.graph import Builder, aten, editing, shape
 from quartet.lowering.outlier_ops import SPARSE_MM, SPLIT_OUTLIERS
 from quartet.passes.rewriting import normal, rewrite
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import MADE_KEY, MatmulSite
 from quartet.passes.state import State, recipe_of
 
 
@@ -55,6 +55,7 @@ def _split(state: State, site: MatmulSite, quantile: float) -> _Split:
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
     both = build(SPLIT_OUTLIERS, normal(state, build, site.x), quantile)
     clipped, values, columns, starts = (build.item(both, index) for index in range(4))
+    clipped.meta[MADE_KEY] = f"without-outliers-{round(1e4 * quantile)}"
     return _Split(clipped, (values, columns, starts))
 
 

@@ -18,6 +18,7 @@ from quartet.runtime.compat import OpOverload
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
 OP_CLASS_KEY = "quartet_op_class"  # of a forward product that a pass has written: its op class
 RECOMPUTED_KEY = "quartet_recomputed"  # of an X that a pass has tagged to be made again in backward
+MADE_KEY = "quartet_made"  # of what a pass has made of an operand before it is quantised: how, in a word
 NOTES_KEY = "quartet_notes"  # of the same: remarks for its record
 
 

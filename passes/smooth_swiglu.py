@@ -24,7 +24,7 @@ from quartet.kernels.reference.smooth import smooth_scale
 from quartet.lowering.graph import Builder, aten, editing, inline, val
 from quartet.passes.gated import Gated, gated_activation
 from quartet.passes.rewriting import normal, rewrite
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import MADE_KEY, MatmulSite
 from quartet.passes.state import State, recipe_of
 from quartet.runtime import compat
 
@@ -73,7 +73,7 @@ def _smoothed_x(state: State, site: MatmulSite, gated: Gated, form: str) -> _Smo
         return smooth_scale(b, form)
 
     scale, inverse = inline(build, compat.trace(scales, [val(gated.linear)]), [gated.linear])
-    return _Smoothed(_times(build, normal(state, build, site.x), scale), scale, inverse)
+    return _Smoothed(_operand(build, normal(state, build, site.x), scale, form), scale, inverse)
 
 
 def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smoothed,
@@ -83,7 +83,7 @@ def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smooth
     build = Builder(state.gm.graph, like=forward, before=forward, backward=False)
     site.x = smoothed.x, False
     if form == "channel":
-        site.w = _times(build, normal(state, build, site.w), smoothed.inverse), False
+        site.w = _operand(build, normal(state, build, site.w), smoothed.inverse, form), False
         return {"fprop": None, "dgrad": smoothed.scale, "wgrad": smoothed.inverse}
     if "wgrad" in roles:
         site.gradient = _smoothed_gradient(state, site, smoothed), False
@@ -94,11 +94,18 @@ def _smoothed_gradient(state: State, site: MatmulSite, smoothed: _Smoothed) -> N
     first = min(site.products[role].node for role in ("dgrad", "wgrad") if role in site.products)
     build = Builder(state.gm.graph, like=first, before=first, backward=True)
     assert site.gradient is not None
-    return _times(build, normal(state, build, site.gradient), smoothed.inverse)
+    return _operand(build, normal(state, build, site.gradient), smoothed.inverse, "token")
 
 
 def _finish(factor: Node | None) -> Callable[[Builder, Node], Node]:
     return lambda build, product: product if factor is None else _times(build, product, factor)
+
+
+def _operand(build: Builder, x: Node, factor: Node, form: str) -> Node:
+    """``x · factor``, an operand that is not what its name says any more."""
+    made = _times(build, x, factor)
+    made.meta[MADE_KEY] = f"smooth-{form}"
+    return made
 
 
 def _times(build: Builder, x: Node, factor: Node) -> Node:

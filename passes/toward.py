@@ -21,7 +21,7 @@ from quartet.lowering.weight_ops import TOWARD
 from quartet.passes.delayed import MUST_BE_IN_FORWARD, weight_index
 from quartet.passes.find_matmuls import canonical, input_indices, parameter_origins
 from quartet.passes.rewriting import normal, rewrite
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import MADE_KEY, MatmulSite
 from quartet.passes.state import State, recipe_of
 from quartet.runtime.averages import AVERAGE_ADVANCE, AVERAGE_READ
 
@@ -45,6 +45,7 @@ class _Average:
 def toward(state: State) -> None:
     """Move W of the planned sites that ask for it and whose fprop is quantised."""
     averages: dict[Node, _Average] = {}
+    parts = _parts(state)
     moved: dict[tuple[Any, ...], Node] = {}
     parameters = parameter_origins(state)
     with editing(state.gm) as graph:
@@ -62,7 +63,7 @@ def toward(state: State) -> None:
                 continue
             base, flipped = _weight_itself(site.w)
             if base not in averages:
-                averages[base] = _Average(anchor, base, weight, _free_name(averages, weight), recipe.average)
+                averages[base] = _Average(anchor, base, weight, _name(parts, base), recipe.average)
                 _advance(state, site, averages[base])
             node, assigned = site.products["fprop"].node, recipe.fprop
             assert assigned is not None
@@ -91,7 +92,9 @@ def _moved(state: State, site: MatmulSite, average: _Average, flipped: bool, spe
     node = site.products["fprop"].node
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
     given = average.node(build, AVERAGE_READ)
-    return build(TOWARD, normal(state, build, site.w), normal(state, build, (given, flipped)), spec)
+    moved = build(TOWARD, normal(state, build, site.w), normal(state, build, (given, flipped)), spec)
+    moved.meta[MADE_KEY] = "toward"
+    return moved
 
 
 def _weight_itself(operand: tuple[Node, bool]) -> tuple[Node, bool]:
@@ -106,7 +109,18 @@ def _weight_itself(operand: tuple[Node, bool]) -> tuple[Node, bool]:
         node, flipped = source, flipped != turned
 
 
-def _free_name(averages: dict[Node, _Average], weight: int) -> str:
+def _parts(state: State) -> list[list[Node]]:
+    """What products multiply, of each parameter in the order of the graph, whatever the policy does to them."""
+    found: dict[int | None, list[Node]] = {}
+    for site in state.sites:
+        base, _ = _weight_itself(site.w)
+        of = found.setdefault(weight_index(state, site), [])
+        if base not in of:
+            of.append(base)
+    return list(found.values())
+
+
+def _name(parts: list[list[Node]], base: Node) -> str:
     """``w``; for more that is made of the same parameter ``w2``, ``w3``, …"""
-    number = 1 + sum(average.weight == weight for average in averages.values())
+    number = next(1 + of.index(base) for of in parts if base in of)
     return "w" if number == 1 else f"w{number}"

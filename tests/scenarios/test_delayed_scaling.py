@@ -16,6 +16,7 @@ import quartet
 from quartet import Delayed, Gemm, Operand, Policy, QuantSpec, Recipe, SpecError
 from quartet.kernels import reference
 from quartet.runtime import amax
+from quartet.runtime.remembered import WEIGHTS
 
 SPEC = QuantSpec.parse("e4m3/tensor fp32 delayed nearest")
 WIDTH = 32
@@ -278,10 +279,10 @@ def test_state_goes_with_its_weights():
     model = MLP()
     step(compile_eager(model, recipe())[0], model, data())
     assert len(amax.SLOTS.of(model.up.weight)) == 3
-    before = len(amax.SLOTS.of_weight)
+    before = len(WEIGHTS.of)
     torch._dynamo.reset()
     del model
-    assert len(amax.SLOTS.of_weight) < before
+    assert len(WEIGHTS.of) < before
 
 
 def test_shapes_and_modes_share_slots():
@@ -450,7 +451,8 @@ def test_smooth_and_delayed_together():
     for _ in range(2):
         step(compiled, model, inputs)
     state = histories(model)
-    assert {k for k in state if "down_proj" in k} == {f"blocks.0.ffn.down_proj.weight.{o}" for o in "xwe"}
+    slots = "x:smooth-channel", "w:smooth-channel", "e"
+    assert {k for k in state if "down_proj" in k} == {f"blocks.0.ffn.down_proj.weight.{slot}" for slot in slots}
     assert all(len(history) == 1 for _, history in state.values())
 
 
@@ -519,3 +521,116 @@ def test_a_delayed_scale_saturates_what_grew():
     torch.testing.assert_close(y, compiled(torch.ones(2, WIDTH)), rtol=0.1, atol=1e-3)
     state = histories(layer)["weight.x"]
     assert state[1][0] == 100.0 and compiled(torch.full((2, WIDTH), 100.0)).abs().max() > 50 * y.abs().max()
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(WIDTH, 64, bias=False) for _ in range(2))
+        self.down = nn.Linear(64, WIDTH, bias=False)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def rotating(signs="none"):
+    operand, turn = Operand(SPEC), quartet.Rotation(16, signs)
+    gemm = Gemm(operand, operand, turn)
+    return Recipe("rotating", fprop=gemm, dgrad=gemm, wgrad=gemm, history=Delayed(4))
+
+
+@pytest.mark.parametrize(("other", "slots"), [
+    (replace(recipe(), name="channel", smooth="channel"), {"x:smooth-channel", "w:smooth-channel", "e"}),
+    (replace(recipe(), name="token", smooth="token"), {"x:smooth-token", "w", "e:smooth-token"}),
+    (rotating(), {"x:H16", "w:H16", "e:H16", "e:H16+turned", "w:H16+turned", "x:H16+turned"}),
+    (rotating("random"), {"x:H16-signs", "w:H16-signs", "e:H16-signs", "e:H16-signs+turned", "w:H16-signs+turned",
+                          "x:H16-signs+turned"}),
+], ids=["smooth per channel", "smooth per token", "rotated", "rotated at random"])
+def test_histories_belong_to_what_was_measured(other, slots):
+    """Another recipe does not continue what this one has measured of something else."""
+    torch.manual_seed(0)
+    model = Gated()
+    for policy in (other, recipe()):
+        torch._dynamo.reset()
+        compiled, _ = compile_eager(model, policy)
+        for _ in range(2):
+            step(compiled, model, data())
+    lengths = {key.removeprefix("down.weight."): len(history) for key, (_, history) in histories(model).items()
+               if key.startswith("down")}
+    assert lengths == {slot: 3 if slot in slots & set("xwe") else 1 for slot in slots | set("xwe")}
+
+
+def test_a_state_that_does_not_say_what_it_measured_is_refused():
+    model = MLP()
+    compiled, _ = compile_eager(model, recipe())
+    step(compiled, model, data())
+    state = quartet.state_dict(model)
+    assert {entry["of"] for entry in state["delayed"].values()} == {""}
+    old = copy.deepcopy(state["delayed"])
+    for entry in old.values():
+        del entry["of"]
+    with pytest.raises(ValueError, match=r"'up.weight.e' of the state does not say .* earlier version .*'delayed': {}"):
+        quartet.load_state_dict(model, {"delayed": old})
+    with pytest.raises(ValueError, match="'of': 'smooth-token'"):
+        quartet.load_state_dict(model, {"delayed": {"up.weight.x:smooth-token": state["delayed"]["up.weight.x"]}})
+    assert_state(model, state)
+    quartet.load_state_dict(model, {**state, "delayed": {}})
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["in place", "swapped"])
+def test_histories_outlive_conversions(swap):
+    model = MLP()
+    compiled, _ = compile_eager(model, recipe())
+    step(compiled, model, data())
+    state, other = quartet.state_dict(model), MLP()
+    quartet.load_state_dict(other, state)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        other.double().float()
+        other.load_state_dict(model.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert_state(other, state)
+
+
+def test_micro_batches_of_a_compiled_optimizer_step_count_once():
+    """The hooks of an optimizer are compiled with it; once it has stepped outside, its steps go on to count."""
+    layer = nn.Linear(WIDTH, 16, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    compiled, _ = compile_eager(layer, recipe())
+
+    def forward(size):
+        compiled(torch.full((2, WIDTH), size)).sum().backward()
+
+    forward(3.0)
+    optimizer.step()
+    forward(5.0), forward(2.0)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    step()
+    forward(7.0), forward(4.0)
+    assert histories(layer)["weight.x"] == (7.0, [5.0, 3.0])
+    step()
+    forward(1.0)
+    assert histories(layer)["weight.x"] == (1.0, [7.0, 5.0, 3.0])
+
+
+def test_what_a_captured_step_changes_advances_in_every_forward(monkeypatch):
+    """Nothing tells of its replays."""
+    layer = nn.Linear(WIDTH, 16, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    compiled, _ = compile_eager(layer, recipe())
+
+    def forward(size):
+        compiled(torch.full((2, WIDTH), size)).sum().backward()
+
+    forward(3.0)
+    optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.step()
+    monkeypatch.undo()
+    forward(5.0)
+    optimizer.step()
+    forward(2.0), forward(1.0)
+    assert histories(layer)["weight.x"] == (1.0, [2.0, 5.0, 3.0])

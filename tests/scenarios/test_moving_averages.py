@@ -1,7 +1,9 @@
 """Q-EMA (tetrajet-ema): averages and results as their definition has them, through all that torch.compile does."""
 
 import copy
+import gc
 import io
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from quartet.passes.canonicalize import canonicalize
 from quartet.passes.find_matmuls import find_matmuls
 from quartet.passes.plan import plan
 from quartet.passes.toward import toward as toward_pass
+from quartet.runtime.remembered import WEIGHTS
 
 SPEC = QuantSpec.parse("e2m1/32 e8m0 ceil nearest")
 
@@ -311,3 +314,35 @@ def test_a_product_of_two_activations_has_no_average():
     assert sorted(quartet.state_dict(model)["averages"]) == ["a.weight.w", "b.weight.w"]
     (note,) = {r.notes for r in backend.records if r.op_class == "bmm" and r.role == "fprop"}
     assert "no moving average of such a weight" in note[-1]
+
+
+def test_an_average_goes_with_its_model():
+    model = MLP()
+    compiled, _ = compile_eager(model, recipe())
+    compiled(torch.randn(40, 64)).sum().backward()
+    average = WEIGHTS.of.get(model.up.weight).averages["w"]
+    assert average.value.grad_fn is None and not average.value.requires_grad
+    parameter, value = weakref.ref(model.up.weight), weakref.ref(average.value)
+    del model, compiled, _, average
+    torch._dynamo.reset()
+    gc.collect()
+    assert parameter() is None and value() is None
+
+
+def test_parts_are_numbered_whatever_the_policy_leaves_alone():
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(96, 32))
+
+        def forward(self, x):
+            a, b = self.weight.split((32, 64))
+            return torch.nn.functional.linear(x, a).sum(1) + torch.nn.functional.linear(x, b).sum(1)
+
+    for smallest, names in ((1, {"weight.w", "weight.w2"}), (64, {"weight.w2"})):
+        torch._dynamo.reset()
+        model = Chunked()
+        policy = Policy(None).on("*", recipe(), shape=f"n >= {smallest}")
+        compiled, _ = compile_eager(model, policy)
+        step(compiled, model, data())
+        assert set(averages(model)) == names
