@@ -17,13 +17,14 @@ from torch import Tensor
 from quartet.kernels.build_cache import BuildError
 from quartet.kernels.cpu import build
 from quartet.kernels.reference import states as ref
-from quartet.kernels.reference.optimizers import ALGORITHMS, Kind
+from quartet.kernels.reference.optimizers import ALGORITHMS, Kind, check
 from quartet.kernels.reference.states import Layout
 
 SOURCE = build.SOURCE.with_name("optimizer.cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ELEMENTS = ("fp32", "bf16", "fp16", "e4m3", "e5m2", "signed", "unsigned")
 _FIELDS = 13  # of the C++ struct Tensor
+_GRADIENT, _ROWS, _WIDTH = 1, 8, 10
 
 
 @cache
@@ -64,13 +65,20 @@ def _kind(kind: Kind, param: torch.dtype, grad: torch.dtype) -> Any:
     return (ctypes.c_int32 * len(words))(*words)
 
 
-def pointers(layout: Layout, param: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor | None], site: int,
-             first_group: int) -> list[int]:
-    """One tensor's row of the table that :func:`run` takes, with 0 for the gradient in place 1.
+def pointers(kind: Kind, layout: Layout, param: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor | None],
+             site: int, first_group: int) -> list[int]:
+    """One tensor's row of the table that :func:`run` takes, still without its gradient (:func:`set_gradients`).
 
     The tensors are contiguous ones on the CPU, shaped as :mod:`quartet.kernels.reference.states` says; ``param`` is
     float32, bfloat16 or float16. ``site``, ``first_group``: of ``reference.optimizers.random_halves``.
+
+    Raises:
+        ValueError: tensors that are not those of ``kind`` in ``layout``.
     """
+    check(kind, layout, param, codes, scales)
+    if param.dtype not in TYPES or param.device.type != "cpu":
+        raise ValueError(f"the optimizer kernel takes float32, bfloat16 and float16 weights on the CPU, not "
+                         f"{param.dtype} on {param.device}")
     pad = [0] * (3 - len(codes))
     at = [0 if s is None else s.data_ptr() for s in scales]
     row = [param.data_ptr(), 0, *(c.data_ptr() for c in codes), *pad, *at, *pad, layout.rows, layout.tiles,
@@ -79,12 +87,25 @@ def pointers(layout: Layout, param: Tensor, codes: Sequence[Tensor], scales: Seq
     return row
 
 
+def set_gradients(table: Sequence[list[int]], grads: Sequence[Tensor]) -> None:
+    """Give each tensor of a table its gradient: contiguous, on the CPU, all of one dtype; the caller keeps them alive.
+
+    Raises:
+        ValueError: a gradient of another number of elements than its parameter.
+    """
+    for row, grad in zip(table, grads, strict=True):
+        if grad.numel() != row[_ROWS] * row[_WIDTH]:
+            raise ValueError(f"a gradient of {grad.numel()} elements is not that of a parameter of {row[_ROWS]} rows "
+                             f"and {row[_WIDTH]} columns")
+        row[_GRADIENT] = grad.data_ptr()
+
+
 def run(kind: Kind, table: Sequence[Sequence[int]], numbers: Sequence[Sequence[float]], param: torch.dtype,
         grad: torch.dtype, seed: int, *, measure: bool) -> None:
     """One step of all tensors of the table, or with ``measure`` only the largest magnitudes that are not known.
 
     Args:
-        table: :func:`pointers` of each tensor, with its gradient's address in place 1. numbers: nine coefficients and
+        table: :func:`pointers` of each tensor, after :func:`set_gradients`. numbers: nine coefficients and
             the step of each. param, grad: dtypes of the weights and the gradients.
         seed: of 64 bits, used if ``kind.stochastic``.
     """

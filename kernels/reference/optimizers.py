@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quartet.kernels.reference.philox import philox4x32
 from quartet.kernels.reference.state_format import StateFormat
-from quartet.kernels.reference.states import Layout, decode, encode, tensor_scale
+from quartet.kernels.reference.states import Layout, code_dtype, decode, encode, scale_shape, tensor_scale
 
 ALGORITHMS = ("adam", "lion", "sgd")
 WEIGHT_GROUP = 8  # elements whose 16 random bits come from one Philox call
@@ -70,6 +70,32 @@ class Hyper:
     eps: float = 1e-8
     weight_decay: float = 0.0
     maximize: bool = False
+
+
+def check(kind: Kind, layout: Layout, param: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor | None]) -> None:
+    """Whether a kernel that is given these tensors' addresses stays inside of them; arguments as of :func:`update`.
+
+    Raises:
+        ValueError: a tensor of another size, dtype or device, with gaps, or whose memory was freed.
+    """
+    if layout.tile != kind.tile or not len(codes) == len(scales) == len(kind.formats):
+        raise ValueError(f"{len(codes)} states with {len(scales)} scales in tiles of {layout.tile} are not those of "
+                         f"{kind}")
+    elements = layout.rows * layout.width
+    parts: list[tuple[str, Tensor | None, int, torch.dtype]] = [("a parameter", param, elements, param.dtype)]
+    for at, (form, code, scale) in enumerate(zip(kind.formats, codes, scales, strict=True)):
+        shape = scale_shape(form, layout)
+        parts.append((f"state {at}", code, elements, code_dtype(form)))
+        parts.append((f"the scales of state {at}", scale, 0 if shape is None else math.prod(shape), torch.float32))
+    for what, x, count, dtype in parts:
+        if x is None and not count:
+            continue
+        if x is None or x.numel() != count or x.dtype is not dtype or x.device != param.device:
+            found = "missing" if x is None else f"{x.dtype} {list(x.shape)} on {x.device}"
+            raise ValueError(f"{what} of {layout.rows} rows and {layout.width} columns is {count} elements of {dtype} "
+                             f"on {param.device}, not {found}")
+        if not x.is_contiguous() or x.untyped_storage().nbytes() < (x.storage_offset() + count) * x.element_size():
+            raise ValueError(f"{what} of shape {list(x.shape)} is not contiguous, or its memory was freed")
 
 
 def power(base: float, n: int) -> float:

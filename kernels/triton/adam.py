@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference.optimizers import Hyper, Kind
+from quartet.kernels.reference.optimizers import Hyper, Kind, check
 from quartet.kernels.reference.state_format import StateFormat
 from quartet.kernels.reference.states import Layout
 from quartet.kernels.triton import adam_kernels as kernels
@@ -57,7 +57,7 @@ class Batch:
     Args:
         kind: what is computed. entries: the tensors, none of them empty. gradient: dtype of the gradients.
     Raises:
-        ValueError: a dtype that the kernels do not take.
+        ValueError: a dtype that the kernels do not take, or tensors that are not those of ``kind`` in their layout.
     """
 
     def __init__(self, kind: Kind, entries: Sequence[Entry], gradient: torch.dtype) -> None:
@@ -65,7 +65,16 @@ class Batch:
         for what, dtype in (("weights", first.dtype), ("gradients", gradient)):
             if dtype not in TYPES:
                 raise ValueError(f"the optimizer kernels take float32, bfloat16 and float16 {what}, not {dtype}")
+        for entry in entries:
+            check(kind, entry.layout, entry.param, entry.codes, entry.scales)
+            if entry.param.dtype is not first.dtype or entry.param.device != first.device:
+                raise ValueError(f"one batch holds one dtype on one device, not {first.dtype} on {first.device} and "
+                                 f"{entry.param.dtype} on {entry.param.device}")
+            if entry.step.numel() != 1 or entry.step.dtype is not torch.float32 or entry.step.device != first.device:
+                raise ValueError(f"a step is one number of torch.float32 on {first.device}, not {entry.step.dtype} "
+                                 f"{list(entry.step.shape)} on {entry.step.device}")
         self.kind, self.entries, self.device = kind, list(entries), first.device
+        self.elements = [entry.param.numel() for entry in entries]
         self.aligned = all(_aligned(e) for e in entries)
         self.gradients_aligned, self.scaled = True, False
         wide = any(t == "fp32" for t in (TYPES[first.dtype], TYPES[gradient], *(f.element for f in kind.formats)))
@@ -94,7 +103,14 @@ class Batch:
         return table
 
     def set_gradients(self, grads: Sequence[Tensor]) -> None:
-        """Take these contiguous gradients, one a tensor, from now on; free where they lie where the last ones did."""
+        """Take these contiguous gradients, one a tensor, from now on; free where they lie where the last ones did.
+
+        Raises:
+            ValueError: a gradient of another number of elements than its parameter.
+        """
+        sizes = [g.numel() for g in grads]
+        if sizes != self.elements:
+            raise ValueError(f"gradients of {sizes} elements are not those of parameters of {self.elements}")
         pointers = [g.data_ptr() for g in grads]
         if pointers != self.gradient_pointers:
             self.gradients = self._table(pointers)

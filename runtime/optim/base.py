@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 from quartet.kernels.reference.optimizers import Hyper, Kind
 from quartet.kernels.reference.state_format import FP16_MASTER, FP32, StateFormat
 from quartet.kernels.reference.states import scale_shape
+from quartet.runtime.optim import batches, fit, states
 from quartet.runtime.optim import layout as place
-from quartet.runtime.optim import states
-from quartet.runtime.optim.runners import Item, Reduction, Runner, Scaling, runner
+from quartet.runtime.optim.runners import Scaling
 from quartet.runtime.optim.seed import philox_seed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASTERS = {"fp16": FP16_MASTER, "fp32": FP32}
 MASTER = "master"
 _OURS = ("state_format", "master", "stochastic_rounding", "min_quantized", "seed")
@@ -28,14 +26,6 @@ class Slot(NamedTuple):
 
     name: str
     signed: bool
-
-
-@dataclass
-class _Batch:
-    runner: Runner
-    parameters: list[Tensor]
-    orders: list[tuple[int, ...]]
-    empty: list[bool]
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -61,7 +51,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             raise ValueError(f"min_quantized must be at least 0, not {min_quantized}")
         ours = {"state_format": state_format, "master": master, "stochastic_rounding": stochastic_rounding,
                 "min_quantized": min_quantized, "seed": None}
-        self._batches: dict[int, tuple[Any, list[_Batch]]] = {}
+        self._batches: dict[int, tuple[Any, list[batches.Batch]]] = {}
         super().__init__(params, defaults | ours)
         self.defaults["seed"] = philox_seed(self.param_groups, generator)
         for group in self.param_groups:
@@ -95,10 +85,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         self.check(group)
         group["state_format"] = _formats(group["state_format"], len(self.slots(group)))
         for param in group["params"]:
-            if param.is_complex() or param.dtype not in DTYPES:
-                raise TypeError(f"{type(self).__name__} takes float32, bfloat16 and float16 parameters, not "
-                                f"{param.dtype} of shape {list(param.shape)}; use torch.optim for the others, and "
-                                "torch.view_as_real for complex ones")
+            fit.refuse_dtype(type(self).__name__, self._called(group, param), param)
             place.dense(place.local(param.detach()))
             for form in map(StateFormat.parse, group["state_format"]):
                 if form.block is not None:
@@ -128,26 +115,33 @@ class LowBitOptimizer(torch.optim.Optimizer):
         return sum(place.local(x).nbytes for state in self.state.values() for x in state.values()
                    if isinstance(x, Tensor))
 
+    def _called(self, group: dict[str, Any], param: Tensor) -> fit.Name:
+        return lambda: fit.called(self.param_groups, group, param)
+
     # ---- a step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
+        """One step of all parameters that have a gradient. What is refused is refused before anything is written.
 
         Args:
             closure: evaluates the model again and returns the loss.
         Raises:
             RuntimeError: a sparse gradient.
+            TypeError: a parameter that became one of another dtype.
+            ValueError: a gradient or a state of another shape or device than its parameter's, or of another format.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         scaling = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        site = 0
+        site, prepared = 0, []
         for number, group in enumerate(self.param_groups):
-            self._step_group(number, group, site, scaling)
+            prepared.append((group, self._prepared(number, group, site)))
             site += len(group["params"])
+        for group, ready in prepared:
+            self._run(group, ready, scaling)
         return loss
 
     @torch.no_grad()
@@ -162,82 +156,90 @@ class LowBitOptimizer(torch.optim.Optimizer):
             group: whose options hold, one of ``param_groups``; its parameters are not stepped.
         Raises:
             RuntimeError: a sparse gradient.
-            ValueError: a state of another format than the group's.
+            TypeError, ValueError: as :meth:`step`.
         """
-        group = {**group, "params": list(tensors)}
-        active = self._active(group)
+        group = {key: value for key, value in group.items() if key != "param_names"} | {"params": list(tensors)}
+        active = [t for t in tensors if t.grad is not None]
+        for tensor in active:
+            if not self.state[tensor]:
+                self._init_state(group, tensor)
         if active:
-            sites = {id(t): i for i, t in enumerate(tensors)}
-            self._run(group, self._batched(group, active, sites), (None, None))
+            self._run(group, self._batched(group, active, 0), (None, None))
 
-    def _step_group(self, number: int, group: dict[str, Any], site: int, scaling: tuple[Any, Any]) -> None:
-        sites = {id(p): site + i for i, p in enumerate(group["params"])}
-        active = self._active(group)
-        signature = [(id(p), p.data_ptr() if not _is_dtensor(p) else place.local(p).data_ptr(), p.grad.dtype,
-                      *map(id, self.state[p].values())) for p in active]
-        signature.append((*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov"),
-                          group.get("decoupled_weight_decay")))
+    def _prepared(self, number: int, group: dict[str, Any], site: int) -> list[batches.Batch]:
+        """The batches of a group's parameters that have a gradient: those of the last step if nothing they hold is new.
+
+        Args:
+            number: of the group. site: of its first parameter among all.
+        """
+        active: list[Tensor] = []
+        signature: list[Any] = [(*(group[k] for k in _OURS), bool(group["weight_decay"]), group.get("nesterov"),
+                                 group.get("decoupled_weight_decay"))]
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                self._init_state(group, param)
+            active.append(param)
+            signature.append(batches.seen(param, grad, state.values()))
         known = self._batches.get(number)
         if known is None or known[0] != signature:
-            known = (signature, self._batched(group, active, sites))
+            known = (signature, self._batched(group, active, site))
             self._batches[number] = known
-        self._run(group, known[1], scaling)
+        return known[1]
 
-    def _active(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters that have a gradient, with their states."""
-        active = [p for p in group["params"] if p.grad is not None]
-        for param in active:
-            if param.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients, and the parameter of shape "
-                                   f"{list(param.shape)} has one; use torch.optim.SparseAdam, or sparse=False in the "
-                                   "embedding")
-            if not self.state[param]:
-                self._init_state(group, param)
-        return active
-
-    def _run(self, group: dict[str, Any], batches: Sequence[_Batch], scaling: tuple[Any, Any]) -> None:
+    def _run(self, group: dict[str, Any], prepared: Sequence[batches.Batch], scaling: tuple[Any, Any]) -> None:
         hyper = self.hyper(group)
-        for batch in batches:
-            grads = []
-            for param, order, empty in zip(batch.parameters, batch.orders, batch.empty, strict=True):
-                if not empty:
-                    assert param.grad is not None
-                    grad = place.local(param.grad)
-                    grads.append((grad.permute(order) if len(order) > 1 else grad).contiguous())
+        for batch in prepared:
             device = batch.parameters[0].device
-            batch.runner.run(hyper, grads, group["seed"], Scaling(*(_on(x, device) for x in scaling)))
+            batch.runner.run(hyper, batch.gradients(), group["seed"], Scaling(*(_on(x, device) for x in scaling)))
             torch.autograd.graph.increment_version(batch.parameters)  # the kernels write past autograd
 
-    def _batched(self, group: dict[str, Any], params: Sequence[Tensor], sites: dict[int, int]) -> list[_Batch]:
-        together: dict[Any, list[tuple[Tensor, Item, tuple[int, ...]]]] = {}
+    def _batched(self, group: dict[str, Any], params: Sequence[Tensor], site: int) -> list[batches.Batch]:
+        sites = {id(p): site + i for i, p in enumerate(group["params"])}
         for param in params:
-            kind, state = self.kind(group, param), self.state[param]
-            names = self.names(group, kind)
-            part, order = place.dense(place.local(param.detach()))
-            tiles = place.layout(param, kind)
-            for form, name in zip(kind.formats, names, strict=True):
-                if not states.native(state.get(name), state.get(f"{name}_scale"), form, scale_shape(form, tiles)):
-                    raise ValueError(f"the state {name!r} of a parameter of shape {list(param.shape)} is not stored as "
-                                     f"{form}; options of a group cannot change after its first step, but "
-                                     "load_state_dict of a new optimizer converts its states")
-            codes = tuple(place.local(state[n]).permute(order) for n in names)
-            scales = tuple(place.local(state[f"{n}_scale"]) if f"{n}_scale" in state else None for n in names)
-            item = Item(part, codes, scales, state["step"], tiles, sites[id(param)], place.first_group(param, kind))
-            groups = place.shard_groups(param) if kind.per_tensor else []
-            key = (kind, param.device, param.dtype, param.grad.dtype, tiles.width % tiles.tile == 0, *map(id, groups))
-            together.setdefault(key, []).append((param, item, order))
-        batches = []
-        for (kind, device, _, gradient, *_), members in together.items():
-            reduce = Reduction(kind, [m[1].scales for m in members], place.shard_groups(members[0][0]))
-            full = [item for _, item, _ in members if item.param.numel()]
-            batches.append(_Batch(runner(kind, full, reduce, device, gradient), [m[0] for m in members],
-                                  [m[2] for m in members], [not m[1].param.numel() for m in members]))
-        return batches
+            self._check_fit(group, param)
+        members = []
+        for param in params:
+            self._lay_out(group, param)
+            kind = self.kind(group, param)
+            members.append(batches.Member(param, kind, self.state[param], self.names(group, kind), sites[id(param)]))
+        return batches.gathered(members)
+
+    def _check_fit(self, group: dict[str, Any], param: Tensor) -> None:
+        """Raise where a parameter's gradient or states are not what its kernel is told that they are."""
+        name, owner, shape = self._called(group, param), type(self).__name__, list(param.shape)
+        fit.refuse_dtype(owner, name, param)
+        fit.refuse_gradient(owner, name, param)
+        kind, state = self.kind(group, param), self.state[param]
+        tiles = place.layout(param, kind)
+        for form, key in zip(kind.formats, self.names(group, kind), strict=True):
+            value = state.get(key)
+            if value is not None:
+                fit.refuse_state(key, value, name, param)
+            if not states.native(value, state.get(f"{key}_scale"), form, scale_shape(form, tiles)):
+                raise ValueError(f"the state {key!r} of {name()} of shape {shape} is not stored as {form}; options of "
+                                 "a group, and the dtype of a parameter with master weights, cannot change after its "
+                                 "first step, but load_state_dict of a new optimizer converts its states")
+        if MASTER in state and not kind.master:
+            raise ValueError(f"{name()} of shape {shape} has master weights from when it was of 16 bits, and is "
+                             f"{param.dtype} now; make it 16-bit again, or build a new optimizer")
+
+    def _lay_out(self, group: dict[str, Any], param: Tensor) -> None:
+        """Give states the order in memory of a parameter whose memory format was changed after its first step."""
+        kind, state = self.kind(group, param), self.state[param]
+        for at, key in enumerate(self.names(group, kind)):
+            if not states.in_order(param, state[key]):
+                state |= states.in_order_of(param, place.layout(param, kind), kind, at, key, state[key],
+                                            state.get(f"{key}_scale"))
 
     # ---- states --------------------------------------------------------------------------------------------------
 
     def _init_state(self, group: dict[str, Any], param: Tensor) -> None:
         """All-zero states, and master weights equal to the weights."""
+        fit.refuse_dtype(type(self).__name__, self._called(group, param), param)
         kind, state = self.kind(group, param), self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for at, name in enumerate(self.names(group, kind)):
@@ -282,36 +284,54 @@ class LowBitOptimizer(torch.optim.Optimizer):
         that the checkpoint has replace those given here.
 
         Raises:
-            ValueError: other groups, or options that do not exist here.
+            ValueError: other groups or options than exist here, or a state of another shape or sharding than its
+                parameter's. The optimizer is then as it was.
         """
         wrapped = {i: {k: states.Kept(v) if isinstance(v, Tensor) else v for k, v in saved.items()}
                    for i, saved in state_dict["state"].items()}
-        earlier = [{k: g[k] for k in _OURS} for g in self.param_groups]
+        before = self.state, self.param_groups
         super().load_state_dict({**state_dict, "state": wrapped})
         self._batches.clear()
-        for group, ours in zip(self.param_groups, earlier, strict=True):
-            for name, value in ours.items():
-                group.setdefault(name, value)
+        try:
+            self._take_over(before[1])
+        except Exception:
+            self.state, self.param_groups = before
+            raise
+
+    def _take_over(self, earlier: Sequence[dict[str, Any]]) -> None:
+        """Make groups and states that were just loaded ours; ``earlier``: the groups of before."""
+        adopted = {}
+        for group, before in zip(self.param_groups, earlier, strict=True):
+            for key in _OURS:
+                group.setdefault(key, before[key])
             self._accept(group)
             for param in group["params"]:
                 if param in self.state:
-                    self._adopt(group, param, {k: v.value if isinstance(v, states.Kept) else v
-                                               for k, v in self.state[param].items()})
+                    adopted[param] = self._adopted(group, param, {k: v.value if isinstance(v, states.Kept) else v
+                                                                  for k, v in self.state[param].items()})
+        self.state.update(adopted)
 
-    def _adopt(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> None:
-        kind = self.kind(group, param)
+    def _adopted(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        kind, name = self.kind(group, param), self._called(group, param)
         step = saved.get("step", 1.0)  # torch's SGD counts none
         state: dict[str, Any] = {"step": torch.tensor(float(step), dtype=torch.float32, device=param.device)}
-        for at, name in enumerate(self.names(group, kind)):
-            value, scale = saved.get(name), saved.get(f"{name}_scale")
-            if value is None and name == MASTER:
+        for at, key in enumerate(self.names(group, kind)):
+            value, scale = saved.get(key), saved.get(f"{key}_scale")
+            if value is None and key == MASTER:
                 value = param.detach()
             tiles, form = place.layout(param, kind), kind.formats[at]
+            if value is not None and (problem := fit.unlike(f"the saved state {key!r}", value, name, param)):
+                raise ValueError(f"{problem}; nothing was loaded. Load a checkpoint of the same model, or one without "
+                                 "this parameter's state")
             if value is not None and states.native(value, scale, form, scale_shape(form, tiles)):
-                state |= states.copied(param, name, value, scale)
+                state |= states.copied(param, tiles, kind, at, key, value, scale)
+            elif scale is None and (value is None or value.is_floating_point()):
+                state |= states.made(param, tiles, kind, at, key, value)
             else:
-                state |= states.made(param, tiles, kind, at, name, value)
-        self.state[param] = state
+                raise ValueError(f"the saved state {key!r} of {name()} are codes of another format, or other blocks, "
+                                 f"than {form}; nothing was loaded. Load torch_state_dict() of the optimizer that "
+                                 "saved it, which any format takes")
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -334,10 +354,6 @@ def _same_blocks(formats: Iterable[str]) -> None:
     if len(sizes) > 1:
         raise ValueError(f"states in blocks of {' and '.join(map(str, sorted(sizes)))} do not go together; give all "
                          "the same block, or one scale a tensor")
-
-
-def _is_dtensor(param: Tensor) -> bool:
-    return place.local(param) is not param
 
 
 def _on(x: Any, device: torch.device) -> Tensor | None:

@@ -32,6 +32,13 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def alike(grad: DTensor, param: Tensor) -> Tensor:
+    """This rank's part of a gradient, sharded as its parameter is: tensor parallelism leaves sums still to be made."""
+    if isinstance(param, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
+
+
 def like(param: Tensor, part: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``part`` as this rank's part of a tensor of global ``shape``, sharded as ``param`` is."""
     if not isinstance(param, DTensor):

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from quartet.kernels.reference import dequantize, quantize
 from quartet.kernels.spec import QuantSpec
 from quartet.runtime.optim.base import LowBitOptimizer
+from quartet.runtime.optim.fit import unlike
 
 UNIT, GROWTH = 16, 5  # k₁ and k₂ of the paper
 _LONGEST = 32767  # of int16
@@ -112,11 +113,17 @@ class QRamping:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; ``grad`` of the weights stays as it is. Returns the closure's loss, else None."""
+        """One optimizer step; ``grad`` of the weights stays as it is. Returns the closure's loss, else None.
+
+        Raises:
+            ValueError: a weight that got another shape.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for at, (weight, known) in enumerate(self.watched.items()):
+            _refuse_other_shapes(at, weight, {"period": known.period})
         self._begin_probe()
         held_back = [back for weight, known in self.watched.items()
                      if weight.grad is not None and (back := self._hold_back(weight, known)) is not None]
@@ -197,10 +204,19 @@ class QRamping:
         if shapes != given:
             raise ValueError(f"the state is of {len(given)} weights of shapes {given[:4]}…, not of these "
                              f"{len(shapes)} of shapes {shapes[:4]}…; watch the same weights in the same order")
+        entries = list(zip(self.watched, state["weights"], strict=True))
+        for at, (weight, entry) in enumerate(entries):
+            _refuse_other_shapes(at, weight, entry)
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.left = state["steps"], state["left"]
-        for weight, entry in zip(self.watched, state["weights"], strict=True):
+        for weight, entry in entries:
             self.watched[weight] = Watched(**{name: t.to(weight.device, copy=True) for name, t in entry.items()})
+
+
+def _refuse_other_shapes(at: int, weight: Tensor, states: Mapping[str, Tensor]) -> None:
+    for key, x in states.items():
+        if problem := unlike(f"the state {key!r}", x, lambda: f"weight {at}", weight):
+            raise ValueError(f"{problem}; watch weights of the same shapes in a new QRamping")
 
 
 def _new(weight: Tensor) -> Watched:

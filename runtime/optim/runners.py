@@ -110,14 +110,13 @@ class CpuRunner(_Host):
 
     def __init__(self, kind: Kind, items: Sequence[Item], reduce: Reduction) -> None:
         super().__init__(kind, items, reduce)
-        self.table = [cpu.pointers(i.layout, i.param, i.codes, i.scales, i.site, i.first_group) for i in items]
+        self.table = [cpu.pointers(kind, i.layout, i.param, i.codes, i.scales, i.site, i.first_group) for i in items]
 
     def run(self, hyper: Hyper, grads: Sequence[Tensor], seed: int, scaling: Scaling) -> None:
         numbers = self.numbers(hyper, scaling)
         if numbers is None:
             return
-        for row, grad in zip(self.table, grads, strict=True):
-            row[1] = grad.data_ptr()
+        cpu.set_gradients(self.table, grads)
         kinds = (self.items[0].param.dtype, grads[0].dtype) if grads else None
         if self.kind.per_tensor:
             if kinds is not None:

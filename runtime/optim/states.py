@@ -68,11 +68,33 @@ def native(value: Tensor | None, scale: Tensor | None, form: StateFormat, shape:
         return False
     if shape is None or scale is None:
         return (shape is None) == (scale is None)
-    return tuple(place.local(scale).shape) == shape
+    return scale.dtype is torch.float32 and tuple(place.local(scale).shape) == shape
 
 
-def copied(param: Tensor, name: str, value: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of a saved state, on the parameter's device; a plain tensor is cut as the parameter is sharded."""
-    found = {name: value} if scale is None else {name: value, f"{name}_scale": scale}
-    device = param.device
-    return {key: x.detach().to(device, copy=True) for key, x in found.items()}
+def in_order(param: Tensor, codes: Tensor) -> bool:
+    """Whether codes lie in memory as the elements of their parameter do."""
+    x, y = place.local(codes), place.local(param)
+    return x.stride() == y.stride() or place.dense(x)[1] == place.dense(y.detach())[1]
+
+
+def in_order_of(param: Tensor, tiles: Layout, kind: Kind, at: int, name: str, codes: Tensor,
+                scale: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of state ``at`` as they are where they lie in memory as the parameter does.
+
+    Blocks are counted in memory, so that those of another order are encoded anew.
+    """
+    if kind.formats[at].block is not None:
+        return made(param, tiles, kind, at, name, decoded(param, tiles, kind, at, codes, scale))
+    part = torch.empty_like(place.local(param.detach()), dtype=codes.dtype).copy_(place.local(codes))
+    found = {name: place.like(param, part, tuple(param.shape))}
+    return found if scale is None else found | {f"{name}_scale": scale}
+
+
+def copied(param: Tensor, tiles: Layout, kind: Kind, at: int, name: str, value: Tensor,
+           scale: Tensor | None) -> dict[str, Tensor]:
+    """Copies of the tensors of a saved state, on the parameter's device and in its order in memory."""
+    codes = value.detach().to(param.device, copy=True)
+    scales = None if scale is None else scale.detach().to(param.device, copy=True)
+    if not in_order(param, value):
+        return in_order_of(param, tiles, kind, at, name, codes, scales)
+    return {name: codes} if scales is None else {name: codes, f"{name}_scale": scales}

@@ -173,11 +173,10 @@ def triton_runner(case: Case, params: list[Parameter]) -> Callable[[list[Tensor]
 def cpu_runner(case: Case, params: list[Parameter]) -> Callable[[list[Tensor], int], None]:
     from quartet.kernels.cpu import optimizer as kernels
 
-    table = [kernels.pointers(p.layout, p.param, p.codes, p.scales, i, 7 * i) for i, p in enumerate(params)]
+    table = [kernels.pointers(case.kind, p.layout, p.param, p.codes, p.scales, i, 7 * i) for i, p in enumerate(params)]
 
     def run(grads: list[Tensor], step: int) -> None:
-        for row, grad in zip(table, grads, strict=True):
-            row[1] = grad.data_ptr()
+        kernels.set_gradients(table, grads)
         numbers = [(*ref.coefficients(case.kind, case.hyper, step, case.grad_scale), float(step))] * len(table)
         for measure in (True, False) if case.kind.per_tensor else (False,):
             kernels.run(case.kind, table, numbers, case.dtype, case.gradient, SEED, measure=measure)

@@ -7,8 +7,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from quartet import optim
 
@@ -132,6 +133,25 @@ def suite(rank, folder):
 def plain(state):
     return {key: (v.to_local() if isinstance(v, DTensor) else v).view(torch.uint8).clone() if v.dim() else v.clone()
             for key, v in state.items()}
+
+
+def placements(rank, folder):
+    """What a shard says to a whole state; and a step of a copy whose gradient is still a sum to be made."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, shard = torch.ones(8, WIDTH), nn.Parameter(distribute_tensor(torch.ones(8, WIDTH), mesh, [Shard(0)]))
+    optimizers = [optim.AdamW([p], 1e-2, state_format="fp32") for p in (nn.Parameter(whole), shard)]
+    for optimizer, p in zip(optimizers, (optimizers[0].param_groups[0]["params"][0], shard), strict=True):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    try:
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    copied = nn.Parameter(distribute_tensor(torch.zeros(8, WIDTH), mesh, [Replicate()]))
+    copied.grad = DTensor.from_local(torch.full((8, WIDTH), float(rank)), mesh, [Partial()])
+    optim.SGD([copied], 1.0).step()
+    return said, copied.to_local().detach()
 
 
 def uneven(rank, folder):

@@ -36,6 +36,55 @@ def test_triton_equals_the_reference(name, interpreted):
     assert not interpreted[name], "\n".join(interpreted[name])
 
 
+CHECKED = cases.Case(cases.adam(("e4m3/256", "e5m2")), (cases.Layout(4, 512, 256),))
+
+
+def broken(what):
+    """The tensors of :data:`CHECKED` with one of another size, dtype, or place in memory."""
+    p = cases.made(CHECKED, CHECKED.layouts[0], torch.Generator())
+    if what == "weight":
+        p.param = p.param[:-1]
+    elif what == "codes":
+        p.codes[1] = p.codes[1][:-1]
+    elif what == "wide codes":
+        p.codes[0] = p.codes[0].float()
+    elif what == "scales":
+        p.scales[0] = p.scales[0][:3]
+    elif what == "missing scales":
+        p.scales[1] = None
+    elif what == "gaps":
+        p.codes[0] = p.codes[0].repeat_interleave(2)[::2]
+    elif what == "freed":
+        p.codes[0].untyped_storage().resize_(0)
+    elif what == "tiles":
+        p.layout = p.layout._replace(tile=128)
+    return p
+
+
+BROKEN = ("weight", "codes", "wide codes", "scales", "missing scales", "gaps", "freed", "tiles")
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_kernels_refuse_what_they_would_leave(what):
+    p = broken(what)
+    with pytest.raises(ValueError):
+        cpu.pointers(CHECKED.kind, p.layout, p.param, p.codes, p.scales, 0, 0)
+    pytest.importorskip("triton")
+    from quartet.kernels.triton import adam
+
+    entry = adam.Entry(p.param, tuple(p.codes), tuple(p.scales), p.step, p.layout)
+    with pytest.raises(ValueError):
+        adam.Batch(CHECKED.kind, [entry], CHECKED.gradient)
+
+
+def test_kernels_refuse_gradients_of_another_size():
+    p = broken("nothing")
+    table = [cpu.pointers(CHECKED.kind, p.layout, p.param, p.codes, p.scales, 0, 0)]
+    for grads in ([torch.zeros(2047)], [torch.zeros(2048)] * 2, []):
+        with pytest.raises(ValueError):
+            cpu.set_gradients(table, grads)
+
+
 def test_cpp_does_not_depend_on_the_threads():
     if cpu.unavailable():
         pytest.skip(cpu.unavailable())

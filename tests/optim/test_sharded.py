@@ -53,3 +53,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(case, results):
 @pytest.mark.parametrize("case", workers.CASES)
 def test_states_are_sharded(case, results):
     assert any(results["save"][0][case]["sharded"])
+
+
+def test_placements(tmp_path):
+    """A whole state is no shard's; a gradient that is a sum to be made is made one."""
+    for said, weight in gloo.run(workers.__file__, "placements", tmp_path, 2):
+        assert "plain tensor of shape [8, 256]" in said and "DTensor" in said
+        assert torch.equal(weight, torch.full((8, 256), -1.0))
