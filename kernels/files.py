@@ -7,12 +7,22 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT_USER = 0
+ROOT = 0
 
 
-def trusted() -> tuple[int, int]:
-    """The users whose folders and links are trusted: this one, and root, who can do anything anyway."""
-    return os.getuid(), ROOT_USER
+def trusted(proc: Path = Path("/proc")) -> set[int]:
+    """The users whose folders and links are trusted: this one, and root, who can do anything anyway.
+
+    In a user namespace without root (apptainer, rootless containers) what is root's bears the kernel's overflow number.
+    """
+    users = {os.getuid(), ROOT}
+    try:
+        ranges = [tuple(map(int, line.split())) for line in (proc / "self/uid_map").read_text().splitlines()]
+        if not any(outside <= ROOT < outside + count for _, outside, count in ranges):
+            users.add(int((proc / "sys/kernel/overflowuid").read_text()))
+    except (OSError, ValueError):
+        pass
+    return users
 
 
 def foreign_link(path: Path) -> Path | None:

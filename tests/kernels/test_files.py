@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quartet.dump import GraphDump
-from quartet.kernels.files import check, foreign_link, opener, write_text
+from quartet.kernels.files import check, foreign_link, opener, trusted, write_text
 from quartet.runtime.direct.export import export
 
 
@@ -49,6 +49,18 @@ def test_another_users_link_on_the_way_is_not_followed(planted, tmp_path):
     with pytest.raises(PermissionError, match=f"{tmp_path}/way belongs"):
         write_text(tmp_path / "way" / "a", "text")
     assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize(("map", "overflow"), [
+    ("0 0 4294967295", False), ("0 1000 1\n1 100000 65536", True), ("1000 1000 1", True), ("1000 0 1", False),
+    ("", True), ("nonsense", False),
+])
+def test_root_outside_of_a_user_namespace_is_trusted_too(tmp_path, map, overflow):
+    for file, text in (("self/uid_map", map), ("sys/kernel/overflowuid", "65534\n")):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(text)
+    assert trusted(tmp_path) == {os.getuid(), 0} | ({65534} if overflow else set())
+    assert trusted(tmp_path / "absent") == {os.getuid(), 0}
 
 
 def test_links_in_a_circle_end(tmp_path):
