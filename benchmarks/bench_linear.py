@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import re
 import sys
 import time
@@ -33,6 +32,7 @@ import torch
 import torch.nn as nn
 from gpu_common import say
 from llama import FeedForward, LlamaConfig
+from output import check_folder, write_json
 from torch import Tensor
 
 FIRST8 = (
@@ -257,6 +257,7 @@ def report(record: common.Record, columns: Sequence[str], head: str = "tokens x 
 
 def profile(args: argparse.Namespace) -> None:
     """The kernels of one step of the asked column, for each shape."""
+    check_folder(args.out.parent, "--out")
     for name, layer in args.shapes.items():
         step = Step(layer, args.profile, made(layer, args), Buffers(layer, args.device), args)
         for i in range(3):
@@ -265,9 +266,8 @@ def profile(args: argparse.Namespace) -> None:
         say(f"{args.profile} {name}, one step")
         rows = common.top_kernels(step, args.device, 5)
         common.show_kernels(rows)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         path = args.out.with_name(f"{args.out.stem}-{args.profile}-{name}.json")
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_json(path, rows)
         common.release(args.device)
 
 

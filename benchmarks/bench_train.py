@@ -32,6 +32,7 @@ import torch
 from gpu_common import say
 from gpu_worker import Worker, WorkerError
 from llama import Llama, LlamaConfig
+from output import check_folder, write_json
 
 WARM_UP_STEPS = 3
 BATCHES = 4
@@ -191,14 +192,14 @@ def report(record: common.Record, columns: Sequence[str]) -> None:
 
 def profile(args: argparse.Namespace) -> None:
     """The kernels of one training step of the asked column, for each shape."""
+    check_folder(args.out.parent, "--out")
     for name in args.shapes:
         trainer = Trainer(args.profile, SHAPES[name], args)
         say(f"{args.profile} {name}, one step, {statistics.median(trainer.timed(3)):.1f} ms")
         rows = common.top_kernels(trainer, args.device, 3, most=50)
         common.show_kernels(rows)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         path = args.out.with_name(f"{args.out.stem}-{args.profile}-{name}.json")
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_json(path, rows)
         del trainer
         common.release(args.device)
 

@@ -13,7 +13,6 @@ The model is the Llama of ``examples/``, fp32, 1024 tokens as 4 × 256. Three fi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -30,10 +29,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
+from console import Console, Table
 from llama import PRESETS, VOCABULARY, Llama
 from measure import saved_for_backward
-from rich.console import Console
-from rich.table import Table
+from output import check_folder, write_json
 from torch import Tensor
 
 PEER, OURS = BACKENDS = ("inductor", "quartet")
@@ -171,6 +170,7 @@ def main() -> None:
     if args.only_cold:
         print(Contender(args.only_cold, args).cold())
         return
+    check_folder(args.out, "--out")
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print(f"{PRESETS[args.size]}\n{args.batch} × {args.seq} tokens, fp32, torch {torch.__version__}, "
                   f"{torch.get_num_threads()} threads of {processor()}, load average {os.getloadavg()[0]:.1f}")
@@ -187,14 +187,13 @@ def main() -> None:
     for backend, seconds in cold.items():
         results[backend]["cold_s"] = seconds
     ratios = show(results, console)
-    args.out.mkdir(parents=True, exist_ok=True)
     record = {
         "model": args.size, "tokens": [args.batch, args.seq], "policy": args.policy, "rounds": args.rounds,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor(),
         "load_average": os.getloadavg(), "goals": {f.key: f.goal for f in FIGURES}, "ratios": ratios,
         "results": results,
     }
-    (args.out / "cpu_step.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_json(args.out / "cpu_step.json", record)
 
 
 if __name__ == "__main__":

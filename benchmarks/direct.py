@@ -34,10 +34,10 @@ import torch
 import torch.nn as nn
 from byte_training import windows
 from corpus import Corpus, read_packages
+from descent import decayed, descend, learning_rate
 from gpu_common import say
 from llama import PRESETS, Llama
 from torch import Tensor
-from train_llama import decayed, descend, learning_rate
 
 from quartet import direct, optim
 

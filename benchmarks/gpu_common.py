@@ -14,14 +14,18 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 import torch
 import torch.nn as nn
+from output import check_folder, write_json
 
 BASELINE = "bf16"
 TORCHAO = {
@@ -198,10 +202,11 @@ class Record:
         settings: what results have to share to be comparable.
 
     Raises:
-        ValueError: the file holds results made with other settings.
+        ValueError: the file holds results made with other settings. SystemExit: it cannot be written.
     """
 
     def __init__(self, path: Path, benchmark: str, settings: dict[str, Any], fresh: bool) -> None:
+        check_folder(path.parent, "--out")
         self.path = path
         settings = json.loads(json.dumps(settings))
         self.data: dict[str, Any] = {"benchmark": benchmark, "settings": settings, "results": {}}
@@ -226,10 +231,7 @@ class Record:
 
     def save(self, **more: Any) -> None:
         self.data.update(more)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.data, indent=1), encoding="utf-8")
-        partial.replace(self.path)
+        write_json(self.path, self.data)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

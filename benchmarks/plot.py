@@ -24,7 +24,10 @@ def draw(data: dict[str, Any], path: Path) -> list[str]:
     Raises:
         ValueError: the file has no ratio to draw.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(f"the picture needs matplotlib ({error}): run `pip install matplotlib`") from None
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "quartet"  # the same picture is the same file

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from gpu_worker import Worker, WorkerError
 from llama import Llama, LlamaConfig
+from output import check_folder, write_json
 from torch import Tensor, nn
 
 from quartet import Policy
@@ -222,6 +223,8 @@ def main() -> None:
         parser.error("peak memory is measured on a GPU; add --device cuda")
     if unknown := [name for name in args.models.split(",") if name not in MODELS]:
         parser.error(f"unknown model {unknown[0]!r}; possible: {', '.join(MODELS)}")
+    if args.json:
+        check_folder(args.json.parent, "--json")
     names = args.models.split(",")
     if args.worker is not None:
         (name,) = names
@@ -241,8 +244,7 @@ def main() -> None:
             verdict = "reached" if row["of_bf16"] <= GOAL else "missed"
             print(f"{row['model']}, {row['column']}: {row['of_bf16']:.3f} of BF16's bytes, goal {GOAL} {verdict}")
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "device": args.device,
-                                         "goal": GOAL, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {"torch": torch.__version__, "device": args.device, "goal": GOAL, "rows": rows})
 
 
 if __name__ == "__main__":

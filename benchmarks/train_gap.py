@@ -45,10 +45,10 @@ import torch
 import torch.nn as nn
 from byte_training import windows
 from corpus import Corpus, read_packages
+from descent import adamw, descend, learning_rate
 from gpu_common import say
 from llama import PRESETS, Llama
 from torch import Tensor
-from train_llama import adamw, descend, learning_rate
 
 VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil|even|even-masked))(-signed)?-(sr|nearest|bf16)")
 POLICIES = ("bf16", "quartet", "fp8", "fp8-rowwise", "quartet-paper", "floor-guarded-nearest", "floor-rms-sr",

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from corpus import Corpus, read_corpus
+from descent import decayed, descend, learning_rate
 from llama import PRESETS, Llama
-from train_llama import decayed, descend, learning_rate
+from output import check_folder, require
 
 from quartet import direct, optim
 
@@ -84,6 +85,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     args = parse(argv)
+    check_folder(args.out.parent, "--out")
+    if args.out.suffix == ".safetensors":
+        require("safetensors")
     model, optimizer = build(args)
     corpus = read_corpus(args.text)
     losses = train(model, optimizer, corpus, args)

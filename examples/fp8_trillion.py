@@ -26,18 +26,16 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from console import Console, Table
+from descent import adamw, decayed
 from llama import FeedForward, Llama
-from outcome import plot, show, write_json
-from rich.console import Console
-from rich.table import Table
+from outcome import plot, save, show
 from torch import Tensor
 from train_llama import (
     BASELINE,
     Run,
-    adamw,
     add_arguments,
     announce,
-    decayed,
     measure,
     on_device,
     prepare,
@@ -152,14 +150,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.resume is None:
         errors["at the start"] = {run.name: gradient_errors(run, batches) for run in runs}
     train(runs, corpus, args, described, console)
+    described |= {"device": args.device}
+    save(args.out / "result.json", runs, described)  # before anything else can fail
     errors["at the end"] = {run.name: gradient_errors(run, batches) for run in runs}
     measure(runs, corpus, args)
+    result = save(args.out / "result.json", runs, described | {
+        "gradient_errors": {when: {name: vars(e) for name, e in found.items()} for when, found in errors.items()}})
     show(runs, console)
     show_errors(errors, console)
     plot(runs, args.out / "loss.png")
-    return write_json(args.out / "result.json", runs, described | {
-        "device": args.device,
-        "gradient_errors": {when: {name: vars(e) for name, e in found.items()} for when, found in errors.items()}})
+    return result
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from console import Console, Table
+from output import INSTALL, whole, write_json
 
 if TYPE_CHECKING:
     from train_llama import Run
 
 SMOOTHING = 0.9
+NO_PLOT = f"matplotlib is not installed, so there is no picture of the losses: `{INSTALL}` brings it"
 
 
 def median(values: Sequence[float]) -> float:
@@ -57,13 +58,23 @@ def show(runs: Sequence[Run], console: Console) -> None:
     console.print(table)
 
 
+def pyplot() -> Any:
+    """matplotlib's, for files alone; None where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return None
+    return plt
+
+
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Training losses of all runs, as they were and smoothed, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Training losses of all runs, as they were and smoothed, as a PNG; nothing without matplotlib."""
+    plt = pyplot()
+    if plt is None:
+        return
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for colour, run in zip(itertools.cycle(("tab:orange", "tab:blue", "tab:green", "tab:red")), runs, strict=False):
         axes.plot(run.losses, color=colour, alpha=0.2, linewidth=0.8)
@@ -72,21 +83,22 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    with whole(path) as partial:
+        figure.savefig(partial)
     plt.close(figure)
 
 
-def write_json(path: Path, runs: Sequence[Run], described: dict[str, Any]) -> dict[str, Any]:
-    """Write and return every figure of the table, the settings, and all losses."""
+def save(path: Path, runs: Sequence[Run], described: dict[str, Any]) -> dict[str, Any]:
+    """Write and return every figure of the table, the settings, and all losses; None for what is not measured yet."""
     result = {
         **described,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "runs": {
             r.name: {
-                "validation_loss": r.validation,
-                "first_step_s": r.first_step,
-                "median_step_s": median(r.seconds),
+                "validation_loss": _known(r.validation),
+                "first_step_s": _known(r.first_step),
+                "median_step_s": _known(median(r.seconds)),
                 "saved_bytes": r.saved_bytes,
                 "state_bytes": r.state_bytes,
                 "losses": r.losses,
@@ -94,12 +106,16 @@ def write_json(path: Path, runs: Sequence[Run], described: dict[str, Any]) -> di
             for r in runs
         },
     }
-    if len(runs) == 2:
+    if len(runs) == 2 and all(_known(r.validation) is not None for r in runs):
         a, b = runs
         result["comparison"] = {
             "validation_gap": a.validation - b.validation,
             "step_ratio": median(a.seconds) / median(b.seconds),
             "saved_ratio": a.saved_bytes / b.saved_bytes,
         }
-    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(path, result)
     return result
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -23,13 +23,13 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on CUDA
 
 import torch
-import torch.nn as nn
+from console import BarColumn, Console, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from corpus import Corpus, read_corpus
+from descent import adamw, descend, learning_rate
 from llama import PRESETS, Llama, LlamaConfig
 from measure import saved_for_backward, stored_bytes
-from outcome import median, plot, show, write_json
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from outcome import NO_PLOT, median, plot, pyplot, save, show
+from output import check_folder, whole, write_text
 from torch import Tensor
 
 import quartet
@@ -94,37 +94,6 @@ def on_device(corpus: Corpus, split: str, args: argparse.Namespace, step: int) -
     return tokens.to(args.device), targets.to(args.device)
 
 
-def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """One step of the optimizer along the gradients of ``loss``, clipped to a norm of 1."""
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth, then a cosine down to a tenth of the peak."""
-    warm_up = max(1, steps // 10)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def decayed(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay .1 on matrices and none on norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW(.9, .95) on the groups of ``decayed``."""
-    return torch.optim.AdamW(decayed(model), lr=lr, betas=(0.9, 0.95), fused=True)
-
-
 def sizes(args: argparse.Namespace) -> LlamaConfig:
     config = PRESETS[args.size]
     if args.dim:
@@ -156,10 +125,8 @@ def save_checkpoint(path: Path, step: int, runs: list[Run], described: dict[str,
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state_all()
     path = path.with_name(path.name.replace("{step}", str(step)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        torch.save(state, partial)
 
 
 def load_checkpoint(path: Path, runs: list[Run], described: dict[str, Any]) -> int:
@@ -214,7 +181,7 @@ def explain_matmuls(args: argparse.Namespace, run: Run, batch: tuple[Tensor, Ten
     """The table "matmul → kernel, or why not" on the console and as HTML."""
     report = quartet.explain(run.model, *batch, options=quartet_options(args))
     console.print(str(report), highlight=False, markup=False, soft_wrap=True)
-    (args.out / "explain.html").write_text(report.to_html(), encoding="utf-8")
+    write_text(args.out / "explain.html", report.to_html())
     return report.to_dict()
 
 
@@ -253,8 +220,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, *settings: str) -> tuple[LlamaConfig, Corpus, Console, dict[str, Any]]:
-    """Seed everything; the model's sizes, the text, the console, and what a checkpoint must agree in."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Seed everything; the model's sizes, the text, the console, and what a checkpoint must agree in.
+
+    Ends the program where results could not be written.
+    """
+    check_folder(args.out, "--out")
+    if args.checkpoint:
+        check_folder(args.checkpoint.parent, "--checkpoint")
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
     config, corpus = sizes(args), read_corpus(args.data)
@@ -267,6 +239,8 @@ def announce(model: Llama, corpus: Corpus, args: argparse.Namespace, console: Co
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {args.batch} × {args.seq} bytes a step\n"
                   f"{len(corpus.train):,} bytes of {corpus.source}", highlight=False)
+    if pyplot() is None:
+        console.print(NO_PLOT, highlight=False, markup=False)
 
 
 def measure(runs: list[Run], corpus: Corpus, args: argparse.Namespace) -> None:
@@ -283,12 +257,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     runs = make_runs(args, config)
     announce(runs[0].model, corpus, args, console)
     train(runs, corpus, args, described, console)
+    described |= {"device": args.device}
+    save(args.out / "result.json", runs, described)  # before anything else can fail
     measure(runs, corpus, args)
+    save(args.out / "result.json", runs, described)
     batch = on_device(corpus, "train", args, args.stop_at)
     matmuls = explain_matmuls(args, runs[0], batch, console) if args.backend == "quartet" else None
+    result = save(args.out / "result.json", runs, described | {"matmuls": matmuls})
     show(runs, console)
     plot(runs, args.out / "loss.png")
-    return write_json(args.out / "result.json", runs, described | {"device": args.device, "matmuls": matmuls})
+    return result
 
 
 if __name__ == "__main__":
