@@ -5,7 +5,7 @@ Plain data: the policy makes it at the front door, the passes read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quartet.lowering.recipe import ROLES, Gemm, Recipe, Saved
 
@@ -25,6 +25,17 @@ class Choice:
     recipe: Recipe | None
     reason: str
     rule: int | None = None
+
+    def detached(self, fprop: Choice) -> Choice:
+        """A backward choice whose saved operand exists, or else starts from the original tensor."""
+        gemm, recipe = self.gemm, self.recipe
+        if gemm is None or recipe is None or gemm.b.source != "saved" or recipe.fprop == fprop.gemm:
+            return self
+        other = ("in high precision" if fprop.gemm is None or fprop.recipe is None else
+                 f"quantised by {fprop.recipe.name!r}")
+        return replace(self, gemm=replace(gemm, b=replace(gemm.b, source="original")),
+                       reason=f"{self.reason}; operand b from the original tensor, because fprop is {other} and "
+                              f"has no saved codes of {recipe.name!r}")
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,10 @@ def module_path(path: str) -> str:
 
 
 def parameter_path(path: str) -> str:
-    """The same for a parameter that is in no module: ``w`` of ``L['w']``, ``ws.0`` of ``L['ws'][0]``."""
+    """The same for a parameter, with a variable that says more than ``self`` where nothing else names the layer: ``w``
+    of ``L['w']``, ``ws.0`` of ``L['ws'][0]``, ``layer.weight`` of ``L['layer'].weight``."""
     name = module_path(path)
-    found = re.match(r"[LG]\[(['\"])(\w+)\1\]", path)
-    if found is None or (name and not name[0].isdecimal()):
+    found = re.match(r"[LG]\[(['\"])(?!self\1|___)(\w+)\1\]", path)
+    if found is None or ("." in name and not name[0].isdecimal()):
         return name
     return f"{found[2]}.{name}".strip(".")

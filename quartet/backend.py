@@ -6,24 +6,25 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.dump import GraphDump
+from quartet.judge import Judge, judge_of
 from quartet.lowering import inductor, registry
-from quartet.lowering.recipe import ROLES, Recipe
+from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord, SavedRecord
-from quartet.names import names_of
+from quartet.names import Names, names_of
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.passes.layers import layers_of
 from quartet.passes.saved import SavedActivations
 from quartet.passes.state import Config, Observer
-from quartet.policy import Policy
-from quartet.policy_saved import saves, unmatched_saved
-from quartet.recipes import resolve
+from quartet.policy_recipes import quantizes, recipes_of, remembers
+from quartet.policy_saved import saves
 from quartet.runtime import compat
 from quartet.runtime.amax import Anchored, no_anchor
 from quartet.runtime.anchored_graph import with_input
@@ -55,14 +56,18 @@ def quartet(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
 def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
                   inner_compile: Callable[..., Any] | None = None,
                   collect: Callable[[list[MatmulRecord]], None] | None = None,
-                  collect_saved: Callable[[list[SavedRecord]], None] | None = None) -> Callable[..., Any]:
+                  collect_saved: Callable[[list[SavedRecord]], None] | None = None,
+                  say: Callable[..., None] | None = None) -> Callable[..., Any]:
     """:func:`quartet` with parsed options.
 
     ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records. Whoever
-    asks for any of them is not answered from a cache.
+    asks for any of them is not answered from a cache. ``say(names, records, saved)`` is called instead of warning of
+    what the graphs of a model have shown so far.
     """
     compat.warn_if_untested()
-    step = make_pipeline(gm, example_inputs, options)
+    names = names_of(gm, example_inputs)
+    options = replace(options, policy=options.policy.at(names.place))
+    step = make_pipeline(gm, example_inputs, options, names)
     if step.config.reuse_weights:
         REUSED.watch()
     anchored = step.config.anchor is not None
@@ -79,21 +84,19 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
     if anchored:
         compiled = Anchored(compiled, sorted(step.config.weights))
-    if step.records:
-        _warn_unmatched(options.policy, step.records)
+    kept = [] if saved is None else saved.records
     if collect is not None:
         collect(step.records)
-    if saved is not None and saved.records:
-        for unmatched in unmatched_saved(options.policy, {record.fqn for record in saved.records}):
-            warnings.warn(f"quartet policy: {unmatched}", stacklevel=2)
-        if collect_saved is not None:
-            collect_saved(saved.records)
+    if collect_saved is not None and kept:
+        collect_saved(kept)
+    (say or partial(_say, judge_of(options.policy, names)))(names, step.records, kept)
     return compiled
 
 
-def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> pipeline.Pipeline:
-    """The joint-graph pass for one dynamo graph."""
-    names = names_of(gm, example_inputs)
+def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
+                  names: Names | None = None) -> pipeline.Pipeline:
+    """The joint-graph pass for one dynamo graph, whose names are looked up unless given."""
+    names = names or names_of(gm, example_inputs)
     stream = data_parallel_stream(example_inputs)
     observers: tuple[Observer, ...] = ()
     if options.dump is not None:
@@ -105,7 +108,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
                     options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
                     compat.max_autotune(options.inductor), names.modules, names.widths)
-    key = repr((options.policy.digest(), names.key(), options.strict, disabled,
+    places = [rule.place for rule in options.policy.rules if rule.fqn is not None]
+    key = repr((options.policy.digest(), names.key(), places, options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
                 options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
                 config.autotune, torch.__version__, torch.get_num_threads(), kernels_here(gm, example_inputs, options)))
@@ -123,22 +127,6 @@ def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivati
     return SavedActivations(options.policy.resolve_saved, step.config, step.key, own, default)
 
 
-def recipes_of(policy: Policy) -> list[Recipe]:
-    """Every recipe that the policy can choose."""
-    chosen = (resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules))
-    return [recipe for recipe in chosen if recipe is not None]
-
-
-def remembers(policy: Policy) -> bool:
-    """Whether a recipe of the policy scales by what operands were in earlier steps."""
-    return any(recipe.remembers for recipe in recipes_of(policy))
-
-
-def quantizes(policy: Policy) -> bool:
-    """Whether any matmul could be quantised under the policy."""
-    return any(recipe.quantizes for recipe in recipes_of(policy))
-
-
 def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
     """What the kernels say of the products that the policy can ask for, on each device of the graph's matmuls."""
     values = (*example_inputs, *(node.meta.get("example_value") for node in gm.graph.nodes))
@@ -150,8 +138,13 @@ def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], option
     return registry.answers(targets, gemms, options.disable_kernels)
 
 
-def _warn_unmatched(policy: Policy, records: Sequence[MatmulRecord]) -> None:
-    layers = layers_of(r.fqn for r in records)
-    sites = [(r.op_class, r.fqn, r.m, r.n, r.k, layers.get(r.fqn)) for r in records if r.role == "fprop"]
-    for unmatched in policy.unmatched(sites):
-        warnings.warn(f"quartet policy: {unmatched}", stacklevel=2)
+def _say(judge: Judge, names: Names, records: Sequence[MatmulRecord], saved: Sequence[SavedRecord]) -> None:
+    """Tell the user what is known of the model after one more graph of it."""
+    judge.add(names, records, saved)
+    for text in (*judge.unmatched(names), *judge.shared(names, records)):
+        warnings.warn(text, stacklevel=3)
+    text, expected = judge.nothing(names) or ("", False)
+    if expected:
+        log.warning(text)
+    elif text:
+        warnings.warn(text, stacklevel=3)

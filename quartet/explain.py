@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         A :class:`quartet.report.Report`; print it, ``to_dict()``, ``to_html()``.
     """
     from quartet.backend import compile_graph
+    from quartet.judge import Judge
     from quartet.lowering import registry
     from quartet.passes import pipeline
     from quartet.runtime.capture import Capture, Pretence, settings_of, unchanged
@@ -38,18 +40,27 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     if options is None and mode is None:
         options, mode = own_options, own_mode
     parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    judge, graphs = Judge(parsed.policy), []
     records: list[MatmulRecord] = []
     saved: list[SavedRecord] = []
     capture = Capture()
     if target is not None:
         parsed, capture = replace(parsed, target=Target.named(target)), Pretence()
 
+    def noted(names: Any, found: list[MatmulRecord], kept: list[SavedRecord]) -> None:
+        graphs.append(names)
+        judge.add(names, found, kept)
+        for text in judge.shared(names, found):
+            warnings.warn(text, stacklevel=2)
+
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
-                             collect_saved=saved.extend)
+                             collect_saved=saved.extend, say=noted)
 
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)
+    for text in judge.unmatched(graphs[-1], known=True) if graphs else ():
+        warnings.warn(text, stacklevel=2)
     device = next((t.device for t in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
     notes = (*capture.notes, *_unpriced(parsed.policy, parsed.target or Target.of(device)))
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quartet.passes import pipeline
-from quartet.passes.naming import module_path, parameter_path, stacks
+from quartet.passes.naming import module_name, module_path, parameter_path, stacks
 from quartet.runtime import compat
 
 _seen: dict[int, ref[nn.Module]] = {}  # modules that have given names, the latest last
@@ -35,6 +35,11 @@ class Names:
         regions: of each ``nested_compile_region`` by signature: parameter name by input, as its first call has them.
         widths: how many features the layers of the model read, those that are in no graph included.
         place: of the compiled module in the model whose call compiles it, ``"layers.0"``; empty where it is the model.
+        model: the largest module that is known around the graph. known: names of all its modules and parameters, the
+            latter as modules where they are their weight. matrices: those of its parameters with two axes or more.
+        serves: name of the module in ``model`` whose code the graph is of. alike: names of others of its class.
+        unbroken: nothing of what was compiled is still to come. complete: nor of the model.
+        plain: name of a tensor that is the weight of a linear layer and no parameter; empty where there is none.
     """
 
     weights: Mapping[int, str] = field(default_factory=dict)
@@ -42,6 +47,18 @@ class Names:
     regions: Mapping[pipeline.Signature, Mapping[int, str]] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     place: str = ""
+    model: nn.Module | None = None
+    known: frozenset[str] = frozenset()
+    matrices: frozenset[str] = frozenset()
+    serves: str = ""
+    alike: tuple[str, ...] = ()
+    unbroken: bool = True
+    complete: bool = True
+    plain: str = ""
+
+    def full(self, name: str) -> str:
+        """The name in ``model`` of what is called ``name`` in the compiled module."""
+        return ".".join(filter(None, (self.place, name)))
 
     def key(self) -> str:
         """All that what is compiled can depend on."""
@@ -55,7 +72,8 @@ def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
     weights = {index: models.parameter(node, value) for index, (node, value) in enumerate(
         zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)) if isinstance(value, nn.Parameter)}
     modules = {path: models.module(key, path) for key, path in stacks(gm)}
-    return Names(weights, modules, _regions(gm, weights), models.widths(), models.place())
+    return models.around(Names(weights, modules, _regions(gm, weights), models.widths(), models.place(),
+                               plain=_plain(gm, weights)))
 
 
 class _Members:
@@ -76,6 +94,7 @@ class _Models:
         self.scope = compat.compiling()
         outside, inside, part = compat.calls(sys._getframe())
         self.outside, self.inside = _unwrapped(outside), _unwrapped(inside)
+        self.bucketed = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in (*outside, *inside))
         self.part = None if part is None else unwrapped(part)
         self._members: dict[int, _Members] = {}
         self.roots: dict[int, nn.Module] = {}  # those that have given names
@@ -89,7 +108,8 @@ class _Models:
             for parameter in (value, seen):
                 if id(parameter) in names:
                     self._remember(root)
-                    return names[id(parameter)]
+                    lone = "." not in names[id(parameter)] and all(root is not module for module in self._compiled())
+                    return (parameter_path(compat.source_name(source)) if lone else "") or names[id(parameter)]
         return parameter_path(compat.source_name(source)) or node.name
 
     def module(self, key: str, path: str) -> str:
@@ -111,6 +131,24 @@ class _Models:
                 if root is not compiled and id(compiled) in self._of(root).names:
                     return self._of(root).names[id(compiled)]
         return ""
+
+    def around(self, names: Names) -> Names:
+        """``names`` with what is known of the model beyond the graph."""
+        model = next(iter(self._whole()), None)
+        if model is None:
+            return names
+        members, scope = self._of(model).names, self.scope
+        matrices = [members[id(p)] for p in nn.Module.parameters(model) if p.dim() > 1 and id(p) in members]
+        compiled = self._compiled()
+        unbroken = (scope is None or not scope.broken) and not self.bucketed and all(m is compiled[0] for m in compiled)
+        running = compiled[-1] if compiled else model
+        serves = members.get(id(running), "")
+        alike = [path for path, module in nn.Module.named_modules(model) if type(module) is type(running)
+                 and module is not running and not f"{serves}.".startswith(f"{path}.")
+                 and not path.startswith(f"{serves}.")] if serves else []
+        return replace(names, model=model, known=frozenset(map(module_name, members.values())),
+                       matrices=frozenset(matrices), serves=serves, alike=tuple(alike), unbroken=unbroken,
+                       complete=unbroken and not names.place)
 
     def _of(self, root: nn.Module) -> _Members:
         if id(root) not in self._members:
@@ -174,6 +212,17 @@ def _read(root: nn.Module) -> Iterator[int]:
             yield width
         elif weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             yield int(weight.shape[0 if "nf" in vars(module) else 1])  # Conv1D of GPT-2 is stored [in, out]
+
+
+def _plain(gm: GraphModule, weights: Mapping[int, str]) -> str:
+    """The first input that is a linear layer's weight and no parameter."""
+    index = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    for node in gm.graph.find_nodes(op="call_function", target=nn.functional.linear):
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if isinstance(weight, Node) and weight in index and index[weight] not in weights:
+            source = getattr(weight.meta.get("grapharg"), "source", None)
+            return parameter_path(compat.source_name(source)) or weight.name
+    return ""
 
 
 def _regions(gm: GraphModule, weights: Mapping[int, str]) -> dict[pipeline.Signature, dict[int, str]]:

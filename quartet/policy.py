@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import EllipsisType
@@ -46,6 +46,7 @@ class Rule:
         roles: the GEMMs that it decides: ``fprop`` (or ``forward``), ``dgrad``, ``wgrad``, several, or None for all.
         shape: predicate over m, n, k (see ``quartet.predicate``).
         layers: ``"last 15%"``, ``"first 2"``: layers of a stack, told by the numbers in module names.
+        place: of the compiled module in a larger model, from which the rule may name its modules too (``Policy.at``).
 
     Raises:
         PolicyError: something that does not exist; names the nearest that does.
@@ -57,6 +58,7 @@ class Rule:
     roles: str | tuple[str, ...] | None = None
     shape: str | None = None
     layers: str | None = None
+    place: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipe", reference(self.recipe))
@@ -90,9 +92,14 @@ class Rule:
         if self.op is not None and op_class not in OP_GROUPS.get(self.op, (self.op,)):
             return False
         if self.fqn is not None:
-            return bool(fqn) and fnmatchcase(fqn or "", self.fqn)
+            return bool(fqn) and self.is_about(fqn or "")
         recipe = resolve(self.recipe)
         return self.op is not None or recipe is None or not skips(recipe, op_class)
+
+    def is_about(self, module: str) -> bool:
+        """Whether the glob matches a module's name, in what was compiled or in the larger model."""
+        names = (module, f"{self.place}.{module}") if self.place else (module,)
+        return self.fqn is None or any(fnmatchcase(name, self.fqn) for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments of ``Policy.on`` that make this rule, those at their default left out."""
@@ -204,6 +211,11 @@ class Policy:
                 fqn = pattern.removeprefix("fqn:")
         return replace(self, rules=(*self.rules, Rule(recipe, fqn, op, role, shape, layers)))
 
+    def at(self, place: str) -> Policy:
+        """This policy for a part that is compiled by itself and is called ``place`` in a larger model: rules may name
+        what is in it from the one or from the other."""
+        return replace(self, rules=tuple(replace(rule, place=place) for rule in self.rules))
+
     def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any,
                 layer: Layer | None = None) -> Resolution:
         """What happens to one matmul ``[m, k] · [n, k]ᵀ``.
@@ -222,7 +234,7 @@ class Policy:
         matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k, layer)]
         choices = {role: self._choose(role, op_class, matching, layer) for role in ROLES}
         for role in ("dgrad", "wgrad"):
-            choices[role] = _detach(choices[role], choices["fprop"])
+            choices[role] = choices[role].detached(choices["fprop"])
         return Resolution(**choices)
 
     def _choose(self, role: str, op_class: str, matching: list[tuple[int, Rule]], layer: Layer | None) -> Choice:
@@ -252,10 +264,11 @@ class Policy:
         """What happens to the tensors that a module leaves for backward beside the operands of its products."""
         return saved_choice(self, fqn)
 
-    def unmatched(self, sites: Iterable[Site]) -> tuple[Unmatched, ...]:
-        """The rules that are about none of the matmuls ``(op_class, fqn, m, n, k)``, for a warning."""
-        sites = list(sites)
-        return tuple(explain_unmatched(i, rule, sites) for i, rule in enumerate(self.rules)
+    def unmatched(self, sites: Iterable[Site], known: Iterable[str] = ()) -> tuple[Unmatched, ...]:
+        """The rules that are about none of the matmuls ``(op_class, fqn, m, n, k)``, for a warning; ``known``: other
+        modules that they could have meant."""
+        sites, others = list(sites), list(known)
+        return tuple(explain_unmatched(i, rule, sites, others) for i, rule in enumerate(self.rules)
                      if rule.op != SAVED and not any(rule.matches(*site) for site in sites))
 
     def digest(self) -> str:
@@ -306,20 +319,20 @@ class Policy:
     def from_dict(cls, data: Mapping[str, Any]) -> Policy:
         """The inverse of ``to_dict``; recipes may also be None or a Recipe. Raises PolicyError with a ``path``."""
         data = policy_toml.check_table("the policy", data, _POLICY_KEYS)
-        own = {name: _within(("recipe", name), policy_toml.recipe_from_dict, name, table)
-               for name, table in _typed(data, "recipe", Mapping, "a table of recipes").items()}
+        own = {name: policy_toml.within(("recipe", name), policy_toml.recipe_from_dict, name, table)
+               for name, table in policy_toml.typed(data, "recipe", Mapping, "a table of recipes").items()}
 
         def named(recipe: Any) -> Any:
             return None if recipe == "none" else own.get(recipe, recipe) if isinstance(recipe, str) else recipe
 
         policy = cls(named(data.get("default", cls.default)), where_it_pays=data.get("where_it_pays", False))
-        for i, table in enumerate(_typed(data, "rule", list, "a list of rules, [[rule]] in TOML")):
-            rule = dict(_within(("rule", i), policy_toml.check_table, f"rule {i}", table, _RULE_KEYS))
+        for i, table in enumerate(policy_toml.typed(data, "rule", list, "a list of rules, [[rule]] in TOML")):
+            rule = dict(policy_toml.within(("rule", i), policy_toml.check_table, f"rule {i}", table, _RULE_KEYS))
             if "recipe" in rule:
                 rule["recipe"] = named(rule["recipe"])
             if isinstance(rule.get("role"), list):
                 rule["role"] = tuple(rule["role"])
-            policy = _within(("rule", i), policy.on, **rule)
+            policy = policy_toml.within(("rule", i), policy.on, **rule)
         return policy
 
     def to_toml(self) -> str:
@@ -367,29 +380,3 @@ class Policy:
 def _name(value: Any) -> Any:
     """How plain data refers to a recipe; other values stay."""
     return "none" if value is None else value.name if isinstance(value, Recipe) else value
-
-
-def _within(prefix: tuple[str | int, ...], make: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """``make(…)``, with the path of its PolicyError extended by ``prefix``."""
-    try:
-        return make(*args, **kwargs)
-    except PolicyError as error:
-        raise error.under(*prefix) from None
-
-
-def _typed(data: Mapping[str, Any], key: str, kind: type, what: str) -> Any:
-    value = data.get(key, kind() if kind is list else {})
-    if not isinstance(value, kind):
-        raise PolicyError(f"{key!r} is {what}, not {type(value).__name__} {value!r}", (key,))
-    return value
-
-
-def _detach(choice: Choice, fprop: Choice) -> Choice:
-    """A backward choice whose saved operand exists, or else starts from the original tensor."""
-    gemm, recipe = choice.gemm, choice.recipe
-    if gemm is None or recipe is None or gemm.b.source != "saved" or recipe.fprop == fprop.gemm:
-        return choice
-    other = "in high precision" if fprop.gemm is None or fprop.recipe is None else f"quantised by {fprop.recipe.name!r}"
-    return replace(choice, gemm=replace(gemm, b=replace(gemm.b, source="original")),
-                   reason=f"{choice.reason}; operand b from the original tensor, because fprop is {other} and "
-                          f"has no saved codes of {recipe.name!r}")

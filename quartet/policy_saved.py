@@ -8,7 +8,6 @@ nothing of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 from quartet.lowering.recipe import ROLES, Recipe
@@ -50,7 +49,7 @@ def formats() -> list[str]:
 def saved_choice(policy: Any, fqn: str | None) -> SavedChoice:
     """What a policy decides for the tensors that the module ``fqn`` leaves for backward; None where it is not known."""
     for i, rule in reversed(list(enumerate(policy.rules))):
-        named = rule.op == SAVED and (rule.fqn is None or fnmatchcase(fqn or "", rule.fqn))
+        named = rule.op == SAVED and rule.is_about(fqn or "")
         recipe = resolve(rule.recipe)
         if named or (rule.op is None and rule.fqn is None and _applies(recipe)):
             why = f"rule {i}: {rule.call()}"
@@ -78,4 +77,4 @@ def unmatched_saved(policy: Any, names: Iterable[str]) -> tuple[Unmatched, ...]:
     names = list(names)
     return tuple(Unmatched(i, f"rule {i}: {rule.call()} matches no saved activation", nearest_names(rule.fqn, names))
                  for i, rule in enumerate(policy.rules)
-                 if rule.op == SAVED and rule.fqn is not None and not any(fnmatchcase(n, rule.fqn) for n in names))
+                 if rule.op == SAVED and rule.fqn is not None and not any(map(rule.is_about, names)))

@@ -35,6 +35,22 @@ _KINDS = {"keep_weights": bool, "outliers": float, "average": float}  # all othe
 _GEMM_KEYS = ("a", "b", "source", "rotation", "outer")
 
 
+def within(prefix: tuple[str | int, ...], make: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``make(…)``, with the path of its PolicyError extended by ``prefix``."""
+    try:
+        return make(*args, **kwargs)
+    except PolicyError as error:
+        raise error.under(*prefix) from None
+
+
+def typed(data: Mapping[str, Any], key: str, kind: type, what: str) -> Any:
+    """``data[key]``, empty where it is left out. Raises PolicyError for another type."""
+    value = data.get(key, kind() if kind is list else {})
+    if not isinstance(value, kind):
+        raise PolicyError(f"{key!r} is {what}, not {type(value).__name__} {value!r}", (key,))
+    return value
+
+
 def check_table(what: str, data: object, legal: tuple[str, ...]) -> Mapping[str, Any]:
     """``data`` if it is a mapping with legal keys only, otherwise PolicyError."""
     if not isinstance(data, Mapping):

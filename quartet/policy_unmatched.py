@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
 from typing import Any
 
 Site = tuple[Any, ...]  # op class, FQN, m, n, k and, where it is known, the layer
@@ -24,18 +23,20 @@ class Unmatched:
         return f"{self.reason}; nearest: {', '.join(map(repr, self.nearest))}" if self.nearest else self.reason
 
 
-def explain_unmatched(i: int, rule: Any, sites: list[Site]) -> Unmatched:
-    """Why the rule, a ``quartet.policy.Rule``, matches none of the matmuls."""
+def explain_unmatched(i: int, rule: Any, sites: list[Site], known: Sequence[str] = ()) -> Unmatched:
+    """Why the rule, a ``quartet.policy.Rule``, matches none of the matmuls; ``known``: names of other modules."""
     reason = f"rule {i}: {rule.call()} matches no matmul"
     named = [site for site in sites if rule._names(site[0], site[1])]
     if named:
         return Unmatched(i, f"{reason}: none of the {len(named)} that it names satisfies {rule.shape!r}", ())
-    if rule.fqn is not None and any(fnmatchcase(fqn or "", rule.fqn) for _, fqn, *_ in sites):
+    if rule.fqn is not None and any(rule.is_about(fqn or "") for _, fqn, *_ in sites):
         return Unmatched(i, f"{reason}: no module like {rule.fqn!r} is of op class {rule.op!r}", ())
     if rule.fqn is None:
         classes = ", ".join(sorted({op_class for op_class, *_ in sites})) or "none"
         return Unmatched(i, f"{reason}: op classes in the model: {classes}", ())
-    return Unmatched(i, reason, nearest_names(rule.fqn, (fqn for _, fqn, *_ in sites)))
+    if any(map(rule.is_about, known)):
+        return Unmatched(i, f"{reason}: what has such a name multiplies nothing in the compiled graphs", ())
+    return Unmatched(i, reason, nearest_names(rule.fqn, (*(fqn for _, fqn, *_ in sites), *known)))
 
 
 def nearest_names(glob: str, names: Iterable[str | None]) -> tuple[str, ...]:

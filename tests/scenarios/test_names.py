@@ -168,6 +168,11 @@ def test_functions_and_methods(run, inputs):
     assert seen(run, *inputs, x()) == BLOCK
 
 
+def test_lone_layers_of_a_function_have_the_names_of_their_variables():
+    first, others = linear(), [linear(), linear()]
+    assert seen(lambda x: others[1](others[0](first(x))), x()) == {"first", "others.0", "others.1"}
+
+
 def test_a_function_that_breaks_with_a_layer_on_the_stack():
     model = Broken()
     assert seen(lambda x: model.last(model.eager(model.first(x))), x()) == linears(model) - {"eager.fc"}
@@ -227,7 +232,8 @@ def test_what_dynamo_writes_of_a_module_that_nobody_finds(raw, name):
 
 
 @pytest.mark.parametrize("raw, name", [("L['w']", "w"), ("L['ws'][0]", "ws.0"), ("L['self'].w", "w"),
-                                       ("L['p']['fc.weight']", "fc.weight"), ("", "")])
+                                       ("L['p']['fc.weight']", "fc.weight"), ("L['layer'].weight", "layer.weight"),
+                                       ("L['___stack0'].weight", "weight"), ("", "")])
 def test_what_dynamo_writes_of_a_parameter_that_is_in_no_module(raw, name):
     assert parameter_path(raw) == name
 
