@@ -39,6 +39,7 @@ from quartet.passes.sites import MatmulSite
 from quartet.passes.smooth_swiglu import smooth_swiglu
 from quartet.passes.state import Config, State
 from quartet.passes.toward import toward
+from quartet.passes.unchanged import unchanged
 from quartet.passes.unfold import unfold
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
@@ -48,8 +49,8 @@ log = logging.getLogger("quartet")
 Pass = Callable[[State], None]
 Signature = tuple[str, ...]
 PASSES: tuple[Pass, ...] = (
-    canonicalize, unfold, find_matmuls, find_grouped, embed, plan, smooth_swiglu, outliers, estimator,
-    toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
+    canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
+    estimator, toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
 )
 REQUIRED = ("canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
