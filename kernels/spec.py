@@ -197,6 +197,11 @@ class QuantSpec:
         """Whether the codes of ``Xᵀ`` are the transposed codes of ``X`` under the same scales."""
         return self.block == "tensor"
 
+    @property
+    def row_local(self) -> bool:
+        """Whether the codes and scales of a row depend on that row alone."""
+        return self.block != "tensor" and not self.tile and not self.takes_amax
+
     def __str__(self) -> str:
         rule = f"quest({self.sigma},{self.power})" if self.rule == "quest" else self.rule
         block = f"{self.block}x{self.block}" if self.tile else self.block

@@ -5,9 +5,12 @@ Plain data: the policy makes it at the front door, the passes read it.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from quartet.lowering.recipe import ROLES, Gemm, Recipe, Saved
+
+OPERANDS = {"fprop": {"x", "w"}, "dgrad": {"y", "w"}, "wgrad": {"y", "x"}}  # y: its gradient has the same mask
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,40 @@ class Resolution:
     @property
     def quantizes(self) -> bool:
         return any(self.choice(role).gemm is not None for role in ROLES)
+
+    def apart(self, masked: Set[str]) -> Resolution:
+        """What of it keeps apart the tokens that a mask keeps apart.
+
+        A block, a rotation or a scale along tokens lets each of them reach the results of the others. So a GEMM that
+        contracts a masked matrix stays in the model's dtype, and one that makes such a matrix is quantised where the
+        codes of a row of both operands depend on that row alone.
+
+        Args:
+            masked: which of ``"x"``, ``"w"`` and ``"y"`` (with its gradient) hold pairs of tokens under a mask.
+        """
+        if not masked:
+            return self
+        choices = {role: self.choice(role) for role in ROLES}
+        for role, choice in choices.items():
+            if (reason := self._mixes(role, masked)) is not None:
+                choices[role] = replace(choice, gemm=None, reason=reason)
+        fprop = choices["fprop"]
+        return Resolution(fprop, choices["dgrad"].detached(fprop), choices["wgrad"].detached(fprop))
+
+    def _mixes(self, role: str, masked: Set[str]) -> str | None:
+        """How a GEMM would let masked tokens through; None where it does not."""
+        gemm = self.choice(role).gemm
+        if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
+            return None
+        if masked & OPERANDS[role]:
+            return ("contracts tokens under a mask: blocks, rotations and scales along tokens would let those that are "
+                    "masked into the results of the others")
+        if gemm.outer is not None:
+            return "a rotation along the tokens of masked products would let those that are masked into the others"
+        wide = next((spec for spec in (gemm.a.spec, gemm.b.spec) if not spec.row_local), None)
+        return None if wide is None else (
+            f"'{wide}' shares a scale among tokens, of which a mask keeps some apart; use a recipe with scales within "
+            "a row, such as 'mxfp8' or 'fp8-rowwise'")
 
     @property
     def effective(self) -> Recipe:

@@ -19,6 +19,7 @@ from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.masks import Masks
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
 from quartet.passes.state import State
@@ -127,6 +128,7 @@ def _holds_tensors(node: Node) -> bool:
 def find_matmuls(state: State) -> None:
     """Fill ``state.sites`` and record the matmuls that multiply no weight."""
     origin = parameter_origins(state)
+    masks = Masks({node for node in origin if node.op == "placeholder"})
     backward: dict[Any, list[Node]] = {}
     for node in state.gm.graph.nodes:
         if node.target in MATMULS and is_backward(node):
@@ -137,7 +139,7 @@ def find_matmuls(state: State) -> None:
             state.alone.extend(_fused_attention(node))
         if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
             continue
-        site = _site(state, node, origin)
+        site = _site(state, node, origin, masks)
         if site is None:
             state.alone.append(_unplanned(node, "fprop"))
             continue
@@ -154,7 +156,7 @@ def _operands(node: Node) -> tuple[Node, Node]:
     return a, b
 
 
-def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite | None:
+def _site(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> MatmulSite | None:
     a, b = _operands(node)
     if (a in origin and b in origin) or any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
         return None
@@ -174,6 +176,10 @@ def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite | Non
     site = MatmulSite(len(state.sites), fqn, op_class, x, w, m, n, q, val(node).dtype, batch=batch)
     site.products["fprop"] = Product(node, flipped)
     site.notes = node.meta.get(NOTES_KEY, ())
+    if w[0] not in origin:
+        site.masked = masks.of_activations(node, a, b, op_class)
+    elif batch is None:
+        site.masked = masks.of_weight(w[0])
     return site
 
 

@@ -10,7 +10,7 @@ from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.graph import VIEWS, shape, val
 from quartet.lowering.recipe import ROLES
-from quartet.lowering.resolution import Choice
+from quartet.lowering.resolution import Choice, Resolution
 from quartet.passes.layers import layers_of
 from quartet.passes.pays import kernel_of, leave_slower
 from quartet.passes.sites import MatmulSite
@@ -28,14 +28,14 @@ def plan(state: State) -> None:
     layers = layers_of(site.fqn for site in state.sites)
     for site in state.sites:
         layer = layers.get(site.fqn)
-        resolution = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer)
-        site.resolution = resolution
+        wanted = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer)
+        resolution = site.resolution = wanted.apart(site.masked)
         obstacle = _obstacle(site) or _ungenerated(state, site)
+        if state.config.strict and (refused := obstacle or _refused(site, wanted)) and wanted.quantizes:
+            raise UnsupportedMatmul(
+                f"strict=True, and {site.fqn or 'a matmul'} (node {site.products['fprop'].node.name}, "
+                f"m={site.m} n={site.n} k={site.k}, {site.dtype}) cannot be quantised: {refused}")
         if obstacle is not None and resolution.quantizes:
-            if state.config.strict:
-                raise UnsupportedMatmul(
-                    f"strict=True, and {site.fqn or 'a matmul'} (node {site.products['fprop'].node.name}, "
-                    f"m={site.m} n={site.n} k={site.k}, {site.dtype}) cannot be quantised: {obstacle}")
             site.reasons = {role: obstacle for role in ROLES}
             continue
         choices = {role: resolution.choice(role) for role in ROLES}
@@ -65,6 +65,13 @@ def _group(state: State) -> None:
 def _altered(choice: Choice, role: str) -> bool:
     """Whether the policy had to change the recipe's GEMM, such as a saved operand that does not exist."""
     return choice.gemm is not None and choice.recipe is not None and choice.gemm != getattr(choice.recipe, role)
+
+
+def _refused(site: MatmulSite, wanted: Resolution) -> str | None:
+    """Which products of a site the policy quantises and a mask keeps it from, and why."""
+    assert site.resolution is not None
+    return "; ".join(f"{role} {after.reason}" for role in site.products if wanted.choice(role).gemm is not None
+                     and (after := site.resolution.choice(role)).gemm is None) or None
 
 
 def _obstacle(site: MatmulSite) -> str | None:

@@ -84,6 +84,7 @@ class MatmulSite:
         reasons: role → why it is left alone.
         remarks: role → how its GEMM differs from the recipe's; notes: what a reader should know of all three.
         groups: of a product of tokens in groups, each with a W of its own.
+        masked: which of ``"x"``, ``"w"`` and ``"y"`` a mask has thinned out (``quartet.passes.masks``).
         x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
     """
 
@@ -108,6 +109,7 @@ class MatmulSite:
     saved_bytes: int | None = None
     batch: Any = None
     groups: Groups | None = None
+    masked: frozenset[str] = frozenset()
 
     @property
     def scaled(self) -> OpOverload:

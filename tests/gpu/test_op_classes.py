@@ -36,8 +36,7 @@ class Experts(nn.Module):
 
 class Attention(nn.Module):
     def forward(self, q, k, v):
-        future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
-        return (q @ k.mT / q.shape[-1]**0.5).masked_fill(future, float("-inf")).softmax(-1) @ v
+        return (q @ k.mT / q.shape[-1]**0.5).softmax(-1) @ v
 
 
 class Pair(nn.Module):

@@ -22,7 +22,7 @@ QUANTISING = [name for name, recipe in recipes().items() if recipe.quantizes and
 
 
 class Attention(nn.Module):
-    """Causal attention written out, or by PyTorch's fused function."""
+    """Attention without a mask (``test_masks.py`` has those with one), written out or by PyTorch's fused function."""
 
     def __init__(self, fused=False, width=64, heads=4, kv_heads=4):
         super().__init__()
@@ -36,11 +36,10 @@ class Attention(nn.Module):
         q, k, v = (p(x).view(batch, length, n, -1).transpose(1, 2)
                    for p, n in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads)))
         if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != self.kv_heads)
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-            y = F.dropout(scores.masked_fill(future, float("-inf")).softmax(-1), 0.0) @ v
+            y = F.dropout(scores.softmax(-1), 0.0) @ v
         return self.o(y.transpose(1, 2).reshape(batch, length, width))
 
 

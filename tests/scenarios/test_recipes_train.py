@@ -78,7 +78,7 @@ def test_saved_activations_train(name, base):
 
 
 def test_one_model_under_several_recipes():
-    policy = (Policy("quartet").on("attention", "fp8").on("*.down", "nvfp4").on("lm_head", None)
+    policy = (Policy("quartet").on("attention", "mxfp8").on("*.down", "nvfp4").on("lm_head", None)
               .on("embedding", "mxfp8").on(op="saved", recipe="e4m3/16"))
     found = losses(lambda model: compile_eager(model, policy, open_attention=True)[0])
     assert settled(found) < settled(baseline()) + 0.25
