@@ -2,7 +2,8 @@
 
 Packed codes, scales and masks are results of opaque ops, which the partitioner never recomputes, and no
 backward node reads the original X: so they are what is kept. With ``recompute="gemm"`` the output of a
-GEMM is not kept either where backward has the codes of both operands anyway: it runs the product again.
+GEMM is not kept either where backward has the codes of both operands anyway: it runs the product again. Selective
+checkpointing that saves the output of such a GEMM has the codes kept, which are fewer bytes than that output.
 Where X itself is to be made again in backward, as the columns of a convolution are, so is its quantised form.
 """
 
@@ -12,7 +13,7 @@ from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
-from quartet.lowering.graph import aten, is_backward
+from quartet.lowering.graph import SAVED, aten, is_backward
 from quartet.passes.sites import SITE_KEY, MatmulSite
 from quartet.passes.state import State, recipe_of
 
@@ -29,8 +30,20 @@ def save(state: State) -> None:
         index, role = node.meta[SITE_KEY]
         site = sites[index]
         choice = state.config.recompute or recipe_of(site).recompute
-        if role == "fprop" and choice == "gemm" and keeps_codes(site) and node.meta.get("recompute") is None:
+        asked = node.meta.get("recompute")
+        if role == "fprop" and choice == "gemm" and keeps_codes(site) and (asked is None or asked in SAVED):
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            if asked is not None:
+                _keep_codes(node)
+
+
+def _keep_codes(product: Node) -> None:
+    """Take what a product multiplies out of the user's checkpointing, so that it is kept as it is without."""
+    for codes in (product.args[0], product.args[2]):
+        quantizer, _ = ir.quantizer_of(codes)  # type: ignore[arg-type]
+        for node in (quantizer, *quantizer.users):
+            for key in ("recompute", "ac_graph_id"):
+                node.meta.pop(key, None)
 
 
 def _make_again(quantizer: Node) -> None:

@@ -53,13 +53,32 @@ def test_inside_the_compiled_region(kernels):
 
 
 @pytest.mark.parametrize("kernels", [(), ("cpp",)])
-@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE])
-def test_selective_policy(policy, kernels):
-    got, backend = run(selective(policy), disable_kernels=kernels)
-    assert_same(got, run(plain, disable_kernels=kernels)[0])
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE,
+                                    CheckpointPolicy.MUST_RECOMPUTE])
+@pytest.mark.parametrize("recompute", ["gemm", "none"])
+def test_selective_policy(policy, recompute, kernels):
+    """What is saved of a product: codes where backward runs it again from them, else its output."""
+    options = {"disable_kernels": kernels, "recompute": recompute}
+    got, backend = run(selective(policy), **options)
+    assert_same(got, run(plain, **options)[0])
+    saved = policy is not CheckpointPolicy.MUST_RECOMPUTE
     products = [n for n in kept(backend) if "mm" in str(n.target)]
-    assert len(products) == (3 if policy is CheckpointPolicy.MUST_SAVE else 0)  # nothing reads the last one's output
-    assert not [n for n in kept(backend) if "hadamard" in str(n.target) or n.meta["val"].dtype == torch.uint8]
+    assert len(products) == (3 if saved and recompute == "none" else 0)  # nothing reads the last one's output
+    assert not [n for n in kept(backend) if "hadamard" in str(n.target)]
+    assert any(n.meta["val"].dtype == torch.uint8 for n in kept(backend)) == (saved and recompute == "gemm")
+
+
+@pytest.mark.parametrize("recipe", ["quartet", "fp8", "bf16"])
+def test_saving_products_keeps_no_more_than_no_checkpointing(recipe):
+    kept = []
+    for wrap in (plain, selective(CheckpointPolicy.MUST_SAVE), recomputed):
+        torch._dynamo.reset()
+        model = Residual(wrap)
+        compiled, backend = compile_eager(model, recipe)
+        step(compiled, model, data(160, 64, grad=True)())
+        kept.append(backend.capture.saved_bytes)
+    none, some, full = kept
+    assert full < some < none, kept
 
 
 def test_outside_of_the_compiled_region():
