@@ -25,7 +25,8 @@ from quartet.lowering.recipe import Rotation
 from quartet.passes.find_matmuls import left_alone, parameter_origins
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import DTYPES, UnsupportedMatmul
-from quartet.passes.state import State, draw_seed
+from quartet.passes.randomness import draw_seed
+from quartet.passes.state import State
 
 EMBEDDING = aten.embedding.default
 _BAG = "aten._embedding_bag"

@@ -32,8 +32,9 @@ from quartet.lowering.products import SWAP, turned
 from quartet.lowering.recipe import Gemm
 from quartet.passes.delayed import amax_of
 from quartet.passes.find_matmuls import input_indices
+from quartet.passes.randomness import draw_seed
 from quartet.passes.sites import SITE_KEY, MatmulSite, Product, Quantized
-from quartet.passes.state import State, draw_seed, recipe_of
+from quartet.passes.state import State, recipe_of
 
 WHOLE_VIEWS = (aten.permute.default, aten.t.default, aten.alias.default, torch.ops.prims.convert_element_type.default)
 _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WGRAD_B)}

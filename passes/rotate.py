@@ -21,8 +21,9 @@ from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
 from quartet.lowering.recipe import Gemm, Rotation
 from quartet.passes import batched
 from quartet.passes.batched import flip, matrix, restored
+from quartet.passes.randomness import draw_seed
 from quartet.passes.sites import MatmulSite
-from quartet.passes.state import State, draw_seed, recipe_of
+from quartet.passes.state import State, recipe_of
 
 SIGN_DRAWS = {"fprop": Draw.FPROP_SIGNS, "dgrad": Draw.DGRAD_SIGNS, "wgrad": Draw.WGRAD_SIGNS}
 

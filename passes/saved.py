@@ -41,7 +41,8 @@ from quartet.passes.kept import (
 )
 from quartet.passes.naming import module_of
 from quartet.passes.pipeline import source_digest
-from quartet.passes.state import STREAM_STRIDE, Config, State, draw_seed
+from quartet.passes.randomness import draw_seed
+from quartet.passes.state import STREAM_STRIDE, Config, State
 from quartet.runtime.compat import CustomPartitionerFn
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import SEED

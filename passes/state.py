@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.lowering.graph import FORWARD, Builder, aten, replace_all
+from quartet.lowering.graph import replace_all
 from quartet.lowering.recipe import Recipe
 from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.lowering.resolution import Resolution
 from quartet.passes.sites import MatmulSite
 from quartet.runtime.devices import Target
-from quartet.runtime.streams import SEED
 
 STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
 
@@ -52,6 +51,7 @@ class Config:
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         where_it_pays: leave layers alone that the policy's default would make slower.
         portable_rounding: no rounding by conversions that only some devices have.
+        replayed: what runs on a GPU is recorded in CUDA graphs.
         autotune: kernels may measure, when they first run, which of them is fastest.
         anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.amax``).
         modules: what dynamo writes for a module → its name in the model.
@@ -76,6 +76,7 @@ class Config:
     autotune: bool = False
     modules: Mapping[str, str] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
+    replayed: bool = False
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""
@@ -116,20 +117,3 @@ def recipe_of(site: MatmulSite) -> Recipe:
     """The recipe of a planned site."""
     assert site.recipe is not None
     return site.recipe
-
-
-def draw_seed(state: State, device: torch.device) -> Node:
-    """The graph's one random draw on a device: an int64 seed from PyTorch's generator, made on first use.
-
-    It carries no checkpoint tag: a seed drawn again in a recomputation would be another one.
-    """
-    if device not in state.seeds:
-        graph = state.gm.graph
-        first = next(n for n in graph.nodes if n.op != "placeholder")
-        build = Builder(graph, like=first, before=first, backward=False)
-        build.meta = {"partitioner_tag": FORWARD}
-        seed = build(SEED, device)
-        if state.config.stream:
-            seed = build(aten.add.Tensor, seed, state.config.stream * STREAM_STRIDE % 2**62)
-        state.seeds[device] = seed
-    return state.seeds[device]

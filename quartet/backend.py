@@ -107,12 +107,14 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                     options.recompute, stream, observers, options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
                     options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
-                    compat.max_autotune(options.inductor), names.modules, names.widths)
+                    compat.max_autotune(options.inductor), names.modules, names.widths,
+                    compat.cuda_graphs(options.inductor))
     places = [rule.place for rule in options.policy.rules if rule.fqn is not None]
     key = repr((options.policy.digest(), names.key(), places, options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
                 options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
-                config.autotune, torch.__version__, torch.get_num_threads(), kernels_here(gm, example_inputs, options)))
+                config.autotune, config.replayed, torch.__version__, torch.get_num_threads(),
+                kernels_here(gm, example_inputs, options)))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), names.regions)
 

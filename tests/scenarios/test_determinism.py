@@ -6,6 +6,10 @@ import pytest
 import torch
 from harness import assert_same, compile_eager, eager_backend, step
 from models import MLP, Llama, Residual, data, tokens
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from quartet.runtime.streams import draw
 
 
 def train(model, compiled, optimizer, steps, start=0):
@@ -20,9 +24,9 @@ def train(model, compiled, optimizer, steps, start=0):
     return losses
 
 
-def fresh(seed=0):
+def fresh(seed=0, drop=0.0):
     torch.manual_seed(seed)
-    model = Residual(lambda block, x: block(x))
+    model = Residual(lambda block, x: nn.functional.dropout(block(x), drop))
     return model, compile_eager(model)[0], torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
@@ -44,8 +48,9 @@ def test_same_seed_trains_alike_and_another_seed_does_not():
     assert not equal(runs[0][1], runs[2][1])
 
 
-def test_resumed_run_is_the_unbroken_run(tmp_path):
-    model, compiled, optimizer = fresh()
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_resumed_run_is_the_unbroken_run(tmp_path, drop):
+    model, compiled, optimizer = fresh(drop=drop)
     torch.manual_seed(1)
     train(model, compiled, optimizer, 10)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
@@ -54,7 +59,7 @@ def test_resumed_run_is_the_unbroken_run(tmp_path):
     unbroken = state(model)
 
     torch._dynamo.reset()
-    model, compiled, optimizer = fresh(seed=99)
+    model, compiled, optimizer = fresh(seed=99, drop=drop)
     saved = torch.load(tmp_path / "checkpoint.pt")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -88,6 +93,73 @@ def test_layers_of_one_graph_draw_different_bits():
     compiled, _ = compile_eager(run)
     _, gradients = step(compiled, model, data(40, 64)())
     assert not torch.equal(gradients["0.weight"], gradients["1.weight"])
+
+
+class Dropping(nn.Module):
+    """Two layers around a dropout of PyTorch's or of the test's."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(64, 96), nn.Linear(96, 64), drop
+
+    def forward(self, x):
+        return self.down(self.drop(self.up(x)))
+
+
+def seeds(backend):
+    """Whether each seed leaves the generator as it is."""
+    return [len(n.args) > 1 and n.args[1] for gm in backend.forwards() for n in gm.graph.nodes
+            if "quartet.seed" in str(n.target)]
+
+
+NOISE = {
+    "dropout": lambda: nn.Dropout(0.5), "normal": lambda: lambda x: x + torch.randn_like(x),
+    "drop path": lambda: lambda x: x * torch.bernoulli(torch.full((len(x), 1), 0.5)),
+    "checkpointed": lambda: lambda x: checkpoint(nn.functional.dropout, x, 0.5, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_the_users_random_numbers_are_those_without_the_backend(name):
+    """So that two runs from one seed drop the same elements and shuffle alike."""
+    model, (x,) = Dropping(NOISE[name]()), data(40, 64, grad=True)()
+    found = []
+    for policy in ("quartet", "bf16"):
+        torch._dynamo.reset()
+        compiled, backend = compile_eager(model, policy)
+        torch.manual_seed(3)
+        for _ in range(3):
+            out = compiled(x)
+            out.square().mean().backward()
+        found.append((torch.get_rng_state(), torch.randperm(100)))
+        assert seeds(backend) == ([True] if policy == "quartet" else [])
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.0), nn.Dropout(0.5).eval()])
+def test_a_seed_is_drawn_where_nothing_else_moves_the_generator(drop):
+    model, (x,) = Dropping(drop), data(40, 64)()
+    compiled, backend = compile_eager(model)
+    torch.manual_seed(3)
+    before, gradients = torch.get_rng_state(), []
+    for _ in range(2):
+        model.zero_grad()
+        compiled(x).square().mean().backward()
+        gradients.append(model.up.weight.grad.clone())
+    assert seeds(backend) == [False] and not torch.equal(*gradients)
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+def test_a_seed_that_is_read_differs_with_the_state_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    seed, again = (draw(torch.device("cpu"), moves=True) for _ in range(2))
+    assert torch.equal(seed, again) and torch.equal(before, torch.get_rng_state())
+    assert seed.dtype == torch.int64 and 0 <= seed < 2**62
+    torch.rand(1)
+    assert not torch.equal(draw(torch.device("cpu"), moves=True), seed)
+    torch.set_rng_state(before)
+    assert torch.equal(draw(torch.device("cpu"), moves=True), seed) and not torch.equal(draw(torch.device("cpu")), seed)
 
 
 def test_forward_is_deterministic_and_draws_nothing():
