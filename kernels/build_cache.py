@@ -35,6 +35,7 @@ _SCRATCH = re.compile(r"build-" + _STEM + r"\.\w+")
 _REMEDIES = (  # of what a system or a compiler says
     (("No space left", "quota exceeded"), "make room on that disk, or set {} to a folder on another one"),
     (("Read-only file system", "Permission denied", "not permitted"), "set {} to a folder that you can write to"),
+    (("No usable temporary directory",), "set TMPDIR to a folder that you can write to"),
     (("out of memory", "memory exhausted", "Cannot allocate memory", "Killed"),
      "it takes more memory than is free: try again when there is more"),
 )
@@ -106,7 +107,8 @@ def private_folder(folder: Path, what: str = "kernel cache folder", variable: st
         raise BuildError(f"{what} {folder} belongs to user {status.st_uid}, not to you ({os.getuid()}); {elsewhere}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BuildError(f"{what} {folder} has mode {stat.S_IMODE(status.st_mode):04o}: others could "
-                         f"replace the code that runs from it; run `chmod 700 {folder}`")
+                         f"replace the code that runs from it; set {variable} to one of your own, or, if nobody else "
+                         f"uses it, run `chmod 700 {folder}`")
     if above.st_uid not in trusted():
         raise BuildError(f"the {what} {folder} lies in {parent} of user {above.st_uid}, who could put another in its "
                          f"place; {elsewhere} in one that is yours")
@@ -159,11 +161,11 @@ def build_once(target: Path, build: Callable[[Path], Notes | None]) -> bool:
     """Make ``target`` with ``build(path)`` unless it is there and intact; True if this call built it.
 
     ``build`` writes the object to the path it is given and returns what to note down. Concurrent processes build once,
-    and what stands at ``target`` is whole at every moment.
+    and what stands at ``target`` is whole at every moment. Raises BuildError: of ``build``, or nothing can be written.
     """
     if intact(target):
         return False
-    with locked(target):
+    with _writing(target), locked(target):
         if intact(target):
             return False
         _remove_abandoned(target)
@@ -284,14 +286,15 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
                 return
 
 
-def open_lock(path: Path) -> IO[bytes]:
-    """A file to lock, made if it is missing and never changed. Raises BuildError, also where it is a link."""
-    with _writing(path):
+def open_lock(path: Path, variable: str = VARIABLE) -> IO[bytes]:
+    """A file to lock, made if it is missing and never changed. Raises BuildError, also where it is a link; ``variable``
+    of the environment puts its folder elsewhere."""
+    with _writing(path, variable):
         return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb+")
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, variable: str = VARIABLE) -> Iterator[None]:
     """An error of the system becomes a BuildError about the folder of ``path``; a taken lock stays what it is."""
     try:
         yield
@@ -299,7 +302,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise BuildError(f"cannot write to the folder {path.parent}: {error.strerror or error}; "
-                         f"{remedy_of(str(error), f'set {VARIABLE} to another folder of yours')}") from error
+                         f"{remedy_of(str(error), f'set {variable} to another folder of yours', variable)}") from error
 
 
 def _is_at(path: Path, status: os.stat_result) -> bool:

@@ -49,7 +49,10 @@ def compilers() -> Iterator[tuple[str, str]]:
 
 
 def _gxx() -> str:
-    command = compiler()
+    try:
+        command = compiler()
+    except BuildError as error:
+        return str(error)
     path = shutil.which(command[0])
     if path is None:
         return f"{'' if command == ['g++'] else f'{command[0]} is '}missing ({REMEDY['g++']})"

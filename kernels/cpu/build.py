@@ -63,8 +63,12 @@ def library(source: Path | None = None) -> Path:
 
 
 def compiler() -> list[str]:
-    """``$CXX``, by default ``g++``, as a command."""
-    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    """``$CXX``, by default ``g++``, as a command. Raises BuildError: it is none."""
+    named = os.environ.get("CXX", "")
+    try:
+        return shlex.split(named) or ["g++"]
+    except ValueError as error:
+        raise BuildError(f"CXX={named!r} is no command: {error}; point CXX at g++ 9 or newer") from error
 
 
 def _key(compiler: list[str], source: Path) -> str:

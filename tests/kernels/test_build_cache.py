@@ -3,11 +3,10 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+from quartet.cli import main
 from quartet.kernels import build_cache
 from quartet.kernels.build_cache import BuildError
 from quartet.kernels.cpu import build, ops, optimizer
@@ -86,12 +85,11 @@ def test_a_lock_that_is_a_link_is_refused_and_what_is_locked_is_never_changed(ca
     assert (tmp_path / "file").read_text() == (cache / "b.lock").read_text() == "precious"
 
 
-def test_looking_creates_nothing(cache):
+def test_looking_creates_nothing(cache, capsys):
     assert build_cache.entries() == [] and build_cache.files("*", "so") == [] and build_cache.clear() == (0, 0)
     assert not cache.exists() and build_cache.cache_dir(create=False) == cache and not cache.exists()
     for command in ("list", "clear"):
-        done = subprocess.run([sys.executable, "-m", "quartet", "cache", command], capture_output=True, text=True)
-        assert done.returncode == 0 and "0 objects" in done.stdout and not cache.exists(), done.stderr
+        assert main(["cache", command]) == 0 and "0 objects" in capsys.readouterr().out and not cache.exists()
 
 
 def test_only_our_objects_are_listed(full):
@@ -149,7 +147,7 @@ def test_the_places_of_compilations_are_never_truncated(tmp_path, monkeypatch):
     assert (folder / "slot-0").read_text() == "precious"
     (folder / "gate").unlink()
     (folder / "gate").symlink_to(tmp_path / "file")
-    with pytest.raises(BuildError, match="cannot write to the folder"), memory.compile_slot():
+    with pytest.raises(BuildError, match="cannot write to the folder .*set TMPDIR to"), memory.compile_slot():
         pass
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -200,6 +198,16 @@ REMEDIES = {errno.EROFS: "set QUARTET_CACHE_DIR to a folder that you can write t
 
 
 @pytest.mark.parametrize("code", REMEDIES, ids=errno.errorcode.get)
+def test_a_disk_that_fills_up_while_an_object_is_written_is_told(cache, code):
+    def build(path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    with pytest.raises(BuildError, match=f"cannot write to the folder {cache}: {os.strerror(code)}; {REMEDIES[code]}"):
+        build_cache.build_once(build_cache.target_of("a"), build)
+    assert not list(cache.glob("*.so")) and not list(cache.glob("build-*"))
+
+
+@pytest.mark.parametrize("code", REMEDIES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("kernels", (ops, optimizer))
 def test_a_folder_that_nothing_can_be_written_to_is_no_error_of_a_step(cache, asked_anew, monkeypatch, kernels, code):
     cache.mkdir(mode=0o700)
@@ -215,6 +223,28 @@ def test_a_folder_that_nothing_can_be_written_to_is_no_error_of_a_step(cache, as
         reason = kernels.unavailable()
         assert kernels.unavailable() == reason and len(said) == 1
     assert "g++" not in reason and "delete" not in reason
+
+
+def test_without_a_temporary_folder_the_remedy_is_one(cache, monkeypatch):
+    def none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/']")
+
+    monkeypatch.setattr(memory.tempfile, "gettempdir", none)
+    with pytest.raises(BuildError, match="No usable temporary directory .*; set TMPDIR to a folder that you can write"):
+        build_cache.build_once(build_cache.target_of("a"), lambda path: memory.compile_slot().__enter__())
+
+
+def test_a_compiler_that_is_no_command(cache, monkeypatch, asked_anew):
+    monkeypatch.setenv("CXX", "g++ '-O3")
+    with pytest.raises(BuildError, match="CXX=.* is no command: No closing quotation; point CXX at g\\+\\+"):
+        build.library()
+    assert main(["doctor"]) in (0, 1)
+
+
+def test_nobody_is_told_to_close_a_folder_that_others_use(tmp_path):
+    tmp_path.chmod(0o1777)
+    with pytest.raises(BuildError, match="set QUARTET_CACHE_DIR to one of your own, or, if nobody else uses it, run"):
+        build_cache.private_folder(tmp_path)
 
 
 @pytest.mark.parametrize(("said", "remedy"), [
