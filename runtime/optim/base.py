@@ -306,7 +306,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, before[key])
             self._accept(group)
             for param in group["params"]:
-                if param in self.state:
+                if self.state.get(param):
                     adopted[param] = self._adopted(group, param, {k: v.value if isinstance(v, states.Kept) else v
                                                                   for k, v in self.state[param].items()})
         self.state.update(adopted)

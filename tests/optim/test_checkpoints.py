@@ -102,6 +102,17 @@ def test_fp32_states_of_torch_step_alike_after_loading(form):
         assert (a - b).abs().mean() < 1e-4  # a step is 1e-3
 
 
+def test_a_parameter_without_a_state_begins_with_its_first_step():
+    """A checkpoint may hold an empty state, which somebody's look-up made."""
+    p, q = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    optimizer, loaded = optim.AdamW([p]), optim.AdamW([q])
+    assert not optimizer.state[p]
+    loaded.load_state_dict(optimizer.state_dict())
+    q.grad = torch.ones(4)
+    loaded.step()
+    assert loaded.state[q]["step"] == 1
+
+
 def test_the_format_of_a_checkpoint_stays():
     net = model()
     first = optim.AdamW(net.parameters(), state_format="dynamic")
