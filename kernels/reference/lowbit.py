@@ -173,7 +173,7 @@ def updated(codes: Tensor, scale: Tensor, delta: Tensor, grid: Grid, paper: bool
         random: of :func:`random_words`.
 
     The paper rounds ``z = (code/s + Δ)·s``; ours adds the rounded ``Δ/scale`` to the code, which in fp32 keeps updates
-    that are small beside the code. A NaN leaves its code as it is.
+    that are small beside the code. A NaN leaves its code as it is; :func:`shown` puts it into the scale.
     """
     old = codes.to(torch.float32)
     if paper:
@@ -197,6 +197,15 @@ def updated_with_feedback(codes: Tensor, scale: Tensor, delta: Tensor, residual:
     new = z.round().clamp(grid.low, grid.high)
     left = round_stochastic((z - new) * RESIDUAL_STEPS, random)
     return new.to(torch.int8), left.clamp(-RESIDUAL_STEPS // 2, RESIDUAL_STEPS // 2 - 1).to(torch.int8)
+
+
+def shown(scale: Tensor, new: Tensor) -> Tensor:
+    """Scales, NaN where new numbers ``[rows, cols]`` of a row (under one scale: of the tensor) are not finite.
+
+    No code is a NaN, and a weight that kept its old codes would look sound and never learn again.
+    """
+    finite = torch.isfinite(new).all(1)
+    return torch.where(finite if scale.numel() == new.shape[0] else finite.all(), scale, float("nan"))
 
 
 def row_sum(x: Tensor) -> Tensor:
@@ -258,6 +267,7 @@ def absorb(packed: Tensor, scale: Tensor, new: Tensor, residual: Tensor | None, 
         residual: int8 ``[rows, cols]`` for :func:`updated_with_feedback`, or None for :func:`updated`.
         draw: the random bits; a change of scale takes those of ``site | RESCALE_SITE``.
         radial_split: :func:`radial` first. rescale: :func:`rescaled` last. Under ``paper`` both are left out.
+            :func:`shown` is the very last.
 
     Returns:
         int64 scalar: how many codes the update changed, a change of scale not counted.
@@ -282,5 +292,5 @@ def absorb(packed: Tensor, scale: Tensor, new: Tensor, residual: Tensor | None, 
     if rescale and not paper:
         after, to = rescaled(after, to, grid, random(draw.site | RESCALE_SITE))
     packed.copy_(pack(after, grid))
-    scale.copy_(to)
+    scale.copy_(shown(to, new))
     return flips

@@ -112,9 +112,10 @@ def absorb(packed: Tensor, scale: Tensor, new: Tensor, residual: Tensor | None, 
     form: dict[str, Any] = {"LOW": grid.low, "HIGH": grid.high, "WIDTH": grid.width}
     tile: dict[str, Any] = {"WIDE": shape.wide, "G": shape.groups, "num_warps": shape.warps}
     with on_device(new):
+        before = dense[1].clone() if paper else dense[1]
         launch(kernels.absorb, (shape.rows,),
-               (shape.codes, dense[1], new, left, flips, *_random(draw, draw.site, shape), *shape.sizes), **form,
-               PAPER=paper, RADIAL=split, FEEDBACK=left is not None, ONE=shape.chunks == 1, **tile)
+               (shape.codes, before, dense[1], new, left, flips, *_random(draw, draw.site, shape), *shape.sizes),
+               **form, PAPER=paper, RADIAL=split, FEEDBACK=left is not None, ONE=shape.chunks == 1, **tile)
         if rescale and not paper:
             launch(kernels.rescale, (shape.rows,),
                    (shape.codes, dense[1], *_random(draw, draw.site | ref.RESCALE_SITE, shape),

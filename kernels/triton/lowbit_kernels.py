@@ -214,15 +214,16 @@ def expand(codes, scales, values, cols, width, pitch, LOW: tl.constexpr, WIDTH: 
 
 
 @triton.jit(do_not_specialize=_ARGUMENTS)
-def absorb(codes, scales, values, residual, flips, key_low, key_high, site, step, first, cols, width, pitch,
+def absorb(codes, before, scales, values, residual, flips, key_low, key_high, site, step, first, cols, width, pitch,
            LOW: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, PAPER: tl.constexpr, RADIAL: tl.constexpr,
            FEEDBACK: tl.constexpr, WIDE: tl.constexpr, ONE: tl.constexpr, G: tl.constexpr):
     """Round new values onto the grid, and count the codes that change.
 
-    RADIAL: along the row into its scale first. ONE: a row is one chunk, and is read once; else RADIAL reads it twice.
+    before: the scales to read, which PAPER's programs share. RADIAL: along the row into its scale first. ONE: a row is
+    one chunk, and is read once; else RADIAL reads it twice. A value that is not finite makes the scale a NaN.
     """
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scales if PAPER else scales + row)
+    scale = tl.load(before if PAPER else before + row)
     keys = _keys(key_low, key_high)
     line, numbers = codes + row * pitch, _line(values, row, cols, width, WIDE)
     first_group = tl.arange(0, G)
@@ -243,19 +244,24 @@ def absorb(codes, scales, values, residual, flips, key_low, key_high, site, step
         share = tl.where(share == share, share, 0.0)
         share = tl.where(share > _LIMIT, _LIMIT, tl.where(share < -_LIMIT, -_LIMIT, share))
         after = scale * (share + 1.0)
-        tl.store(scales + row, after)
     inverse = tl.div_rn(tl.full((), 1.0, tl.float32), after)
     if ONE:
-        count = _absorbed(line, residual, first_word, first_x, scale, inverse, share, keys, row, first_group, site,
-                          step, first, cols, width, pitch, LOW, HIGH, WIDTH, PAPER, RADIAL, FEEDBACK, WIDE)
+        count, bad = _absorbed(line, residual, first_word, first_x, scale, inverse, share, keys, row, first_group, site,
+                               step, first, cols, width, pitch, LOW, HIGH, WIDTH, PAPER, RADIAL, FEEDBACK, WIDE)
     else:
-        count = tl.zeros((G,), tl.int32)
+        count, bad = tl.zeros((G,), tl.int32), tl.zeros((G,), tl.float32)
         for k in range(tl.cdiv(width, G)):
             group = k * G + tl.arange(0, G)
             word = _words(line, group, width, pitch, _nothing(LOW, WIDTH), WIDTH, WIDE)
             x = _numbers(numbers, group, cols, width, WIDE)
-            count += _absorbed(line, residual, word, x, scale, inverse, share, keys, row, group, site, step, first,
-                               cols, width, pitch, LOW, HIGH, WIDTH, PAPER, RADIAL, FEEDBACK, WIDE)
+            more, worse = _absorbed(line, residual, word, x, scale, inverse, share, keys, row, group, site, step, first,
+                                    cols, width, pitch, LOW, HIGH, WIDTH, PAPER, RADIAL, FEEDBACK, WIDE)
+            count, bad = count + more, bad + worse
+    after += tl.sum(bad, axis=0)
+    if RADIAL:
+        tl.store(scales + row, after)
+    else:
+        tl.store(scales if PAPER else scales + row, after, mask=after != after)
     tl.atomic_add(flips, tl.sum(count, axis=0).to(tl.int64), sem="relaxed")
 
 
@@ -274,7 +280,10 @@ def _along(along, square, code, x, scale):
 def _absorbed(line, residual, word, x, scale, inverse, share, keys, row, group, site, step, first, cols, width, pitch,
               LOW: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, PAPER: tl.constexpr, RADIAL: tl.constexpr,
               FEEDBACK: tl.constexpr, WIDE: tl.constexpr):
-    """Write the codes (and residuals) of one chunk; how many changed in each group, int32 ``[G]``."""
+    """Write the codes (and residuals) of one chunk.
+
+    Returns, of each group: how many codes changed, int32 ``[G]``, and fp32 0, or NaN where a value is not finite.
+    """
     code = _codes(word, group, cols, LOW, WIDTH, WIDE)
     kept = code
     if FEEDBACK:
@@ -282,8 +291,9 @@ def _absorbed(line, residual, word, x, scale, inverse, share, keys, row, group, 
         residual += row * residual_pitch
         kept = _codes(_words(residual, group, width, residual_pitch, 0, 8, WIDE), group, cols, 0, 8, WIDE)
     draws = _draws(keys, row, group, width, site, step, first)
-    stored, left, count = tl.zeros_like(word), tl.zeros_like(word), tl.zeros_like(word)
+    stored, left, count, bad = tl.zeros_like(word), tl.zeros_like(word), tl.zeros_like(word), tl.zeros_like(x[0])
     for i in tl.static_range(4):
+        bad += x[i] - x[i]
         old, weight = code[i].to(tl.float32), _weight(code[i], scale, PAPER)
         delta = x[i] - weight
         if RADIAL:
@@ -306,7 +316,7 @@ def _absorbed(line, residual, word, x, scale, inverse, share, keys, row, group, 
     _store_words(line, stored, group, width, pitch, WIDTH, WIDE)
     if FEEDBACK:
         _store_words(residual, left, group, width, residual_pitch, 8, WIDE)
-    return count
+    return count, bad
 
 
 @triton.jit(do_not_specialize=_ARGUMENTS)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quartet.runtime.direct.convert import SKIPPED, Skip, _chosen
 from quartet.runtime.direct.linear import int_product, quantize_tokens
+from quartet.runtime.direct.once import once
 
 _EPSILON = 1e-5
 
@@ -27,6 +28,8 @@ class _StraightThrough(torch.autograd.Function):
         return out.to(dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once("second derivatives of a BitLinear are not defined: its rounding has none, and backward passes straight "
+          "through it; keep the layers whose second derivatives are needed an nn.Linear, by skip=")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         codes, scale, ternary, mean = ctx.saved_tensors
         grad, (of_x, of_w, of_b) = grads[0], ctx.dtypes

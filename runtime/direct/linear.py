@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartet.runtime.direct.once import once
 from quartet.runtime.direct.weight import LowBitWeight
 
 ACTIVATIONS = ("int8", None)
@@ -58,6 +59,9 @@ class _Int8Linear(torch.autograd.Function):
         return out.to(dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once("second derivatives through INT8 activations are not defined: rounding has none, and backward passes "
+          "straight through it; convert the layers that need them with activations=None, whose derivatives of any "
+          "order are right")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         codes, scale, weight = ctx.saved_tensors
         grad = grads[0]
@@ -73,32 +77,63 @@ class _Int8Linear(torch.autograd.Function):
 
 
 class _FloatLinear(torch.autograd.Function):
-    """Activations as they are, times the dequantised weight: a product that a policy of the backend may quantise."""
+    """Activations as they are, times the dequantised weight: a product that a policy of the backend may quantise.
+
+    What is kept are x and the weight's codes, and backward is made of functions of both that can be differentiated:
+    derivatives of any order are right.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: LowBitWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        out = flat @ weight.dequantize().to(dtype).t()
+    def forward(ctx: Any, x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> Tensor:
+        out = x.reshape(-1, x.shape[-1]) @ weight.dequantize().to(x.dtype).t()
         if bias is not None:
-            out = out + bias.to(dtype)
-        ctx.save_for_backward(flat, weight)
-        ctx.has_bias, ctx.dtype = bias is not None, x.dtype
+            out = out + bias.to(x.dtype)
+        ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        flat, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad = grads[0]
         e = grad.reshape(-1, grad.shape[-1])
         gx = gw = gb = None
         if ctx.needs_input_grad[0]:
-            gx = (e @ weight.dequantize().to(e.dtype)).to(ctx.dtype).reshape(*grad.shape[:-1], weight.shape[1])
+            gx = _transposed(grad, weight).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            gw = (e.t() @ flat.to(e.dtype)).to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            gb = e.to(torch.float32).sum(0).to(ctx.bias_dtype)
-        return gx, gw, gb, None
+            gw = (e.t() @ x.reshape(-1, x.shape[-1]).to(e.dtype)).to(weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            gb = e.to(torch.promote_types(e.dtype, torch.float32)).sum(0).to(ctx.bias_dtype)
+        return gx, gw, gb
+
+
+class _Transposed(torch.autograd.Function):
+    """``E · W`` of ``E [..., out]``, in E's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, weight: LowBitWeight) -> Tensor:
+        ctx.save_for_backward(e, weight)
+        return _times(e, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        e, weight = ctx.saved_tensors
+        grad = grads[0]
+        ge = gw = None
+        if ctx.needs_input_grad[0]:
+            ge = _FloatLinear.apply(grad, weight, None).to(e.dtype)
+        if ctx.needs_input_grad[1]:
+            gw = (e.reshape(-1, e.shape[-1]).t() @ grad.reshape(-1, grad.shape[-1]).to(e.dtype)).to(weight.dtype)
+        return ge, gw
+
+
+def _transposed(e: Tensor, weight: LowBitWeight) -> Tensor:
+    """A compiled backward is a graph of plain operations: it is never differentiated again."""
+    return _times(e, weight) if torch.compiler.is_compiling() else _Transposed.apply(e, weight)
+
+
+def _times(e: Tensor, weight: LowBitWeight) -> Tensor:
+    return (e.reshape(-1, e.shape[-1]) @ weight.dequantize().to(e.dtype)).reshape(*e.shape[:-1], weight.shape[1])
 
 
 def grad_input(e: Tensor, weight: LowBitWeight) -> Tensor:
@@ -115,5 +150,6 @@ def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
                          f"{list(weight.shape)} takes {weight.shape[1]}")
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-    function = _Int8Linear if weight.activations == "int8" else _FloatLinear
-    return function.apply(input, weight, bias, dtype)
+    if weight.activations == "int8":
+        return _Int8Linear.apply(input, weight, bias, dtype)
+    return _FloatLinear.apply(input.to(dtype), weight, bias)

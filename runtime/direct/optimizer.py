@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from quartet.kernels.reference.lowbit import Draw
 from quartet.runtime.direct import rounding
 from quartet.runtime.direct.weight import LowBitWeight
+from quartet.runtime.optim import fit
 from quartet.runtime.optim.base import LowBitOptimizer
 from quartet.runtime.optim.layout import like, local
 from quartet.runtime.optim.seed import philox_seed
@@ -117,8 +118,12 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; ``closure`` evaluates the model and returns the loss.
 
+        A number that is not finite makes the scale of its row a NaN, so that it shows in the next output. What is
+        refused is refused before anything is written.
+
         Raises:
             RuntimeError: a CUDA graph is being captured.
+            ValueError: a gradient, state or weight of another shape than its parameter's.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a step on low-bit weights cannot be captured in a CUDA graph: each replay would round "
@@ -129,16 +134,20 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         inner = self.inner
         assert inner is not None
+        for group, param, _ in self._low_bit():
+            if param.grad is not None:
+                fit.refuse_gradient(type(self).__name__, self._called(group, param), param)
+                self._check_fit(group, param)
         groups, members = self.param_groups, [list(group["params"]) for group in self.param_groups]
         buckets, low = self._buckets(), {id(p) for _, p, _ in self._low_bit()}
-        for group in groups:
-            group[STEP] += 1
         self._flips = []
         try:
             for group, params in zip(groups, members, strict=True):
                 group["params"] = [p for p in params if id(p) not in low]
             if any(p.grad is not None for group in groups for p in group["params"]):
                 inner.step()
+            for group in groups:
+                group[STEP] += 1
             for group, bucket in buckets:
                 self._step_bucket(inner, group, bucket)
         finally:
@@ -146,6 +155,16 @@ class Optimizer(torch.optim.Optimizer):
             for group, params in zip(groups, members, strict=True):
                 group["params"] = params
         return loss
+
+    def _called(self, group: dict[str, Any], param: Tensor) -> fit.Name:
+        return lambda: fit.called(self.param_groups, group, param)
+
+    def _check_fit(self, group: dict[str, Any], param: Tensor) -> None:
+        """Raise ValueError where a state is of another shape than the parameter."""
+        inner, name = self.inner, self._called(group, param)
+        for key, x in inner.state.get(param, {}).items() if inner is not None else ():
+            if isinstance(x, Tensor) and x.dim() and _elementwise(inner, key):
+                fit.refuse_state(key, x, name, param)
 
     def _buckets(self) -> list[tuple[dict[str, Any], list[tuple[Tensor, int]]]]:
         """Parameters with gradients that are stepped together: of one group, up to ``bucket_bytes``."""
@@ -226,17 +245,27 @@ class Optimizer(torch.optim.Optimizer):
         """Load what :meth:`state_dict` returned, or the inner optimizer's own; states keep their saved dtype.
 
         Raises:
-            ValueError: other groups than this optimizer's.
+            ValueError: other groups than this optimizer's, or states of other shapes than its parameters'; nothing is
+                loaded then.
         """
-        assert self.inner is not None
+        inner = self.inner
+        assert inner is not None
+        before = inner.state, inner.param_groups
         earlier = [(group[SEED], group[STEP]) for group in self.param_groups]
-        self.inner.load_state_dict(state_dict)
-        self._adopt(self.inner)
+        inner.load_state_dict(state_dict)
+        try:
+            for group in inner.param_groups:
+                for param in group["params"]:
+                    self._check_fit(group, param)
+        except ValueError:
+            inner.state, inner.param_groups = before
+            raise
+        self._adopt(inner)
         for group, (seed, step) in zip(self.param_groups, earlier, strict=True):
             group.setdefault(SEED, seed)
             group.setdefault(STEP, step)
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        ours = isinstance(self.inner, LowBitOptimizer)
+        ours = isinstance(inner, LowBitOptimizer)
         for _, param, site in self._low_bit():
             for name, value in state_dict["state"].get(numbers[site], {}).items():
                 if isinstance(value, Tensor) and value.dim() and (name == RESIDUAL or not ours):
@@ -249,6 +278,15 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._adopt(state["inner"])
+
+
+def _elementwise(inner: torch.optim.Optimizer | None, key: str) -> bool:
+    """Whether a state that is no single number must have the parameter's shape; other people's may be factored."""
+    if key == RESIDUAL:
+        return True
+    if isinstance(inner, LowBitOptimizer):
+        return not key.endswith("_scale")
+    return type(inner).__module__.startswith("torch.optim.") and not isinstance(inner, torch.optim.Adafactor)
 
 
 def _first_row(param: Tensor) -> int:

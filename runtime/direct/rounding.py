@@ -51,6 +51,7 @@ def absorb(weight: LowBitWeight, new: Tensor, residual: Tensor | None, draw: Dra
         int64 scalar on the weight's device: how many codes changed.
     """
     kernels: Any = kernels_for(weight)
+    torch.autograd.graph.increment_version(weight)  # a backward that still needs the old one says so
     if kernels is not None:
         torch.autograd.graph.increment_version((weight.codes, weight.scale))  # kernels write past autograd
     return (kernels or lowbit).absorb(weight.codes, weight.scale, new, residual, weight.grid, draw, paper=weight.paper,

@@ -13,6 +13,8 @@ from quartet.kernels.reference.lowbit import Grid
 from quartet.runtime.optim.layout import local
 
 aten = torch.ops.aten
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_STORED = ("codes", "scale", "bits", "cols", "paper", "activations")
 
 
 class LowBitWeight(Tensor):
@@ -121,6 +123,8 @@ class LowBitWeight(Tensor):
             from quartet.runtime.direct.linear import linear
 
             return linear(*args, **kwargs)
+        if func == _SET_DATA:
+            return _set_data(*args)
         if func is Tensor.share_memory_:
             raise NotImplementedError("a low-bit weight cannot be moved to shared memory: a step replaces codes and "
                                       "scales together, which processes that share them would see torn apart; give "
@@ -160,7 +164,7 @@ class LowBitWeight(Tensor):
         and the scales are those of the shard, which is the whole (``metadata``)."""
         codes, *gathered = outputs
         scale = gathered[0] if gathered else metadata.clone()
-        scale = scale[:1] if self.paper else scale
+        scale = scale.amax(0, keepdim=True) if self.paper else scale  # of equal ones, or a NaN of some rank
         if out is None:
             return self.with_(codes, scale, param_dtype), outputs
         if not gathered:
@@ -174,6 +178,17 @@ def rebuild(codes: Tensor, scale: Tensor, bits: str, cols: int, dtype: torch.dty
     """A pickled weight."""
     weight = LowBitWeight(codes, scale, bits, cols, dtype, paper, activations)
     return torch.nn.Parameter(weight, requires_grad) if parameter else weight.requires_grad_(requires_grad)
+
+
+def _set_data(target: LowBitWeight, source: Tensor) -> None:
+    """``target.data = source``: torch takes over shape and dtype only."""
+    if not isinstance(source, LowBitWeight):
+        raise TypeError(f"the data of a low-bit weight of {target.described()} cannot become a plain {source.dtype} "
+                        f"tensor {list(source.shape)}; LowBitWeight.of(tensor, bits) makes a low-bit one of it")
+    with torch.DisableTorchFunctionSubclass():
+        target.data = source
+    for name in _STORED:
+        setattr(target, name, getattr(source, name))
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------

@@ -32,6 +32,16 @@ def test_compiled_is_eager(compiler, bits, paper):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits, paper", [("ternary", False), (8, True)])
+def test_activations_as_they_are_compile_too(bits, paper):
+    torch._dynamo.reset()
+    model = net(bits, paper=paper, activations=None)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(model, compiled), gradients(twin, twin), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_is_seen_without_compiling_again():
     torch._dynamo.reset()
     calls = []
