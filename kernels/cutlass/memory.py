@@ -88,7 +88,8 @@ def compile_slot() -> Iterator[None]:
     folder = private_folder(Path(tempfile.gettempdir()) / f"quartet-compile-{os.getuid()}", "folder of locks", "TMPDIR")
     while True:
         with ExitStack() as held:
-            handles = [held.enter_context(open_lock(folder / f"slot-{i}", "TMPDIR")) for i in range(os.cpu_count() or 1)]
+            slots = (folder / f"slot-{i}" for i in range(os.cpu_count() or 1))
+            handles = [held.enter_context(open_lock(slot, "TMPDIR")) for slot in slots]
             gate = held.enter_context(open_lock(folder / "gate", "TMPDIR"))
             fcntl.flock(gate, fcntl.LOCK_EX)
             free = [handle for handle in handles if _try_lock(handle.fileno())]
