@@ -18,6 +18,7 @@ from quartet.kernels.spec import dtype_name
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
+from quartet.passes.already import CODED, quantised_before
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
 from quartet.passes.masks import Masks
 from quartet.passes.naming import module_name, module_of
@@ -137,6 +138,8 @@ def find_matmuls(state: State) -> None:
     for node in state.gm.graph.nodes:
         if node.op == "call_function" and str(node.target).startswith(ATTENTION):
             state.alone.extend(_fused_attention(node))
+        if node.op == "call_function" and str(node.target).startswith(CODED):
+            state.alone.append(_of_codes(node))
         if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
             continue
         site = _site(state, node, origin, masks)
@@ -145,6 +148,7 @@ def find_matmuls(state: State) -> None:
             continue
         _attach_backward(site, backward.get(node.meta.get("seq_nr"), []), claimed)
         site.op_class = own_class(site) or site.op_class
+        site.aside = quantised_before(site)
         state.sites.append(site)
     left = [n for nodes in backward.values() for n in nodes if n not in claimed]
     state.alone.extend(_unplanned(n, "dgrad") for n in left)
@@ -222,6 +226,13 @@ def _unplanned(node: Node, role: str) -> MatmulRecord:
     reason = ("multiplies weights with weights, or scales its sum (beta, alpha)" if role == "fprop" else
               "belongs to no forward product of the graph")
     return left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+
+
+def _of_codes(node: Node) -> MatmulRecord:
+    """The record of a product of codes that the model makes itself."""
+    (m, k), n = shape(node.all_input_nodes[0])[-2:], shape(node)[-1]
+    return left_alone(node, "linear", "dgrad" if is_backward(node) else "fprop", (m, n, k), val(node).dtype,
+                      f"its operands are quantised by the model itself, for {node.target}")
 
 
 def _fused_attention(node: Node) -> list[MatmulRecord]:

@@ -17,6 +17,7 @@ from torch.fx import Node
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
+from quartet.passes.already import quantised_before
 from quartet.passes.find_matmuls import canonical, left_alone, parameter_origins
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import UnsupportedMatmul
@@ -52,6 +53,7 @@ def find_grouped(state: State) -> None:
             if is_backward(other) and other.meta.get("seq_nr") == node.meta.get("seq_nr") and other not in claimed:
                 _attach(site, other, claimed)
         site.op_class = own_class(site) or site.op_class
+        site.aside = quantised_before(site)
         state.sites.append(site)
     for node in nodes:
         if is_backward(node) and node not in claimed:

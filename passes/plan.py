@@ -28,7 +28,7 @@ def plan(state: State) -> None:
     layers = layers_of(site.fqn for site in state.sites)
     for site in state.sites:
         layer = layers.get(site.fqn)
-        wanted = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer)
+        wanted = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer, site.aside)
         resolution = site.resolution = wanted.apart(site.masked)
         obstacle = _obstacle(site) or _ungenerated(state, site)
         if state.config.strict and (refused := obstacle or _refused(site, wanted)) and wanted.quantizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,7 @@ class MatmulSite:
         batch: how many matrices X, W and E are stacked of along a leading axis; None of a matrix each.
         gradient: node of E and whether it is stored transposed; ``[tokens, out]`` in normal orientation.
         resolution: what the policy decided; recipe: the effective recipe, None when left alone.
+        aside: role → why it is left alone unless a rule of the policy names the op class or the module.
         reasons: role → why it is left alone.
         remarks: role → how its GEMM differs from the recipe's; notes: what a reader should know of all three.
         groups: of a product of tokens in groups, each with a W of its own.
@@ -99,6 +101,7 @@ class MatmulSite:
     dtype: torch.dtype
     products: dict[str, Product] = field(default_factory=dict)
     gradient: tuple[Node, bool] | None = None
+    aside: Mapping[str, str] = field(default_factory=dict)
     resolution: Resolution | None = None
     recipe: Recipe | None = None
     reasons: dict[str, str] = field(default_factory=dict)

@@ -39,8 +39,8 @@ class Config:
     """The pipeline's configuration as plain data.
 
     Attributes:
-        resolve: (op class, FQN, m, n, k[, layer]) → what the policy decides for the three GEMMs; layer as of
-            ``quartet.passes.layers``.
+        resolve: (op class, FQN, m, n, k[, layer[, aside]]) → what the policy decides for the three GEMMs; layer as of
+            ``quartet.passes.layers``, aside as of ``quartet.passes.sites``.
         weights: index of a dynamo input → parameter name, for the inputs that are parameters.
         strict: a planned matmul that cannot be lowered is an error.
         disable_passes, disable_kernels: names left out.

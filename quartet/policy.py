@@ -88,6 +88,11 @@ class Rule:
             return False
         return self._names(op_class, fqn) and (self.shape is None or holds(self.shape, m, n, k))
 
+    @property
+    def is_general(self) -> bool:
+        """Whether it quantises and names neither an op class nor a module."""
+        return self.op is None and self.fqn is None and resolve(self.recipe) is not None
+
     def _names(self, op_class: str, fqn: str | None) -> bool:
         if self.op is not None and op_class not in OP_GROUPS.get(self.op, (self.op,)):
             return False
@@ -217,7 +222,7 @@ class Policy:
         return replace(self, rules=tuple(replace(rule, place=place) for rule in self.rules))
 
     def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any,
-                layer: Layer | None = None) -> Resolution:
+                layer: Layer | None = None, aside: Mapping[str, str] | None = None) -> Resolution:
         """What happens to one matmul ``[m, k] · [n, k]ᵀ``.
 
         A backward GEMM that starts from saved codes needs fprop quantised the way its recipe expects. Where the
@@ -228,19 +233,22 @@ class Policy:
             fqn: name of the module, or None if it is not known (then no glob matches).
             m, n, k: tokens, output and input features; int or symbolic.
             layer: (index, how many there are) of the layer that the module is in, or None if that is not known.
+            aside: role → why its product stays in high precision unless a rule names the op class or the module.
         """
         if op_class not in op_classes():
             raise unknown("op class", op_class, op_classes())
         matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k, layer)]
-        choices = {role: self._choose(role, op_class, matching, layer) for role in ROLES}
+        why = aside or {}
+        choices = {role: self._choose(role, op_class, matching, layer, why.get(role, "")) for role in ROLES}
         for role in ("dgrad", "wgrad"):
             choices[role] = choices[role].detached(choices["fprop"])
         return Resolution(**choices)
 
-    def _choose(self, role: str, op_class: str, matching: list[tuple[int, Rule]], layer: Layer | None) -> Choice:
+    def _choose(self, role: str, op_class: str, matching: list[tuple[int, Rule]], layer: Layer | None,
+                aside: str) -> Choice:
         i: int | None
         for i, rule in reversed(matching):
-            if role in (rule.roles or ()):
+            if role in (rule.roles or ()) and not (aside and rule.is_general):
                 recipe, why = resolve(rule.recipe), f"rule {i}: {rule.call()}"
                 break
         else:
@@ -255,6 +263,8 @@ class Policy:
                     why = (f"recipe {recipe.name!r} keeps the {kept} of the layers in high precision unless a rule "
                            f"names them; this is layer {layer[0]} of {layer[1]}")
                     recipe = None
+            if aside and recipe is not None and getattr(recipe, role) is not None:
+                why, recipe = f"{aside}: in high precision unless a rule names it", None
         gemm: Gemm | None = getattr(recipe, role) if recipe is not None else None
         if recipe is not None and gemm is None:
             why += f", which leaves {role if recipe.quantizes else 'everything'} in high precision"
