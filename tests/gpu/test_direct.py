@@ -203,3 +203,25 @@ def test_a_model_trains_on_the_device(device):
         optimizer.step()
         optimizer.zero_grad()
     assert loss_on(model, device).item() < 0.6 * first
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_gradient_that_is_not_finite_shows(paper, device):
+    model = net(8, paper=paper).to(device)
+    optimizer = wrapped(model)
+    loss_on(model, device).backward()
+    model.up.weight.grad[3, 5] = float("nan")
+    optimizer.step()
+    bad = model.up.weight.scale.isnan()
+    assert bad.all() if paper else bad.nonzero().flatten().tolist() == [3]
+    assert not torch.isfinite(loss_on(model, device))
+
+
+def test_a_step_between_forward_and_backward_is_noticed(device):
+    model = net(8).to(device)
+    optimizer = wrapped(model)
+    loss_on(model, device).backward()
+    loss = loss_on(model, device)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -160,3 +160,36 @@ def test_checkpoints_move_between_gpu_and_cpu(device):
         gradients(n, 1)
         o.step()
     assert_equal(weights(net), weights(other))
+
+
+@pytest.mark.parametrize("how", ["data", "checkpoint"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_another_shape_is_refused_before_a_launch(form, how, device):
+    p, q = (nn.Parameter(torch.ones(rows, 512, device=device)) for rows in (64, 96))
+    optimizers = [optim.AdamW([x], state_format=form) for x in (p, q)]
+    for x, optimizer in zip((p, q), optimizers, strict=True):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=r"(?s)parameter 0 of group 0.*512.*512"):
+        if how == "data":
+            p.grad, p.data = None, q.data
+            p.grad = torch.ones_like(p)
+            optimizers[0].step()
+        else:
+            optimizers[0].load_state_dict(optimizers[1].state_dict())
+    assert how == "data" or torch.equal(p, before)
+
+
+def test_states_on_another_device_are_named(device):
+    p = nn.Parameter(torch.ones(8, 8))
+    optimizer = optim.AdamW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad, p.data = None, p.data.to(device)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="is on cpu, the parameter itself on cuda"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2

@@ -52,7 +52,8 @@ def test_a_step_is_that_of_torchao(recipe, rows):
     theirs = convert_to_float8_training(deepcopy(model), config=torchao_config(recipe))
     compiled, backend = compile_eager(model, recipe)
     got, want = step(compiled, model, (x,)), step(theirs, theirs, (x,))
-    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
+    terms = 64 + 96  # of the two products' sums, in any order on either side; the loss is one sum of squares on both
+    torch.testing.assert_close(got[0], want[0], rtol=4 * terms * 2.0**-24, atol=0)
     assert got[1].keys() == want[1].keys()
     for name, grad in got[1].items():
         error = (grad - want[1][name]).norm() / grad.norm()
