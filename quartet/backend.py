@@ -27,7 +27,7 @@ from quartet.policy_recipes import quantizes, recipes_of, remembers
 from quartet.policy_saved import saves
 from quartet.runtime import compat
 from quartet.runtime.amax import Anchored, no_anchor
-from quartet.runtime.anchored_graph import with_input
+from quartet.runtime.anchored_graph import forget_examples, with_input
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import data_parallel_stream
 from quartet.runtime.weights import REUSED
@@ -83,6 +83,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
             compat.every_pass() if watched else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
     if anchored:
+        forget_examples(gm)
         compiled = Anchored(compiled, sorted(step.config.weights))
     kept = [] if saved is None else saved.records
     if collect is not None:

@@ -219,7 +219,8 @@ class Anchor:
         number = next(_NUMBERS)
         with torch.inference_mode(False):
             self.tensor = torch.tensor([number])
-        self.weights = {index: ref(WEIGHTS.get(weight)) for index, weight in weights.items()}
+        known = WEIGHTS.of_all(weights.values())
+        self.weights = {index: ref(weight) for index, weight in zip(weights, known, strict=True)}
         self._tables: dict[tuple[str, torch.device], Table] = {}
         self._moved = SLOTS.moved
         _ANCHORS[number] = self
@@ -229,7 +230,8 @@ class Anchor:
         return all(weight() is not None for weight in self.weights.values())
 
     def stands_for(self, weights: Mapping[int, Tensor]) -> bool:
-        return self.alive and all(self.weights[index]() is WEIGHTS.of.get(weight) for index, weight in weights.items())
+        return all((known := WEIGHTS.of.get(weight)) is not None and known is self.weights[index]()
+                   for index, weight in weights.items())
 
     def table(self, text: str, device: torch.device) -> Table:
         found = self._tables.get((text, device)) if self._moved == SLOTS.moved else None

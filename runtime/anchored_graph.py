@@ -35,6 +35,13 @@ def with_input(gm: GraphModule, example_inputs: Sequence[Any], tensor: torch.Ten
     return made, [*example_inputs, tensor]
 
 
+def forget_examples(gm: GraphModule) -> None:
+    """Drop the weak references to example inputs from a copy that has been compiled, as dynamo does from its own graph:
+    ``torch.utils.swap_tensors`` refuses what is referred to."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
+
+
 def _like_an_input(gm: GraphModule, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` under the fake mode of the graph, where it has one."""
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")])

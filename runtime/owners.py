@@ -9,6 +9,7 @@ that it lies in. What is kept goes when both have gone.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -63,8 +64,14 @@ class ByParameter(Generic[Value]):
     def values(self) -> list[Value]:
         return [entry.value for entry in list(self._entries.values())]
 
-    def put(self, parameter: Tensor, value: Value) -> None:
-        """Replace the value of a parameter. The first of a module's makes this look at every object of the process."""
+    def put(self, values: Sequence[tuple[Tensor, Value]]) -> None:
+        """Replace the values of parameters. New ones make this look once at every object of the process."""
+        if any(not self._placed(id(parameter)) for parameter, _ in values):
+            self._places = _all_places()
+        for parameter, value in values:
+            self._put(parameter, value)
+
+    def _put(self, parameter: Tensor, value: Value) -> None:
         number = id(parameter)
 
         def drop(_: Any) -> None:
@@ -72,18 +79,15 @@ class ByParameter(Generic[Value]):
             if entry is not None and not entry.is_needed(number):
                 del self._entries[number]
 
-        place = self._place_of(parameter)
+        place = self._places[number] if self._placed(number) else None
         module = None if place is None else place.module()
         if place is not None and module is not None:
             place = Place(ref(module, drop), place.name)
         self._entries[number] = _Entry(value, place, ref(parameter.untyped_storage(), drop))
 
-    def _place_of(self, parameter: Tensor) -> Place | None:
-        found = self._places.get(id(parameter))
-        if found is None or not found.holds(id(parameter)):
-            self._places = _all_places()
-            found = self._places.get(id(parameter))
-        return found
+    def _placed(self, number: int) -> bool:
+        found = self._places.get(number)
+        return found is not None and found.holds(number)
 
 
 def _all_places() -> dict[int, Place]:

@@ -8,6 +8,7 @@ that is captured in a CUDA graph is not when it is replayed: what it steps is du
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +48,13 @@ class Weights:
         self._compiled_step = False
         self._watching = False
 
-    def get(self, parameter: Tensor) -> Weight:
-        """What is remembered of a parameter, from now on."""
-        found = self.of.get(parameter)
-        if found is None:
-            found = Weight()
-            self.of.put(parameter, found)
-        return found
+    def of_all(self, parameters: Iterable[Tensor]) -> list[Weight]:
+        """What is remembered of each parameter, from now on."""
+        found = [(parameter, self.of.get(parameter)) for parameter in parameters]
+        new = {id(parameter): (parameter, Weight()) for parameter, weight in found if weight is None}
+        if new:
+            self.of.put(list(new.values()))
+        return [new[id(parameter)][1] if weight is None else weight for parameter, weight in found]
 
     def watch(self) -> None:
         """Learn of optimizer steps from now on."""

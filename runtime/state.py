@@ -60,12 +60,13 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             for slot in known.slots.values():
                 slot.row.zero_()
                 slot.due, slot.counted = True, False
+    owners = iter(WEIGHTS.of_all([owner for owner, *_ in (*slots, *averages)]))
     for owner, operand, entry in slots:
         with torch.inference_mode(False), torch.no_grad():
             row = entry["amax"].detach().to(owner.device, torch.float32, copy=True).reshape(1, -1)
-        SLOTS.put(WEIGHTS.get(owner), operand, Slot(row, due=bool(entry["due"]), counted=bool(entry["counted"])))
-    for owner, part, average in averages:
-        WEIGHTS.get(owner).averages[part] = average
+        SLOTS.put(next(owners), operand, Slot(row, due=bool(entry["due"]), counted=bool(entry["counted"])))
+    for _, part, average in averages:
+        next(owners).averages[part] = average
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -22,7 +22,7 @@ def swapping():
 
 def kept_of(layer):
     kept = ByParameter()
-    kept.put(layer.weight, "its own")
+    kept.put([(layer.weight, "its own")])
     return kept
 
 
@@ -78,10 +78,21 @@ def test_the_value_goes_with_a_model_that_is_a_cycle():
 def test_a_parameter_without_a_module_is_known_by_its_memory():
     parameter = nn.Parameter(torch.zeros(2))
     kept = ByParameter()
-    kept.put(parameter, 1)
+    kept.put([(parameter, 1)])
     assert kept.get(parameter) == 1
     del parameter
     assert len(kept) == 0
+
+
+def test_every_object_is_looked_at_once(monkeypatch):
+    looked, get_objects = [], gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: looked.append(1) or get_objects())
+    layers, alone = nn.ModuleList(nn.Linear(4, 3) for _ in range(3)), [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    kept = ByParameter()
+    kept.put([(p, "its own") for p in (*layers.parameters(), *alone)])
+    assert looked == [1] and kept.get(layers[2].bias) == kept.get(alone[2]) == "its own"
+    kept.put([(layers[0].weight, "another")])
+    assert looked == [1] and kept.get(layers[0].weight) == "another"
 
 
 def test_a_new_parameter_in_its_place_is_another():
@@ -98,7 +109,7 @@ def test_models_made_where_others_were_have_no_values():
     for _ in range(20):
         layer = nn.Linear(4, 3)
         assert kept.get(layer.weight) is None and len(kept) <= 1
-        kept.put(layer.weight, "its own")
+        kept.put([(layer.weight, "its own")])
 
 
 def test_a_parameter_outlives_its_module():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -634,3 +635,16 @@ def test_what_a_captured_step_changes_advances_in_every_forward(monkeypatch):
     optimizer.step()
     forward(2.0), forward(1.0)
     assert histories(layer)["weight.x"] == (1.0, [2.0, 5.0, 3.0])
+
+
+@pytest.mark.parametrize("policy", ["fp8-delayed", "tetrajet-ema"])
+def test_nothing_of_ours_refers_to_a_parameter(policy):
+    """Beside what the stand-in keeps under the other policy too."""
+    found = []
+    for name in ("fp8", policy):
+        torch._dynamo.reset()
+        model = MLP()
+        compiled, _ = compile_eager(model, name)
+        step(compiled, model, data())
+        found.append(len(weakref.getweakrefs(model.up.weight)))
+    assert found[1] <= found[0]

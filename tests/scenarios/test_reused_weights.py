@@ -13,12 +13,18 @@ from models import MLP
 from torch.utils.checkpoint import checkpoint
 
 from quartet import Policy
-from quartet.lowering import cpu_ops
+from quartet.lowering import blackwell_ops, cpu_ops, cuda_ops
 from quartet.runtime import weights
 from quartet.runtime.storages import storage_number
 from quartet.runtime.weights import REUSED, ReusedWeights
 
 WEIGHTS = {(96, 64), (40, 96)}
+
+
+@pytest.fixture(autouse=True)
+def watching():
+    """As compiling has it."""
+    REUSED.watch()
 
 
 @pytest.fixture
@@ -269,6 +275,55 @@ def test_results_are_those_that_were_asked_for():
         assert found is not None
         for a, b in zip(got, want, strict=True):
             assert all(torch.equal(x, y) and x.dtype is y.dtype for x, y in zip(a, b, strict=True))
+
+
+def test_operands_of_tensor_cores_are_folded_from_kept_codes(monkeypatch):
+    """As on a GPU, with kernels that only count: an operand alone is asked for, and codes are kept."""
+    weight, calls = torch.nn.Parameter(torch.randn(32, 64)), []
+    optimizer = torch.optim.SGD([weight], 0.0)
+
+    def quantize(x, chain, *, packed, folded):
+        calls.append(packed)
+        codes = torch.full((4 * packed,), 7, dtype=torch.uint8)
+        return codes, codes.clone(), codes.clone(), *(fold(torch.full((4,), 7), None, None))
+
+    def fold(codes, scales, spec):
+        assert codes.numel() == 4
+        return codes.float(), codes.float()
+
+    monkeypatch.setattr(cuda_ops, "_kernels", lambda: SimpleNamespace(quantize=quantize, fold=fold, Chain=lambda *a:
+                                                                      SimpleNamespace(spec=a[0])))
+    spec = "e2m1/32 e8m0 quest(rms,nearest) nearest"
+    for _ in range(3):
+        calls.clear()
+        for _ in range(4):
+            *codes, values, scales = cuda_ops._quantize(weight.detach(), 32, None, spec, None, 0, None, False, True,
+                                                        weight.detach())
+            assert [(t.numel(), t.dtype) for t in codes] == [(0, torch.uint8)] * 3
+            assert torch.equal(values, torch.full((4,), 7.0)) and torch.equal(values, scales)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    assert calls == [True]
+
+
+def test_kernels_whose_codes_differ_share_none(monkeypatch):
+    """Blackwell's quantisers swizzle scales, and may round by instructions of its own."""
+    weight, spec = torch.nn.Parameter(torch.randn(32, 64)), "e2m1/32 e8m0 quest(rms,nearest) nearest"
+    optimizer = torch.optim.SGD([weight], 0.0)
+    monkeypatch.setattr(cuda_ops, "_kernels", lambda: SimpleNamespace(
+        Chain=lambda *a: SimpleNamespace(spec=a[0]), quantize=lambda *a, **k: [torch.full((4,), 1.0)] * 5))
+    monkeypatch.setattr(blackwell_ops, "_kernels", lambda: SimpleNamespace(
+        quantize=lambda *a, hardware: [torch.full((4,), 2.0 + hardware)] * 3))
+    arguments = weight.detach(), 32, None, spec, None, 0, None
+    for again in (False, True, True):
+        for _ in range(3):
+            assert cuda_ops._quantize(*arguments, True, False, weight)[0][0] == 1
+            for hardware in (False, True):
+                assert blackwell_ops._quantize(*arguments, weight, hardware)[0][0] == 2 + hardware
+        keys = {key for key, made in REUSED._step.get(storage_number(weight), {}).items() if made.kept}
+        assert len(keys) == (3 if again else 0)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
 
 
 @pytest.fixture
