@@ -144,7 +144,7 @@ def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], option
 def _say(judge: Judge, names: Names, records: Sequence[MatmulRecord], saved: Sequence[SavedRecord]) -> None:
     """Tell the user what is known of the model after one more graph of it."""
     judge.add(names, records, saved)
-    for text in (*judge.unmatched(names), *judge.shared(names, records)):
+    for text in (*judge.shared(names, records), *judge.unmatched(names)):
         warnings.warn(text, stacklevel=3)
     text, expected = judge.nothing(names) or ("", False)
     if expected:

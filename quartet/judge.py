@@ -56,7 +56,7 @@ class Judge:
         found = [*(policy.unmatched(list(self._sites), layers) if self._sites else ()),
                  *(unmatched_saved(policy, self._saved) if self._saved else ())]
         for one in found:
-            told = one.rule in self._said or one.rule in self._matched
+            told = one.rule in self._said or one.rule in self._matched or ("shared", one.rule) in self._said
             if not told and (known or not self._may_come(policy.rules[one.rule], names)):
                 self._said.add(one.rule)
                 yield f"quartet policy: {one}"
@@ -73,21 +73,18 @@ class Judge:
         return any(fnmatchcase(name, rule.fqn) for whole in left for name in _tails(whole, names.place))
 
     def shared(self, names: Names, records: Sequence[MatmulRecord]) -> Iterator[str]:
-        """The rules that tell layers apart which the graph with these records serves alike."""
-        rules = [(i, rule) for i, rule in enumerate(self.policy.rules) if rule.fqn is not None]
-        own = names.serves == names.place
-        for fqn in dict.fromkeys(r.fqn for r in records if names.full(r.fqn).startswith(names.serves)):
-            whole = names.full(fqn)
-            for i, rule in rules:
-                hit = _hits(rule, whole, names.place)
-                other = next((o for o in names.alike if ("shared", i) not in self._said and hit != _hits(
-                    rule, o + whole[len(names.serves):], o if own else names.place)), None)
-                if other is not None:
+        """The rules that tell modules apart whose code is one: of a block that is compiled by itself, or has a graph
+        break, or is a ``nested_compile_region``."""
+        for fqn in dict.fromkeys(r.fqn for r in records):
+            whole, others = names.full(fqn), names.others(fqn)
+            for i, rule in enumerate(self.policy.rules):
+                hit = rule.fqn is None or _hits(rule, whole, names.place)
+                apart = [other for other, place in others if rule.fqn is not None and hit != _hits(rule, other, place)]
+                if apart and ("shared", i) not in self._said:
                     self._said.add(("shared", i))
-                    yield (f"quartet policy: rule {i}: {rule.call()} tells {names.serves!r} from {other!r}, and one "
-                           f"graph can serve all {len(names.alike) + 1} modules like them: what the rule does in "
-                           f"{names.serves!r} it does in each that its graph serves. Compile the model in one graph, "
-                           "or write the rule for all of them")
+                    yield (f"quartet policy: rule {i}: {rule.call()} tells {whole!r} from {apart[0]!r}, and one piece "
+                           f"of code can serve all {len(others) + 1} modules like them, each as {whole!r}. Compile the "
+                           "model in one graph without regions, or write the rule for all of them")
 
     def nothing(self, names: Names) -> tuple[str, bool] | None:
         """Where the policy quantises and nothing was quantised: a text for the user, and whether that is as it should

@@ -37,6 +37,7 @@ class Names:
         place: of the compiled module in the model whose call compiles it, ``"layers.0"``; empty where it is the model.
         model: the largest module that is known around the graph. known: names of all its modules and parameters, the
             latter as modules where they are their weight. matrices: those of its parameters with two axes or more.
+        twins: layer of a region's first call → what it is called in the other calls, which share its code.
         serves: name of the module in ``model`` whose code the graph is of. alike: names of others of its class.
         unbroken: nothing of what was compiled is still to come. complete: nor of the model.
         plain: name of a tensor that is the weight of a linear layer and no parameter; empty where there is none.
@@ -50,6 +51,7 @@ class Names:
     model: nn.Module | None = None
     known: frozenset[str] = frozenset()
     matrices: frozenset[str] = frozenset()
+    twins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     serves: str = ""
     alike: tuple[str, ...] = ()
     unbroken: bool = True
@@ -59,6 +61,13 @@ class Names:
     def full(self, name: str) -> str:
         """The name in ``model`` of what is called ``name`` in the compiled module."""
         return ".".join(filter(None, (self.place, name)))
+
+    def others(self, name: str) -> list[tuple[str, str]]:
+        """What the code of a module in the graph serves too: the name of each in ``model``, and its place."""
+        whole, own = self.full(name), self.serves == self.place
+        alike = self.alike if whole.startswith(self.serves) else ()
+        return [(other + whole[len(self.serves):], other if own else self.place) for other in alike] + [
+            (self.full(twin), self.place) for twin in self.twins.get(name, ())]
 
     def key(self) -> str:
         """All that what is compiled can depend on."""
@@ -72,7 +81,8 @@ def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
     weights = {index: models.parameter(node, value) for index, (node, value) in enumerate(
         zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)) if isinstance(value, nn.Parameter)}
     modules = {path: models.module(key, path) for key, path in stacks(gm)}
-    return models.around(Names(weights, modules, _regions(gm, weights), models.widths(), models.place(),
+    regions, twins = _regions(gm, weights)
+    return models.around(Names(weights, modules, regions, models.widths(), models.place(), twins=twins,
                                plain=_plain(gm, weights)))
 
 
@@ -225,15 +235,20 @@ def _plain(gm: GraphModule, weights: Mapping[int, str]) -> str:
     return ""
 
 
-def _regions(gm: GraphModule, weights: Mapping[int, str]) -> dict[pipeline.Signature, dict[int, str]]:
-    """Parameter name by input of each region. Where calls of one signature disagree, an input is a parameter only if it
-    is one in all of them."""
+def _regions(gm: GraphModule, weights: Mapping[int, str]) -> tuple[dict[pipeline.Signature, dict[int, str]],
+                                                                   dict[str, tuple[str, ...]]]:
+    """Parameter name by input of each region, and what the layers of its first call are called in the others. Where
+    calls of one signature disagree, an input is a parameter only if it is one in all of them."""
     names = {node: weights[i] for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i in weights}
     found: dict[pipeline.Signature, dict[int, str]] = {}
+    twins: dict[str, dict[str, None]] = {}
     for call in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
         operands = call.args[2:]
         body = pipeline.signature(o.meta.get("example_value") if isinstance(o, Node) else o for o in operands)
         own = {i: names[o] for i, o in enumerate(operands) if o in names}
         known = found.setdefault(body, own)
         found[body] = {i: name for i, name in known.items() if i in own}
-    return found
+        for i, name in found[body].items():
+            if own[i] != name:
+                twins.setdefault(module_name(name), {})[module_name(own[i])] = None
+    return found, {name: tuple(others) for name, others in twins.items()}

@@ -102,11 +102,21 @@ def test_rules_name_a_block_that_is_compiled_by_itself_from_the_model_too():
 def test_a_rule_that_tells_apart_what_one_graph_serves():
     run, _ = by_blocks(Stack(), Policy("fp8").on("blocks.0.up", None).on("blocks.*.ff.1", "mxfp8"))
     (text,) = said(run)
-    assert text.startswith("quartet policy: rule 0: on('blocks.0.up', None) tells 'blocks.0' from 'blocks.1'")
+    assert text.startswith("quartet policy: rule 0: on('blocks.0.up', None) tells 'blocks.0.up' from 'blocks.1.up'")
     assert "all 3 modules" in text
     (text,) = said(explained(Stack(BrokenBlock), Policy("fp8").on("blocks.1.*", None)))
-    assert "tells 'blocks.0' from 'blocks.1'" in text
+    assert "tells 'blocks.0.up' from 'blocks.1.up'" in text
     assert said(compiled(Stack(), Policy("fp8").on("blocks.1.*", None))) == []
+
+
+class Region(Block):
+    forward = torch.compiler.nested_compile_region(Block.forward)
+
+
+@pytest.mark.parametrize("rule, told", [("blocks.0.up", 1), ("blocks.2.*", 1), ("blocks.*.up", 0), ("*.ff.1", 0)])
+def test_a_rule_that_tells_regions_apart(rule, told):
+    texts = said(compiled(Stack(Region), Policy("fp8").on(rule, None), x().requires_grad_()))
+    assert len(texts) == told and all("tells 'blocks.0" in text for text in texts)
 
 
 def plain(model):
