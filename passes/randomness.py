@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering.graph import FORWARD, Builder, aten, is_backward
 from quartet.passes.state import STREAM_STRIDE, State
@@ -18,13 +19,13 @@ _PROBABILITIES = ("p", "dropout_p")
 def draw_seed(state: State, device: torch.device) -> Node:
     """The graph's one random draw on a device, made on first use (``quartet.runtime.streams``).
 
-    It carries no checkpoint tag: a seed drawn again in a recomputation would be another one.
+    It is saved whatever the user's checkpointing says, and under a memory budget: made again it would be another one.
     """
     if device not in state.seeds:
         graph = state.gm.graph
         first = next(n for n in graph.nodes if n.op != "placeholder")
         build = Builder(graph, like=first, before=first, backward=False)
-        build.meta = {"partitioner_tag": FORWARD}
+        build.meta = {"partitioner_tag": FORWARD, "recompute": CheckpointPolicy.MUST_SAVE}
         replayed = state.config.replayed and device.type == "cuda"
         seed = build(SEED, device, not replayed and moves_generator(graph, device))
         if state.config.stream:

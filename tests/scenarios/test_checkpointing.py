@@ -81,6 +81,14 @@ def test_saving_products_keeps_no_more_than_no_checkpointing(recipe):
     assert full < some < none, kept
 
 
+def test_a_memory_budget_draws_the_seed_once():
+    expected, without = run(plain)
+    with torch._functorch.config.patch(activation_memory_budget=0.1):
+        got, backend = run(plain)
+    assert_same(got, expected)
+    assert backend.count("seed") == 1 and backend.capture.saved_bytes < without.capture.saved_bytes
+
+
 def test_outside_of_the_compiled_region():
     torch.manual_seed(5)
     model, x = Residual(plain), data(40, 64, grad=True)()
