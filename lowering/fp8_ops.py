@@ -3,6 +3,8 @@
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
+    fp8_mm          A · Bᵀ of [M, K] and [N, K], scales [M, 1] and [1, N] → [M, N], for an M that only the data decides:
+                    ``aten._scaled_mm`` asks whether it is 1
     fp8_bmm         A · Bᵀ of [batch, M, K] and [batch, N, K], scales [batch, M] and [batch, N] → [batch, M, N]
     fp8_row_major   codes that lie in another order → a row-major copy
 
@@ -23,6 +25,7 @@ MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 
 library.define("fp8_cast(Tensor x, Tensor multiplier, str element, bool plain, bool transposed) -> (Tensor, Tensor)")
 library.define("fp8_cast_groups(Tensor x, str spec, Tensor ends) -> (Tensor, Tensor)")
+library.define("fp8_mm(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, ScalarType dtype, bool fast) -> Tensor")
 library.define("fp8_bmm(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, ScalarType dtype, bool fast) -> Tensor")
 library.define("fp8_row_major(Tensor codes) -> Tensor")
 
@@ -68,6 +71,10 @@ def _cast_groups_fake(x, spec, ends):
     return codes, x.new_empty(x.shape[0], ends.shape[0], dtype=torch.float32)
 
 
+def _mm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    return torch.ops.aten._scaled_mm.default(a, b.t(), a_scales, b_scales, out_dtype=dtype, use_fast_accum=fast)
+
+
 def _bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
     multiply = torch.ops.aten._scaled_grouped_mm.default
@@ -97,6 +104,9 @@ torch.library.register_fake("quartet::fp8_cast", _cast_fake, lib=library)
 library.impl("fp8_cast_groups", _cast_groups, "CompositeExplicitAutograd")
 library.impl("fp8_cast_groups", _cast_groups_cuda, "CUDA")
 torch.library.register_fake("quartet::fp8_cast_groups", _cast_groups_fake, lib=library)
+library.impl("fp8_mm", _mm, "CompositeExplicitAutograd")
+torch.library.register_fake("quartet::fp8_mm", lambda a, b, a_scales, b_scales, dtype, fast: (
+    a.new_empty(a.shape[0], b.shape[0], dtype=dtype)), lib=library)
 library.impl("fp8_bmm", _bmm, "CompositeExplicitAutograd")
 torch.library.register_fake("quartet::fp8_bmm", _bmm_fake, lib=library)
 library.impl("fp8_row_major", _row_major, "CompositeExplicitAutograd")
@@ -105,6 +115,7 @@ torch.library.register_fake("quartet::fp8_row_major", lambda codes: codes.new_em
 
 CAST = torch.ops.quartet.fp8_cast.default
 CAST_GROUPS = torch.ops.quartet.fp8_cast_groups.default
+MM = torch.ops.quartet.fp8_mm.default
 BMM = torch.ops.quartet.fp8_bmm.default
 ROW_MAJOR = torch.ops.quartet.fp8_row_major.default
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)

@@ -18,12 +18,13 @@ from quartet.lowering.graph import BACKWARD, Builder, aten, shape, val
 from quartet.lowering.products import SWAP, Kind, flat, stacked, unturned
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
+from quartet.runtime.sizes import same, same_sizes, unbacked
 
 ALIGN = 16
 GROUPED_ON = 9  # major compute capability: PyTorch has the grouped product for Hopper alone
 _OURS = "quartet_product"  # marks a product that is not the user's own
 # where the argument use_fast_accum is
-_FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops.BMM: 5}
+_FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops.MM: 5, fp8_ops.BMM: 5}
 
 
 def supports_kind(target: Target, product: OpOverload) -> str | None:
@@ -80,7 +81,7 @@ def promote(graph: Graph) -> None:
 def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
     """``codes`` with rows one after another: as they are, or one copy, shared by what reads it in backward."""
     stack = unturned(codes) is not None
-    if not stack and [str(s) for s in val(codes).stride()] == [str(shape(codes)[1]), "1"]:
+    if not stack and same_sizes(val(codes).stride(), (shape(codes)[1], 1)):
         return codes
     backward = build.meta["partitioner_tag"] == BACKWARD
     copy = copies.get(codes) if backward else None
@@ -96,6 +97,8 @@ def _matrices(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dt
         a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
         b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
     a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
+    if unbacked(shape(a)[0]):
+        return _marked(build(fp8_ops.MM, a, b, a_scales, b_scales, dtype, True))
     return _marked(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True))
 
 
@@ -111,7 +114,7 @@ def _marked(node: Node) -> Node:
 
 
 def _per_row(build: Builder, codes: Node, scales: Node) -> Node:
-    if str(shape(scales)[0]) == str(shape(codes)[0]):
+    if same(shape(scales)[0], shape(codes)[0]):
         return scales
     every = build(aten.expand.default, scales, [build.size(shape(codes)[0]), 1])
     return build(aten.clone.default, every, memory_format=torch.contiguous_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.runtime.compat import detect_fake_mode
+from quartet.runtime.sizes import same, same_sizes
 
 aten = torch.ops.aten
 VIEWS = (
@@ -20,11 +22,15 @@ VIEWS = (
     torch.ops.prims.convert_element_type.default, operator.getitem,
 )
 
+_ARITHMETIC = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod,
+               "PythonMod": operator.mod}  # by the class of a size's expression
+
 FORWARD = "is_forward"
 BACKWARD = "must_be_in_backward"
 MODULE_KEY = "quartet_module"  # node.meta key: the name of the module that computes the node
+BY_HAND = "quartet_by_hand"  # of nodes that a custom Function's backward computes: their seq_nr says nothing
 _INHERITED = ("seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id", "custom",
-              "autograd_backward", "source_fn_stack", MODULE_KEY)
+              "autograd_backward", "source_fn_stack", MODULE_KEY, BY_HAND)
 
 
 SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
@@ -39,7 +45,7 @@ def keep_as(node: Node, like: Node) -> Node:
 
 
 def is_backward(node: Node) -> bool:
-    """Whether autograd made this node. Graphs without a backward carry no tags: all is forward.
+    """Whether a node runs in backward (:mod:`quartet.passes.tag`). Graphs without one carry no tags: all is forward.
 
     Inputs go by their name, as in the partitioner: in a region's graph autograd tags those that it has touched.
     """
@@ -110,14 +116,13 @@ class Builder:
     def contiguous(self, node: Node) -> Node:
         """``node``, copied unless its strides are those of a contiguous tensor."""
         packed = torch.empty_like(val(node), memory_format=torch.contiguous_format)
-        if str(val(node).stride()) == str(packed.stride()):
+        if same_sizes(val(node).stride(), packed.stride()):
             return node
         return self(aten.clone.default, node, memory_format=torch.contiguous_format)
 
     def columns(self, node: Node, cols: Any) -> Node:
         """The first ``cols`` columns of a 2-D node."""
-        width = shape(node)[1]
-        if isinstance(width, int) and isinstance(cols, int) and width == cols:
+        if same(shape(node)[1], cols):
             return node
         return self(aten.slice.Tensor, node, 1, 0, self.size(cols))
 
@@ -137,27 +142,47 @@ class Builder:
         return self(operator.sub, whole, held)
 
     def size(self, value: Any) -> Any:
-        """A static size as it is; a symbolic one as the graph node that holds it."""
-        if isinstance(value, int):
-            return value
-        for node in self.graph.nodes:
-            held = node.meta.get("val")
-            if isinstance(held, torch.SymInt) and held.node.expr == value.node.expr:
-                return node
-            if node is self.before:
-                break
-        return self._size_from_tensor(value)
+        """A static size as it is; a symbolic one as the graph node that holds it, or that computes it of what is held.
 
-    def _size_from_tensor(self, value: torch.SymInt) -> Node:
+        Raises:
+            RuntimeError: nothing before the anchor holds it or what it is made of.
+        """
+        if not isinstance(value, torch.SymInt):
+            return value
+        held = self._held(value, lambda size: size.node.expr == value.node.expr) or self._computed(value)
+        held = held or self._held(value, lambda size: same(size, value))
+        if held is None:
+            raise RuntimeError(f"size {value} is not held by any node of the graph")
+        return held
+
+    def _held(self, value: torch.SymInt, equals: Callable[[torch.SymInt], bool]) -> Node | None:
+        tensors = []
         for node in self.graph.nodes:
             if node is self.before:
                 break
             held = node.meta.get("val")
+            if isinstance(held, torch.SymInt) and equals(held):
+                return node
             if isinstance(held, torch.Tensor):
-                for dim, size in enumerate(held.shape):
-                    if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
-                        return self(aten.sym_size.int, node, dim)
-        raise RuntimeError(f"size {value} is not held by any node of the graph")
+                tensors.append(node)
+        for node in tensors:
+            for dim, size in enumerate(shape(node)):
+                if isinstance(size, torch.SymInt) and equals(size):
+                    return self(aten.sym_size.int, node, dim)
+        return None
+
+    def _computed(self, value: torch.SymInt) -> Node | None:
+        """A sum, product, quotient or remainder of sizes that are held."""
+        combine = _ARITHMETIC.get(type(value.node.expr).__name__)
+        if combine is None:
+            return None
+        environment = value.node.shape_env
+        parts = [int(part) if part.is_Integer else environment.create_symintnode(part, hint=None)
+                 for part in value.node.expr.args]
+        try:
+            return reduce(partial(self, combine), [self.size(part) for part in parts])
+        except RuntimeError:
+            return None
 
 
 def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list[Node]:

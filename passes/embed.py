@@ -27,6 +27,7 @@ from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import DTYPES, UnsupportedMatmul
 from quartet.passes.randomness import draw_seed
 from quartet.passes.state import State
+from quartet.runtime.sizes import same_sizes
 
 EMBEDDING = aten.embedding.default
 _BAG = "aten._embedding_bag"
@@ -180,4 +181,4 @@ def _mask_gradient(forward: Builder, node: Node, rotation: Rotation | None, mask
 
 def _tensor_like(node: Node, other: Node) -> bool:
     value: Any = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and str(tuple(value.shape)) == str(shape(other))
+    return isinstance(value, torch.Tensor) and same_sizes(value.shape, shape(other))

@@ -12,8 +12,9 @@ from torch.fx import Graph, Node
 from quartet.kernels.reference.saved import saved_bytes_per_element
 from quartet.lowering.graph import shape, val
 from quartet.lowering.recipe import Saved
-from quartet.passes.kept import CAST, FLOATS, Storage, above_view, dense_order, hint
+from quartet.passes.kept import CAST, FLOATS, Storage, above_view, dense_order
 from quartet.runtime.compat import OpOverload
+from quartet.runtime.sizes import hint, same, same_sizes
 
 SMALLEST = 4096  # elements below which encoding does not pay
 WORTH = 0.7  # of the bytes, at most
@@ -139,7 +140,7 @@ def _is_shifted(node: Any) -> bool:
     if not isinstance(node, Node) or op_name(node) != "sub":
         return isinstance(node, Node) and node.target is CAST and _is_shifted(node.args[0])
     b = node.args[1]
-    return isinstance(b, Node) and isinstance(b.meta.get("val"), torch.Tensor) and str(shape(b)) != str(shape(node))
+    return isinstance(b, Node) and isinstance(b.meta.get("val"), torch.Tensor) and not same_sizes(shape(b), shape(node))
 
 
 def _maker(node: Node) -> Node:
@@ -162,14 +163,14 @@ def _is_statistic(node: Node, known: dict[Node, bool]) -> bool:
             known[node] = maker is node or maker.args[0] is not node and not _whole(node, maker)
         elif _keeps_elements(node):
             inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)
-                      and str(n.meta["val"].numel()) == str(val(node).numel())]
+                      and same(n.meta["val"].numel(), val(node).numel())]
             known[node] = bool(inputs) and all(_is_statistic(n, known) for n in inputs)
     return known[node]
 
 
 def _whole(node: Node, maker: Node) -> bool:
     """Whether one of several results is as large as the operand: the normalised tensor beside its statistics."""
-    return str(val(node).numel()) == str(val(maker.args[0]).numel())  # type: ignore[arg-type]
+    return same(val(node).numel(), val(maker.args[0]).numel())  # type: ignore[arg-type]
 
 
 def _keeps_elements(node: Node) -> bool:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from quartet.lowering.graph import aten, shape, val
 from quartet.runtime.compat import OpOverload
+from quartet.runtime.sizes import hint, same, same_sizes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CAST = torch.ops.prims.convert_element_type.default
@@ -63,7 +64,8 @@ def pairs(forward: GraphModule, backward: GraphModule, outputs: int) -> list[Kep
     for made, read in zip(ordered, inputs, strict=False):
         if isinstance(made, Node) and isinstance(made.meta.get("val"), torch.Tensor):
             there, here = made.meta["val"], read.meta.get("val")
-            if not isinstance(here, torch.Tensor) or (str(here.shape), here.dtype) != (str(there.shape), there.dtype):
+            if not isinstance(here, torch.Tensor) or here.dtype != there.dtype or (
+                    not same_sizes(here.shape, there.shape)):
                 raise RuntimeError(f"the partitioner's graphs disagree: forward leaves {made.name} "
                                    f"{tuple(there.shape)} {there.dtype} where backward takes {read.name} {here}")
             found.append(Kept(made, read))
@@ -132,11 +134,6 @@ def chain(made: Node, source: Node) -> Iterator[Node]:
     return reversed(links)
 
 
-def hint(size: Any) -> int:
-    """A size as a number: a symbolic one as the example that was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint or 0)
-
-
 def _row(node: Node) -> int:
     """Elements along the innermost axis; 0 of a tensor that is not dense."""
     order = dense_order(node)
@@ -155,7 +152,7 @@ def dense_order(node: Node) -> list[int] | None:
     for axis in reversed(order):
         if isinstance(sizes[axis], int) and sizes[axis] == 1:
             continue
-        if str(strides[axis]) != str(expected) and hint(strides[axis]) != hint(expected):
+        if not same(strides[axis], expected):
             return None
         expected = expected * sizes[axis]
     return order or None

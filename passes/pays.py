@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import combinations
-from typing import Any
 
 from torch.fx import Node
 
@@ -22,6 +21,7 @@ from quartet.lowering.recipe import ROLES, Gemm, Recipe
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
 from quartet.runtime.devices import Target
+from quartet.runtime.sizes import hint
 
 
 def leave_slower(state: State) -> None:
@@ -104,18 +104,13 @@ def _layer(state: State, site: MatmulSite, sharing: int) -> Layer:
     recompute = ((state.config.recompute or recipe.recompute) == "gemm" and len(site.products) > 1
                  and _read_in_backward(site.products["fprop"].node))
     kernels = {role: _kernel(state, site, role, target) for role in site.products}
-    m, n, k = map(_known, (site.m, site.n, site.k))
+    m, n, k = map(hint, (site.m, site.n, site.k))
     return Layer(kernels, m, n, k, sharing, recompute)
 
 
 def _read_in_backward(y: Node) -> bool:
     """Whether backward reads a product's result, or a view or cast of it: then it is kept, or computed again."""
     return any(is_backward(user) or user.target in VIEWS and _read_in_backward(user) for user in y.users)
-
-
-def _known(size: Any) -> int:
-    """A size, or what a symbolic one was when the graph was captured."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _kernel(state: State, site: MatmulSite, role: str, target: Target) -> str:

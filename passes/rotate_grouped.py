@@ -23,6 +23,7 @@ from quartet.lowering.recipe import Gemm
 from quartet.passes.rotate import rotated, signs_of
 from quartet.passes.sites import Groups, MatmulSite
 from quartet.passes.state import State, recipe_of
+from quartet.runtime.sizes import same_sizes
 
 
 def rotate_grouped(state: State) -> None:
@@ -162,7 +163,7 @@ def _backward(state: State, site: MatmulSite, groups: Groups, role: str) -> None
         out = build(ir.HADAMARD, out, undo.n, source.args[2], True, site.dtype)
     out = build.columns(out, site.k)
     out = build(GATHER_ROWS, out, groups.place) if weights else _experts(build, groups, out, product.flipped)
-    assert str(shape(out)) == str(shape(product.node)), (shape(out), shape(product.node))
+    assert same_sizes(shape(out), shape(product.node)), (shape(out), shape(product.node))
     state.replace(product.node, out)
 
 

@@ -113,7 +113,7 @@ class _Codes:
         """The tensor that they stand for, in the shape and dtype of ``root``."""
         values = build(ir.DEQUANTIZE, self.codes, self.scales, self.spec, val(root).dtype)
         values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
-        return build(aten.reshape.default, values, [size_node(build, size) for size in shape(root)])
+        return build(aten.reshape.default, values, [build.size(size) for size in shape(root)])
 
 
 class _Rewriting:
@@ -210,7 +210,7 @@ class _Rewriting:
 
     def _arguments(self, build: Builder, link: Node, value: Node) -> tuple[Any, ...]:
         """The arguments of a view or cast of forward, in backward: sizes are found or computed there."""
-        rest = map_arg(link.args[1:], lambda n: size_node(build, n.meta["val"]))
+        rest = map_arg(link.args[1:], lambda n: build.size(n.meta["val"]))
         return (value, *rest)
 
     def _codes_already(self, storage: Storage) -> _Codes | None:
@@ -258,31 +258,6 @@ class _Rewriting:
             output.meta["desc"] = [numbered.get(i, desc) for i, desc in enumerate(descs)]
         if "output_stack_traces" in output.meta:
             output.meta["output_stack_traces"] = traces
-
-
-def size_node(build: Builder, value: Any) -> Any:
-    """A size in the graph: an int, the node that holds a symbolic one, or one computed of what its factors hold."""
-    if not isinstance(value, torch.SymInt):
-        return value
-    try:
-        return build.size(value)
-    except RuntimeError:
-        expression = value.node.expr
-    pieces = [_symbol(build, value, part) for part in expression.args]
-    combine = operator.mul if expression.is_Mul else operator.add if expression.is_Add else None
-    if combine is None:
-        raise RuntimeError(f"size {value} is held by no node of the graph and is neither a sum nor a product")
-    whole = pieces[0]
-    for piece in pieces[1:]:
-        whole = build(combine, whole, piece)
-    return whole
-
-
-def _symbol(build: Builder, value: torch.SymInt, part: Any) -> Any:
-    if part.is_Integer:
-        return int(part)
-    environment = value.node.shape_env
-    return size_node(build, environment.create_symintnode(part, hint=int(part.subs(environment.var_to_val))))
 
 
 def _seeds(forward: GraphModule, config: Config) -> dict[torch.device, Node]:

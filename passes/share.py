@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -42,4 +43,10 @@ def _freeze(value: Any) -> Any:
             return tuple(plain(x) for x in v)
         return v if isinstance(v, (Node, int, float, str, type(None))) else str(v)
 
-    return plain(map_arg(value, lambda n: n))
+    return plain(map_arg(value, _operand))
+
+
+def _operand(node: Node) -> Any:
+    """What stands for a node in a key: sizes that are written alike are one, whatever nodes hold them."""
+    size = node.meta.get("val")
+    return f"size {size}" if isinstance(size, torch.SymInt) else node

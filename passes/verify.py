@@ -11,6 +11,7 @@ from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
 from quartet.lowering.products import SCALED
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
+from quartet.runtime.sizes import same
 
 
 class BrokenGraph(AssertionError):
@@ -45,14 +46,14 @@ def _check_gemm(node: Node, after: str) -> None:
         (code, width), (scale, _) = ir.code_layout(spec, 32), ir.scale_layout(spec, 32, 32)
         _require(codes.meta["val"].dtype is code, after, node, f"{spec} has codes of {code}")
         _require(scales.meta["val"].dtype is scale, after, node, f"{spec} has scales of {scale}")
-        depths.append(str(codes.meta["val"].shape[1] * (32 // width)))
+        depths.append(codes.meta["val"].shape[1] * (32 // width))
         maker, flipped = ir.quantizer_of(codes)
         _require(maker is scales.args[0], after, node, "codes and scales come from one quantiser")
         _require(not flipped or spec.commutes_with_transpose, after, node, f"codes of {spec} cannot be transposed")
         makers = (QUANTIZE_GROUPS,) if grouped and spec.block == "row" else (ir.QUANTIZE,)
         _require(maker.target in makers and maker.args[1] == text, after, node,
                  "a GEMM reads an operand in the format its quantiser wrote")
-    _require(depths[0] == depths[1], after, node, f"both operands contract the same length, not {depths}")
+    _require(same(*depths), after, node, f"both operands contract the same length, not {depths}")
 
 
 def _require(held: bool, after: str, node: Node, rule: str) -> None:

@@ -19,6 +19,7 @@ from torch import fx
 from quartet.kernels.spec import dtype_name
 from quartet.passes.naming import module_of
 from quartet.runtime.compat import OperatorBase, OpOverload
+from quartet.runtime.sizes import hint
 
 OP_MODULE = "quartet.lowering"
 STAND_IN = 16
@@ -30,14 +31,6 @@ DTYPE_NAMES = {
 COMMENT_COLUMN = 100
 
 
-def hint(size: Any) -> int:
-    """The size that was traced with, without a guard; ``STAND_IN`` for one that has none."""
-    if isinstance(size, int):
-        return size
-    value = getattr(size.node, "hint", None)
-    return STAND_IN if value is None else int(value)
-
-
 def describe(value: Any) -> str:
     """``"bf16[s0, 64]"`` for a tensor; a tuple of those for several."""
     if isinstance(value, torch.Tensor):
@@ -45,7 +38,7 @@ def describe(value: Any) -> str:
         return f"{dtype}[{', '.join(str(s) for s in value.shape)}]"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(describe(v) for v in value)})"
-    return f"{value} (here {hint(value)})" if isinstance(value, torch.SymInt) else str(value)
+    return f"{value} (here {hint(value, STAND_IN)})" if isinstance(value, torch.SymInt) else str(value)
 
 
 def is_backward(node: fx.Node) -> bool:
@@ -101,8 +94,10 @@ class _Printer:
     def literal(self, arg: Any) -> str:
         if isinstance(arg, fx.Node):
             return arg.name
-        if isinstance(arg, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return repr(getattr(arg.node, "hint", None) or hint(arg))
+        if isinstance(arg, torch.SymInt):
+            return repr(hint(arg, STAND_IN))
+        if isinstance(arg, (torch.SymFloat, torch.SymBool)):
+            return repr(arg.node.hint)
         if isinstance(arg, torch.Size):
             return self.literal(list(arg))
         if isinstance(arg, tuple):
@@ -164,7 +159,7 @@ class _Printer:
 
     def random_input(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            shape, stride = [hint(s) for s in value.shape], [hint(s) for s in value.stride()]
+            shape, stride = [hint(s, STAND_IN) for s in value.shape], [hint(s, STAND_IN) for s in value.stride()]
             device = "" if value.device.type == "cpu" else f", {str(value.device)!r}"
             return f"random({shape}, {stride}, {value.dtype}{device})"
         return self.literal(value)

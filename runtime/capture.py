@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from quartet.runtime.amax import frozen
 from quartet.runtime.compat import any_number_of_compilations, compiled_settings
+from quartet.runtime.sizes import hint
 
 
 class Capture:
@@ -49,8 +50,8 @@ class Pretence(Capture):
 
         def zero(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return torch.zeros([int(s) for s in value.shape], dtype=value.dtype, device=value.device)
-            return None if value is None else int(value)
+                return torch.zeros([hint(s) for s in value.shape], dtype=value.dtype, device=value.device)
+            return None if value is None else hint(value)
 
         return lambda *inputs: [zero(value) for value in made]
 
@@ -70,12 +71,8 @@ def saved_bytes(forward: GraphModule) -> int:
         if origin.op == "placeholder" or origin in seen:
             continue
         seen.add(origin)
-        size = origin.meta["val"]
-        count = size.numel() * size.element_size()
-        if isinstance(count, int):
-            total += count
-        else:
-            total += int(count.node.hint or 0)
+        value = origin.meta["val"]
+        total += hint(value.numel()) * value.element_size()
     return total
 
 

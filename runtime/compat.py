@@ -34,6 +34,7 @@ PRIVATE = (
     ("torch._ops", "OpOverload", "tells an operator of a printed graph from a function"),
     ("torch._ops", "OperatorBase", "the same for higher-order operators"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
+    ("torch.fx.experimental.symbolic_shapes", "statically_known_true", "equality of symbolic sizes, without a guard"),
     ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
     ("torch._logging._internal", "log_registry", "a name for our loggers in TORCH_LOGS"),
     ("torch._dynamo", "config", "explain() compiles once more without using up the limits of recompilation"),
@@ -81,6 +82,18 @@ OpOverload: Any = _load("torch._ops", "OpOverload")
 OperatorBase: Any = _load("torch._ops", "OperatorBase")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
+statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")
+
+
+def known_symbols(environment: Any) -> Mapping[Any, Any]:
+    """Symbol → its value at capture, for the symbols of a shape environment that had one."""
+    renamed = getattr(environment, "backed_var_to_val", None)
+    return environment.var_to_val if renamed is None else renamed  # torch 2.11 has the old name
+
+
+def unbacked_size() -> int:
+    """What Inductor assumes a size to be that only the data decides."""
+    return inductor_config.unbacked_symint_fallback
 
 
 def emit_artifact(name: str, text: str) -> None:
