@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from quartet.lowering.graph import Builder, aten, editing
+from quartet.lowering.graph import Builder, aten, editing, is_backward, val
 from quartet.lowering.weight_ops import DGE
-from quartet.passes.rewriting import normal, rewrite
+from quartet.passes.rewriting import added, normal, rewrite
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
+from quartet.passes.views import operands
 
 
 def estimator(state: State) -> None:
@@ -51,8 +52,8 @@ def _times_in_place(state: State, site: MatmulSite, times_slope: Callable[[Build
     """The same for a product that stays as autograd wrote it."""
     product = site.products["wgrad"]
     old = product.node
-    build = Builder(state.gm.graph, like=old, before=old, backward=True)
-    product.node = build(old.target, *old.args, **old.kwargs)  # type: ignore[arg-type]
+    build = Builder(state.gm.graph, like=old, before=old, backward=is_backward(old))
+    product.node = build(aten.mm.default, *operands(old))
     normal_way = build.transpose(product.node) if product.flipped else product.node
-    out = build.cast(times_slope(build, normal_way), site.dtype)
-    state.replace(old, build.transpose(out) if product.flipped else out)
+    out = build.cast(times_slope(build, normal_way), val(old).dtype)
+    state.replace(old, added(build, build.transpose(out) if product.flipped else out, old))

@@ -1,9 +1,7 @@
 """Find every forward product, of an activation with a weight or with another activation, and its dgrad and wgrad.
 
 A weight is whatever is computed from parameters alone: a parameter, its transpose, a slice of a fused
-one, its cast under autocast, what a collective gathers of it, a parametrisation of several. A matmul's
-backward products share its ``seq_nr``; dgrad reads the same weight, wgrad the same activation, in
-either orientation: autograd writes gW = Eᵀ·X or gWᵀ = Xᵀ·E by the strides of the operands.
+one, its cast under autocast, what a collective gathers of it, a parametrisation of several.
 """
 
 from __future__ import annotations
@@ -20,53 +18,15 @@ from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.already import CODED, quantised_before
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.gradients import attach, not_needed_in_forward
 from quartet.passes.masks import Masks
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
 from quartet.passes.state import State
+from quartet.passes.values import Values
+from quartet.passes.views import MATMULS, canonical, operands
 
-MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 ATTENTION = "aten._scaled_dot_product_"
-_SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
-
-
-def canonical(node: Node) -> tuple[Node, bool]:
-    """Walk up through views that keep a matrix a matrix, or a batch of them one: (origin, whether ``node`` is its
-    transpose)."""
-    flipped = False
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        source = node.args[0]
-        if "val" not in source.meta or not hasattr(source.meta["val"], "shape"):
-            break
-        before, after = shape(source), shape(node)
-        if node.target in _SAME:
-            pass
-        elif node.target is aten.t.default:
-            flipped = not flipped
-        elif node.target is aten.permute.default and _swaps(node.args[1]):
-            flipped = not flipped
-        elif node.target is aten.transpose.int and _matrix(before) == 2:
-            flipped = not flipped
-        elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
-                             aten.unsqueeze.default) and _same_matrix(before, after):
-            pass
-        else:
-            break
-        node = source
-    return node, flipped
-
-
-def _matrix(size: tuple[Any, ...]) -> int:
-    """2 for a matrix, also one with a leading batch of 1; else 0."""
-    return 2 if len(size) == 2 or (len(size) == 3 and isinstance(size[0], int) and size[0] == 1) else 0
-
-
-def _swaps(order: Any) -> bool:
-    return list(order) in ([1, 0], [0, 2, 1])
-
-
-def _same_matrix(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return _matrix(a) == 2 and _matrix(b) == 2 and str(a[-2:]) == str(b[-2:])
 
 
 def input_indices(graph: Graph) -> dict[Node, int | None]:
@@ -127,42 +87,45 @@ def _holds_tensors(node: Node) -> bool:
 
 
 def find_matmuls(state: State) -> None:
-    """Fill ``state.sites`` and record the matmuls that multiply no weight."""
-    origin = parameter_origins(state)
+    """Fill ``state.sites`` and record the products that are none of ours."""
+    graph, origin = state.gm.graph, parameter_origins(state)
     masks = Masks({node for node in origin if node.op == "placeholder"})
-    backward: dict[Any, list[Node]] = {}
-    for node in state.gm.graph.nodes:
-        if node.target in MATMULS and is_backward(node):
-            backward.setdefault(node.meta.get("seq_nr"), []).append(node)
-    claimed: set[Node] = set()
-    for node in state.gm.graph.nodes:
+    products = [node for node in graph.nodes if node.op == "call_function" and node.target in MATMULS]
+    backward = [node for node in products if is_backward(node)]
+    spare = not_needed_in_forward(graph) if any(is_backward(node) for node in graph.nodes) else set()
+    for node in graph.nodes:
         if node.op == "call_function" and str(node.target).startswith(ATTENTION):
             state.alone.extend(_fused_attention(node))
         if node.op == "call_function" and str(node.target).startswith(CODED):
             state.alone.append(_of_codes(node))
-        if node.op != "call_function" or node.target not in MATMULS or is_backward(node):
-            continue
-        site = _site(state, node, origin, masks)
-        if site is None:
-            state.alone.append(_unplanned(node, "fprop"))
-            continue
-        _attach_backward(site, backward.get(node.meta.get("seq_nr"), []), claimed)
+    for node in products:
+        if not is_backward(node) and node not in spare:
+            _find(state, node, origin, masks)
+    values = Values(graph)
+    early = [node for node in products if node in spare]
+    gradients = attach(graph, values, state.sites, early)
+    for node in early:
+        if node not in gradients:
+            _find(state, node, origin, masks)
+    gradients |= attach(graph, values, state.sites, backward)
+    for site in state.sites:
         site.op_class = own_class(site) or site.op_class
         site.aside = quantised_before(site)
+    state.alone.extend(_unplanned(n, "dgrad") for n in backward if n not in gradients)
+
+
+def _find(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> None:
+    """A site for a forward product, or the record of one that multiplies weights alone."""
+    site = _site(state, node, origin, masks)
+    if site is None:
+        state.alone.append(_unplanned(node, "fprop"))
+    else:
         state.sites.append(site)
-    left = [n for nodes in backward.values() for n in nodes if n not in claimed]
-    state.alone.extend(_unplanned(n, "dgrad") for n in left)
-
-
-def _operands(node: Node) -> tuple[Node, Node]:
-    a, b = node.args[-2:] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[:2]
-    assert isinstance(a, Node) and isinstance(b, Node)
-    return a, b
 
 
 def _site(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> MatmulSite | None:
-    a, b = _operands(node)
-    if (a in origin and b in origin) or any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
+    a, b = operands(node)
+    if a in origin and b in origin:
         return None
     flipped = a in origin
     (p, q), r = shape(a)[-2:], shape(b)[-1]
@@ -187,45 +150,14 @@ def _site(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> Ma
     return site
 
 
-def _normal(operand: tuple[Node, bool]) -> tuple[Node, bool]:
-    base, flipped = canonical(operand[0])
-    return base, flipped != operand[1]
-
-
-def _attach_backward(site: MatmulSite, candidates: list[Node], claimed: set[Node]) -> None:
-    """Recognise gX = E·W, gXᵀ = Wᵀ·Eᵀ, gW = Eᵀ·X, gWᵀ = Xᵀ·E by the operand they share with the site."""
-    x, w = _normal(site.x), _normal(site.w)
-    for node in candidates:
-        if node in claimed or node.target is not (aten.mm.default if site.batch is None else aten.bmm.default):
-            continue
-        u, v = _operands(node)
-        left, right = canonical(u), canonical(v)
-        if right == w:
-            role, flipped, gradient = "dgrad", False, (u, False)
-        elif left == (w[0], not w[1]):
-            role, flipped, gradient = "dgrad", True, (v, True)
-        elif right == x:
-            role, flipped, gradient = "wgrad", False, (u, True)
-        elif left == (x[0], not x[1]):
-            role, flipped, gradient = "wgrad", True, (v, False)
-        else:
-            continue
-        if role in site.products:
-            continue
-        claimed.add(node)
-        site.products[role] = Product(node, flipped)
-        base, base_flipped = canonical(gradient[0])
-        resolved = (base, base_flipped != gradient[1]) if len(shape(base)) == len(shape(node)) else gradient
-        site.gradient = site.gradient or resolved
-
-
 def _unplanned(node: Node, role: str) -> MatmulRecord:
     """The record of a product that is not one of a forward product of ours and its gradients."""
-    a, _ = _operands(node)
+    a, _ = operands(node)
     m, n = shape(node)[-2:]
-    reason = ("multiplies weights with weights, or scales its sum (beta, alpha)" if role == "fprop" else
-              "belongs to no forward product of the graph")
-    return left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+    reason = ("multiplies weights with weights" if role == "fprop" else
+              "belongs to no forward product of the graph, or to one of several that are as likely")
+    record = left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+    return replace(record, batch=_plain(prod(shape(node)[:-2])))
 
 
 def _of_codes(node: Node) -> MatmulRecord:

@@ -14,9 +14,10 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.graph import aten, is_backward, shape, val
-from quartet.passes.find_matmuls import canonical
 from quartet.passes.plan import value_key
 from quartet.passes.sites import MatmulSite
+from quartet.passes.views import canonical
+from quartet.runtime.sizes import same, same_sizes
 
 _CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.alias.default,
           aten.detach.default, aten.clone.default)
@@ -81,14 +82,14 @@ def _linear(name: str, rest: list[_Factor], site: MatmulSite) -> Gated | None:
         return None
     branch = rest[0]
     linear = _activation(branch.bare) is None and _gate(branch.bare)[0] is None
-    return Gated(name, branch.node) if linear and str(shape(branch.node)[-1]) == str(site.k) else None
+    return Gated(name, branch.node) if linear and same(shape(branch.node)[-1], site.k) else None
 
 
 def _bare(node: Node) -> Node:
     """The node behind casts, copies and views that keep the rows and their order."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         source = node.args[0]
-        rows = node.target in _RESHAPES and str(shape(source)[-1:]) == str(shape(node)[-1:])
+        rows = node.target in _RESHAPES and same_sizes(shape(source)[-1:], shape(node)[-1:])
         if not (node.target in _CASTS or rows):
             break
         node = source
@@ -113,7 +114,7 @@ def _factors(node: Node, inverse: bool) -> list[_Factor]:
 
 def _like(arg: Any, product: Node) -> bool:
     return isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor) and (
-        str(shape(arg)) == str(shape(product)))
+        same_sizes(shape(arg), shape(product)))
 
 
 def _activation(node: Node) -> str | None:

@@ -14,15 +14,16 @@ from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering.graph import aten, is_backward, shape, val
+from quartet.lowering.graph import BY_HAND, aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.already import quantised_before
-from quartet.passes.find_matmuls import canonical, left_alone, parameter_origins
+from quartet.passes.find_matmuls import left_alone, parameter_origins
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import UnsupportedMatmul
 from quartet.passes.sites import Groups, MatmulSite, Product
 from quartet.passes.state import State
+from quartet.passes.views import canonical
 
 GROUPED_MM = aten._grouped_mm.default
 _FALLBACK, _FALLBACK_BACKWARD = "transformers.grouped_mm_fallback", "transformers.grouped_mm_fallback_backward"
@@ -50,7 +51,8 @@ def find_grouped(state: State) -> None:
             continue
         site = _site(state, node, origin)
         for other in nodes:
-            if is_backward(other) and other.meta.get("seq_nr") == node.meta.get("seq_nr") and other not in claimed:
+            numbered = other.meta.get("seq_nr") == node.meta.get("seq_nr") or BY_HAND in other.meta
+            if is_backward(other) and numbered and other not in claimed:
                 _attach(site, other, claimed)
         site.op_class = own_class(site) or site.op_class
         site.aside = quantised_before(site)
@@ -134,10 +136,13 @@ def _attach(site: MatmulSite, node: Node, claimed: set[Node]) -> None:
         role, flipped, gradient = "wgrad", False, (left, True)
     else:
         return
+    base, turned = canonical(gradient[0])
+    resolved = base, turned != gradient[1]
+    if site.gradient not in (None, resolved):
+        return
     claimed.add(node)
     site.products[role] = Product(node, flipped)
-    base, turned = canonical(gradient[0])
-    site.gradient = site.gradient or (base, turned != gradient[1])
+    site.gradient = resolved
 
 
 def _flipped(operand: tuple[Node, bool]) -> tuple[Node, bool]:

@@ -68,7 +68,7 @@ def _separate(state: State, site: MatmulSite, roles: list[str], split: _Split) -
         return build(aten.add.Tensor, y, build(SPARSE_MM, *split.rest, build.cast(weight, site.dtype), size, False))
 
     def add_wgrad(build: Builder, gw: Node) -> Node:
-        e = build.cast(normal(state, build, site.gradient), site.dtype)
+        e = build.cast(normal(state, build, site.gradient_of("wgrad")), site.dtype)
         rest = build(SPARSE_MM, *split.rest, e, build.size(shape(split.clipped)[1]), True)
         return build(aten.add.Tensor, gw, build.transpose(rest))
 

@@ -38,6 +38,7 @@ from quartet.passes.share import share
 from quartet.passes.sites import MatmulSite
 from quartet.passes.smooth_swiglu import smooth_swiglu
 from quartet.passes.state import Config, State
+from quartet.passes.tag import tag
 from quartet.passes.toward import toward
 from quartet.passes.unchanged import unchanged
 from quartet.passes.unfold import unfold
@@ -49,13 +50,13 @@ log = logging.getLogger("quartet")
 Pass = Callable[[State], None]
 Signature = tuple[str, ...]
 PASSES: tuple[Pass, ...] = (
-    canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
+    tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
     estimator, toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
 )
-REQUIRED = ("canonicalize", "find_matmuls", "plan", "quantize", "lower")
+REQUIRED = ("tag", "canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
-OPTIONAL = tuple(n for n in NAMES if n not in ("find_matmuls", "find_grouped", "plan", "rotate", "rotate_grouped",
-                                               "quantize", "delayed"))
+OPTIONAL = tuple(n for n in NAMES if n not in ("tag", "find_matmuls", "find_grouped", "plan", "rotate",
+                                               "rotate_grouped", "quantize", "delayed"))
 
 
 def signature(values: Iterable[Any]) -> Signature:

@@ -26,7 +26,7 @@ from quartet.kernels.reference.philox import Draw
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.chains import REUSABLE, Source
-from quartet.lowering.graph import Builder, aten, editing, keep_as, replace_all, shape, val
+from quartet.lowering.graph import Builder, aten, editing, is_backward, keep_as, replace_all, shape, val
 from quartet.lowering.grouped_ops import QUANTIZE_GROUPS
 from quartet.lowering.products import SWAP, turned
 from quartet.lowering.recipe import Gemm
@@ -57,15 +57,15 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     assert product.mm is not None and product.a is not None and product.b is not None
     assert gemm.a.spec is not None and gemm.b.spec is not None
     mm, a, b = product.mm, state.current(product.a), state.current(product.b)
-    backward = role != "fprop"
-    build = Builder(state.gm.graph, like=mm, before=mm, backward=backward)
+    gradient = role != "fprop"
+    build = Builder(state.gm.graph, like=mm, before=mm, backward=is_backward(mm))
     saved = None
     if product.source is not None:
         product.source = state.current(product.source)
         saved = _saved_codes(state, build, site, role, product, gemm)
         if saved is None:
             _start_from_saved(state, site, role, product)
-    if backward:
+    if gradient:
         draws = _DRAWS[role]
         owner = site.x_group if role == "wgrad" else site.index
         bits = (draws[0].of(site.index), draws[1].of(owner))
@@ -78,7 +78,7 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     ends = site.groups.ends if site.groups is not None and role == "wgrad" else None
     qa = quantize_node(state, build, a, gemm.a.spec, bits[0], (site, names[0]), ends)
     qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1], (site, names[1]), ends)
-    if state.config.reuse_weights and not backward and len(site.products) > 1:
+    if state.config.reuse_weights and not gradient and len(site.products) > 1:
         _mark_reusable(state, qb)
     operands: tuple[Any, ...] = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
     if site.groups is not None:
@@ -89,7 +89,7 @@ def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
     keep_as(out, product.node)
     out.meta[SITE_KEY] = (site.index, role)
     state.kernels[site.index, role] = "reference"  # until lowering finds better
-    if not backward:
+    if not gradient:
         site.quantized = {"x": qa, "w": qb}
         site.saved_bytes = _saved_bytes(site)
     elif product.source is not None:
@@ -107,7 +107,7 @@ def _straight_through(state: State, site: MatmulSite, role: str) -> None:
     made, mm = site.quantized["w" if role == "dgrad" else "x"], product.mm
     site.reasons[role] = f"straight through: in high precision, with the dequantised {made.spec.element} of forward"
     following = next(iter(mm.users))
-    out = _masked(Builder(state.gm.graph, like=mm, before=following, backward=True), site, role, mm)
+    out = _masked(Builder(state.gm.graph, like=mm, before=following, backward=is_backward(mm)), site, role, mm)
     if out is not mm:
         replace_all(mm, out)
         product.mm = out
@@ -183,7 +183,7 @@ def _saved(state: State, site: MatmulSite, role: str, product: Product) -> Quant
     """What fprop made of operand b; where the recipe does not keep the weight, quantised again before its transpose."""
     made, b, source = site.quantized["w" if role == "dgrad" else "x"], product.b, product.source
     assert b is not None and source is not None
-    if role == "dgrad" and not recipe_of(site).keep_weights:
+    if role == "dgrad" and not recipe_of(site).keep_weights and is_backward(product.node):
         assert product.reader is not None
         return _quantize_again(state, product.reader, source, made)
     return made
@@ -207,7 +207,7 @@ def _start_from_saved(state: State, site: MatmulSite, role: str, product: Produc
     source, reader = product.source, product.reader
     assert source is not None and reader is not None
     made = _saved(state, site, role, product)
-    at = Builder(state.gm.graph, like=reader, before=reader, backward=True)
+    at = Builder(state.gm.graph, like=reader, before=reader, backward=is_backward(reader))
     values = at(ir.DEQUANTIZE, made.codes, made.scales, str(made.spec), val(source).dtype,
                 *(() if made.amax is None else (made.amax,)))
     reader.replace_input_with(source, at.columns(values, shape(source)[1]))

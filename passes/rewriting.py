@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from quartet.lowering.graph import Builder, aten, keep_as, val
+from quartet.lowering.graph import Builder, aten, is_backward, keep_as, val
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State
+from quartet.passes.views import ADDS
 
 
 def normal(state: State, build: Builder, operand: tuple[Node, bool] | None, flip: bool = False) -> Node:
@@ -26,8 +27,8 @@ def rewrite(state: State, site: MatmulSite, role: str, finish: Callable[[Builder
     """
     product = site.products[role]
     old = product.node
-    build = Builder(state.gm.graph, like=old, before=old, backward=role != "fprop")
-    e, x, w = site.gradient, site.x, site.w
+    build = Builder(state.gm.graph, like=old, before=old, backward=is_backward(old))
+    e, x, w = None if role == "fprop" else site.gradient_of(role), site.x, site.w
     (left, left_flip), (right, right_flip) = {"fprop": ((x, False), (w, True)), "dgrad": ((e, False), (w, False)),
                                               "wgrad": ((e, True), (x, False))}[role]
     a, b = normal(state, build, left, left_flip), normal(state, build, right, right_flip)
@@ -35,9 +36,19 @@ def rewrite(state: State, site: MatmulSite, role: str, finish: Callable[[Builder
     mm = keep_as(build(aten.mm.default, build.cast(a, common), build.cast(b, common)), old)
     flipped = product.flipped
     product.node, product.flipped = mm, False
-    out = build.cast(finish(build, mm), site.dtype)
+    out = build.cast(finish(build, mm), val(old).dtype)
     if flipped:
         out = build.transpose(out)
-    if old.target is aten.addmm.default:
-        out = build(aten.add.Tensor, out, old.args[0])
-    state.replace(old, out)
+    state.replace(old, added(build, out, old))
+
+
+def added(build: Builder, out: Node, old: Node) -> Node:
+    """``beta·C + alpha·out`` where the product ``old``, of which ``out`` is the bare one, adds to a C."""
+    if old.target not in ADDS:
+        return out
+    beta, alpha = (old.kwargs.get(key, 1) for key in ("beta", "alpha"))
+    out = out if alpha == 1 else build(aten.mul.Tensor, out, alpha)
+    if beta == 0:
+        return out
+    c = old.args[0] if beta == 1 else build(aten.mul.Tensor, old.args[0], beta)
+    return build(aten.add.Tensor, out, c)

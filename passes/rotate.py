@@ -17,13 +17,15 @@ from torch.fx import Node
 
 from quartet.kernels.reference.philox import Draw
 from quartet.lowering import ir
-from quartet.lowering.graph import Builder, aten, editing, keep_as, shape, val
+from quartet.lowering.graph import Builder, editing, is_backward, keep_as, shape, val
 from quartet.lowering.recipe import Gemm, Rotation
 from quartet.passes import batched
 from quartet.passes.batched import flip, matrix, restored
 from quartet.passes.randomness import draw_seed
+from quartet.passes.rewriting import added
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
+from quartet.runtime.sizes import same_sizes
 
 SIGN_DRAWS = {"fprop": Draw.FPROP_SIGNS, "dgrad": Draw.DGRAD_SIGNS, "wgrad": Draw.WGRAD_SIGNS}
 
@@ -76,7 +78,7 @@ def _product(build: Builder, site: MatmulSite, role: str, a: Node, b: Node) -> N
     product = site.products[role]
     common = torch.promote_types(a.meta["val"].dtype, b.meta["val"].dtype)
     mm = keep_as(batched.product(build, site, build.cast(a, common), build.cast(b, common)), product.node)
-    product.a, product.b, product.mm = a, b, build.cast(mm, site.dtype)
+    product.a, product.b, product.mm = a, b, build.cast(mm, site.dtype_of(role))
     return product.mm
 
 
@@ -89,17 +91,14 @@ def _fprop(state: State, site: MatmulSite) -> None:
     b = rotated(build, _normal(state, build, site, site.w), gemm.rotation, signs)
     out = _undo_outer(build, site, _product(build, site, "fprop", a, b), gemm, site.m)
     out = restored(build, site, out, product.flipped)
-    if product.node.target in (aten.addmm.default, aten.baddbmm.default):
-        out = build(aten.add.Tensor, out, product.node.args[0])
-    state.replace(product.node, out)
+    state.replace(product.node, added(build, out, product.node))
 
 
 def _backward(state: State, site: MatmulSite, role: str) -> None:
     product, recipe = site.products[role], recipe_of(site)
     gemm, forward = getattr(recipe, role), recipe.fprop
-    build = Builder(state.gm.graph, like=product.node, before=product.node, backward=True)
-    assert site.gradient is not None
-    e = _normal(state, build, site, site.gradient)
+    build = Builder(state.gm.graph, like=product.node, before=product.node, backward=is_backward(product.node))
+    e = _normal(state, build, site, site.gradient_of(role))
     operand, width = (site.w, site.k) if role == "dgrad" else (site.x, site.k)
     rotation, undo = gemm.rotation, None
     if gemm.b.source == "saved":
@@ -118,7 +117,7 @@ def _backward(state: State, site: MatmulSite, role: str) -> None:
     out = _undo_outer(build, site, _product(build, site, role, a, b), gemm, site.dims(role)[0])
     if undo is not None:
         assert source.target is ir.HADAMARD
-        out = build(ir.HADAMARD, out, undo.n, source.args[2], True, site.dtype)
-    out = restored(build, site, build.columns(out, width), product.flipped)
-    assert str(shape(out)) == str(shape(product.node)), (shape(out), shape(product.node))
+        out = build(ir.HADAMARD, out, undo.n, source.args[2], True, site.dtype_of(role))
+    out = added(build, restored(build, site, build.columns(out, width), product.flipped), product.node)
+    assert same_sizes(shape(out), shape(product.node)), (shape(out), shape(product.node))
     state.replace(product.node, out)

@@ -30,6 +30,7 @@ class Product:
     ``node`` is the matmul that autograd wrote: the product in normal orientation, or its transpose when
     ``flipped``. After rotation ``a`` and ``b`` are its 2-D operands with the contraction axis last, ``mm``
     their product in the model's dtype, and ``source`` the operand of fprop that ``b`` was made from, by ``reader``.
+    ``gradient`` and ``dtype``: an E and a dtype of its own, where a program takes others than the site's.
     """
 
     node: Node
@@ -39,6 +40,8 @@ class Product:
     mm: Node | None = None
     source: Node | None = None
     reader: Node | None = None
+    gradient: tuple[Node, bool] | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -118,6 +121,16 @@ class MatmulSite:
     def scaled(self) -> OpOverload:
         """The op of the IR that a quantised product becomes."""
         return SCALED_GROUPED_MM if self.groups is not None else ir.SCALED_MM if self.batch is None else ir.SCALED_BMM
+
+    def dtype_of(self, role: str) -> torch.dtype:
+        """What the product of a role results in."""
+        return self.products[role].dtype or self.dtype
+
+    def gradient_of(self, role: str) -> tuple[Node, bool]:
+        """E of dgrad or wgrad."""
+        operand = self.products[role].gradient or self.gradient
+        assert operand is not None
+        return operand
 
     def remark(self, role: str, text: str) -> None:
         """Add a remark on the GEMM of a role."""

@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.reference.smooth import smooth_scale
-from quartet.lowering.graph import Builder, aten, editing, inline, val
+from quartet.lowering.graph import Builder, aten, editing, inline, is_backward, val
 from quartet.passes.gated import Gated, gated_activation
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, MatmulSite
@@ -86,15 +86,19 @@ def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smooth
         site.w = _operand(build, normal(state, build, site.w), smoothed.inverse, form), False
         return {"fprop": None, "dgrad": smoothed.scale, "wgrad": smoothed.inverse}
     if "wgrad" in roles:
-        site.gradient = _smoothed_gradient(state, site, smoothed), False
+        _smooth_gradients(state, site, smoothed)
     return {"fprop": smoothed.inverse, "dgrad": smoothed.scale, "wgrad": None}
 
 
-def _smoothed_gradient(state: State, site: MatmulSite, smoothed: _Smoothed) -> Node:
-    first = min(site.products[role].node for role in ("dgrad", "wgrad") if role in site.products)
-    build = Builder(state.gm.graph, like=first, before=first, backward=True)
-    assert site.gradient is not None
-    return _operand(build, normal(state, build, site.gradient), smoothed.inverse, "token")
+def _smooth_gradients(state: State, site: MatmulSite, smoothed: _Smoothed) -> None:
+    """Give the products the scaled E, made once where they have the same."""
+    made: dict[Any, tuple[Node, bool]] = {}
+    for product in sorted((site.products[r] for r in ("dgrad", "wgrad") if r in site.products), key=lambda p: p.node):
+        e = product.gradient or site.gradient
+        if e not in made:
+            build = Builder(state.gm.graph, product.node, product.node, backward=is_backward(product.node))
+            made[e] = _operand(build, normal(state, build, e), smoothed.inverse, "token"), False
+        product.gradient = made[e]
 
 
 def _finish(factor: Node | None) -> Callable[[Builder, Node], Node]:

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.lowering.graph import Builder, aten, editing, is_backward, keep_as, shape, val
+from quartet.lowering.graph import BY_HAND, Builder, aten, editing, is_backward, keep_as, shape, val
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Resolution
 from quartet.passes.find_matmuls import left_alone, parameter_origins
@@ -28,6 +28,7 @@ from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import DTYPES, UnsupportedMatmul
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, RECOMPUTED_KEY
 from quartet.passes.state import State
+from quartet.runtime.sizes import hint, same_sizes
 
 CONV, CONV_BACKWARD = aten.convolution.default, aten.convolution_backward.default
 GRADIENTS = {"dgrad": 0, "wgrad": 1}  # role → which result of CONV_BACKWARD
@@ -117,7 +118,8 @@ def unfold(state: State) -> None:
 
 
 def _belongs(backward: Node, forward: Node) -> bool:
-    same = "seq_nr" not in forward.meta or backward.meta.get("seq_nr") == forward.meta["seq_nr"]
+    same = "seq_nr" not in forward.meta or backward.meta.get("seq_nr") == forward.meta["seq_nr"] or (
+        BY_HAND in backward.meta)
     return same and list(backward.args[1:3]) == list(forward.args[:2])
 
 
@@ -178,7 +180,7 @@ def _rewrite(conv: Convolution) -> None:
 
 
 def _rewrite_gradients(conv: Convolution, node: Node, columns: Node, weight: Node) -> None:
-    build = Builder(node.graph, like=node, before=node, backward=True)
+    build = Builder(node.graph, like=node, before=node, backward=is_backward(node))
     results = {int(user.args[1]): user for user in node.users}  # type: ignore[arg-type]
     given = node.args[0]
     assert isinstance(given, Node)
@@ -270,9 +272,9 @@ def _matrix(build: Builder, x: Node, size: list[Any]) -> Node:
 
 def _laid_out(build: Builder, x: Node, like: Node) -> Node:
     """``x`` with the strides of ``like``, which is dense."""
-    if str(val(x).stride()) == str(val(like).stride()):
+    if same_sizes(val(x).stride(), val(like).stride()):
         return x
-    strides = [s if isinstance(s, int) else int(s.node.hint) for s in val(like).stride()]
+    strides = [hint(s) for s in val(like).stride()]
     order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
     if order == sorted(order):
         return build.contiguous(x)

@@ -1,0 +1,61 @@
+"""The matrices behind the operands of a product, through views that keep a matrix a matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from quartet.lowering.graph import aten, shape
+from quartet.runtime.sizes import same_sizes
+
+Operand = tuple[Node, bool]  # and whether it is stored transposed
+ADDS = (aten.addmm.default, aten.baddbmm.default)
+MATMULS = (aten.mm.default, aten.bmm.default, *ADDS)
+_SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
+
+
+def canonical(node: Node) -> tuple[Node, bool]:
+    """Walk up through views that keep a matrix a matrix, or a batch of them one: (origin, whether ``node`` is its
+    transpose)."""
+    flipped = False
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        source = node.args[0]
+        if "val" not in source.meta or not hasattr(source.meta["val"], "shape"):
+            break
+        before, after = shape(source), shape(node)
+        if node.target in _SAME:
+            pass
+        elif node.target is aten.t.default:
+            flipped = not flipped
+        elif node.target is aten.permute.default and _swaps(node.args[1]):
+            flipped = not flipped
+        elif node.target is aten.transpose.int and _matrix(before) == 2:
+            flipped = not flipped
+        elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
+                             aten.unsqueeze.default) and _same_matrix(before, after):
+            pass
+        else:
+            break
+        node = source
+    return node, flipped
+
+
+def _matrix(size: tuple[Any, ...]) -> int:
+    """2 for a matrix, also one with a leading batch of 1; else 0."""
+    return 2 if len(size) == 2 or (len(size) == 3 and isinstance(size[0], int) and size[0] == 1) else 0
+
+
+def _swaps(order: Any) -> bool:
+    return list(order) in ([1, 0], [0, 2, 1])
+
+
+def _same_matrix(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return _matrix(a) == 2 and _matrix(b) == 2 and same_sizes(a[-2:], b[-2:])
+
+
+def operands(node: Node) -> tuple[Node, Node]:
+    """A and B of a product A·B."""
+    a, b = node.args[1:3] if node.target in ADDS else node.args[:2]
+    assert isinstance(a, Node) and isinstance(b, Node)
+    return a, b
