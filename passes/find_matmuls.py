@@ -12,21 +12,19 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from quartet.kernels.spec import dtype_name
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
-from quartet.passes.already import CODED, quantised_before
+from quartet.passes.already import quantised_before
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
 from quartet.passes.gradients import attach, not_needed_in_forward
 from quartet.passes.masks import Masks
 from quartet.passes.naming import module_name, module_of
+from quartet.passes.others import left_alone, plain, without_site
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
 from quartet.passes.state import State
 from quartet.passes.values import Values
 from quartet.passes.views import MATMULS, canonical, operands
-
-ATTENTION = "aten._scaled_dot_product_"
 
 
 def input_indices(graph: Graph) -> dict[Node, int | None]:
@@ -93,11 +91,7 @@ def find_matmuls(state: State) -> None:
     products = [node for node in graph.nodes if node.op == "call_function" and node.target in MATMULS]
     backward = [node for node in products if is_backward(node)]
     spare = not_needed_in_forward(graph) if any(is_backward(node) for node in graph.nodes) else set()
-    for node in graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith(ATTENTION):
-            state.alone.extend(_fused_attention(node))
-        if node.op == "call_function" and str(node.target).startswith(CODED):
-            state.alone.append(_of_codes(node))
+    state.alone.extend(without_site(graph, origin))
     for node in products:
         if not is_backward(node) and node not in spare:
             _find(state, node, origin, masks)
@@ -157,40 +151,4 @@ def _unplanned(node: Node, role: str) -> MatmulRecord:
     reason = ("multiplies weights with weights" if role == "fprop" else
               "belongs to no forward product of the graph, or to one of several that are as likely")
     record = left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
-    return replace(record, batch=_plain(prod(shape(node)[:-2])))
-
-
-def _of_codes(node: Node) -> MatmulRecord:
-    """The record of a product of codes that the model makes itself."""
-    (m, k), n = shape(node.all_input_nodes[0])[-2:], shape(node)[-1]
-    return left_alone(node, "linear", "dgrad" if is_backward(node) else "fprop", (m, n, k), val(node).dtype,
-                      f"its operands are quantised by the model itself, for {node.target}")
-
-
-def _fused_attention(node: Node) -> list[MatmulRecord]:
-    """Records of the products inside of a fused attention: of ``[batch, heads, length, width]`` q, k and v.
-
-    Its backward has the gradient first, then q, k and v.
-    """
-    backward = is_backward(node)
-    q, k, v = node.args[int(backward):][:3]
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
-    (*batch, m, d), n, width = shape(q), shape(k)[-2], shape(v)[-1]
-    each = {"attention_qk": {"fprop": (m, n, d), "dgrad": (m, d, n), "wgrad": (n, d, m)},
-            "attention_pv": {"fprop": (m, width, n), "dgrad": (m, n, width), "wgrad": (width, n, m)}}
-    reason = "inside of scaled_dot_product_attention; the option open_attention=True writes it as matmuls"
-    records = [left_alone(node, op_class, role, sizes, val(q).dtype, reason)
-               for op_class, roles in each.items() for role, sizes in roles.items() if (role == "fprop") != backward]
-    return [replace(record, batch=_plain(prod(batch))) for record in records]
-
-
-def left_alone(node: Node, op_class: str, role: str, mnk: tuple[Any, Any, Any], dtype: Any, reason: str,
-               fqn: str | None = None) -> MatmulRecord:
-    """The record of a product that no pass takes; ``fqn``: its module where ``node`` does not tell."""
-    m, n, k = map(_plain, mnk)
-    return MatmulRecord(site=-1, fqn=module_of(node) if fqn is None else fqn, op_class=op_class, role=role,
-                        m=m, n=n, k=k, dtype=dtype_name(dtype), reason=reason)
-
-
-def _plain(size: Any) -> int | str:
-    return size if isinstance(size, int) else str(size)
+    return replace(record, batch=plain(prod(shape(node)[:-2])))

@@ -12,6 +12,7 @@ from quartet.lowering.graph import VIEWS, shape, val
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice, Resolution
 from quartet.passes.layers import layers_of
+from quartet.passes.others import OF_CODES
 from quartet.passes.pays import kernel_of, leave_slower
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State, recipe_of
@@ -46,10 +47,25 @@ def plan(state: State) -> None:
             if site.recipe.keep and layer is None:
                 site.notes += (f"which layer this is does not show in its name, so the {site.recipe.keep[0]} are not "
                                "left alone",)
+    if state.config.strict:
+        _refuse_what_has_no_site(state)
     _group(state)
     if state.config.where_it_pays:
         leave_slower(state)
         _group(state)
+
+
+def _refuse_what_has_no_site(state: State) -> None:
+    """Raise for a product that the policy quantises and that the passes before have left alone."""
+    for record in state.alone:
+        if record.lowered:
+            continue
+        choice = state.config.resolve(record.op_class, record.fqn, record.m, record.n, record.k).choice(record.role)
+        by_default = not state.config.where_it_pays and not record.reason.startswith(OF_CODES)
+        if choice.gemm is not None and (choice.rule is not None or by_default):
+            raise UnsupportedMatmul(
+                f"strict=True, and {record.fqn or 'a product'} ({record.op_class}, {record.role}, m={record.m} "
+                f"n={record.n} k={record.k}, {record.dtype}) cannot be quantised: {record.reason}")
 
 
 def _group(state: State) -> None:
