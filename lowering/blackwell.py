@@ -118,7 +118,7 @@ def _quantize(graph: Graph, node: Node) -> list[Node]:
     if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0 and is_ours(stored.args[1]):  # type: ignore[arg-type]
         op = build(blackwell_ops.REQUANTIZE, *stored.args[:3], *source.chain)
         return [build.item(op, 0), build.item(op, 1)]
-    op = build(blackwell_ops.QUANTIZE, source.x, *source.chain, source.parameter)
+    op = build(blackwell_ops.QUANTIZE, source.x, *source.chain, *source.reuse)
     return [build.item(op, i) for i in range(3)]
 
 

@@ -29,7 +29,8 @@ from quartet.lowering.ir import ceil_to, library
 from quartet.runtime.weights import REUSED, described
 
 _HOW = "bool hardware=True"
-library.define(f"fp4_quantize(Tensor x, {CHAIN}, Tensor? parameter=None, {_HOW}) -> (Tensor, Tensor, Tensor)")
+library.define(f"fp4_quantize(Tensor x, {CHAIN}, Tensor? parameter=None, int[]? fixed=None, {_HOW}) "
+               "-> (Tensor, Tensor, Tensor)")
 library.define(f"fp4_quantize_both(Tensor x, {CHAIN}, {OTHER}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"fp4_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, {_HOW}) "
                "-> (Tensor, Tensor)")
@@ -49,7 +50,8 @@ def _kernels() -> ModuleType:
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              encode: Tensor | None, parameter: Tensor | None = None, hardware: bool = True) -> Three:
+              encode: Tensor | None, parameter: Tensor | None = None, fixed: list[int] | None = None,
+              hardware: bool = True) -> Three:
     def make(packed: bool) -> Three:
         return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site, encode), hardware=hardware)
 
@@ -58,11 +60,12 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
 
     if parameter is None:
         return make(True)
-    return REUSED.serve(parameter, described(x, rotation, spec, "swizzled", hardware), True, make, finish)
+    return REUSED.serve(parameter, described(x, rotation, fixed, spec, "swizzled", hardware), True, make, finish)
 
 
 def _quantize_cpu(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-                  encode: Tensor | None, parameter: Tensor | None = None, hardware: bool = True) -> Three:
+                  encode: Tensor | None, parameter: Tensor | None = None, fixed: list[int] | None = None,
+                  hardware: bool = True) -> Three:
     q = QuantSpec.parse(spec)
     values = reference.hadamard(x, rotation, signs) if rotation else x.to(torch.float32)
     if encode is None:
@@ -114,7 +117,7 @@ def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:
             like.new_empty(ceil_to(rows, 128) * ceil_to(padded // q.block, 4), dtype=torch.uint8))
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, encode, parameter=None, hardware=True):
+def _quantize_fake(x, rotation, signs, spec, seed, site, encode, parameter=None, fixed=None, hardware=True):
     codes, scales = _packed(x, x.shape[0], x.shape[1], rotation, spec)
     mask = x.new_empty(x.shape[0], codes.shape[1] // 4 if QuantSpec.parse(spec).mask else 0, dtype=torch.uint8)
     return codes, scales, mask

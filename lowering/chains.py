@@ -63,6 +63,18 @@ class Source:
         return *self.tail, self.encode
 
     @property
+    def fixed_basis(self) -> bool:
+        """Whether the rotation is the same in every step."""
+        return self.signs is None or self.signs.target is ir.FIXED_SIGNS
+
+    @property
+    def reuse(self) -> tuple[Node | None, Any]:
+        """What a quantiser may serve its results again by: the parameter, and what the signs hold."""
+        if self.parameter is None:
+            return None, None
+        return self.parameter, None if self.signs is None else self.signs.args[0]
+
+    @property
     def stored(self) -> Node | None:
         """The dequantize behind a transpose: its packed codes can be read directly."""
         source = self.transposed

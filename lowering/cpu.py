@@ -50,7 +50,7 @@ def _quantizer(graph: Graph, node: Node, values: torch.dtype | None, gemms: set[
     if stored is not None:
         op = build(cpu_ops.REQUANTIZE, *stored.args[:3], *tail)
     else:
-        op = build(cpu_ops.QUANTIZE, source.x, *tail, source.parameter)
+        op = build(cpu_ops.QUANTIZE, source.x, *tail, *source.reuse)
     results = [build.item(op, i) for i in range(4)]
     for item in list(node.users):
         item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]

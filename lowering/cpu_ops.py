@@ -1,7 +1,8 @@
 """Graph ops over the fused CPU kernels, one for each chain of the IR.
 
     cpu_quantize      hadamard → quantize, optionally with the dequantised operand of the matmul; with ``parameter``,
-                      what x was made from, the packed results serve all forwards of an optimizer step
+                      what x was made from, the packed results serve all forwards of an optimizer step; ``fixed`` is
+                      then what ``signs`` hold
     cpu_requantize    dequantize → transpose → hadamard → quantize, from packed codes
     cpu_dequantize    codes and scales → operand of the matmul
     cpu_unrotate      × gain → apply_mask → inverse hadamard → first columns
@@ -20,7 +21,7 @@ from quartet.runtime.weights import REUSED, described
 
 _CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, bool packed, ScalarType? values"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-library.define(f"cpu_quantize(Tensor x, {_CHAIN}, Tensor? parameter=None) -> {_FOUR}")
+library.define(f"cpu_quantize(Tensor x, {_CHAIN}, Tensor? parameter=None, int[]? fixed=None) -> {_FOUR}")
 library.define(f"cpu_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}) -> {_FOUR}")
 library.define("cpu_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
 library.define("cpu_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
@@ -34,7 +35,8 @@ def _signs(seed: Tensor, site: int, n: int) -> Tensor:
 
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              packed: bool, values: torch.dtype | None, parameter: Tensor | None = None) -> Four:
+              packed: bool, values: torch.dtype | None, parameter: Tensor | None = None,
+              fixed: list[int] | None = None) -> Four:
     def make(packed: bool) -> Four:
         return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
                                    packed=packed, values=values)
@@ -44,7 +46,7 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
 
     if parameter is None:
         return make(packed)
-    return REUSED.serve(parameter, described(x, rotation, spec), packed, make, finish)
+    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
 
 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
@@ -67,7 +69,7 @@ def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, v
     )
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, packed, values, parameter=None):
+def _quantize_fake(x, rotation, signs, spec, seed, site, packed, values, parameter=None, fixed=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, values)
 
 

@@ -109,7 +109,7 @@ class Lowering:
         if stored is not None and source.encode is None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
             op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail, build.size(matrices), ends)
         else:
-            op = build(cuda_ops.QUANTIZE, source.x, *tail, source.parameter, ends)
+            op = build(cuda_ops.QUANTIZE, source.x, *tail, *source.reuse, ends)
         results = [build.item(op, i) for i in range(5)]
         if folded:
             self.operands[results[0], is_backward(node)] = results[3], results[4]

@@ -1,7 +1,8 @@
 """Graph ops over the Triton kernels, one for each chain of the IR.
 
     cuda_quantize       hadamard → quantize: packed results, and the FP8 operand of the matmul; with ``parameter``,
-                        what x was made from, the packed results serve all forwards of an optimizer step
+                        what x was made from, the packed results serve all forwards of an optimizer step; ``fixed`` is
+                        then what ``signs`` hold
     cuda_quantize_both  the same of a tensor and of its transpose, from one read: two FP8 operands
     cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand; of ``matrices``
                         below each other each is transposed
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, Tensor? encode"
 OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site, Tensor? t_encode"
 library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None, "
-               "Tensor? ends=None) "
+               "int[]? fixed=None, Tensor? ends=None) "
                "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}, Tensor? t_ends=None) "
                "-> (Tensor, Tensor, Tensor, Tensor)")
@@ -80,7 +81,7 @@ def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None
 
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None,
-              ends: Tensor | None = None) -> Five:
+              fixed: list[int] | None = None, ends: Tensor | None = None) -> Five:
     ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
     if ends is not None:
         codes, scales, mask, *_ = ops.quantize(x, chain, packed=True, folded=False)
@@ -95,7 +96,7 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
 
     if parameter is None:
         return make(packed)
-    return REUSED.serve(parameter, described(x, rotation, spec), packed, make, finish)
+    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
 
 
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
@@ -183,7 +184,8 @@ def _operand(like: Tensor, *size, ends: Tensor | None = None) -> Two:
             like.new_empty((size[0], groups) if size else 0, dtype=torch.float32))
 
 
-def _quantize_fake(x, rotation, signs, spec, seed, site, encode, packed, folded, parameter=None, ends=None):
+def _quantize_fake(x, rotation, signs, spec, seed, site, encode, packed, folded, parameter=None, fixed=None,
+                   ends=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded, ends)
 
 

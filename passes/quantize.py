@@ -139,7 +139,7 @@ def _mark_reusable(state: State, weight: Quantized) -> None:
         origin = origin.args[0]
     if flipped:  # matrices that were transposed one by one have the shape and the strides of any others
         return
-    fixed = not weight.spec.stochastic and source.signs is None and "recompute" not in quantizer.meta
+    fixed = not weight.spec.stochastic and source.fixed_basis and "recompute" not in quantizer.meta
     if fixed and input_indices(state.gm.graph).get(origin) in state.config.weights:
         quantizer.meta[REUSABLE] = origin
 

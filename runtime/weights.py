@@ -12,7 +12,7 @@ the other. The one change that goes unseen is a write through ``parameter.data``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -177,10 +177,10 @@ def _stream(parameter: Tensor) -> int:
     return torch.cuda.current_stream(parameter.device).cuda_stream if parameter.is_cuda else 0
 
 
-def described(x: Tensor, rotation: int, spec: str, *how: Hashable) -> Hashable:
-    """What a quantiser makes of a parameter, beside the parameter: its view or cast, the quantiser, and ``how`` where
-    the results of one kernel differ from those of another in their layout or in rounding."""
-    return tuple(x.shape), x.stride(), x.dtype, rotation, spec, *how
+def described(x: Tensor, rotation: int, signs: Sequence[int] | None, spec: str, *how: Hashable) -> Hashable:
+    """What a quantiser makes of a parameter, beside the parameter: its view or cast, its basis, the quantiser, and
+    ``how`` where the results of one kernel differ from those of another in their layout or in rounding."""
+    return tuple(x.shape), x.stride(), x.dtype, rotation, None if signs is None else tuple(signs), spec, *how
 
 
 REUSED = ReusedWeights()

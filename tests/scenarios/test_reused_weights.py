@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from harness import assert_same, compile_eager, step
 from models import MLP
 from torch.utils.checkpoint import checkpoint
 
-from quartet import Policy
+from quartet import Policy, Rotation, recipes
 from quartet.lowering import blackwell_ops, cpu_ops, cuda_ops
 from quartet.runtime import weights
 from quartet.runtime.storages import storage_number
@@ -44,12 +45,16 @@ def quantized(monkeypatch):
 @pytest.fixture
 def trained():
     """A compiled MLP whose optimizer has stepped with accumulated gradients, and one that never reuses."""
+    return train_both("quartet")
+
+
+def train_both(recipe):
     torch.manual_seed(0)
     models = [MLP()]
     models.append(copy.deepcopy(models[0]))
     runs = []
     for model, reuse in zip(models, (True, False), strict=True):
-        compiled, _ = compile_eager(model, reuse_weights=reuse)
+        compiled, _ = compile_eager(model, recipe, reuse_weights=reuse)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(2):
             train_step(model, compiled, optimizer)
@@ -80,7 +85,11 @@ def same_next_step(runs):
     assert_same(*results)
 
 
-def test_a_weight_is_quantised_once_a_step(trained, quantized):
+@pytest.mark.parametrize("recipe", ["quartet", "quartet-paper", "tetrajet"])
+def test_a_weight_is_quantised_once_a_step(recipe, quantized):
+    """Also the first layer's, whose codes no backward reads where there is no mask."""
+    trained = train_both(recipe)
+    quantized.clear()
     train_step(*trained[0], forwards=4)
     assert sorted(quantized) == sorted(WEIGHTS)
     train_step(*trained[1], forwards=4)
@@ -88,6 +97,21 @@ def test_a_weight_is_quantised_once_a_step(trained, quantized):
     same_next_step(trained)
     states = [model.state_dict() for model, _, _ in trained]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_weight_under_other_signs_is_another(trained):
+    """One parameter in graphs whose recipes differ in the signs before the rotation and in nothing else."""
+    ours = recipes()["quartet"]
+    signs = [[1] * 32, [(-1) ** i for i in range(32)]]
+    others = [replace(ours, name=f"signs-{i}", fprop=replace(ours.fprop, rotation=Rotation(32, tuple(s))))
+              for i, s in enumerate(signs)]
+    for _, compiled, _ in trained:
+        for i in range(3):
+            compiled(data(i)).square().mean().backward()
+    for recipe in others:
+        runs = [(model, compile_eager(model, Policy(recipe), reuse_weights=reuse)[0], None)
+                for reuse, (model, *_) in zip((True, False), trained, strict=True)]
+        same_next_step(runs)
 
 
 def test_nothing_is_kept_without_accumulation(trained, quantized):
@@ -319,7 +343,7 @@ def test_kernels_whose_codes_differ_share_none(monkeypatch):
         for _ in range(3):
             assert cuda_ops._quantize(*arguments, True, False, weight)[0][0] == 1
             for hardware in (False, True):
-                assert blackwell_ops._quantize(*arguments, weight, hardware)[0][0] == 2 + hardware
+                assert blackwell_ops._quantize(*arguments, weight, hardware=hardware)[0][0] == 2 + hardware
         keys = {key for key, made in REUSED._step.get(storage_number(weight), {}).items() if made.kept}
         assert len(keys) == (3 if again else 0)
         weight.grad = torch.zeros_like(weight)
@@ -465,7 +489,7 @@ def test_experts_are_quantised_once_a_step(monkeypatch):
     made, run = [], cpu_ops.cpu.rotate_quantize
 
     def count(x, **arguments):
-        if tuple(x.shape) == (3 * 64, 64) and arguments["spec"].rule == "quest":  # not dgrad's
+        if tuple(x.shape) == (3 * 64, 64) and arguments["spec"].rounding == "nearest":  # not dgrad's
             made.append(x.clone())
         return run(x, **arguments)
 
