@@ -17,9 +17,10 @@ import torch
 
 from quartet.kernels import reference as ref
 from quartet.kernels.cpu import ops
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 
-FORWARD = QuantSpec(rule="quest", mask=True)
+FORWARD, QUEST = QuantSpec(rule="even"), QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
 BACKWARD = QuantSpec(rule="headroom", rounding="stochastic")
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 GAIN = 16 / 9
@@ -30,14 +31,16 @@ def cases(rows: int, cols: int) -> dict[str, Case]:
     """name → (kernel, the reference chain of it, bytes moved)."""
     x, across = torch.randn(rows, cols), torch.randn(cols, rows).t()
     half = x.bfloat16()
-    signs = ref.random_signs(SEED, 0, 32)
-    codes, scales, mask = ref.quantize(ref.hadamard(x, 32), FORWARD)
+    fixed, signs = torch.tensor(FLAT_SIGNS, dtype=torch.float32), ref.random_signs(SEED, 0, 32)
+    codes, scales, _ = ref.quantize(ref.hadamard(x, 32, fixed), FORWARD)
+    mask = ref.quantize(ref.hadamard(x, 32), QUEST)[2]
     n = rows * cols
     packed, masked = n // 2 + n // 32, n // 8
 
     def fused(source, spec, pack, values):
-        return lambda: ops.rotate_quantize(source, rotation=32, signs=signs if spec is BACKWARD else None, spec=spec,
-                                           seed=SEED, site=0, packed=pack, values=values)
+        before = {FORWARD: fixed, QUEST: None, BACKWARD: signs}[spec]
+        return lambda: ops.rotate_quantize(source, rotation=32, signs=before, spec=spec, seed=SEED, site=0, packed=pack,
+                                           values=values)
 
     def requantize(transpose):
         return lambda: ops.requantize(codes, scales, FORWARD, transpose=transpose, rotation=32, signs=signs,
@@ -48,13 +51,16 @@ def cases(rows: int, cols: int) -> dict[str, Case]:
         return ref.dequantize(packed, scales, QuantSpec(rule="floor"))
 
     def forward(source):
-        return ref.quantize(ref.hadamard(source, 32), FORWARD)
+        return ref.quantize(ref.hadamard(source, 32, fixed), FORWARD)
 
     def requantized(codes, scales, seed):
         return values_of(ref.dequantize(codes, scales, FORWARD).t(), seed)
 
-    def gradient(source, mask):
-        return ref.hadamard(ref.apply_mask(source * GAIN, mask), 32, inverse=True)
+    def unrotate(mask, signs):
+        return lambda: ops.mask_rotate(x, mask, rotation=32, signs=signs, gain=GAIN, cols=cols, dtype=torch.float32)
+
+    def gradient(source):
+        return ref.hadamard(source * GAIN, 32, fixed, inverse=True)
 
     def dequantized(codes, scales):
         return ref.dequantize(codes, scales, FORWARD)
@@ -62,9 +68,10 @@ def cases(rows: int, cols: int) -> dict[str, Case]:
     return {
         "copy float32": (x.clone, None, 8 * n),
         "copy bfloat16": (half.clone, None, 4 * n),
-        "H32 quest nearest, packed": (fused(x, FORWARD, True, None), lambda: forward(x), 4 * n + packed + masked),
-        "  and values": (fused(x, FORWARD, True, torch.float32), None, 8 * n + packed + masked),
-        "  bfloat16, packed": (fused(half, FORWARD, True, None), None, 2 * n + packed + masked),
+        "signed H32, even, packed": (fused(x, FORWARD, True, None), lambda: forward(x), 4 * n + packed),
+        "  and values": (fused(x, FORWARD, True, torch.float32), None, 8 * n + packed),
+        "  bfloat16, packed": (fused(half, FORWARD, True, None), None, 2 * n + packed),
+        "H32 quest nearest, packed": (fused(x, QUEST, True, None), None, 4 * n + packed + masked),
         "H32 stochastic, packed": (fused(x, BACKWARD, True, None), None, 4 * n + packed),
         "H32 stochastic, values": (fused(x, BACKWARD, False, torch.float32), lambda: values_of(x, SEED), 8 * n),
         "  of a transposed view": (fused(across, BACKWARD, False, torch.float32), lambda: values_of(across, SEED),
@@ -74,8 +81,8 @@ def cases(rows: int, cols: int) -> dict[str, Case]:
         "dequantize float32": (lambda: ops.dequantize(codes, scales, FORWARD), lambda: dequantized(codes, scales),
                                packed + 4 * n),
         "dequantize bfloat16": (lambda: ops.dequantize(codes, scales, FORWARD, torch.bfloat16), None, packed + 2 * n),
-        "mask, inverse H32": (lambda: ops.mask_rotate(x, mask, rotation=32, signs=None, gain=GAIN, cols=cols,
-                                                      dtype=torch.float32), lambda: gradient(x, mask), 8 * n + masked),
+        "inverse signed H32": (unrotate(None, fixed), lambda: gradient(x), 8 * n),
+        "mask, inverse H32": (unrotate(mask, None), None, 8 * n + masked),
     }
 
 

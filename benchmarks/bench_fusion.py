@@ -3,7 +3,7 @@
     python benchmarks/bench_fusion.py
 
 The producers are an RMSNorm and SiLU(a)·b of bf16 tensors; the quantiser is the forward's of ``quartet``: rotate,
-scale, round, pack and mask. ``apart`` runs the producer as Inductor compiles it and then the Triton kernel; ``fused``
+scale, round and pack. ``apart`` runs the producer as Inductor compiles it and then the Triton kernel; ``fused``
 compiles the producer and the reference quantiser as one function. Both give the same codes up to the producer's own
 rounding: the table says how many differ. ``bytes`` is what each has to move at least. Random inputs, nothing in the L2
 cache, medians of interleaved calls.
@@ -27,7 +27,7 @@ from quartet.recipes import recipes
 
 SIZES = ((16384, 2048), (16384, 4096), (16384, 14336))
 FORWARD = recipes()["quartet"].fprop
-SPEC, ROTATION = FORWARD.a.spec, FORWARD.rotation.n
+SPEC, ROTATION = FORWARD.a.spec, FORWARD.rotation
 BUFFERS = 3
 Results = tuple[Tensor, ...]
 
@@ -43,26 +43,27 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 PRODUCERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {"RMSNorm": (rms_norm, 1), "SwiGLU": (swiglu, 2)}
 
 
-def apart(producer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Results]:
+def apart(producer: Callable[[Tensor, Tensor], Tensor], signs: Tensor) -> Callable[[Tensor, Tensor], Results]:
     from quartet.kernels.triton import ops
 
-    compiled, chain = torch.compile(producer, dynamic=False), ops.Chain(SPEC, ROTATION)
+    compiled, chain = torch.compile(producer, dynamic=False), ops.Chain(SPEC, ROTATION.n, signs)
     return lambda a, b: ops.quantize(compiled(a, b), chain, packed=True, folded=False)[:3]
 
 
-def fused(producer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Results]:
+def fused(producer: Callable[[Tensor, Tensor], Tensor], signs: Tensor) -> Callable[[Tensor, Tensor], Results]:
     def function(a: Tensor, b: Tensor) -> Results:
-        return reference.quantize(reference.hadamard(producer(a, b), ROTATION, None, False, torch.float32), SPEC)
+        return reference.quantize(reference.hadamard(producer(a, b), ROTATION.n, signs), SPEC)
 
     return torch.compile(function, dynamic=False)
 
 
 def measure(rows: int, cols: int, args: argparse.Namespace) -> dict[str, Any]:
     buffers = [torch.randn(2, rows, cols, device=args.device).bfloat16() for _ in range(BUFFERS)]
+    signs = torch.tensor(ROTATION.signs, dtype=torch.float32, device=args.device)
     results: dict[str, Any] = {}
     clock = common.Clock(args.device)
     for name, (producer, inputs) in PRODUCERS.items():
-        ways = {"apart": apart(producer), "fused": fused(producer)}
+        ways = {"apart": apart(producer, signs), "fused": fused(producer, signs)}
         made = {way: call(*buffers[0]) for way, call in ways.items()}
         differ = (made["apart"][0] != made["fused"][0]).float().mean().item()
         cases = {way: Call(lambda call=call: call(*buffers[1])) for way, call in ways.items()}

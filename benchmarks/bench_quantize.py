@@ -1,11 +1,11 @@
 """The quantise kernels against a copy: the bytes that each has to move over its time, as a share of the copy's rate.
 
     python benchmarks/bench_quantize.py
-    python benchmarks/bench_quantize.py --sizes 16384x4096 --kernels "rows quest packed fold,fold" --repeat 50
+    python benchmarks/bench_quantize.py --sizes 16384x4096 --kernels "rows packed fold,fold" --repeat 50
 
 Every kernel reads each input and writes each output once in that count, whatever it does; what it was not asked to
-return does not count. ``quest`` is the forward quantiser of the default recipe, ``guarded`` the one with the guarded
-deviation and scales rounded down, ``even``, ``even mask`` and ``even signed`` are those with scales by that rule.
+return does not count. ``packed`` rows are those of the default recipe's forward; ``quest`` has the Gaussian clip by the
+root mean square and the nearest power of two, with its mask and without signs.
 ``Inductor`` marks what it generates from the reference of a quantiser, alone, with no neighbour to fuse with; its
 ``columns`` are the rows of the transpose. A size is ``rows x columns`` of a bf16 tensor.
 The kernels of a size and the copy of its tensor take turns in one process; inputs are random and rotate, and nothing of
@@ -106,12 +106,10 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
 
     bits = torch.tensor(seed, device=device)
     signs = random_signs(bits, 3, 32)
-    default = default_forward()
-    forward = default.a.spec
-    quest = ops.Chain(forward, default.rotation.n)
-    guarded = ops.Chain(QuantSpec(rule="quest", mask=True), 32)
-    even, even_mask = ops.Chain(QuantSpec(rule="even"), 32), ops.Chain(QuantSpec(rule="even", mask=True), 32)
-    even_signed = ops.Chain(QuantSpec(rule="even"), 32, signs)
+    fprop = default_forward()
+    fixed = torch.tensor(fprop.rotation.signs, dtype=torch.float32, device=device)
+    default = ops.Chain(fprop.a.spec, fprop.rotation.n, fixed)
+    quest = ops.Chain(QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True), 32)
     stochastic = ops.Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, signs, bits, 7)
     nearest = ops.Chain(QuantSpec(rule="headroom"), 32, signs)
 
@@ -126,7 +124,7 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         return (x,)
 
     def packed(x: Tensor) -> tuple[Tensor, ...]:
-        return ops.quantize(x, quest, packed=True, folded=False)[:2]
+        return ops.quantize(x, default, packed=True, folded=False)[:2]
 
     def masked(x: Tensor) -> tuple[Tensor, ...]:
         return x, ops.quantize(x, quest, packed=True, folded=False)[2]
@@ -134,26 +132,24 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     def quantize(chain: Any, packed: bool, folded: bool) -> Callable[[Tensor], Any]:
         return lambda x: ops.quantize(x, chain, packed=packed, folded=folded)
 
-    def unrotate(x: Tensor, mask: Tensor) -> Tensor:
-        return rotations.mask_rotate(x, mask, rotation=32, signs=None, gain=4 / 3, cols=x.shape[1], dtype=x.dtype)
+    def unrotate(x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return rotations.mask_rotate(x, mask, rotation=32, signs=fixed if mask is None else None, gain=4 / 3,
+                                     cols=x.shape[1], dtype=x.dtype)
 
     return {
         COPY: Kernel(None, alone, torch.clone),
+        "rows packed fold": Kernel(ROW_GOAL, alone, quantize(default, True, True)),
+        "rows packed": Kernel(ROW_GOAL, alone, quantize(default, True, False)),
         "rows quest packed fold": Kernel(ROW_GOAL, alone, quantize(quest, True, True)),
         "rows quest packed": Kernel(ROW_GOAL, alone, quantize(quest, True, False)),
-        "rows even packed fold": Kernel(ROW_GOAL, alone, quantize(even, True, True)),
-        "rows even packed": Kernel(ROW_GOAL, alone, quantize(even, True, False)),
-        "rows even signed packed fold": Kernel(ROW_GOAL, alone, quantize(even_signed, True, True)),
-        "rows even signed packed": Kernel(ROW_GOAL, alone, quantize(even_signed, True, False)),
-        "rows even mask packed fold": Kernel(ROW_GOAL, alone, quantize(even_mask, True, True)),
-        "rows guarded packed fold": Kernel(ROW_GOAL, alone, quantize(guarded, True, True)),
         "rows SR fold": Kernel(ROW_GOAL, alone, quantize(stochastic, False, True)),
         "both SR": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, stochastic, stochastic)),
         "both nearest": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, nearest, nearest)),
         "columns SR": Kernel(COLUMN_GOAL, alone, lambda x: quantize(stochastic, True, False)(x.t())),
-        "requantize SR": Kernel(COLUMN_GOAL, packed, lambda c, s: ops.requantize(c, s, forward, stochastic)),
-        "fold": Kernel(ROW_GOAL, packed, lambda c, s: ops.fold(c, s, forward)),
-        "mask rotate": Kernel(ROW_GOAL, masked, unrotate),
+        "requantize SR": Kernel(COLUMN_GOAL, packed, lambda c, s: ops.requantize(c, s, default.spec, stochastic)),
+        "fold": Kernel(ROW_GOAL, packed, lambda c, s: ops.fold(c, s, default.spec)),
+        "unrotate": Kernel(ROW_GOAL, alone, unrotate),
+        "mask unrotate": Kernel(ROW_GOAL, masked, unrotate),
         "nvfp4 rows": Kernel(ROW_GOAL, alone, quantize(nvfp4("16 e4m3 amax nearest"), True, False)),
         "nvfp4 rows SR": Kernel(ROW_GOAL, alone, quantize(plain, True, False)),
         "nvfp4 rows 4/6": Kernel(ROW_GOAL, alone, quantize(nvfp4("16 e4m3 four_six nearest"), True, False)),
@@ -271,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"there is no kernel {unknown[0]!r}; possible: {', '.join(every)}")
     chosen = {name: kernel for name, kernel in every.items() if name in (COPY, *(args.kernels or every))}
     settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed,
-                                                  "quest": str(default_forward().a.spec)}
+                                                  "forward": str(default_forward().a.spec)}
     say(common.describe(settings))
     record = common.Record(args.out, "bench_quantize", settings, args.fresh)
     for size in args.sizes:

@@ -31,8 +31,8 @@ TOKENS = (2048, 8192, 16384)
 WIDTHS = (1024, 2048, 4096, 8192, 14336)
 TENSORS = ((2048, 1024), (4096, 2048), (8192, 4096), (16384, 8192))
 TOGETHER = 20  # calls between two events
-KERNELS = {"rows": "rows quest packed fold", "both axes": "both SR", "one axis": "columns SR",
-           "requantise": "requantize SR", "fold": "fold", "unrotate": "mask rotate"}
+KERNELS = {"rows": "rows packed fold", "both axes": "both SR", "one axis": "columns SR",
+           "requantise": "requantize SR", "fold": "fold", "unrotate": "unrotate"}
 SUSTAINED = ((16384, 2048, 2048), (16384, 8192, 2048), (16384, 4096, 4096), (16384, 14336, 4096))
 Sizes = tuple[int, ...]
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device.type != "cuda":
         parser.error(f"this measures a GPU; --device is {args.device}")
     torch.manual_seed(0)
-    environment = common.environment(args.device) | {"quest": str(bench_quantize.default_forward().a.spec)}
+    environment = common.environment(args.device) | {"forward": str(bench_quantize.default_forward().a.spec)}
     sizes = [(m, n, k) for m, (n, k) in itertools.product(TOKENS, itertools.product(WIDTHS, WIDTHS)) if n * k < 1.2e8]
     by_product, by_pass = measure(products, sizes, args), measure(passes, TENSORS, args)
     gemm = fit(by_product, lambda m, n, k: (2.0 * m * n * k, float(m * n), 1.0))

@@ -8,7 +8,7 @@ rule is lucky with one size. First table: ‖Q(x) − x‖²/‖x‖² in thousa
 where a rule neither shrinks nor stretches. Second table: the same length of Y = X · Wᵀ and of its two gradients, for a
 Gaussian W, forward with the rule and backward as the recipe ``quartet`` has it; the gradients' relative error with it.
 
-Rules are those of the package, and some that it has not:
+``signed`` has the fixed signs of ``quartet`` before H32. Rules are those of the package, and some that it has not:
 
     amax/c          2^⌈log2(amax/c)⌉: ``ceil`` with another number than 6
     max(…)          the larger of ``quest`` and that
@@ -33,12 +33,14 @@ from quartet.kernels.reference import (
     e8m0_scale,
     hadamard,
 )
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 
 BLOCK = 32
 QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
 RELEASED = QuantSpec(rule="quest", sigma="centred", mask=True)
-CEIL, EVEN, EVEN_MASK = QuantSpec(), QuantSpec(rule="even"), QuantSpec(rule="even", mask=True)
+CEIL, EVEN = QuantSpec(), QuantSpec(rule="even")
+SIGNED = "even, signed"
 SPECS = {"quest(centred,floor)": RELEASED, "quest(rms,nearest)": QUEST, "ceil": CEIL, "even": EVEN}
 
 Rule = Callable[[Tensor], Tensor]  # fp32 blocks [..., 32] → scale bytes [...]
@@ -100,20 +102,22 @@ def error(made: Tensor, exact: Tensor) -> float:
     return float((made - exact).square().sum() / exact.square().sum())
 
 
-def of_blocks(x: Tensor, rule: Rule) -> tuple[float, float]:
+def of_blocks(x: Tensor, rule: Rule, signed: bool = False) -> tuple[float, float]:
     """Relative squared error and length of what ``rule`` makes of ``x [rows, cols]``, rotated."""
-    blocks = hadamard(x, BLOCK).reshape(x.shape[0], -1, BLOCK)
+    signs = torch.tensor(FLAT_SIGNS) if signed else None
+    blocks = hadamard(x, BLOCK, signs).reshape(x.shape[0], -1, BLOCK)
     made = rounded(blocks, rule(blocks))
     return error(made, blocks), length(made, blocks)
 
 
-def of_products(x: Tensor, spec: QuantSpec, seed: int) -> list[float]:
+def of_products(x: Tensor, spec: QuantSpec, seed: int, signed: bool = False) -> list[float]:
     """Lengths of Y, ∂L/∂W and ∂L/∂X, and the relative errors of the two gradients."""
     gen = torch.Generator().manual_seed(seed)
     w = torch.randn(64, x.shape[1], generator=gen).mul(octave(64)).requires_grad_()
     e = torch.randn(x.shape[0], 64, generator=gen)
     x = x.clone().requires_grad_()
-    y, exact = QuartetLinear.apply(x, w, torch.tensor(seed), 0, spec), x @ w.t()
+    y = QuartetLinear.apply(x, w, torch.tensor(seed), 0, spec, BLOCK, FLAT_SIGNS if signed else None)
+    exact = x @ w.t()
     pairs = list(zip(torch.autograd.grad(y, (w, x), e), torch.autograd.grad(exact, (w, x), e), strict=True))
     return [length(y.detach(), exact.detach()), *(length(*pair) for pair in pairs),
             *(error(*pair) ** 0.5 for pair in pairs)]
@@ -128,13 +132,15 @@ def report(rows: int, seeds: int) -> None:
     data = [dict(distributions(rows, 128, gen)) for gen in gens]
     names = list(data[0])
     lines = [["error · 10³ and length", *names]]
-    for name, rule in RULES.items():
-        results = [mean([of_blocks(each[what] * octave(rows), rule) for each in data]) for what in names]
+    for name, rule in {**RULES, SIGNED: RULES["even"]}.items():
+        results = [mean([of_blocks(each[what] * octave(rows), rule, name == SIGNED) for each in data])
+                   for what in names]
         lines.append([name, *(f"{1e3 * squared:.1f} {kept:.3f}" for squared, kept in results)])
     say(table(lines))
     lines = [["length of Y, gW, gX; error of gW, gX", *names]]
-    for name, spec in {**SPECS, "even, masked": EVEN_MASK}.items():
-        results = [mean([of_products(each[what], spec, seed) for seed, each in enumerate(data)]) for what in names]
+    for name, spec in {**SPECS, SIGNED: EVEN}.items():
+        results = [mean([of_products(each[what], spec, seed, name == SIGNED) for seed, each in enumerate(data)])
+                   for what in names]
         lines.append([name, *(" ".join(f"{value:.2f}" for value in result) for result in results)])
     say(table(lines))
 

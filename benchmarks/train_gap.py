@@ -12,10 +12,10 @@ Policies are ``bf16`` (plain Inductor), recipe names, and variants of ``quartet`
 
     floor-guarded-nearest    power of two by floor|nearest, deviation centred|guarded|rms, backward sr|nearest|bf16
     ceil-sr                  forward scales from the largest magnitude, no clipping
-    even-sr, even-masked-sr  the rule ``even``, gradients straight through it or masked where it clips
+    even-sr                  forward scales by the rule ``even``, gradients straight through
     even-signed-sr           any of them with fixed signs before the rotation of forward
 
-``nearest-rms-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. Gaps are between runs of one seed, and
+``even-signed-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. Gaps are between runs of one seed, and
 have their standard deviation over the seeds beside them. A run continues the file at ``--out``.
 """
 
@@ -50,9 +50,10 @@ from gpu_common import say
 from llama import PRESETS, Llama
 from torch import Tensor
 
-VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil|even|even-masked))(-signed)?-(sr|nearest|bf16)")
+VARIANT = re.compile(r"(?:(floor|nearest)-(centred|guarded|rms)|(ceil|even))(-signed)?-(sr|nearest|bf16)")
 POLICIES = ("bf16", "quartet", "fp8", "fp8-rowwise", "quartet-paper", "floor-guarded-nearest", "floor-rms-sr",
-            "nearest-guarded-sr", "floor-guarded-sr", "floor-guarded-bf16", "nearest-rms-nearest", "ceil-sr")
+            "nearest-guarded-sr", "floor-guarded-sr", "floor-guarded-bf16", "nearest-rms-sr", "nearest-rms-nearest",
+            "ceil-sr", "even-sr")
 PRECISIONS = ("autocast", "bf16", "fp32")
 DEFAULTS = {"size": "demo", "steps": 1000, "batch": 64, "seq": 512, "train_bytes": 33_000_000,
             "validation_bytes": (1 << 20) + 1}
@@ -63,15 +64,14 @@ def variant(name: str) -> Any:
     """The recipe that a variant's name describes; None for any other name."""
     if (match := VARIANT.fullmatch(name)) is None:
         return None
+    from quartet.kernels.reference.hadamard import FLAT_SIGNS
     from quartet.lowering.recipe import Rotation
-    from quartet.recipes import FLAT_SIGNS, recipes
+    from quartet.recipes import recipes
 
     base = recipes()["quartet"]
     power, sigma, largest, signed, backward = match.groups()
-    forward = {"rule": "quest", "sigma": sigma, "power": power, "mask": True}
-    if largest:
-        rule, _, masked = largest.partition("-")
-        forward = {"rule": rule, "mask": bool(masked)}
+    forward = ({"rule": largest, "mask": False} if largest else
+               {"rule": "quest", "sigma": sigma, "power": power, "mask": True})
     fprop = replace(_respecify(base.fprop, **forward), rotation=Rotation(32, FLAT_SIGNS if signed else "none"))
     recipe = replace(base, name=name, summary="a variant of quartet", fprop=fprop)
     if backward == "bf16":

@@ -7,6 +7,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
 
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.op_classes import op_classes
 from quartet.lowering.recipe import OP_CLASSES, Gemm, Operand, Recipe, Rotation, Saved
@@ -58,9 +59,6 @@ def _from_saved(spec: str, rotation: Rotation | None = None, gradient: str | Non
 
 
 _QUARTET_BACKWARD = _from_saved("e2m1/32 e8m0 headroom stochastic", Rotation(32, "random"))
-# under which H32 spreads a constant c: twelve coefficients of ±1.41 c, sixteen of ±0.71 c and four of 0, where without
-# signs one has all of it, 5.66 c; no signs leave less than 1.41 c in the largest
-FLAT_SIGNS = tuple(1 if sign == "+" else -1 for sign in "-++-++++++-++-+-++---+---+++-+--")
 _STRAIGHT_THROUGH = Gemm(Operand(None), Operand(None, source="saved"))
 _FP8_TENSOR = "e4m3/tensor fp32 amax nearest"
 _FP8_ROW = "e4m3/row fp32 amax_pow2 nearest"
@@ -112,16 +110,16 @@ _BUILT_IN: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(
             name="quartet",
-            summary="MXFP4 throughout: rotated, Gaussian-optimal clip by the root mean square, stochastic gradients",
+            summary="MXFP4 throughout: rotated, scales by the rounded largest magnitude, stochastic gradients",
             paper="Quartet, arXiv 2505.14669",
-            fprop=_same("e2m1/32 e8m0 quest(rms,nearest) nearest mask", Rotation(32)),
+            fprop=_same("e2m1/32 e8m0 even nearest", Rotation(32, FLAT_SIGNS)),
             dgrad=_QUARTET_BACKWARD,
             wgrad=_QUARTET_BACKWARD,
             recompute="gemm",
         ),
         Recipe(
             name="quartet-paper",
-            summary="quartet with the centred deviation and scales rounded down, bit for bit as released",
+            summary="quartet with forward's Gaussian-optimal clip, its masks and no signs, bit for bit as released",
             paper="Quartet, arXiv 2505.14669",
             fprop=_same("e2m1/32 e8m0 quest(centred,floor) nearest mask", Rotation(32)),
             dgrad=_QUARTET_BACKWARD,

@@ -1,28 +1,32 @@
 """The Quartet linear layer (arXiv 2505.14669), forward and backward, in eager PyTorch.
 
-    fprop   Y  = Xq · Wqᵀ                              Xq = quest(X·H), Wq = quest(W·H), masks M_x and M_w
-    dgrad   gX = ((G(E)  · G(Wqᵀ)ᵀ) ⊙ M_x) · H         contracts `out`
-    wgrad   gW = ((G(Eᵀ) · G(Xqᵀ)ᵀ) ⊙ M_w) · H         contracts `tokens`
+    fprop   Y  = Xq · Wqᵀ                                    Xq = Q((X ⊙ s)·H), Wq = Q((W ⊙ s)·H)
+    dgrad   gX = (((G(E)  · G(Wqᵀ)ᵀ) ⊙ M_x) · H) ⊙ s         contracts `out`
+    wgrad   gW = (((G(Eᵀ) · G(Xqᵀ)ᵀ) ⊙ M_w) · H) ⊙ s         contracts `tokens`
 
-H is the fixed block Hadamard transform along `in`. G is a block Hadamard transform with fresh random signs
-along the contraction axis, shared by both operands of its GEMM, then a stochastic quantiser. Xq and Wq are
-read from the saved codes, so the gradient is unbiased for the quantised forward and X itself is not kept.
+H is the fixed block Hadamard transform along `in`, s the fixed signs before it and Q a quantiser to nearest: by the
+rule `even` under `FLAT_SIGNS`, or in the paper by `quest` without signs. M_x and M_w are the masks of a Q that has
+them, as the paper's does. G is a block Hadamard transform with fresh random signs along the contraction axis, shared by
+both operands of its GEMM, then a stochastic quantiser. Xq and Wq are read from the saved codes, so the gradient is
+unbiased for the quantised forward and X itself is not kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference.hadamard import hadamard
+from quartet.kernels.reference.hadamard import FLAT_SIGNS, hadamard
 from quartet.kernels.reference.philox import Draw, random_signs
 from quartet.kernels.reference.quantize import apply_mask, dequantize, quantize, scaled_mm
 from quartet.kernels.spec import QuantSpec
 
-FORWARD = QuantSpec(rule="quest", sigma="rms", power="nearest", rounding="nearest", mask=True)
+FORWARD = QuantSpec(rule="even")
 BACKWARD = QuantSpec(rule="headroom", rounding="stochastic")
+Signs = Sequence[int] | None
 
 
 class Quantized(NamedTuple):
@@ -33,17 +37,18 @@ class Quantized(NamedTuple):
     mask: Tensor
 
 
-def linear_forward(x: Tensor, w: Tensor, spec: QuantSpec = FORWARD, n: int = 32) -> tuple[Tensor, Quantized, Quantized]:
+def linear_forward(x: Tensor, w: Tensor, spec: QuantSpec = FORWARD, n: int = 32,
+                   signs: Signs = FLAT_SIGNS) -> tuple[Tensor, Quantized, Quantized]:
     """``Y = Xq · Wqᵀ`` and what backward needs.
 
     Args:
         x: ``[tokens, in]``; ``w``: ``[out, in]``, of the same float dtype. ``in`` is zero-padded.
         spec: quantiser of both operands, deterministic.
-        n: Hadamard size along ``in``.
+        n: Hadamard size along ``in``; signs: the ``n`` ±1 before it, or None.
     Returns:
         ``Y [tokens, out]`` of that dtype, and X and W quantised.
     Raises:
-        ValueError: shapes or dtypes that do not agree, or a stochastic ``spec``.
+        ValueError: shapes, dtypes or the number of signs that do not agree, or a stochastic ``spec``.
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or x.dtype != w.dtype:
         raise ValueError("x [tokens, in] and w [out, in] must agree in `in` and in dtype, got "
@@ -52,19 +57,20 @@ def linear_forward(x: Tensor, w: Tensor, spec: QuantSpec = FORWARD, n: int = 32)
     if spec.stochastic:
         raise ValueError(f"forward quantiser '{spec}' is stochastic, but the forward draws no random bits; "
                          "use rounding='nearest'")
-    xq = Quantized(*quantize(hadamard(x, n), spec))
-    wq = Quantized(*quantize(hadamard(w, n), spec))
+    s = _tensor(signs, n, x)
+    xq = Quantized(*quantize(hadamard(x, n, s), spec))
+    wq = Quantized(*quantize(hadamard(w, n, s), spec))
     return scaled_mm(xq.codes, xq.scales, wq.codes, wq.scales, spec, spec, x.dtype), xq, wq
 
 
 def linear_backward(grad: Tensor, xq: Quantized, wq: Quantized, seed: Tensor, site: int, width: int,
-                    forward_spec: QuantSpec = FORWARD, forward_n: int = 32,
+                    forward_spec: QuantSpec = FORWARD, forward_n: int = 32, forward_signs: Signs = FLAT_SIGNS,
                     backward_spec: QuantSpec = BACKWARD, backward_n: int = 32) -> tuple[Tensor, Tensor]:
     """Gradients of x and w.
 
     Args:
         grad: ``E [tokens, out]``. ``out`` and ``tokens`` are zero-padded where they are contracted.
-        xq, wq: from :func:`linear_forward` with ``forward_spec`` and ``forward_n``.
+        xq, wq: from :func:`linear_forward` with ``forward_spec``, ``forward_n`` and ``forward_signs``.
         seed: int64 scalar tensor, fresh every step.
         site: which layer of the step this is, 0…2^28−1; see ``Draw`` for the bits it takes.
         width: ``in``, before padding.
@@ -72,6 +78,7 @@ def linear_backward(grad: Tensor, xq: Quantized, wq: Quantized, seed: Tensor, si
     Returns:
         ``gX [tokens, in]`` and ``gW [out, in]`` of grad's dtype.
     """
+    forward_s = _tensor(forward_signs, forward_n, grad)
     w_t = dequantize(wq.codes, wq.scales, forward_spec).t()
     x_t = dequantize(xq.codes, xq.scales, forward_spec).t()
 
@@ -83,15 +90,22 @@ def linear_backward(grad: Tensor, xq: Quantized, wq: Quantized, seed: Tensor, si
 
     def unrotate(g: Tensor, mask: Tensor) -> Tensor:
         g = apply_mask(g, mask) if forward_spec.mask else g
-        return hadamard(g, forward_n, inverse=True, dtype=grad.dtype)[:, :width]
+        return hadamard(g, forward_n, forward_s, inverse=True, dtype=grad.dtype)[:, :width]
 
     gx = product(grad, w_t, Draw.DGRAD_SIGNS, Draw.DGRAD_A, Draw.DGRAD_B)
     gw = product(grad.t(), x_t, Draw.WGRAD_SIGNS, Draw.WGRAD_A, Draw.WGRAD_B)
     return unrotate(gx, xq.mask), unrotate(gw, wq.mask)
 
 
+def _tensor(signs: Signs, n: int, like: Tensor) -> Tensor | None:
+    """fp32 ``[n]`` on the device of ``like``."""
+    if signs is not None and len(signs) != n:
+        raise ValueError(f"a rotation by H{n} needs {n} signs, got {len(signs)}; give signs of that length, or None")
+    return None if signs is None else torch.tensor(signs, dtype=torch.float32, device=like.device)
+
+
 class QuartetLinear(torch.autograd.Function):
-    """``QuartetLinear.apply(x, w, seed, site[, forward_spec, forward_n, backward_spec, backward_n])``.
+    """``QuartetLinear.apply(x, w, seed, site[, forward_spec, forward_n, forward_signs, backward_spec, backward_n])``.
 
     The arguments are those of :func:`linear_forward` and :func:`linear_backward`. Kept for backward: packed
     codes, scales and masks of x and w, and the seed, so a recomputed forward gives the same gradient.
@@ -99,12 +113,12 @@ class QuartetLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, seed: Tensor, site: int,
-                forward_spec: QuantSpec = FORWARD, forward_n: int = 32,
+                forward_spec: QuantSpec = FORWARD, forward_n: int = 32, forward_signs: Signs = FLAT_SIGNS,
                 backward_spec: QuantSpec = BACKWARD, backward_n: int = 32) -> Tensor:
-        y, xq, wq = linear_forward(x, w, forward_spec, forward_n)
+        y, xq, wq = linear_forward(x, w, forward_spec, forward_n, forward_signs)
         ctx.save_for_backward(*xq, *wq, seed)
         ctx.site, ctx.width = site, x.shape[1]
-        ctx.recipe = (forward_spec, forward_n, backward_spec, backward_n)
+        ctx.recipe = (forward_spec, forward_n, forward_signs, backward_spec, backward_n)
         return y
 
     @staticmethod
@@ -113,4 +127,4 @@ class QuartetLinear(torch.autograd.Function):
         *saved, seed = ctx.saved_tensors
         xq, wq = Quantized(*saved[:3]), Quantized(*saved[3:])
         gx, gw = linear_backward(grad, xq, wq, seed, ctx.site, ctx.width, *ctx.recipe)
-        return gx, gw, *(None,) * 6
+        return gx, gw, *(None,) * 7

@@ -64,20 +64,19 @@ def test_shares_and_slots(bench, capsys):
 def test_the_forward_quantiser_is_that_of_the_default_recipe(bench, monkeypatch):
     ops = pytest.importorskip("quartet.kernels.triton.ops")
     forward, chains = recipes()["quartet"].fprop, {}
-    for name in ("rows quest packed fold", "rows quest packed", "rows guarded packed fold", "rows even packed fold",
-                 "rows even mask packed fold"):
+    for name in ("rows packed fold", "rows packed", "rows quest packed fold"):
         monkeypatch.setattr(ops, "quantize", lambda x, chain, name=name, **which: chains.update({name: chain}))
         bench.kernels(torch.device("cpu"), 0)[name].call(torch.zeros(2, 64))
-    guarded = chains.pop("rows guarded packed fold")
-    even = [chains.pop(f"rows even {mask}packed fold") for mask in ("", "mask ")]
-    assert [str(c.spec) for c in even] == ["e2m1/32 e8m0 even nearest", "e2m1/32 e8m0 even nearest mask"]
-    assert {(str(c.spec), c.rotation) for c in chains.values()} == {(str(forward.a.spec), forward.rotation.n)}
-    assert len(chains) == 2 and str(guarded.spec) == "e2m1/32 e8m0 quest(guarded,floor) nearest mask"
+    quest = chains.pop("rows quest packed fold")
+    assert (str(quest.spec), quest.signs) == ("e2m1/32 e8m0 quest(rms,nearest) nearest mask", None)
+    for chain in chains.values():
+        assert (chain.spec, chain.rotation) == (forward.a.spec, forward.rotation.n)
+        assert tuple(chain.signs.tolist()) == forward.rotation.signs
 
 
 def test_fusion_is_measured_with_it_too(bench):
     fusion, forward = importlib.import_module("bench_fusion"), recipes()["quartet"].fprop
-    assert (fusion.SPEC, fusion.ROTATION) == (forward.a.spec, forward.rotation.n)
+    assert (fusion.SPEC, fusion.ROTATION) == (forward.a.spec, forward.rotation)
 
 
 def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):

@@ -31,5 +31,6 @@ def test_seven_is_where_even_steps(script):
 def test_tables_have_a_row_a_rule(script, capsys):
     script.main(["--rows", "32", "--seeds", "1"])
     out = capsys.readouterr().out
-    assert all(out.count(f"\n{name} ") == 1 + (name in script.SPECS) for name in script.RULES)
+    assert all(out.count(f"\n{name}  ") == 1 + (name in script.SPECS) for name in script.RULES)
+    assert out.count(f"\n{script.SIGNED} ") == 2
     assert "nan" not in out

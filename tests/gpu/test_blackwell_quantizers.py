@@ -16,9 +16,9 @@ SHAPES = ((33, 33), (128, 128), (130, 4096), (17, 14336), (1, 32))
 SEED = -8_765_432_109_876
 # name: (quantiser, rotation, signed)
 CHAINS = {
-    "default": (expected.DEFAULT, expected.ROTATION, False),
+    "default": (expected.DEFAULT, expected.ROTATION, True),
     "guarded": (QuantSpec(rule="quest", mask=True), 32, False),
-    "even": (QuantSpec(rule="even"), 32, False),
+    "quest": (QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True), 32, False),
     "stochastic": (QuantSpec(rule="headroom", rounding="stochastic"), 32, True),
     "rotation-128": (QuantSpec(rule="floor", mask=True), 128, True),
 }

@@ -27,7 +27,7 @@ def check(op, *arguments):
 def chain(spec, device):
     """The arguments ``CHAIN`` of an op."""
     seed = torch.tensor(77, device=device)
-    signs = ref.random_signs(seed, 5, expected.ROTATION) if spec.stochastic else None
+    signs = ref.random_signs(seed, 5, expected.ROTATION) if spec.stochastic else expected.SIGNS.to(device)
     return expected.ROTATION, signs, str(spec), seed if spec.stochastic else None, 7, None
 
 
@@ -50,7 +50,7 @@ def test_quantisers(spec, size, device):
     check(cuda_ops.QUANTIZE, x, *c, True, True, torch.nn.Parameter(x.clone()))
     check(cuda_ops.QUANTIZE_BOTH, x, *c, *chain(BACKWARD, device))
     for hardware in (True, False):
-        check(blackwell_ops.QUANTIZE, x, *c, None, hardware)
+        check(blackwell_ops.QUANTIZE, x, *c, None, None, hardware)
         check(blackwell_ops.QUANTIZE_BOTH, x, *c, *chain(BACKWARD, device), hardware)
 
 
@@ -60,7 +60,7 @@ def test_quantisers_of_two_levels(spec, size, device):
     x = expected.data(*size, torch.bfloat16, device)
     check(cuda_ops.QUANTIZE, x, *two_level(x, spec), True, False)
     for hardware in (True, False):
-        check(blackwell_ops.QUANTIZE, x, *two_level(x, spec), None, hardware)
+        check(blackwell_ops.QUANTIZE, x, *two_level(x, spec), None, None, hardware)
     check(cuda_ops.ROTATED_AMAX, x, 16, None)
 
 

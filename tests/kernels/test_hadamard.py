@@ -1,12 +1,14 @@
 """The block Hadamard transform: matrix, order of the sum, inverse, and what signs do to codes."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from quartet.kernels.reference import dequantize, hadamard, pad_last, quantize, unpack_nibbles
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 
 SIZES = (16, 32, 64, 128)
@@ -120,3 +122,9 @@ def test_signs_golden(golden):
     assert torch.equal(value(hadamard(g["v"], 32, g["signs"])), g["rtn_signs_before"])
     assert torch.equal(value(hadamard(g["v"], 32) * g["signs"]), g["rtn_signs_after"])
     assert torch.equal(g["rtn_signs_after"] * g["signs"], g["rtn"])  # the released bug: a no-op
+
+
+def test_flat_signs_leave_no_coefficient_of_a_constant_above_the_least_possible():
+    """8/√32: no 32 signs are further than 12 changes from every row of ±H32 (the covering radius of RM(1, 5))."""
+    coefficients = hadamard(torch.tensor([FLAT_SIGNS], dtype=torch.float32), 32) * 32**0.5
+    assert Counter(coefficients.abs().round().flatten().tolist()) == {8: 12, 4: 16, 0: 4}

@@ -9,11 +9,15 @@ import torch
 
 from quartet.kernels.reference import QuartetLinear, linear_backward, linear_forward, unpack_bits
 from quartet.kernels.reference import linear as linear_module
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 
-FORWARD = QuantSpec.parse("e2m1/32 e8m0 quest(rms,nearest) nearest mask")
+FORWARD = QuantSpec.parse("e2m1/32 e8m0 even nearest")
+QUEST = QuantSpec.parse("e2m1/32 e8m0 quest(rms,nearest) nearest mask")
 BACKWARD = QuantSpec.parse("e2m1/32 e8m0 headroom stochastic")
 NEAREST = QuantSpec.parse("e2m1/32 e8m0 headroom nearest")
+EVEN = (FORWARD, 32, FLAT_SIGNS)
+CLIPPED = (QUEST, 32, None)  # masks, and no signs
 
 
 # --- the formulas, in NumPy float64, sharing nothing with the reference ------------------------------------------
@@ -57,12 +61,22 @@ def blockwise(x, matrix):
 def quest(x):
     """Values and mask: scale 2^round(log2(2.92247856/6·σ + 1e-8)), nearest, σ² = mean(x²)."""
     b = x.reshape(x.shape[0], -1, 32)
-    sigma = np.sqrt((b * b).mean(-1))
-    scale = 2.0 ** np.round(np.log2(2.92247856 / 6 * sigma + 1e-8))[..., None]
-    scaled = b / scale
-    distance = np.abs(np.abs(scaled)[..., None] - LEVELS)
-    value = np.sign(scaled) * LEVELS[distance.argmin(-1)] * scale
-    return value.reshape(x.shape), (np.abs(scaled) < 6).reshape(x.shape)
+    sigma = np.sqrt((b * b).mean(-1, keepdims=True))
+    scale = 2.0 ** np.round(np.log2(2.92247856 / 6 * sigma + 1e-8))
+    return nearest(b, scale).reshape(x.shape), (np.abs(b / scale) < 6).reshape(x.shape)
+
+
+def even(x):
+    """Values and a mask that keeps all: scale 2^(floor(log2(amax · 8/7)) − 2), nearest."""
+    b = x.reshape(x.shape[0], -1, 32)
+    amax = np.abs(b).max(-1, keepdims=True)
+    scale = 2.0 ** (np.floor(np.log2(np.where(amax == 0, 1, amax) * 8 / 7)) - 2)
+    return nearest(b, scale).reshape(x.shape), np.ones(x.shape)
+
+
+def nearest(b, scale):
+    distance = np.abs(np.abs(b / scale)[..., None] - LEVELS)
+    return np.sign(b) * LEVELS[distance.argmin(-1)] * scale
 
 
 def headroom(x, u):
@@ -77,11 +91,12 @@ def headroom(x, u):
     return (np.sign(b) * LEVELS[lo + up] * scale).reshape(x.shape)
 
 
-def derivation(x, w, e, seed, site, n=32, m=32):
+def derivation(x, w, e, seed, site, n=32, m=32, forward=even, signs=FLAT_SIGNS):
     """Y, gX and gW: Hadamard blocks of n forward and m backward; seed below 2^32, 16 draws a site."""
     x, w, e = x.double().numpy(), w.double().numpy(), e.double().numpy()
-    xq, x_mask = quest(blockwise(x, rotation(n)))
-    wq, w_mask = quest(blockwise(w, rotation(n)))
+    there = rotation(n, signs)
+    xq, x_mask = forward(blockwise(x, there))
+    wq, w_mask = forward(blockwise(w, there))
 
     def product(a, b, first):
         s = sign_vector(seed, site * 16 + first, m)
@@ -90,8 +105,8 @@ def derivation(x, w, e, seed, site, n=32, m=32):
         b = headroom(b, uniforms(seed, site * 16 + first + 2, b.shape))
         return a @ b.T
 
-    gx = blockwise(product(e, wq.T, 0) * x_mask, rotation(n))[:, : x.shape[1]]
-    gw = blockwise(product(e.T, xq.T, 3) * w_mask, rotation(n))[:, : x.shape[1]]
+    gx = blockwise(product(e, wq.T, 0) * x_mask, there.T)[:, : x.shape[1]]
+    gw = blockwise(product(e.T, xq.T, 3) * w_mask, there.T)[:, : x.shape[1]]
     return xq @ wq.T, gx, gw
 
 
@@ -113,12 +128,11 @@ def run(x, w, e, seed=0, site=0, *recipe):
 
 
 def straight_through(x, w, e):
-    """The unquantised backward of the quantised forward, float64: (E·Wq ⊙ M_x)·H and (Eᵀ·Xq ⊙ M_w)·H."""
-    e = e.double().numpy()
-    xq, x_mask = quest(blockwise(x.double().numpy(), rotation(32)))
-    wq, w_mask = quest(blockwise(w.double().numpy(), rotation(32)))
-    gx = blockwise((e @ wq) * x_mask, rotation(32))[:, : x.shape[1]]
-    gw = blockwise((e.T @ xq) * w_mask, rotation(32))[:, : x.shape[1]]
+    """The unquantised backward of the quantised forward, float64: ((E·Wq)·H) ⊙ s and ((Eᵀ·Xq)·H) ⊙ s."""
+    e, there = e.double().numpy(), rotation(32, FLAT_SIGNS)
+    xq, wq = (even(blockwise(t.double().numpy(), there))[0] for t in (x, w))
+    gx = blockwise(e @ wq, there.T)[:, : x.shape[1]]
+    gw = blockwise(e.T @ xq, there.T)[:, : x.shape[1]]
     return torch.from_numpy(gx), torch.from_numpy(gw)
 
 
@@ -133,15 +147,17 @@ def relative(a, b):
 def test_defaults_are_the_recipe():
     assert str(linear_module.FORWARD) == str(FORWARD) and str(linear_module.BACKWARD) == str(BACKWARD)
     defaults = {k: p.default for k, p in inspect.signature(linear_backward).parameters.items()}
-    assert defaults["forward_n"] == defaults["backward_n"] == 32
+    assert defaults["forward_n"] == defaults["backward_n"] == 32 and defaults["forward_signs"] == FLAT_SIGNS
     assert defaults["forward_spec"] == FORWARD and defaults["backward_spec"] == BACKWARD
 
 
 @pytest.mark.parametrize("tokens,width,out", ((40, 70, 50), (64, 96, 32), (1, 32, 5), (33, 1, 1)))
 @pytest.mark.parametrize("seed,site", ((1, 0), (123456789, 3)))
-def test_against_the_derivation(tokens, width, out, seed, site, gen):
+@pytest.mark.parametrize("recipe,forward", ((EVEN, even), (CLIPPED, quest)))
+def test_against_the_derivation(tokens, width, out, seed, site, recipe, forward, gen):
     x, w, e = problem(gen, tokens, width, out)
-    for ours, formula in zip(run(x, w, e, seed, site), derivation(x, w, e, seed, site), strict=True):
+    wanted = derivation(x, w, e, seed, site, forward=forward, signs=recipe[2])
+    for ours, formula in zip(run(x, w, e, seed, site, *recipe), wanted, strict=True):
         assert ours.shape == formula.shape
         assert relative(ours, formula) < 1e-6
 
@@ -149,8 +165,9 @@ def test_against_the_derivation(tokens, width, out, seed, site, gen):
 @pytest.mark.parametrize("n,m", ((64, 128), (128, 16), (16, 64)))
 def test_other_rotations_against_the_derivation(n, m, gen):
     x, w, e = problem(gen)
-    results = run(x, w, e, 7, 1, FORWARD, n, BACKWARD, m)
-    for ours, formula in zip(results, derivation(x, w, e, 7, 1, n, m), strict=True):
+    signs = [(1, -1)[i % 3 == 0] for i in range(n)]
+    results = run(x, w, e, 7, 1, FORWARD, n, signs, BACKWARD, m)
+    for ours, formula in zip(results, derivation(x, w, e, 7, 1, n, m, signs=signs), strict=True):
         assert relative(ours, formula) < 1e-6
 
 
@@ -158,8 +175,8 @@ def test_nearest_backward(gen):
     """The signs still depend on the seed, the rounding does not; closer to the exact gradient than stochastic."""
     x, w, e = problem(gen, 64, 96, 64)
     exact = straight_through(x, w, e)
-    nearest = run(x, w, e, 1, 0, FORWARD, 32, NEAREST)[1:]
-    other = run(x, w, e, 2, 0, FORWARD, 32, NEAREST)[1:]
+    nearest = run(x, w, e, 1, 0, *EVEN, NEAREST)[1:]
+    other = run(x, w, e, 2, 0, *EVEN, NEAREST)[1:]
     stochastic = run(x, w, e, 1, 0)[1:]
     for a, b, c, g in zip(nearest, stochastic, other, exact, strict=True):
         assert relative(a, g) < 0.8 * relative(b, g)
@@ -206,8 +223,8 @@ def test_masked_elements_get_no_gradient_in_the_rotated_basis(gen):
     """An outlier is clipped in the forward; rotating gX forward again gives zero where the mask says so."""
     x, w, e = problem(gen, 64, 64, 64)
     x[:, 3] *= 30
-    _, gx, gw = run(x, w, e)
-    _, xq, wq = linear_forward(x, w)
+    _, gx, gw = run(x, w, e, 0, 0, *CLIPPED)
+    _, xq, wq = linear_forward(x, w, *CLIPPED)
     for g, mask in ((gx, unpack_bits(xq.mask)), (gw, unpack_bits(wq.mask))):
         rotated = torch.from_numpy(blockwise(g.double().numpy(), rotation(32)))
         assert (~mask).any() and rotated[~mask].abs().max() < 1e-6 * rotated.abs().max()
@@ -287,13 +304,14 @@ def test_zero_gradient_gives_zero(gen):
     assert not gx.any() and not gw.any()
 
 
-def test_saved_for_backward_is_packed(gen):
-    """4.25 bits and a mask bit an element of x and of w, and the seed."""
+@pytest.mark.parametrize("recipe,bits", ((EVEN, 4.25), (CLIPPED, 5.25)))
+def test_saved_for_backward_is_packed(recipe, bits, gen):
+    """4.25 bits, and a bit of the mask where there is one, an element of x and of w, and the seed."""
     x, w, _ = problem(gen, 64, 128, 96)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-        QuartetLinear.apply(x.requires_grad_(), w.requires_grad_(), torch.tensor(0), 0)
-    assert sum(sizes) * 8 == (64 + 96) * 128 * 5.25 + 64
+        QuartetLinear.apply(x.requires_grad_(), w.requires_grad_(), torch.tensor(0), 0, *recipe)
+    assert sum(sizes) * 8 == (64 + 96) * 128 * bits + 64
 
 
 def test_refusals(gen):
@@ -306,5 +324,7 @@ def test_refusals(gen):
         linear_forward(x[None], w)
     with pytest.raises(ValueError, match="draws no random bits.*nearest"):
         linear_forward(x, w, BACKWARD)
+    with pytest.raises(ValueError, match="H64 needs 64 signs, got 32"):
+        linear_forward(x, w, FORWARD, 64)
     with pytest.raises(ValueError, match="site -1"):
         run(x, w, torch.ones(40, 50), 0, -1)

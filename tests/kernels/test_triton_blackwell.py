@@ -19,13 +19,15 @@ from quartet.kernels.triton import blackwell, ops  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
 
 R, K = 64, 4096
-QUEST = expected.DEFAULT
+QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
 X = torch.empty(R, K, dtype=torch.bfloat16)
 CODES, SCALES = torch.empty(R, K // 2, dtype=torch.uint8), torch.empty(swizzled_size(R, K // 32), dtype=torch.uint8)
 TWO_LEVEL = {rounding: Chain(QuantSpec.parse(f"e2m1/16 e4m3 amax {rounding}"), 16, torch.ones(16), torch.tensor(0), 23,
                              torch.ones(1, 1)) for rounding in ("nearest", "stochastic")}
 STOCHASTIC = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
 NEAREST = Chain(QUEST, 32)
+DEFAULT = Chain(expected.DEFAULT, expected.ROTATION, expected.SIGNS)
+CHAINS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "default": DEFAULT}
 CALLS = {
     "quantize": lambda chain, hardware: blackwell.quantize(X, chain, hardware=hardware),
     "quantize-transposed": lambda chain, hardware: blackwell.quantize(X.t(), chain, hardware=hardware),
@@ -37,6 +39,7 @@ NEAREST_CONVERSION, STOCHASTIC_CONVERSION = "cvt.rn.satfinite.e2m1x2.f32", "cvt.
 CASES = [(capability, name, rounding) for capability, names in (
     (90, ("quantize", "requantize")), (100, CALLS), (103, CALLS), (120, CALLS), (121, ("quantize",)))
     for name in names for rounding in ("nearest", "stochastic")]
+CASES += [(capability, "quantize", "default") for capability in (100, 120)]
 CASES += [(capability, "nvfp4", rounding) for capability in (100, 103, 120) for rounding in TWO_LEVEL]
 CASES += [(100, "nvfp4-both", "stochastic"), (120, "nvfp4-both", "nearest")]
 
@@ -44,7 +47,7 @@ CASES += [(100, "nvfp4-both", "stochastic"), (120, "nvfp4-both", "nearest")]
 def compiled(monkeypatch, capability, name, rounding, hardware):
     known = blackwell.CONVERSIONS.get(divmod(capability, 10), ())
     monkeypatch.setattr(blackwell, "conversions", lambda device: known)
-    chain = TWO_LEVEL[rounding] if "nvfp4" in name else NEAREST if rounding == "nearest" else STOCHASTIC
+    chain = TWO_LEVEL[rounding] if "nvfp4" in name else CHAINS[rounding]
     (launch,) = triton_offline.launches(lambda: (CALLS | TWO_LEVEL_CALLS)[name](chain, hardware))
     return triton_offline.compile_with_ptx(launch, capability)
 
@@ -55,6 +58,7 @@ def test_conversions_are_where_the_gpu_has_them(monkeypatch, capability, name, r
     assert re.search(rf"^\.target sm_{capability}a", ptx, re.M)  # these instructions belong to the 'a' targets
     wanted = {"nearest": NEAREST_CONVERSION, "stochastic": STOCHASTIC_CONVERSION}
     there = {key for key, instruction in wanted.items() if instruction in ptx}
+    rounding = "nearest" if rounding == "default" else rounding
     assert there == ({rounding} & set(blackwell.CONVERSIONS.get(divmod(capability, 10), ())))
     assert (machine.stack, machine.local) == (0, 0), f"{machine.registers} registers"
     assert not {"LDL", "STL"} & set(machine.instructions)

@@ -22,15 +22,16 @@ from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import cast, draws, ops, rotations  # noqa: E402
 from quartet.kernels.triton.ops import Chain  # noqa: E402
 
-QUEST, GUARDED = expected.DEFAULT, QuantSpec(rule="quest", mask=True)
+QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
+GUARDED = QuantSpec(rule="quest", mask=True)
 X = torch.empty(64, 4096, dtype=torch.bfloat16)
 CODES, SCALES, MASK = (torch.empty(64, 4096 // n, dtype=torch.uint8) for n in (2, 32, 8))
 SCALE = torch.ones(1)
-FORWARD, OLD_FORWARD = Chain(QUEST, expected.ROTATION), Chain(GUARDED, 32)
+CLIPPING, OLD_FORWARD = Chain(QUEST, 32), Chain(GUARDED, 32)
 BACKWARD = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
 CLIPPED = Chain(QuantSpec(rule="floor", rounding="stochastic", mask=True), 32, None, torch.tensor(0), 23)
 NEAREST = Chain(QuantSpec(rule="headroom"), 32, torch.ones(32))
-EVEN = Chain(QuantSpec(rule="even"), 32)
+FORWARD = Chain(expected.DEFAULT, expected.ROTATION, expected.SIGNS)
 
 
 def two_level(spec: str, rotation: int = 0) -> Chain:
@@ -47,31 +48,31 @@ def unrotate(mask: torch.Tensor | None, signs: torch.Tensor | None) -> torch.Ten
 
 
 CALLS: dict[str, Callable[[], Any]] = {
-    "rows-quest": lambda: ops.quantize(X, FORWARD, packed=True, folded=False),
-    "rows-quest-fold": lambda: ops.quantize(X, FORWARD, packed=True, folded=True),
+    "rows-quest": lambda: ops.quantize(X, CLIPPING, packed=True, folded=False),
+    "rows-quest-fold": lambda: ops.quantize(X, CLIPPING, packed=True, folded=True),
     "rows-guarded-fold": lambda: ops.quantize(X, OLD_FORWARD, packed=True, folded=True),
-    "rows-even": lambda: ops.quantize(X, EVEN, packed=True, folded=False),
-    "rows-even-fold": lambda: ops.quantize(X, EVEN, packed=True, folded=True),
+    "rows-default": lambda: ops.quantize(X, FORWARD, packed=True, folded=False),
+    "rows-default-fold": lambda: ops.quantize(X, FORWARD, packed=True, folded=True),
     "rows-stochastic-fold": lambda: ops.quantize(X, BACKWARD, packed=False, folded=True),
     "rows-nearest-fold": lambda: ops.quantize(X, NEAREST, packed=False, folded=True),
     "rows-stochastic-odd": lambda: ops.quantize(torch.empty(33, 33, dtype=torch.bfloat16), BACKWARD, packed=True,
                                                 folded=True),
-    "rows-quest-fp32": lambda: ops.quantize(X.float(), FORWARD, packed=True, folded=True),
+    "rows-quest-fp32": lambda: ops.quantize(X.float(), CLIPPING, packed=True, folded=True),
     "rows-stochastic-clipped": lambda: ops.quantize(X, CLIPPED, packed=True, folded=False),
     "columns-stochastic": lambda: ops.quantize(X.t(), BACKWARD, packed=True, folded=False),
     "columns-stochastic-partial": lambda: ops.quantize(X[:40, :70].t(), BACKWARD, packed=True, folded=False),
     "columns-stochastic-odd": lambda: ops.quantize(X[:, :33].t(), BACKWARD, packed=True, folded=False),
-    "columns-quest": lambda: ops.quantize(X.t(), FORWARD, packed=True, folded=False),
-    "columns-even": lambda: ops.quantize(X.t(), EVEN, packed=True, folded=False),
+    "columns-quest": lambda: ops.quantize(X.t(), CLIPPING, packed=True, folded=False),
+    "columns-default": lambda: ops.quantize(X.t(), FORWARD, packed=True, folded=False),
     "columns-guarded": lambda: ops.quantize(X.t(), OLD_FORWARD, packed=True, folded=False),
-    "both-quest-stochastic": lambda: ops.quantize_both(X, FORWARD, BACKWARD),
+    "both-quest-stochastic": lambda: ops.quantize_both(X, CLIPPING, BACKWARD),
     "both-stochastic": lambda: ops.quantize_both(X, BACKWARD, BACKWARD),
     "both-fp16": lambda: ops.quantize_both(X.half(), BACKWARD, BACKWARD),
     "both-one-column": lambda: ops.quantize_both(torch.empty(64, 1), BACKWARD, BACKWARD),
     "both-nearest": lambda: ops.quantize_both(X, NEAREST, NEAREST),
     "requantize-stochastic": lambda: ops.requantize(CODES, SCALES, QUEST, BACKWARD),
-    "requantize-quest": lambda: ops.requantize(CODES, SCALES, QUEST, FORWARD),
-    "requantize-even": lambda: ops.requantize(CODES, SCALES, EVEN.spec, EVEN),
+    "requantize-quest": lambda: ops.requantize(CODES, SCALES, QUEST, CLIPPING),
+    "requantize-default": lambda: ops.requantize(CODES, SCALES, expected.DEFAULT, FORWARD),
     "requantize-nearest": lambda: ops.requantize(CODES, SCALES, QUEST, NEAREST),
     "fold": lambda: ops.fold(CODES, SCALES, QUEST),
     "fold-groups": lambda: ops.fold(CODES, SCALES, QUEST, torch.tensor([64, 512], dtype=torch.int32)),
@@ -95,10 +96,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
 }
 OTHERS = (80, 89, 100, 120)
-EVERYWHERE = ("rows-quest-fold", "rows-even-fold", "rows-stochastic-fold", "rows-stochastic-clipped", "columns-quest",
-              "both-stochastic", "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated",
-              "requantize-stochastic", "fold", "dequantize", "signs", "bits", "cast-both", "cast-e5m2-both",
-              "transpose", "unrotate-masked")
+EVERYWHERE = ("rows-quest-fold", "rows-default-fold", "rows-stochastic-fold", "rows-stochastic-clipped",
+              "columns-quest", "both-stochastic", "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4",
+              "amax-rotated", "requantize-stochastic", "fold", "dequantize", "signs", "bits", "cast-both",
+              "cast-e5m2-both", "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name != "cast-both" or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100

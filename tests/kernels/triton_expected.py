@@ -21,6 +21,7 @@ LOW = 0xFFFFFFFF
 FLT_MAX = torch.finfo(torch.float32).max
 FORWARD = recipes()["quartet"].fprop  # the default: what users run
 DEFAULT, ROTATION = FORWARD.a.spec, FORWARD.rotation.n
+SIGNS = torch.tensor(FORWARD.rotation.signs, dtype=torch.float32)
 
 
 def rotated(x: Tensor, chain: Chain) -> Tensor:

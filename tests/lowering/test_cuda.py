@@ -6,7 +6,7 @@ import pytest
 import torch
 from traced import assert_no_semantics, linear, targets, trace
 
-from quartet.lowering import cuda_ops
+from quartet.lowering import cuda_ops, ir
 
 pytest.importorskip("triton")
 
@@ -31,10 +31,29 @@ def test_one_linear(graphs, dynamic):
     assert not back[aten.constant_pad_nd.default] and not there[aten.constant_pad_nd.default]
 
 
-def test_what_is_kept_is_packed(graphs):
-    forward, _ = graphs(*linear())
-    kept = [node.meta["val"] for node in forward.graph.output_node().args[0][1:]]
-    assert sorted(t.dtype.itemsize for t in kept) == [1] * 6 + [8]  # codes, scales and mask of X and W; the seed
+@pytest.mark.parametrize(("recipe", "sizes"), [("quartet", [1] * 4 + [4, 8]), ("quartet-paper", [1] * 6 + [8])])
+def test_what_is_kept_is_packed(graphs, recipe, sizes):
+    """Codes and scales of X and W; their masks in the paper, and the fixed signs otherwise; the seed."""
+    forward, _ = graphs(*linear(), policy=recipe)
+    made = [node for node in forward.graph.output_node().args[0][1:] if node.op == "call_function"]
+    assert sorted(node.meta["val"].dtype.itemsize for node in made) == sizes
+
+
+@pytest.mark.parametrize(("recipe", "masked", "fixed"), [("quartet", False, 1), ("quartet-paper", True, 0)])
+def test_signs_and_masks_are_arguments_of_the_fused_kernels(graphs, recipe, masked, fixed):
+    """One vector of fixed signs a graph, kept once; what it is before is one launch with it or without."""
+    layers = [torch.nn.Linear(64, 64, bias=False) for _ in range(3)]
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    forward, backward = graphs(torch.nn.Sequential(*layers).bfloat16(), x, policy=recipe)
+    assert_no_semantics(forward, backward)
+    there, back = targets(forward), targets(backward)
+    assert there[ir.FIXED_SIGNS] == fixed and not back[ir.FIXED_SIGNS]
+    assert there[cuda_ops.QUANTIZE] == 6 and back[cuda_ops.UNROTATE] == back[cuda_ops.REQUANTIZE] == 6
+    for node in forward.graph.find_nodes(op="call_function", target=cuda_ops.QUANTIZE):
+        assert (node.args[1], node.args[2] is not None) == (32, bool(fixed))
+    for node in backward.graph.find_nodes(op="call_function", target=cuda_ops.UNROTATE):
+        _, mask, rotation, signs = node.args[:4]
+        assert (mask is not None, rotation, signs is not None) == (masked, 32, bool(fixed))
 
 
 def test_products_that_are_computed_again_fold_stored_codes(graphs):

@@ -66,7 +66,7 @@ def test_quantisers_for_blackwell(size, spec):
     rotation = 32 if q.scale == "e8m0" else 0
     encode = tensor_scales(reference.largest_magnitude(x), q)[0] if q.takes_amax else None
     chain = rotation, None, spec, seed if q.stochastic else None, 3, encode
-    check(blackwell_ops.QUANTIZE, x, *chain, None, True)
+    check(blackwell_ops.QUANTIZE, x, *chain, None, None, True)
     check(blackwell_ops.QUANTIZE_BOTH, x, *chain, *chain, False)
     check(blackwell_ops.UNSWIZZLE, torch.zeros(512, dtype=torch.uint8), 33, 3)
     check(cuda_ops.ROTATED_AMAX, x, 32, None)

@@ -94,7 +94,7 @@ def test_recipe_in_full_names_every_operand(capsys):
     assert out.count(str(recipe.fprop.a.spec)) == 2
     assert out.count(str(recipe.dgrad.a.spec)) == 4
     assert out.count("from the saved codes of fprop") == 2
-    assert "H32\n" in out and out.count("H32 with fresh random signs") == 2
+    assert "H32 with fixed signs -++-++++++-" in out and out.count("H32 with fresh random signs") == 2
 
 
 def test_recipe_that_leaves_roles_alone_says_so():

@@ -1,16 +1,14 @@
 """The catalogue of recipes: what the built-in ones say, and what can be registered."""
 
 import importlib
-from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 
-from quartet.kernels.reference import hadamard
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Operand, Recipe, Rotation
-from quartet.recipes import FLAT_SIGNS, PolicyError, recipes, reference, register, resolve
+from quartet.recipes import PolicyError, recipes, reference, register, resolve
 
 catalogue = importlib.import_module("quartet.recipes")
 CEIL = QuantSpec.parse("e2m1/32 e8m0 ceil nearest")
@@ -32,27 +30,23 @@ def test_catalogue_is_read_only():
         recipes()["quartet"] = MINE
 
 
-@pytest.mark.parametrize("name, sigma, power", [("quartet", "rms", "nearest"), ("quartet-paper", "centred", "floor")])
-def test_quartet_is_what_the_paper_says(name, sigma, power):
+@pytest.mark.parametrize("name, forward, signs", [
+    ("quartet", QuantSpec("e2m1", 32, "e8m0", "even", "nearest", mask=False), FLAT_SIGNS),
+    ("quartet-paper", QuantSpec("e2m1", 32, "e8m0", "quest", "nearest", "centred", "floor", True), "none"),
+])
+def test_quartet_is_what_the_paper_says_but_for_forward(name, forward, signs):
     recipe = recipes()[name]
-    forward = QuantSpec("e2m1", 32, "e8m0", "quest", "nearest", sigma, power, True)
-    assert recipe.fprop == Gemm(Operand(forward), Operand(forward), Rotation(32, "none"))
+    assert recipe.fprop == Gemm(Operand(forward), Operand(forward), Rotation(32, signs))
     gradient = QuantSpec("e2m1", 32, "e8m0", "headroom", "stochastic")
     for gemm in (recipe.dgrad, recipe.wgrad):
         assert gemm == Gemm(Operand(gradient), Operand(gradient, "saved"), Rotation(32, "random"))
     assert recipe.skip == tuple(c for c in OP_CLASSES if c != "linear")
 
 
-def test_quartet_and_its_paper_version_differ_in_the_scales_of_forward_only():
+def test_quartet_and_its_paper_version_differ_in_forward_only():
     ours, paper = recipes()["quartet"], recipes()["quartet-paper"]
     assert (ours.dgrad, ours.wgrad, ours.skip) == (paper.dgrad, paper.wgrad, paper.skip)
-    assert replace(ours.fprop.a.spec, sigma="centred", power="floor") == paper.fprop.a.spec != ours.fprop.a.spec
-
-
-def test_flat_signs_leave_no_coefficient_of_a_constant_above_the_least_possible():
-    """8/√32: no 32 signs are further than 12 changes from every row of ±H32 (the covering radius of RM(1, 5))."""
-    coefficients = hadamard(torch.tensor([FLAT_SIGNS], dtype=torch.float32), 32) * 32**0.5
-    assert Counter(coefficients.abs().round().flatten().tolist()) == {8: 12, 4: 16, 0: 4}
+    assert ours.fprop.rotation != paper.fprop.rotation and ours.fprop.a.spec != paper.fprop.a.spec
 
 
 def test_bf16_rewrites_nothing():

@@ -88,8 +88,8 @@ def test_the_gradient_goes_straight_through(text):
     assert not ours[3].any() and ours[x[1, 0]].any()
 
 
-@pytest.mark.parametrize("policy", ("quartet", weight_only("e2m1/32 e8m0 floor nearest mask")),
-                         ids=("quartet", "unrotated"))
+@pytest.mark.parametrize("policy", ("quartet-paper", weight_only("e2m1/32 e8m0 floor nearest mask")),
+                         ids=("rotated", "unrotated"))
 def test_a_clip_mask_clears_the_gradient_in_the_rotated_basis(policy):
     model, x, weights = nn.Embedding(VOCABULARY, WIDTH), ids(4, 9), torch.randn(4, 9, WIDTH)
     gemm = resolve(policy).fprop

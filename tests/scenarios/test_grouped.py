@@ -233,16 +233,17 @@ def test_inputs_without_gradient_have_no_dgrad():
     assert backend.lowered() == {"weight": FIRST} and set(got[1]) == {"weight"}
 
 
-def test_records_say_what_was_done():
-    _, backend = train(Experts(), on("quartet"))
+@pytest.mark.parametrize("recipe, eighths", [("quartet", 0), ("quartet-paper", 1)])
+def test_records_say_what_was_done(recipe, eighths):
+    _, backend = train(Experts(), on(recipe))
     records = {r.role: r for r in backend.records}
     assert {(r.fqn, r.op_class, r.kernel, r.recipe) for r in backend.records} == {
-        ("weight", "grouped", "cpp", "quartet")}
+        ("weight", "grouped", "cpp", recipe)}
     assert {r: (records[r].m, records[r].n, records[r].k) for r in records} == {
         "fprop": (50, OUT, IN), "dgrad": (50, IN, OUT), "wgrad": (OUT, IN, 50)}
     assert all("5 groups, each padded to a multiple of 32 tokens" in r.notes for r in backend.records)
     rows, padded = grouped.padded_rows(50, 5, 32), 96
-    assert records["fprop"].saved_bytes == (rows + 5 * OUT) * (padded // 2 + padded // 32 + padded // 8)
+    assert records["fprop"].saved_bytes == (rows + 5 * OUT) * (padded // 2 + padded // 32 + eighths * padded // 8)
     kept = [n for n in backend.forwards()[0].graph.output_node().args[0][1:] if n.op == "call_function"]
     codes = [n for n in kept if n.meta["val"].dtype == torch.uint8]
     assert sum(n.meta["val"].numel() for n in codes) == records["fprop"].saved_bytes

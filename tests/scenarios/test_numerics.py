@@ -7,9 +7,10 @@ from models import MLP, data
 from torch import nn
 from torch.nn import functional as F
 
-from quartet.kernels.reference.hadamard import hadamard
+from quartet.kernels.reference.hadamard import FLAT_SIGNS, hadamard
 from quartet.kernels.reference.linear import FORWARD, QuartetLinear, linear_forward
-from quartet.kernels.reference.quantize import apply_mask, dequantize
+from quartet.kernels.reference.quantize import dequantize
+from quartet.recipes import recipes
 
 
 class ExactBackward(torch.autograd.Function):
@@ -18,19 +19,19 @@ class ExactBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         y, xq, wq = linear_forward(x, w)
-        ctx.save_for_backward(*xq, *wq)
+        ctx.save_for_backward(*xq[:2], *wq[:2])
         ctx.width = x.shape[1]
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        *xq, x_mask, w_codes, w_scales, w_mask = ctx.saved_tensors
-        x, w = dequantize(*xq, FORWARD), dequantize(w_codes, w_scales, FORWARD)
+        saved = ctx.saved_tensors
+        x, w = dequantize(*saved[:2], FORWARD), dequantize(*saved[2:], FORWARD)
 
-        def unrotate(g, mask):
-            return hadamard(apply_mask(g, mask), 32, inverse=True)[:, : ctx.width]
+        def unrotate(g):
+            return hadamard(g, 32, torch.tensor(FLAT_SIGNS), inverse=True)[:, : ctx.width]
 
-        return unrotate(grad @ w, x_mask), unrotate(grad.t() @ x, w_mask)
+        return unrotate(grad @ w), unrotate(grad.t() @ x)
 
 
 def drawn_seed(value):
@@ -40,15 +41,17 @@ def drawn_seed(value):
 
 @pytest.mark.parametrize("kernels", [(), ("cpp",)])
 @pytest.mark.parametrize(("rows", "width", "out"), [(64, 64, 32), (33, 80, 50)])
-def test_compiled_linear_is_the_reference_bit_for_bit(rows, width, out, kernels):
+@pytest.mark.parametrize("recipe", ["quartet", "quartet-paper"])
+def test_compiled_linear_is_the_reference_bit_for_bit(recipe, rows, width, out, kernels):
     layer, (x,) = nn.Linear(width, out), data(rows, width, grad=True)()
-    compiled, _ = compile_eager(lambda x: layer(x), disable_kernels=kernels)
+    compiled, _ = compile_eager(lambda x: layer(x), recipe, disable_kernels=kernels)
     torch.manual_seed(11)
     y = compiled(x)
     grad = torch.randn(rows, out, generator=torch.Generator().manual_seed(2))
     gx, gw = torch.autograd.grad(y, (x, layer.weight), grad)
     xr, wr = x.detach().requires_grad_(), layer.weight.detach().requires_grad_()
-    expected = QuartetLinear.apply(xr, wr, drawn_seed(11), 0)
+    paper = (recipes()[recipe].fprop.a.spec, 32, None) if recipe == "quartet-paper" else ()
+    expected = QuartetLinear.apply(xr, wr, drawn_seed(11), 0, *paper)
     assert torch.equal(y, expected + layer.bias)
     expected.backward(grad)
     assert torch.equal(gx, xr.grad) and torch.equal(gw, wr.grad)

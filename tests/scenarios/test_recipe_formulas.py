@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quartet import Gemm, Operand, Policy, QuantSpec, Recipe, recipes
+from quartet.kernels.reference.hadamard import FLAT_SIGNS
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 NVIDIAS_SIGNS = torch.tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1.0])  # arXiv 2509.25149's release
@@ -306,20 +307,25 @@ def test_quartet2():
 
 @pytest.mark.parametrize("name", ["quartet", "quartet-paper"])
 def test_quartet(name):
-    """The mask clears what was clipped, in the rotated basis."""
+    """Fixed signs, scales by 7 and gradients straight through; in the paper, a mask that clears what a Gaussian's clip
+    cut, in the rotated basis."""
     (x, w, e), results = run(name, draws=100)
+    signs = torch.tensor(FLAT_SIGNS) if name == "quartet" else torch.ones(32)
 
-    def quest(t):
-        b = blocks(turned(t, 32), 32)
-        square = b.square().mean(-1, keepdim=True)
-        sigma = square.sqrt() if name == "quartet" else (square - b.mean(-1, keepdim=True).square()).sqrt()
-        power = torch.log2(sigma * 2.92247856 / 6 + 1e-8)
-        scale = 2 ** (power.round() if name == "quartet" else power.floor())
-        return (fp4((b / scale).clamp(-6, 6)) * scale).flatten(1), ((b / scale).abs() < 6).float().flatten(1)
+    def forward(t):
+        b = blocks(turned(t, 32, signs), 32)
+        if name == "quartet":
+            power, unclipped = torch.log2(b.abs().amax(-1, keepdim=True) / 7).ceil(), 7
+        else:
+            sigma = (b.square().mean(-1, keepdim=True) - b.mean(-1, keepdim=True).square()).sqrt()
+            power, unclipped = torch.log2(sigma * 2.92247856 / 6 + 1e-8).floor(), 6
+        z = b / 2 ** power
+        return (fp4(z.clamp(-6, 6)) * 2 ** power).flatten(1), (z.abs() < unclipped).float().flatten(1)
 
-    (xq, x_mask), (wq, w_mask) = quest(x), quest(w)
-    assert_mean(results, (xq @ wq.t(), turned((e @ wq) * x_mask, 32), turned((e.t() @ xq) * w_mask, 32)))
-    assert 0 < x_mask.mean() < 1
+    (xq, x_mask), (wq, w_mask) = forward(x), forward(w)
+    back = signs.repeat(x.shape[1] // 32)
+    assert_mean(results, (xq @ wq.t(), turned((e @ wq) * x_mask, 32) * back, turned((e.t() @ xq) * w_mask, 32) * back))
+    assert (x_mask.mean() < 1) == (name == "quartet-paper") and x_mask.mean() > 0
 
 
 def test_every_recipe_is_here():
