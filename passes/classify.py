@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from quartet.lowering.graph import aten, is_backward, shape
+from quartet.passes.flow import Flow
+from quartet.passes.gates import is_gate
+from quartet.passes.heads import is_head
+from quartet.passes.sites import MatmulSite
 
 _PASS = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
@@ -15,7 +20,9 @@ _PASS = (
     aten._to_copy.default, aten.index.Tensor, aten.tanh.default,
 )
 _PASS_NAMES = ("prims.convert_element_type", "aten.mul", "aten.div", "aten.add", "aten.addmm")
-_HEADS = {"lm_head", "output", "head", "embed_out", "score", "classifier", "proj_out", "decoder", "logits", "unembed"}
+_VOCABULARY = {"lm_head", "embed_out", "unembed", "logits", "to_logits"}
+_CHOICES = ("aten.topk", "aten.sort")
+_LOGARITHMS = ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")
 _DEPTH = 24
 
 
@@ -52,18 +59,18 @@ def _softmax_like(reached: set[Node]) -> Node | None:
     return next((n for n in reached if str(n.target).startswith(wanted)), None)
 
 
-def _feeds(reached: set[Node], names: tuple[str, ...], depth: int = 8) -> bool:
-    frontier = [(n, 0) for n in reached]
-    seen = set(reached)
+def _feeds(sources: set[Node], names: tuple[str, ...], flow: Flow, depth: int) -> bool:
+    """Whether one of the ops comes so few steps behind ``sources``, and no layer before it."""
+    frontier = [(n, 0) for n in sources]
+    seen = set(sources)
     while frontier:
-        at, d = frontier.pop()
+        at, d = frontier.pop(0)
         if str(at.target).startswith(names):
             return True
         if d < depth:
-            for user in at.users:
-                if user not in seen and user.op == "call_function" and not is_backward(user):
-                    seen.add(user)
-                    frontier.append((user, d + 1))
+            users = [u for u in at.users if u in flow.order and u.op == "call_function" and u not in flow.layers]
+            frontier += [(user, d + 1) for user in users if user not in seen]
+            seen.update(users)
     return False
 
 
@@ -121,17 +128,26 @@ def embeds(weight: Node) -> bool:
     return any(user.target is aten.embedding.default and user.args[0] is root for user in root.users)
 
 
-def op_class_of(node: Node, name: str, weight: Node, graph: Graph) -> str:
-    """``router``: its scores go through softmax or sigmoid into top-k. ``lm_head``: it feeds the loss's
-    log-softmax, or its weight is the embedding's, or it leaves the graph under a head's name. Else ``linear``.
+def op_class_of(site: MatmulSite, module: str, flow: Flow, read: Collection[int]) -> str:
+    """The class of a product of an activation with a weight: of the layer, whatever graph it is in.
+
+    Args:
+        module: whose weight it is; "" of a parameter that is no module's ``weight``, and of a model's only layer.
+        flow: the facts of the graph. read: the input widths of the model's layers, those of other graphs included.
+    Returns:
+        ``router``: its scores go to top-k or a sort, or are those of a gate (``quartet.passes.gates``).
+        ``lm_head``: it feeds the log-softmax of a loss, its weight is the embedding's, or it is a module's and a head
+        by structure (``quartet.passes.heads``), or by a name that is given to nothing else: where the vocabulary is
+        as large as the model is wide, and the loss is elsewhere, structure does not tell. Else ``linear``.
     """
+    node = site.products["fprop"].node
     reached, leaves = _reach(node)
     scores = _softmax_like(reached)
-    if _feeds({node} if scores is None else {scores, *reached}, ("aten.topk", "aten.sort"), 6):
+    chooses = _feeds({node} if scores is None else {scores, *reached}, _CHOICES, flow, 6)
+    if chooses or is_gate(node, site.n, site.k, flow):
         return "router"
-    if scores is not None and _feeds({scores}, ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")):
+    logits = scores is not None and _feeds({scores}, _LOGARITHMS, flow, 8)
+    named = leaves and module.rpartition(".")[2] in _VOCABULARY
+    if logits or embeds(site.w[0]) or named or module and is_head(node, site.n, flow, read):
         return "lm_head"
-    if embeds(weight):
-        return "lm_head"
-    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return "lm_head" if leaves and module in _HEADS else "linear"
+    return "linear"

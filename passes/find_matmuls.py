@@ -10,13 +10,17 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from quartet.lowering.graph import aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
+from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.already import quantised_before
+from quartet.passes.aside import projects_input, reads_input, small
 from quartet.passes.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.flow import Flow
 from quartet.passes.gradients import attach, not_needed_in_forward
 from quartet.passes.masks import Masks
 from quartet.passes.naming import module_name, module_of
@@ -86,39 +90,40 @@ def _holds_tensors(node: Node) -> bool:
 
 def find_matmuls(state: State) -> None:
     """Fill ``state.sites`` and record the products that are none of ours."""
-    graph, origin = state.gm.graph, parameter_origins(state)
-    masks = Masks({node for node in origin if node.op == "placeholder"})
+    graph = state.gm.graph
+    flow = state.flow = Flow.of(graph, parameter_origins(state))
+    masks = Masks({node for node in flow.origin if node.op == "placeholder"})
     products = [node for node in graph.nodes if node.op == "call_function" and node.target in MATMULS]
     backward = [node for node in products if is_backward(node)]
     spare = not_needed_in_forward(graph) if any(is_backward(node) for node in graph.nodes) else set()
-    state.alone.extend(without_site(graph, origin))
+    state.alone.extend(without_site(graph, flow.origin))
     for node in products:
         if not is_backward(node) and node not in spare:
-            _find(state, node, origin, masks)
+            _find(state, node, flow, masks)
     values = Values(graph)
     early = [node for node in products if node in spare]
     gradients = attach(graph, values, state.sites, early)
     for node in early:
         if node not in gradients:
-            _find(state, node, origin, masks)
+            _find(state, node, flow, masks)
     gradients |= attach(graph, values, state.sites, backward)
     for site in state.sites:
         site.op_class = own_class(site) or site.op_class
-        site.aside = quantised_before(site)
+        site.aside = _aside(state, site, flow) | quantised_before(site)
     state.alone.extend(_unplanned(n, "dgrad") for n in backward if n not in gradients)
 
 
-def _find(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> None:
+def _find(state: State, node: Node, flow: Flow, masks: Masks) -> None:
     """A site for a forward product, or the record of one that multiplies weights alone."""
-    site = _site(state, node, origin, masks)
+    site = _site(state, node, flow, masks)
     if site is None:
         state.alone.append(_unplanned(node, "fprop"))
     else:
         state.sites.append(site)
 
 
-def _site(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> MatmulSite | None:
-    a, b = operands(node)
+def _site(state: State, node: Node, flow: Flow, masks: Masks) -> MatmulSite | None:
+    (a, b), origin = operands(node), flow.origin
     if a in origin and b in origin:
         return None
     flipped = a in origin
@@ -126,22 +131,55 @@ def _site(state: State, node: Node, origin: dict[Node, str], masks: Masks) -> Ma
     m, n = (r, p) if flipped else (p, r)
     x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
     batch = shape(node)[0] if len(shape(node)) == 3 else None
-    if w[0] not in origin:
-        op_class, fqn = activations_class_of(node, a), module_of(node)
-    elif batch is not None or _chosen(canonical(w[0])[0]):
-        op_class, fqn = "grouped", module_name(origin[w[0]])
-    else:
-        name = origin[w[0]]
-        op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(node, name, w[0], state.gm.graph)
-        fqn = (module_of(node) if embeds(w[0]) else "") or module_name(name)
-    site = MatmulSite(len(state.sites), fqn, op_class, x, w, m, n, q, val(node).dtype, batch=batch)
+    fqn = module_of(node) if w[0] not in origin else module_name(origin[w[0]])
+    site = MatmulSite(len(state.sites), fqn, "linear", x, w, m, n, q, val(node).dtype, batch=batch)
     site.products["fprop"] = Product(node, flipped)
     site.notes = node.meta.get(NOTES_KEY, ())
     if w[0] not in origin:
-        site.masked = masks.of_activations(node, a, b, op_class)
-    elif batch is None:
+        site.op_class = activations_class_of(node, a)
+        site.masked = masks.of_activations(node, a, b, site.op_class)
+    elif batch is not None or _chosen(canonical(w[0])[0]):
+        site.op_class = "grouped"
+    else:
+        site.op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
+            site, _owner(origin[w[0]]) if _has_others(state) else "", flow, flow.widths | state.config.widths)
+        site.fqn = (module_of(node) if embeds(w[0]) else "") or fqn
+    if batch is None and w[0] in origin:
         site.masked = masks.of_weight(w[0])
     return site
+
+
+def _has_others(state: State) -> bool:
+    """Whether the model has more than one layer."""
+    return state.config.layers > 1 or len(set(state.flow.layers.values())) > 1
+
+
+def _owner(parameter: str) -> str:
+    """The module, inside of the model, whose weight a parameter is; "" where it is none or the model's own."""
+    name = module_name(parameter)
+    return "" if name in (parameter, "weight") else name
+
+
+def _aside(state: State, site: MatmulSite, flow: Flow) -> dict[str, str]:
+    """Role → why the policy's default leaves a site's product alone."""
+    found, name, config = small(site), flow.origin.get(site.w[0], ""), state.config
+    if site.op_class in ("linear", "lm_head", "router") and name and config.inputs:
+        index = input_indices(state.gm.graph)
+        inputs = {node: config.inputs[at] for node, at in index.items() if at is not None and at in config.inputs}
+        why = (reads_input(site, flow, inputs, flow.written | config.written) if _owner(name) else
+               projects_input(site, flow, inputs) if _is_stored_in_out(site) and name != "weight" else "")
+        found |= dict.fromkeys(ROLES, why) if why else {}
+    return found
+
+
+def _is_stored_in_out(site: MatmulSite) -> bool:
+    """Whether the parameter that W is a view or a cast of lies as ``[in, out]``."""
+    base, flipped = canonical(site.w[0])
+    flipped ^= site.w[1]
+    while base.target is torch.ops.prims.convert_element_type.default:
+        base, turned = canonical(base.all_input_nodes[0])
+        flipped ^= turned
+    return flipped
 
 
 def _unplanned(node: Node, role: str) -> MatmulRecord:

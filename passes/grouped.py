@@ -18,6 +18,7 @@ from quartet.lowering.graph import BY_HAND, aten, is_backward, shape, val
 from quartet.lowering.op_classes import own_class
 from quartet.lowering.records import MatmulRecord
 from quartet.passes.already import quantised_before
+from quartet.passes.aside import small
 from quartet.passes.find_matmuls import left_alone, parameter_origins
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan import UnsupportedMatmul
@@ -55,7 +56,7 @@ def find_grouped(state: State) -> None:
             if is_backward(other) and numbered and other not in claimed:
                 _attach(site, other, claimed)
         site.op_class = own_class(site) or site.op_class
-        site.aside = quantised_before(site)
+        site.aside = small(site) | quantised_before(site)
         state.sites.append(site)
     for node in nodes:
         if is_backward(node) and node not in claimed:

@@ -18,8 +18,10 @@ from torch.fx import Graph
 from quartet.kernels import extension
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
+from quartet.lowering.graph import is_backward
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord
+from quartet.lowering.resolution import Choice, Resolution
 from quartet.passes.canonicalize import canonicalize
 from quartet.passes.delayed import delayed
 from quartet.passes.embed import embed
@@ -135,6 +137,8 @@ def source_digest() -> str:
 
 def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
     """All enabled passes over one graph; returns a record for every matmul and role."""
+    if not config.evaluates and not any(is_backward(node) for node in gm.graph.nodes):
+        config = replace(config, resolve=_exact)
     state = State(gm, config)
     name_modules(gm.graph, config.modules)
     for index, step in enumerate(p for p in PASSES if p.__name__ not in config.disable_passes):
@@ -158,6 +162,12 @@ def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
     for observer in config.observers:
         observer.finish(records, gm)
     return records
+
+
+def _exact(*site: Any) -> Resolution:
+    """The decision for every matmul of a graph that evaluates, under ``eval=None``."""
+    choice = Choice(None, None, "evaluation stays in the model's dtype: option eval=None")
+    return Resolution(choice, choice, choice)
 
 
 def _ops(gm: torch.fx.GraphModule) -> Counter[str]:

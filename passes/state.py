@@ -13,6 +13,7 @@ from quartet.lowering.graph import replace_all
 from quartet.lowering.recipe import Recipe
 from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.lowering.resolution import Resolution
+from quartet.passes.flow import Flow
 from quartet.passes.sites import MatmulSite
 from quartet.runtime.devices import Target
 
@@ -56,6 +57,11 @@ class Config:
         anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.amax``).
         modules: what dynamo writes for a module → its name in the model.
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
+        written: how many features they make. layers: how many weights of two dimensions or more the model has.
+        inputs: index of a dynamo input → its name, for the floating-point inputs of the whole model.
+        tokens: module → how many tokens it was first trained with, for which it is priced.
+        guessed: module → for how many it was priced in graphs without backward, before it was trained.
+        evaluates: graphs without backward are quantised as training is; else they stay in the model's dtype.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
     """
 
@@ -77,6 +83,12 @@ class Config:
     modules: Mapping[str, str] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     replayed: bool = False
+    written: frozenset[int] = frozenset()
+    layers: int = 0
+    inputs: Mapping[int, str] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    guessed: Mapping[str, int] = field(default_factory=dict)
+    evaluates: bool = True
 
     def target_of(self, device: torch.device) -> Target:
         """What the kernels for tensors on ``device`` are chosen for."""
@@ -89,6 +101,7 @@ class State:
 
     gm: GraphModule
     config: Config
+    flow: Flow = Flow()
     sites: list[MatmulSite] = field(default_factory=list)
     alone: list[MatmulRecord] = field(default_factory=list)
     seeds: dict[torch.device, Node] = field(default_factory=dict)

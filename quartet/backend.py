@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quartet.dump import GraphDump
 from quartet.judge import Judge, judge_of
 from quartet.lowering import inductor, registry
+from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.names import Names, names_of
@@ -31,6 +32,7 @@ from quartet.runtime.anchored_graph import forget_examples, with_input
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import data_parallel_stream
 from quartet.runtime.weights import REUSED
+from quartet.trained import Tokens, tokens_for
 
 log = logging.getLogger("quartet")
 compat.register_log()
@@ -57,17 +59,18 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                   inner_compile: Callable[..., Any] | None = None,
                   collect: Callable[[list[MatmulRecord]], None] | None = None,
                   collect_saved: Callable[[list[SavedRecord]], None] | None = None,
-                  say: Callable[..., None] | None = None) -> Callable[..., Any]:
+                  say: Callable[..., None] | None = None, remember: bool = True) -> Callable[..., Any]:
     """:func:`quartet` with parsed options.
 
     ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records. Whoever
     asks for any of them is not answered from a cache. ``say(names, records, saved)`` is called instead of warning of
-    what the graphs of a model have shown so far.
+    what the graphs of a model have shown so far. ``remember``: layers are priced from now on for the tokens that
+    training has here, see ``quartet.trained``.
     """
     compat.warn_if_untested()
     names = names_of(gm, example_inputs)
     options = replace(options, policy=options.policy.at(names.place))
-    step = make_pipeline(gm, example_inputs, options, names)
+    step = make_pipeline(gm, example_inputs, options, names, remember)
     if step.config.reuse_weights:
         REUSED.watch()
     anchored = step.config.anchor is not None
@@ -95,9 +98,10 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
 
 
 def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
-                  names: Names | None = None) -> pipeline.Pipeline:
+                  names: Names | None = None, remember: bool = True) -> pipeline.Pipeline:
     """The joint-graph pass for one dynamo graph, whose names are looked up unless given."""
     names = names or names_of(gm, example_inputs)
+    tokens = _tokens(gm, example_inputs, names, options, remember)
     stream = data_parallel_stream(example_inputs)
     observers: tuple[Observer, ...] = ()
     if options.dump is not None:
@@ -109,15 +113,27 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
                     options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
                     compat.max_autotune(options.inductor), names.modules, names.widths,
-                    compat.cuda_graphs(options.inductor))
+                    compat.cuda_graphs(options.inductor), names.written, names.layers, names.inputs, tokens.trained,
+                    tokens.guessed, options.eval is not None)
     places = [rule.place for rule in options.policy.rules if rule.fqn is not None]
     key = repr((options.policy.digest(), names.key(), places, options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
-                options.portable_rounding, options.open_attention, str(options.target), stream, anchor,
-                config.autotune, config.replayed, torch.__version__, torch.get_num_threads(),
+                options.portable_rounding, options.open_attention, options.eval, tokens, str(options.target),
+                stream, anchor, config.autotune, config.replayed, torch.__version__, torch.get_num_threads(),
                 kernels_here(gm, example_inputs, options)))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), names.regions)
+
+
+def _tokens(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], names: Names, options: Options,
+            remember: bool) -> Tokens:
+    """What layers are priced by; nothing where none is priced."""
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    targets = {options.target or Target.of(value.device) for value in tensors}
+    if not options.policy.where_it_pays or not any(map(rates_of, targets)):
+        return Tokens()
+    training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+    return tokens_for(gm, names.weights, names.compiled, training, remember)
 
 
 def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivations | None:

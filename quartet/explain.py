@@ -55,7 +55,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
-                             collect_saved=saved.extend, say=noted)
+                             collect_saved=saved.extend, say=noted, remember=False)
 
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)

@@ -34,6 +34,11 @@ class Names:
         modules: what dynamo writes for a module → its name.
         regions: of each ``nested_compile_region`` by signature: parameter name by input, as its first call has them.
         widths: how many features the layers of the model read, those that are in no graph included.
+        written: how many features they make.
+        layers: how many parameters of the model are matrices or more.
+        inputs: index → name of the floating-point inputs of the model; none where the graph is a part of the model, as
+            after a graph break or of a block that is compiled by itself, or the model is a single layer.
+        compiled: the module that was compiled, or for a function the first that gave names.
         place: of the compiled module in the model whose call compiles it, ``"layers.0"``; empty where it is the model.
         model: the largest module that is known around the graph. known: names of all its modules and parameters, the
             latter as modules where they are their weight. matrices: those of its parameters with two axes or more.
@@ -47,6 +52,10 @@ class Names:
     modules: Mapping[str, str] = field(default_factory=dict)
     regions: Mapping[pipeline.Signature, Mapping[int, str]] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
+    layers: int = 0
+    inputs: Mapping[int, str] = field(default_factory=dict)
+    compiled: nn.Module | None = None
     place: str = ""
     model: nn.Module | None = None
     known: frozenset[str] = frozenset()
@@ -71,8 +80,8 @@ class Names:
 
     def key(self) -> str:
         """All that what is compiled can depend on."""
-        return repr([*(sorted(table.items()) for table in (self.weights, self.modules, self.regions)),
-                     sorted(self.widths)])
+        return repr([*(sorted(table.items()) for table in (self.weights, self.modules, self.regions, self.inputs)),
+                     sorted(self.widths), sorted(self.written), self.layers])
 
 
 def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
@@ -82,8 +91,9 @@ def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
         zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)) if isinstance(value, nn.Parameter)}
     modules = {path: models.module(key, path) for key, path in stacks(gm)}
     regions, twins = _regions(gm, weights)
-    return models.around(Names(weights, modules, regions, models.widths(), models.place(), twins=twins,
-                               plain=_plain(gm, weights)))
+    inputs = dict(models.inputs(gm, example_inputs))
+    return models.around(Names(weights, modules, regions, models.widths(), models.written(), models.layers(), inputs,
+                               models.compiled(), models.place(), twins=twins, plain=_plain(gm, weights)))
 
 
 class _Members:
@@ -133,6 +143,30 @@ class _Models:
     def widths(self) -> frozenset[int]:
         """The last sizes of all matrices that layers of the model multiply."""
         return frozenset(width for root in self._whole() for width in _read(root))
+
+    def written(self) -> frozenset[int]:
+        """The widths of what all layers of the model make."""
+        return frozenset(width for root in self._whole() for width in _made(root))
+
+    def layers(self) -> int:
+        """How many parameters of the model have two dimensions or more."""
+        return sum(parameter.dim() > 1 for root in self._whole() for parameter in nn.Module.parameters(root))
+
+    def inputs(self, gm: GraphModule, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
+        """The inputs that are the model's own floating-point arguments, where the graph starts with the model."""
+        roots = list(self._whole())
+        starts = self.scope is not None and not self.scope.resumed and len(roots) == 1
+        if not starts or any(module is not roots[0] for module in self._compiled()) or self.layers() < 2:
+            return
+        for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), values, strict=False)):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter):
+                source = getattr(node.meta.get("grapharg"), "source", None)
+                if source is not None and self._first_module(source) is None:
+                    yield index, parameter_path(compat.source_name(source)) or node.name
+
+    def compiled(self) -> nn.Module | None:
+        """What was compiled, or for a function the first module that gave names."""
+        return next(iter([*self._compiled(), *self.roots.values()]), None)
 
     def place(self) -> str:
         """Where the compiled module is in the outermost one that is being called."""
@@ -233,6 +267,18 @@ def _plain(gm: GraphModule, weights: Mapping[int, str]) -> str:
             source = getattr(weight.meta.get("grapharg"), "source", None)
             return parameter_path(compat.source_name(source)) or weight.name
     return ""
+
+
+def _made(root: nn.Module) -> Iterator[int]:
+    """How many features each layer makes; of what is stored, as of those that it reads."""
+    for module in nn.Module.modules(root):
+        known = (vars(module).get(name) for name in ("out_features", "embedding_dim", "out_channels", "hidden_size"))
+        width = next((size for size in known if isinstance(size, int)), None)
+        weight = dict(nn.Module.named_parameters(module, recurse=False)).get("weight")
+        if width is not None:
+            yield width
+        elif weight is not None and weight.dim() == 2:
+            yield int(weight.shape["nf" in vars(module)])
 
 
 def _regions(gm: GraphModule, weights: Mapping[int, str]) -> tuple[dict[pipeline.Signature, dict[int, str]],

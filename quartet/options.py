@@ -13,8 +13,9 @@ from quartet.recipes import PolicyError, did_you_mean
 from quartet.runtime.devices import Target
 
 KEYS = ("policy", "dump", "strict", "disable_passes", "disable_kernels", "recompute", "accumulation",
-        "reuse_weights", "portable_rounding", "open_attention")
+        "reuse_weights", "portable_rounding", "open_attention", "eval")
 RECOMPUTE = ("none", "gemm")
+AS_TRAINED = "as trained"
 
 
 class OptionError(ValueError):
@@ -45,6 +46,8 @@ class Options:
             results are bit-equal on all devices.
         open_attention: write ``scaled_dot_product_attention`` as two matmuls and a softmax, whose op classes are
             ``attention_qk`` and ``attention_pv``; the probabilities are then kept for backward.
+        eval: what graphs without a backward compute: ``"as trained"``, with what training quantises, or None, in the
+            model's own dtype.
     """
 
     policy: Policy = field(default_factory=lambda: Policy.coerce(AUTO))
@@ -60,6 +63,7 @@ class Options:
     reuse_weights: bool = True
     portable_rounding: bool = False
     open_attention: bool = False
+    eval: str | None = AS_TRAINED
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None, *,
@@ -99,6 +103,7 @@ class Options:
             reuse_weights=_switch("reuse_weights", given.get("reuse_weights", True)),
             portable_rounding=_switch("portable_rounding", given.get("portable_rounding", False)),
             open_attention=_switch("open_attention", given.get("open_attention", False)),
+            eval=_eval(given.get("eval", AS_TRAINED)),
             mode=mode,
             inductor=inductor,
         )
@@ -173,6 +178,13 @@ def _recompute(value: object) -> str | None:
         raise OptionError(f"option 'recompute' is {value!r}; {did_you_mean(value, RECOMPUTE)}possible: "
                           f"{', '.join(RECOMPUTE)}, or None to leave it to the recipe")
     return None if value is None else str(value)
+
+
+def _eval(value: object) -> str | None:
+    if value is not None and value != AS_TRAINED:
+        raise OptionError(f"option 'eval' is {value!r}; possible: {AS_TRAINED!r}, or None to evaluate in the model's "
+                          "own dtype")
+    return None if value is None else AS_TRAINED
 
 
 def _accumulation(value: object) -> str:

@@ -94,6 +94,7 @@ def test_our_keys_do_not_hide_inductors():
     ("disable_passes", [3], "a list of names"),
     ("disable_passes", ["rotat"],
      "'disable_passes': unknown pass 'rotat'; did you mean 'rotate'.*possible: rotate, quantize"),
+    ("eval", "exact", "'eval' is 'exact'; possible: 'as trained', or None to evaluate in the model's own dtype"),
     ("disable_kernels", ["cpu.liner"], "'disable_kernels': unknown kernel 'cpu.liner'; did you mean 'cpu.linear'"),
     ("max_autotune", "yes", "'max_autotune' of Inductor is of type bool, not str 'yes'"),
     ("compile_threads", "four", r"'compile_threads' of Inductor is of type .*int.*, not str 'four'"),

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class MLP(nn.Module):
-    def __init__(self, d: int = 64, f: int = 96, out: int = 40) -> None:
+    def __init__(self, d: int = 64, f: int = 96, out: int = 64) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(d, f), nn.Linear(f, out, bias=False)
 
@@ -168,7 +168,8 @@ CASES: dict[str, Case] = {
     "llama": Case(Llama, tokens, BLOCK, ENDS),
     "llama_tied": Case(lambda: Llama(tied=True), tokens, BLOCK, ENDS),
     "lora": Case(LoRA, X, {"base1": frozenset({"fprop", "dgrad"}), "base2": frozenset({"fprop", "dgrad"}),
-                           "a": ALL, "b": ALL}),
+                           "a": FIRST, "b": frozenset({"dgrad", "wgrad"})},
+                 {"a": frozenset({"dgrad"}), "b": frozenset({"fprop"})}),  # contract the rank
     "twice": Case(Twice, X, {"fc": ALL}),
     "self_attention": Case(Attention, X, {"mha.in_proj_weight": ALL, "mha.out_proj": ALL}, {"mha": ALL}),
     "cross_attention": Case(lambda: Attention(cross=True), X, {"mha.in_proj_weight": ALL, "mha.out_proj": ALL},

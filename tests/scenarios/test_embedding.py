@@ -162,7 +162,7 @@ def test_dynamic_shapes():
 def test_a_linear_layer_reads_the_quantised_rows():
     """Also where its operand is the gather itself, without a view in between."""
     model = nn.Sequential(nn.Embedding(VOCABULARY, 64), nn.Linear(64, 32, bias=False))
-    run, backend = compile_eager(model, Policy("fp8").on("embedding", weight_only(MXFP8)))
+    run, backend = compile_eager(model, Policy("fp8").on("1", "fp8").on("embedding", weight_only(MXFP8)))
     x = ids(24)
     expected = quantised(model[0].weight.detach(), MXFP8)[0][x] @ model[1].weight.detach().t()
     with torch.no_grad():

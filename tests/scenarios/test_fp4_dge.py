@@ -48,7 +48,7 @@ def test_one_layer_by_its_formulas(shape, bias):
     m, k, n = shape
     layer = nn.Linear(k, n, bias)
     x, e = (torch.randn(m, k) ** 3).requires_grad_(), torch.randn(m, n)
-    compiled, backend = compile_eager(layer, "fp4-dge")
+    compiled, backend = compile_eager(layer, Policy(None).on("linear", "fp4-dge"))  # also what contracts few elements
     y = compiled(x)
     y.backward(e)
     assert backend.lowered() == {"weight": ALL} and count(backend.forwards()[0], "split_outliers") == 1
@@ -165,11 +165,12 @@ def test_autocast():
 def test_symbolic_tokens():
     torch.manual_seed(0)
     model = MLP()
-    dynamic, backend = compile_eager(model, "fp4-dge", dynamic=True)
+    policy = Policy(None).on("linear", "fp4-dge")
+    dynamic, backend = compile_eager(model, policy, dynamic=True)
     for n in (40, 24, 7):
         inputs = [torch.randn(n, 64, requires_grad=True)]
         got = step(dynamic, model, inputs)
-        static, _ = compile_eager(model, "fp4-dge", dynamic=False)
+        static, _ = compile_eager(model, policy, dynamic=False)
         torch.testing.assert_close(got, step(static, model, inputs), rtol=1e-5, atol=1e-7)
     assert backend.calls == 1
 

@@ -48,7 +48,7 @@ def torchao_config(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("rows", (40, 33))
 def test_a_step_is_that_of_torchao(recipe, rows):
-    model, (x,) = MLP(64, 96, 48), data(rows, 64, grad=True)()
+    model, (x,) = MLP(64, 96, 64), data(rows, 64, grad=True)()
     theirs = convert_to_float8_training(deepcopy(model), config=torchao_config(recipe))
     compiled, backend = compile_eager(model, recipe)
     got, want = step(compiled, model, (x,)), step(theirs, theirs, (x,))
@@ -191,7 +191,7 @@ def test_two_e5m2_operands_leave_the_tensor_cores(tensor_cores):
 def test_rotations_and_fp8_combine(rotations, kernel):
     forward = Gemm(Operand(TENSOR), Operand(TENSOR), rotations[0])
     backward = Gemm(Operand(TENSOR), Operand(TENSOR, "saved"), rotations[1])
-    model, inputs = MLP(64, 96, 40), data(40, 64, grad=True)()
+    model, inputs = MLP(64, 96, 64), data(40, 64, grad=True)()
     compiled, backend = compile_eager(model, Recipe("rotated", fprop=forward, dgrad=backward, wgrad=backward))
     assert_close(step(compiled, model, inputs), step(model, model, inputs), least=0.99)
     assert {r.kernel for r in backend.records} == {kernel}
@@ -223,7 +223,7 @@ def test_an_operand_that_products_of_two_kernels_read_is_quantised_once_for_both
     base, model, inputs = recipes()["fp8"], Queries(), data(40, 64, grad=True)()
     assert base.fprop is not None
     mixed = replace(base, name="mixed", fprop=replace(base.fprop, b=Operand(QuantSpec("e4m3"))))
-    policy = Policy("fp8").on("k", mixed)
+    policy = Policy("fp8").on("*", "fp8").on("k", mixed)
     compiled, backend = compile_eager(model, policy)
     got = step(compiled, model, inputs)
     kernels = {(r.fqn, r.role): r.kernel for r in backend.records}
@@ -253,7 +253,7 @@ def test_any_number_of_tokens(kernel):
 
 
 def test_padding_is_noted_as_it_is(kernel):
-    model, inputs = MLP(65, 96, 40), data(40, 65, grad=True)()
+    model, inputs = MLP(65, 96, 65), data(40, 65, grad=True)()
     compiled, backend = compile_eager(model, "fp8")
     step(compiled, model, inputs)
     notes = {(r.fqn, r.role): r.notes for r in backend.records}
@@ -280,7 +280,7 @@ def test_compiled_code_computes_what_the_graph_says(recipe, kernel):
     dtype = torch.bfloat16 if recipe == "fp8-rowwise" else torch.float32
     if recipe == "fp8-rowwise" and kernel == "cublaslt" and not rows_run_on_a_cpu():
         pytest.skip(f"torch {torch.__version__} has no _scaled_mm with row scales on a CPU")
-    model, inputs = MLP(64, 96, 48).to(dtype), (data(32, 64)()[0].to(dtype).requires_grad_(),)
+    model, inputs = MLP(64, 96, 64).to(dtype), (data(32, 64)()[0].to(dtype).requires_grad_(),)
     eager, _ = compile_eager(model, recipe)
     expected = step(eager, model, inputs)
     torch._dynamo.reset()

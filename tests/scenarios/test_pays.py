@@ -1,14 +1,25 @@
 """What ``where_it_pays`` leaves in the model's dtype, told by explaining small models for a GPU with made-up rates."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from harness import compile_eager
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import quartet
-from quartet import Policy, explain, recipes
+from quartet import Policy, explain, recipes, trained
+from quartet.backend import compile_graph
 from quartet.lowering.rates import PASSES, Rates
 from quartet.lowering.recipe import ROLES
+from quartet.options import Options
 from quartet.passes import pays
+from quartet.runtime.capture import Pretence
+from quartet.runtime.devices import Target
 
 pytest.importorskip("triton")
 FREE = Rates("free passes", {"bf16": 1e12, "fp8": 2e12}, {"bf16": 0.0, "fp8": 0.0}, dict.fromkeys(PASSES, 0.0), 0.0)
@@ -119,6 +130,7 @@ def test_what_leaves_shares_no_cost_any_more(rates):
         def __init__(self, *outs):
             super().__init__()
             self.layers = nn.ModuleList(nn.Linear(1024, out, bias=False) for out in outs)
+            self.elsewhere = nn.ModuleList(nn.Linear(out, 1024) for out in outs)  # else these are heads
 
         def forward(self, x):
             return sum(layer(x).sum() for layer in self.layers)
@@ -129,7 +141,7 @@ def test_what_leaves_shares_no_cost_any_more(rates):
     assert (x / 2 + w + e) * 1.65e-10 < gain < (x + w + e) * 1.65e-10
     alike = report(policy, 64, 1024, model=Net(512, 512).bfloat16())
     assert {r.kernel for r in alike.records} == {"cublaslt"}
-    unlike = report(policy, 64, 1024, model=Net(512, 16).bfloat16())
+    unlike = report(policy, 64, 1024, model=Net(512, 32).bfloat16())
     assert {r.kernel for r in unlike.records} == {None}
 
 
@@ -143,3 +155,140 @@ def test_by_the_measured_rates_nothing_slower_is_chosen(name, sizes):
             quantised, plain = (float(word) for word in note.split() if word.isdigit())
             assert quantised < plain
     assert quartet.recipes()[name].quantizes
+
+
+class Chain(nn.Module):
+    """Square layers with activations between, of which some are frozen."""
+
+    def __init__(self, width, frozen=()):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(3))
+        for i in frozen:
+            self.layers[i].requires_grad_(False)
+
+    def forward(self, x):
+        for layer, act in zip(self.layers, (torch.relu, torch.nn.functional.gelu, torch.tanh), strict=True):
+            x = act(layer(x))
+        return x
+
+
+def priced(model, x, grad=True, policy="auto"):
+    """(module, role) → whether it is quantised in a compilation for a Hopper GPU, which counts as one; the records."""
+    options = replace(Options.parse(options={"policy": policy}), target=Target.named("sm_90"))
+    records = []
+
+    def compile(gm, inputs):
+        return compile_graph(gm, inputs, options, inner_compile=Pretence(), collect=records.extend)
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        torch.compile(model, backend=compile)(x)
+    return {(r.fqn, r.role): r.kernel is not None for r in records}, records
+
+
+def bf16(tokens, width=1024):
+    return torch.zeros(tokens, width, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [64, 2048, 32768])
+@pytest.mark.parametrize("name", ["quartet", "fp8", "fp8-rowwise"])
+def test_evaluation_and_frozen_layers_get_what_training_gets(tokens, name):
+    policy = Policy(name, where_it_pays=True)
+    found = [priced(Chain(2048, frozen).bfloat16(), bf16(tokens, 2048), grad, policy)[0]
+             for grad in (True, False) for frozen in ((), (0, 1), (2,))]
+    for other in found[1:]:
+        assert all(found[0][key] == taken for key, taken in other.items() if key in found[0])
+
+
+def test_a_layer_is_priced_for_the_tokens_that_it_was_first_trained_with(rates):
+    rates(casts_at(1e-10))
+    model, policy = Chain(1024).bfloat16(), Policy("fp8", where_it_pays=True)
+    taken, records = priced(model, bf16(512), policy=policy)
+    assert all(taken.values()) and not any("tokens" in r.notes[0] for r in records)
+    for tokens, grad in ((32, True), (32, False), (8192, True)):
+        taken, records = priced(model, bf16(tokens), grad, policy)
+        assert all(taken.values()) and all("of 512 tokens" in r.notes[0] for r in records)
+    assert not any(priced(Chain(1024).bfloat16(), bf16(32), policy=policy)[0].values())
+
+
+def test_training_wins_over_an_earlier_evaluation_and_says_so(rates, recwarn):
+    rates(casts_at(1e-10))
+    model, policy = Chain(1024).bfloat16(), Policy("fp8", where_it_pays=True)
+    assert not any(priced(model, bf16(32), False, policy)[0].values())
+    assert not [w for w in recwarn if "decided otherwise" in str(w.message)]
+    with pytest.warns(UserWarning, match="3 layers are decided otherwise for training than in the graphs"):
+        assert all(priced(model, bf16(512), policy=policy)[0].values())
+    recwarn.clear()
+    assert all(priced(model, bf16(32), False, policy)[0].values())
+    assert not [w for w in recwarn if "decided otherwise" in str(w.message)]
+
+
+def test_a_look_at_a_model_decides_nothing(rates):
+    rates(casts_at(1e-10))
+    model, policy = Chain(1024).bfloat16(), Policy("fp8", where_it_pays=True)
+    assert not any(r.lowered for r in explain(model, bf16(32), options={"policy": policy}, target="sm_90").records)
+    assert all(priced(model, bf16(512), policy=policy)[0].values())
+    assert all(r.lowered for r in explain(model, bf16(32), options={"policy": policy}, target="sm_90").records)
+
+
+def test_a_length_that_changes_keeps_the_decision_and_its_number(rates):
+    rates(casts_at(1e-10))
+    model, policy = Chain(1024).bfloat16(), Policy("fp8", where_it_pays=True)
+    x = bf16(512)
+    torch._dynamo.mark_dynamic(x, 0)
+    taken, records = priced(model, x, policy=policy)
+    assert all(taken.values()) and all("of 512 tokens" in r.notes[0] and isinstance(r.m, str) for r in records
+                                       if r.role == "fprop")
+
+
+def test_memory_holds_no_model(rates):
+    model = Chain(64).bfloat16()
+    priced(model, bf16(64, 64))
+    seen = weakref.ref(model)
+    before = len(trained._remembered)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert seen() is None and len(trained._remembered) < before
+
+
+@pytest.mark.parametrize("call", [
+    lambda m, x: F.linear(x, m.w), lambda m, x: x @ m.w.t(), lambda m, x: torch.matmul(x, m.w.mT),
+    lambda m, x: torch.einsum("btk,nk->btn", x, m.w), lambda m, x: torch.addmm(m.b, x.flatten(0, 1), m.w.t()),
+    lambda m, x: (m.w @ x.flatten(0, 1).t()).t(), lambda m, x: F.linear(x, m.w.to(torch.float64).float()),
+    lambda m, x: checkpoint(F.linear, x, m.w, use_reentrant=False)])
+def test_tokens_are_read_from_the_graph_of_dynamo(call):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.zeros(48, 64)), nn.Parameter(torch.zeros(48))
+
+        def forward(self, x):
+            return call(self, x)
+
+    found = []
+
+    def backend(gm, inputs):
+        found.append(trained.tokens_of(gm, {i: "w" for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)
+                                            and v.dim() == 2}))
+        return gm
+
+    torch.compile(Model(), backend=backend)(torch.zeros(3, 7, 64))
+    assert found == [{"w": 21}]
+
+
+@pytest.mark.parametrize("evaluation", ["as trained", None])
+def test_what_evaluation_computes(evaluation):
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(40, 64)
+    exact = model(x)
+    compiled, backend = compile_eager(model, "quartet", eval=evaluation)
+    trained_with = compiled(x)
+    assert not torch.equal(trained_with, exact) and {r.kernel is None for r in backend.records} == {False}
+    backend.records.clear()
+    with torch.no_grad():
+        found = compiled(x)
+    if evaluation is None:
+        torch.testing.assert_close(found, exact)
+        assert {r.reason for r in backend.records} == {"evaluation stays in the model's dtype: option eval=None"}
+    else:
+        assert torch.equal(found, trained_with) and {r.kernel is None for r in backend.records} == {False}
