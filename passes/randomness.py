@@ -54,8 +54,9 @@ def _draws(node: Node) -> bool:
                for i, argument in enumerate(schema.arguments) if argument.name in _PROBABILITIES]
     if "attention" in schema.name or schema.name.endswith("::native_dropout"):
         return any(isinstance(chance, float) and 0 < chance < 1 for chance in chances)
-    empty = any(isinstance(size, int) and size == 0 for size in _made(node).shape)
-    return schema.name.split("::")[-1] in _DRAWS and not empty
+    if schema.name.split("::")[-1] not in _DRAWS:  # a size is no tensor
+        return False
+    return not any(isinstance(size, int) and size == 0 for size in _made(node).shape)
 
 
 def _made(node: Node) -> torch.Tensor:
