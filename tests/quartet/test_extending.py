@@ -90,9 +90,9 @@ def compile_eager(model, **options):
 def train(policy, steps=60):
     """Losses of a small regression under a policy; None is high precision."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
     x = torch.randn(128, 64)
-    target = torch.tanh(x @ torch.randn(64, 32) / 8)
+    target = torch.tanh(x @ torch.randn(64, 64) / 8)
     compiled, records, capture = compile_eager(model, policy=Policy(policy))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
