@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("action", nargs="?", default="list", metavar="{" + ",".join(CACHE_ACTIONS) + "}")
     cache.set_defaults(run=_cache)
 
-    selftest = commands.add_parser("selftest", help="run every kernel that this machine's GPUs support, and compare "
-                                                    "it with the reference")
+    selftest = commands.add_parser("selftest", help="run the quantisers and products that this machine's GPUs "
+                                                    "support, and compare them with the reference")
     selftest.set_defaults(run=_selftest)
     return parser
 

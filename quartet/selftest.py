@@ -1,22 +1,27 @@
-"""``quartet selftest``: every kernel that a GPU of this machine supports, against the reference on that GPU."""
+"""``quartet selftest``: quantisers, inverse rotations and products on each GPU, against the reference on that GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quartet.doctor import table
 from quartet.kernels import reference
+from quartet.kernels.reference.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec
+from quartet.lowering.recipe import Gemm, Rotation
+from quartet.recipes import recipes
 from quartet.runtime.devices import Target
-from quartet.selftest_products import MXFP4, PRODUCTS, Operand, Product, exact
+from quartet.selftest_products import NVFP4, NVFP4_TILE, PRODUCTS, Operand, Product, exact
 
-NEAREST = MXFP4
-STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
+if TYPE_CHECKING:
+    from quartet.kernels.triton.ops import Chain
+
 SHAPES = ((256, 512, 1024), (300, 144, 4096), (1, 48, 96))  # M, N and K of the products
 QUANTIZED = ((256, 512), (33, 80), (1, 32))
 MANY = (2048, 4096)
@@ -26,6 +31,58 @@ RESOLUTION = {"integers": 2.0**-10, "hardware": 2.0**-8}  # steps by which a pro
 SITE = 5
 
 Verdict = tuple[bool, str]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A Hadamard transform and a quantiser after it, for the kernels and by the reference."""
+
+    name: str
+    spec: QuantSpec
+    rotation: Rotation | None = None
+
+    @staticmethod
+    def of(name: str, gemm: Gemm | None) -> Quantizer:
+        """That of a product's first operand."""
+        assert gemm is not None and gemm.a.spec is not None
+        return Quantizer(name, gemm.a.spec, gemm.rotation)
+
+    @property
+    def size(self) -> int:
+        return 0 if self.rotation is None else self.rotation.n
+
+    def signs(self, device: torch.device) -> Tensor | None:
+        if self.rotation is None or self.rotation.signs == "none":
+            return None
+        if self.rotation.signs == "random":
+            return reference.random_signs(_seed(device), SITE, self.size)
+        return torch.tensor(self.rotation.signs, dtype=torch.float32, device=device)
+
+    def chain(self, x: Tensor) -> Chain:
+        """What the kernels take to quantise ``x``."""
+        from quartet.kernels.triton.ops import Chain
+
+        encode = None if (amax := self._amax(x)) is None else tensor_scales(amax, self.spec)[0]
+        return Chain(self.spec, self.size, self.signs(x.device), _seed(x.device), SITE, encode)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and mask by the reference."""
+        return reference.quantize(self._rotated(x), self.spec, _seed(x.device), SITE, amax=self._amax(x))
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return reference.hadamard(x, self.size, self.signs(x.device)) if self.size else x
+
+    def _amax(self, x: Tensor) -> Tensor | None:
+        return reference.largest_magnitude(self._rotated(x)) if self.spec.takes_amax else None
+
+
+FORWARD = Quantizer.of("nearest", recipes()["quartet"].fprop)
+MASKED = Quantizer.of("nearest with mask", recipes()["quartet-paper"].fprop)
+STOCHASTIC = Quantizer.of("stochastic", recipes()["quartet"].dgrad)
+UNROTATED = replace(STOCHASTIC, rotation=None)
+MX = (FORWARD, MASKED, STOCHASTIC)
+NV = (Quantizer("NVFP4 nearest", NVFP4), Quantizer("NVFP4 nearest, tiles", NVFP4_TILE),
+      Quantizer("NVFP4 stochastic", replace(NVFP4, rounding="stochastic"), Rotation(16)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +133,7 @@ def checks_of(device: torch.device) -> Iterator[Check]:
     from quartet.lowering import blackwell, cuda
 
     target = Target.of(device)
-    declined = cuda.supports(target, torch.bfloat16, STOCHASTIC, 32)
+    declined = cuda.supports(target, torch.bfloat16, STOCHASTIC.spec, STOCHASTIC.size)
     if declined is not None:
         yield Check("Triton quantisers", "-", _nothing, declined)
     else:
@@ -88,7 +145,8 @@ def checks_of(device: torch.device) -> Iterator[Check]:
 
 
 def quantizer_checks(device: torch.device, sizes: Sequence[tuple[int, int]], many: tuple[int, int]) -> Iterator[Check]:
-    """Of the Triton quantisers, row-major and swizzled, in integers and by the device's conversions, and of the fold.
+    """Of the Triton quantisers, row-major and swizzled, in integers and by the device's conversions, and of what goes
+    with them: the fold to E4M3, requantising, the inverse rotation of gradients.
 
     Args:
         sizes: rows and columns of what is quantised. many: those of what probabilities are estimated from.
@@ -98,15 +156,18 @@ def quantizer_checks(device: torch.device, sizes: Sequence[tuple[int, int]], man
     forms = [("integers", False)] + ([("hardware", True)] if blackwell.conversions(device) else [])
     for rows, cols in sizes:
         at, shape = (device, rows, cols), f"{rows}×{cols}"
-        yield Check("quantise, row-major, nearest", shape, partial(_row_major, *at, NEAREST))
-        yield Check("quantise, row-major, stochastic", shape, partial(_row_major, *at, STOCHASTIC))
-        yield Check("quantise, fold to E4M3", shape, partial(_folded, *at))
-        for name, hardware in forms:
-            yield Check(f"quantise, swizzled, nearest, {name}", shape, partial(_swizzled, *at, NEAREST, hardware))
-            if not hardware:
-                yield Check("quantise, swizzled, stochastic, integers", shape,
-                            partial(_swizzled, *at, STOCHASTIC, False))
-            yield Check(f"requantise, swizzled, nearest, {name}", shape, partial(_requantized, *at, hardware))
+        for q in (*MX, *NV):
+            yield Check(f"quantise, row-major, {q.name}", shape, partial(_row_major, *at, q))
+        for q in MX:
+            yield Check(f"quantise, fold to E4M3, {q.name}", shape, partial(_folded, *at, q))
+            yield Check(f"requantise, row-major, {q.name}", shape, partial(_requantized, *at, q))
+            for name, hardware in forms:
+                if not (hardware and q.spec.stochastic):
+                    yield Check(f"quantise, swizzled, {q.name}, {name}", shape, partial(_swizzled, *at, q, hardware))
+                    yield Check(f"requantise, swizzled, {q.name}, {name}", shape,
+                                partial(_requantized_swizzled, *at, q, hardware))
+        for q in (FORWARD, MASKED):
+            yield Check(f"inverse rotation, {q.name}", shape, partial(_unrotated, *at, q))
     for name, hardware in forms:
         if not hardware or "stochastic" in blackwell.conversions(device):
             yield Check(f"fairness of stochastic, {name}", "{}×{}".format(*many),
@@ -180,57 +241,90 @@ def _differing(pairs: Iterable[tuple[Tensor, Tensor]]) -> Verdict:
     return wrong == 0, f"{wrong} of {total} bytes differ"
 
 
-def _row_major(device: torch.device, rows: int, cols: int, spec: QuantSpec) -> Verdict:
-    from quartet.kernels.triton import ops
-
-    x, seed = _data(device, rows, cols), _seed(device)
-    signs = reference.random_signs(seed, SITE, 32)
-    got = ops.quantize(x, ops.Chain(spec, 32, signs, seed, SITE), packed=True, folded=False)
-    wanted = reference.quantize(reference.hadamard(x, 32, signs), spec, seed, SITE)
-    return _differing(zip(got[:3], wanted, strict=True))
-
-
-def _folded(device: torch.device, rows: int, cols: int) -> Verdict:
+def _row_major(device: torch.device, rows: int, cols: int, q: Quantizer) -> Verdict:
     from quartet.kernels.triton import ops
 
     x = _data(device, rows, cols)
-    codes, scales, _, values, row_scales = ops.quantize(x, ops.Chain(NEAREST, 32), packed=True, folded=True)
-    return _differing([(values.float() * row_scales, reference.dequantize(codes, scales, NEAREST))])
-
-
-def _swizzled(device: torch.device, rows: int, cols: int, spec: QuantSpec, hardware: bool) -> Verdict:
-    from quartet.kernels.triton import blackwell
-    from quartet.kernels.triton.ops import Chain
-
-    x, seed = _data(device, rows, cols), _seed(device)
-    signs = reference.random_signs(seed, SITE, 32)
-    chain = Chain(spec, 32, signs, seed, SITE)
-    got = [*blackwell.quantize(x, chain, hardware=hardware)[:2],
-           *blackwell.quantize_both(x, chain, chain, hardware=hardware)]
+    got: list[Tensor] = []
     wanted: list[Tensor] = []
-    for operand in (x, x, x.t()):
-        codes, scales, _ = reference.quantize(reference.hadamard(operand, 32, signs), spec, seed, SITE)
-        wanted += [codes, reference.swizzle_scales(scales)]
+    for operand in (x, x.t()):
+        got += ops.quantize(operand, q.chain(operand), packed=True, folded=False)[:3]
+        wanted += q.quantize(operand)
+    if not q.spec.tile:
+        got += ops.quantize_both(x, q.chain(x), q.chain(x.t()))
+        wanted += [*q.quantize(x)[:2], *q.quantize(x.t())[:2]]
     return _differing(zip(got, wanted, strict=True))
 
 
-def _requantized(device: torch.device, rows: int, cols: int, hardware: bool) -> Verdict:
-    from quartet.kernels.triton import blackwell
-    from quartet.kernels.triton.ops import Chain
+def _folded(device: torch.device, rows: int, cols: int, q: Quantizer) -> Verdict:
+    from quartet.kernels.triton import ops
 
-    codes, scales, _ = reference.quantize(_data(device, rows, cols), NEAREST)
-    got = blackwell.requantize(codes, reference.swizzle_scales(scales), NEAREST, Chain(NEAREST, 32), hardware=hardware)
-    back = reference.dequantize(codes, scales, NEAREST).t()
-    codes, scales, _ = reference.quantize(reference.hadamard(back, 32), NEAREST)
+    x = _data(device, rows, cols)
+    *got, values, row_scales = ops.quantize(x, q.chain(x), packed=True, folded=True)
+    wanted = q.quantize(x)
+    without_gain = QuantSpec(q.spec.element, q.spec.block)
+    folded = reference.dequantize(*wanted[:2], without_gain)
+    pairs = [*zip(got, wanted, strict=True), (values.float() * row_scales, folded)]
+    alone, scales_alone = ops.fold(*wanted[:2], q.spec)
+    return _differing([*pairs, (alone.float() * scales_alone, folded)])
+
+
+def _swizzled(device: torch.device, rows: int, cols: int, q: Quantizer, hardware: bool) -> Verdict:
+    from quartet.kernels.triton import blackwell
+
+    x = _data(device, rows, cols)
+    codes, scales, mask = blackwell.quantize(x, q.chain(x), hardware=hardware)
+    got = [codes, scales, *blackwell.quantize_both(x, q.chain(x), q.chain(x.t()), hardware=hardware)]
+    wanted: list[Tensor] = []
+    for operand in (x, x, x.t()):
+        codes, scales, _ = q.quantize(operand)
+        wanted += [codes, reference.swizzle_scales(scales)]
+    if q.spec.mask:
+        got.append(mask)
+        wanted.append(q.quantize(x)[2])
+    return _differing(zip(got, wanted, strict=True))
+
+
+def _requantized(device: torch.device, rows: int, cols: int, q: Quantizer) -> Verdict:
+    """From the codes of forward."""
+    from quartet.kernels.triton import ops
+
+    codes, scales, _ = FORWARD.quantize(_data(device, rows, cols))
+    back = reference.dequantize(codes, scales, FORWARD.spec).t()
+    got = ops.requantize(codes, scales, FORWARD.spec, q.chain(back))
+    return _differing(zip(got, q.quantize(back)[:2], strict=True))
+
+
+def _requantized_swizzled(device: torch.device, rows: int, cols: int, q: Quantizer, hardware: bool) -> Verdict:
+    from quartet.kernels.triton import blackwell
+
+    codes, scales, _ = FORWARD.quantize(_data(device, rows, cols))
+    back = reference.dequantize(codes, scales, FORWARD.spec).t()
+    got = blackwell.requantize(codes, reference.swizzle_scales(scales), FORWARD.spec, q.chain(back), hardware=hardware)
+    codes, scales, _ = q.quantize(back)
     return _differing(zip(got, (codes, reference.swizzle_scales(scales)), strict=True))
+
+
+def _unrotated(device: torch.device, rows: int, cols: int, q: Quantizer) -> Verdict:
+    """The gradient of what ``q`` quantised, as a product of two stochastic operands leaves it."""
+    from quartet.kernels.triton.rotations import mask_rotate
+
+    codes, _, mask = q.quantize(_data(device, rows, cols))
+    gradient, gain = _data(device, rows, codes.shape[1] * 2, 1), STOCHASTIC.spec.gain**2
+    dtype = torch.bfloat16 if gradient.is_cuda else torch.float32  # Triton's interpreter rounds bf16 its own way
+    got = mask_rotate(gradient, mask if q.spec.mask else None, rotation=q.size, signs=q.signs(device), gain=gain,
+                      cols=cols, dtype=dtype)
+    scaled = gradient.float() * gain
+    kept = reference.apply_mask(scaled, mask) if q.spec.mask else scaled
+    wanted = reference.hadamard(kept, q.size, q.signs(device), inverse=True, dtype=dtype)[:, :cols]
+    return _differing([(got, wanted.contiguous())])
 
 
 def _fair(device: torch.device, rows: int, cols: int, hardware: bool) -> Verdict:
     from quartet.kernels.triton import blackwell
-    from quartet.kernels.triton.ops import Chain
 
     x = _data(device, rows, cols)
-    codes, flat, _ = blackwell.quantize(x, Chain(STOCHASTIC, seed=_seed(device), site=SITE), hardware=hardware)
+    codes, flat, _ = blackwell.quantize(x, UNROTATED.chain(x), hardware=hardware)
     scales = reference.unswizzle_scales(flat, rows, cols // 32)
     exact = x.float() * reference.e8m0_reciprocal(scales).repeat_interleave(32, 1) * 0.75
     values = reference.e2m1_decode(reference.unpack_nibbles(codes))
