@@ -7,6 +7,7 @@ Each entry of ``PRIVATE`` is (module, name, what it is for). All of them exist i
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -243,11 +244,18 @@ def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn
             outside.insert(0, frame.f_locals["self"])
         elif (frame.f_code.co_name, frame.f_globals.get("__name__")) == ("compile_wrapper", "torch._dynamo.eval_frame"):
             inside, outside = outside + inside, []
-            function, arguments = frame.f_locals.get("fn"), frame.f_locals.get("args") or ()
-            owner = getattr(function, "__self__", arguments[0] if arguments else None)
+            arguments = frame.f_locals.get("args") or ()
+            owner = _owner(frame.f_locals.get("fn"), arguments[0] if arguments else None)
             part = owner if isinstance(owner, torch.nn.Module) else None
         frame = frame.f_back
     return outside, inside, part
+
+
+def _owner(function: Any, first: Any) -> Any:
+    """What a function is a method of, else ``first``; dynamo wraps the modules whose code it would skip, torch's own
+    layers, in a function."""
+    wrapped = inspect.unwrap(function, stop=lambda inner: isinstance(inner, torch.nn.Module))
+    return wrapped if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__self__", first)
 
 
 def inside(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -5,7 +5,8 @@ import torch
 from harness import compile_eager, eager_backend
 from torch import nn
 
-from quartet import names
+import quartet
+from quartet import Policy, names
 from quartet.backend import make_pipeline
 from quartet.options import Options
 from quartet.passes.naming import module_path, parameter_path
@@ -166,6 +167,47 @@ def of_closed_over(model):
 ], ids=["global", "passed", "closed over", "attribute", "in a list", "method"])
 def test_functions_and_methods(run, inputs):
     assert seen(run, *inputs, x()) == BLOCK
+
+
+def hooked(layer):
+    layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+    return layer
+
+
+BARE = [linear(), hooked(linear()), nn.Conv2d(WIDTH, WIDTH, 3), nn.Embedding(9, WIDTH)]
+
+
+def given_to(layer):
+    if isinstance(layer, nn.Embedding):
+        return torch.arange(6)
+    return x() if isinstance(layer, nn.Linear) else torch.randn(2, WIDTH, 8, 8)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("layer", BARE, ids=["linear", "hooks", "convolution", "embedding"])
+def test_a_layer_of_torch_that_is_compiled_alone(layer, fullgraph):
+    """Dynamo skips the code of torch's own modules, and compiles a function around the module instead."""
+    policy = Policy("fp8").on("embedding", "fp8").on("conv", "fp8")
+    for other in (*BARE, layer, layer.forward):  # compiled after others, it has no other name
+        compiled, backend = compile_eager(other, policy, fullgraph=fullgraph)
+        compiled(given_to(layer if other == layer.forward else other))
+        assert {r.fqn for r in backend.records} == {"weight"}
+
+
+def test_parameters_of_a_layer_of_torch_that_is_compiled_alone():
+    run = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0, batch_first=True)
+    names = {"self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"}
+    assert names <= seen(run, torch.randn(2, 8, WIDTH))
+
+
+def test_what_is_explained_of_a_layer_alone():
+    assert {r.fqn for r in quartet.explain(linear(), x(), options={"policy": "fp8"}).records} == {"weight"}
+
+
+def test_a_function_that_is_given_a_method_is_no_part_of_its_module():
+    first, model = linear(), Block()
+    assert seen(lambda run, x: first(run(x)), model.forward, x()) == {"first", *BLOCK}
 
 
 def test_lone_layers_of_a_function_have_the_names_of_their_variables():
