@@ -1,8 +1,10 @@
 """What a policy's default leaves in the model's dtype whatever its recipe, until a rule names the class or the module.
 
-A product that contracts fewer elements than a block has nothing to gain. A layer that reads the model's own numbers
-meets columns of unlike units in one block: a single large one takes the others' bits, as it would an embedding's rows.
-A parameter that is no layer's weight, such as the frequencies of Fourier features, is not known to train with less.
+A product that contracts fewer elements than a block has nothing to gain. For wgrad, which contracts tokens, the batch
+counts that the layer was first trained with, so that a short last one gets what the others got. A layer that reads the
+model's own numbers meets columns of unlike units in one block: a single large one takes the others' bits, as it would
+an embedding's rows. A parameter that is no layer's weight, such as the frequencies of Fourier features, is not known to
+train with less.
 """
 
 from __future__ import annotations
@@ -15,15 +17,31 @@ from quartet.lowering.graph import shape
 from quartet.lowering.recipe import ROLES
 from quartet.passes.flow import Flow
 from quartet.passes.sites import MatmulSite
+from quartet.passes.state import Config
+from quartet.runtime.sizes import hint
 
 LEAST = 32  # elements: a block of the MX formats, and what an 8-bit tensor core contracts at once
 
 
-def small(site: MatmulSite) -> dict[str, str]:
-    """Role → why its product contracts too little; a symbolic size is taken to be large."""
-    depths = {role: site.dims(role)[2] for role in ROLES}
-    return {role: f"contracts {depth} elements, fewer than the {LEAST} of a block" for role, depth in depths.items()
-            if isinstance(depth, int) and depth < LEAST}
+def tokens(site: MatmulSite, config: Config) -> int:
+    """The tokens that a layer is decided by: those that it was first trained with, or else those of the graph."""
+    return config.tokens.get(site.fqn) or hint(site.m)
+
+
+def small(site: MatmulSite, config: Config) -> dict[str, str]:
+    """Role → why its product contracts too little; a symbolic number of features is taken to be large."""
+    depths = {role: site.dims(role)[2] for role in ROLES} | {"wgrad": tokens(site, config)}
+    reasons = {role: f"contracts {depth} elements, fewer than the {LEAST} of a block" for role, depth in depths.items()
+               if isinstance(depth, int) and depth < LEAST}
+    if "wgrad" in reasons and site.fqn in config.tokens and (not isinstance(site.m, int) or site.m != depths["wgrad"]):
+        reasons["wgrad"] += ", in the batch that the layer was first trained with"
+    return reasons
+
+
+def quantised_all_the_same(site: MatmulSite, config: Config) -> str:
+    """Why wgrad contracts less than a block and is not left alone; empty where it is, or contracts more."""
+    few = isinstance(site.m, int) and site.m < LEAST <= tokens(site, config)
+    return f"decided for the {tokens(site, config)} tokens that the layer was first trained with" if few else ""
 
 
 def reads_input(site: MatmulSite, flow: Flow, inputs: Mapping[Node, str], written: Collection[int]) -> str:

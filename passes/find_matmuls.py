@@ -162,7 +162,8 @@ def _owner(parameter: str) -> str:
 
 def _aside(state: State, site: MatmulSite, flow: Flow) -> dict[str, str]:
     """Role → why the policy's default leaves a site's product alone."""
-    found, name, config = small(site), flow.origin.get(site.w[0], ""), state.config
+    config, name = state.config, flow.origin.get(site.w[0], "")
+    found = small(site, config)
     if site.op_class in ("linear", "lm_head", "router") and name and config.inputs:
         index = input_indices(state.gm.graph)
         inputs = {node: config.inputs[at] for node, at in index.items() if at is not None and at in config.inputs}

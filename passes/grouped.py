@@ -56,7 +56,7 @@ def find_grouped(state: State) -> None:
             if is_backward(other) and numbered and other not in claimed:
                 _attach(site, other, claimed)
         site.op_class = own_class(site) or site.op_class
-        site.aside = small(site) | quantised_before(site)
+        site.aside = small(site, state.config) | quantised_before(site)
         state.sites.append(site)
     for node in nodes:
         if is_backward(node) and node not in claimed:

@@ -22,6 +22,7 @@ from quartet.lowering.cost import FP8_KERNELS, Cost, Layer, predict
 from quartet.lowering.graph import VIEWS, val
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe import ROLES, Gemm, Recipe
+from quartet.passes.aside import tokens
 from quartet.passes.flow import Flow
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import Config, State, recipe_of
@@ -146,14 +147,9 @@ def _unmeasured(layer: Layer, roles: Iterable[str]) -> str:
 
 def _basis(site: MatmulSite, config: Config) -> str:
     """What a price is of: also for how many tokens, where that is not what the graph has."""
-    tokens = _tokens(site, config)
-    same = isinstance(site.m, int) and site.m == tokens
-    return "forward and backward" + ("" if same else f" of {tokens} tokens")
-
-
-def _tokens(site: MatmulSite, config: Config) -> int:
-    """The tokens that a layer is priced for: those that it was first trained with, or else those of the graph."""
-    return config.tokens.get(site.fqn) or hint(site.m)
+    count = tokens(site, config)
+    same = isinstance(site.m, int) and site.m == count
+    return "forward and backward" + ("" if same else f" of {count} tokens")
 
 
 def _layer(state: State, site: MatmulSite, recipe: Recipe, sharing: int) -> Layer:
@@ -162,7 +158,7 @@ def _layer(state: State, site: MatmulSite, recipe: Recipe, sharing: int) -> Laye
     recompute = (config.recompute or recipe.recompute) == "gemm" and is_read_in_backward(
         site.products["fprop"].node, state.flow)
     kernels = {role: _kernel(getattr(recipe, role), site, target, config.disable_kernels) for role in ROLES}
-    return Layer(kernels, _tokens(site, config), hint(site.n), hint(site.k), sharing, recompute)
+    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute)
 
 
 def is_read_in_backward(y: Node, flow: Flow) -> bool:

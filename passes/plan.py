@@ -11,6 +11,7 @@ from quartet.lowering import registry
 from quartet.lowering.graph import VIEWS, shape, val
 from quartet.lowering.recipe import ROLES
 from quartet.lowering.resolution import Choice, Resolution
+from quartet.passes.aside import quantised_all_the_same
 from quartet.passes.layers import layers_of
 from quartet.passes.others import OF_CODES
 from quartet.passes.pays import kernel_of, leave_slower
@@ -42,6 +43,9 @@ def plan(state: State) -> None:
         choices = {role: resolution.choice(role) for role in ROLES}
         site.reasons = {role: choice.reason for role, choice in choices.items() if choice.gemm is None}
         site.remarks = {role: choice.reason for role, choice in choices.items() if _altered(choice, role)}
+        by_default = choices["wgrad"].gemm is not None and choices["wgrad"].rule is None
+        if by_default and (why := quantised_all_the_same(site, state.config)):
+            site.remark("wgrad", why)
         site.recipe = resolution.effective if resolution.quantizes else None
         if site.recipe is not None:
             if site.recipe.keep and layer is None:

@@ -59,7 +59,7 @@ class Config:
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
         written: how many features they make. layers: how many weights of two dimensions or more the model has.
         inputs: index of a dynamo input → its name, for the floating-point inputs of the whole model.
-        tokens: module → how many tokens it was first trained with, for which it is priced.
+        tokens: module → how many tokens it was first trained with, by which it is decided.
         guessed: module → for how many it was priced in graphs without backward, before it was trained.
         evaluates: graphs without backward are quantised as training is; else they stay in the model's dtype.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.

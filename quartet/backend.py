@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from quartet.lowering.records import MatmulRecord, SavedRecord
 from quartet.names import Names, names_of
 from quartet.options import Options
 from quartet.passes import pipeline
+from quartet.passes.aside import LEAST
 from quartet.passes.saved import SavedActivations
 from quartet.passes.state import Config, Observer
 from quartet.policy_recipes import quantizes, recipes_of, remembers
@@ -32,7 +33,7 @@ from quartet.runtime.anchored_graph import forget_examples, with_input
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import data_parallel_stream
 from quartet.runtime.weights import REUSED
-from quartet.trained import Tokens, tokens_for
+from quartet.trained import tokens_for
 
 log = logging.getLogger("quartet")
 compat.register_log()
@@ -64,8 +65,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
 
     ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records. Whoever
     asks for any of them is not answered from a cache. ``say(names, records, saved)`` is called instead of warning of
-    what the graphs of a model have shown so far. ``remember``: layers are priced from now on for the tokens that
-    training has here, see ``quartet.trained``.
+    what the graphs of a model have shown so far. ``remember``: layers are decided from now on by the tokens
+    that training has here, see ``quartet.trained``.
     """
     compat.warn_if_untested()
     names = names_of(gm, example_inputs)
@@ -101,7 +102,9 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                   names: Names | None = None, remember: bool = True) -> pipeline.Pipeline:
     """The joint-graph pass for one dynamo graph, whose names are looked up unless given."""
     names = names or names_of(gm, example_inputs)
-    tokens = _tokens(gm, example_inputs, names, options, remember)
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+    tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
     stream = data_parallel_stream(example_inputs)
     observers: tuple[Observer, ...] = ()
     if options.dump is not None:
@@ -115,25 +118,21 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                     compat.max_autotune(options.inductor), names.modules, names.widths,
                     compat.cuda_graphs(options.inductor), names.written, names.layers, names.inputs, tokens.trained,
                     tokens.guessed, options.eval is not None)
+    decisive = tokens if _is_priced(tensors, options) else tokens.fewer(LEAST)
     places = [rule.place for rule in options.policy.rules if rule.fqn is not None]
     key = repr((options.policy.digest(), names.key(), places, options.strict, disabled,
                 options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
-                options.portable_rounding, options.open_attention, options.eval, tokens, str(options.target),
+                options.portable_rounding, options.open_attention, options.eval, decisive, str(options.target),
                 stream, anchor, config.autotune, config.replayed, torch.__version__, torch.get_num_threads(),
                 kernels_here(gm, example_inputs, options)))
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(config, key, tuple(earlier), names.regions)
 
 
-def _tokens(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], names: Names, options: Options,
-            remember: bool) -> Tokens:
-    """What layers are priced by; nothing where none is priced."""
-    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
-    targets = {options.target or Target.of(value.device) for value in tensors}
-    if not options.policy.where_it_pays or not any(map(rates_of, targets)):
-        return Tokens()
-    training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
-    return tokens_for(gm, names.weights, names.compiled, training, remember)
+def _is_priced(tensors: Iterable[torch.Tensor], options: Options) -> bool:
+    """Whether rates are known for a device of the graph, and the policy asks for them."""
+    targets = {options.target or Target.of(tensor.device) for tensor in tensors}
+    return options.policy.where_it_pays and any(map(rates_of, targets))
 
 
 def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivations | None:

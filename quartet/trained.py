@@ -1,7 +1,8 @@
-"""How many tokens each layer of a model is priced for: those of the first batch that it was trained with.
+"""By how many tokens each layer of a model is decided: those of the first batch that it was trained with.
 
-They are read from dynamo's graph and not by the passes, which do not run where a cache answers. A graph without a
-backward that comes first is priced for its own tokens, and that is remembered too, so that training can say where it
+They are what it is priced for, and whether its wgrad contracts less than a block. They are read from dynamo's graph and
+not by the passes, which do not run where a cache answers; a symbolic number counts as it was then. A graph without a
+backward that comes first is decided by its own tokens, and that is remembered too, so that training can say where it
 decides otherwise. Memory is by module, weakly, and lasts as long as the process.
 """
 
@@ -32,13 +33,17 @@ class Tokens:
     trained: dict[str, int] = field(default_factory=dict)
     guessed: dict[str, int] = field(default_factory=dict)
 
+    def fewer(self, least: int) -> list[str]:
+        """The modules that are trained with fewer tokens."""
+        return sorted(name for name, count in self.trained.items() if count < least)
+
 
 _remembered: dict[int, tuple[ref[nn.Module], Tokens]] = {}  # by id: a module need not be hashable
 
 
 def tokens_for(gm: GraphModule, weights: Mapping[int, str], model: nn.Module | None, training: bool,
                remember: bool = True) -> Tokens:
-    """What the layers of a graph are priced by; in training, what it has is remembered where nothing is yet.
+    """What the layers of a graph are decided by; in training, what it has is remembered where nothing is yet.
 
     Args:
         weights: index of an input of the graph → name of the parameter.
@@ -46,14 +51,14 @@ def tokens_for(gm: GraphModule, weights: Mapping[int, str], model: nn.Module | N
         training: whether the graph will have a backward.
         remember: False only reads, for a compilation that is looked at and thrown away.
     Returns:
-        Of the graph's layers those that have been trained, or are now; and in training those that were guessed before.
+        Of the graph's layers the tokens that they were first trained with, or else those of the graph; and in training
+        those that were guessed before.
     """
     seen = tokens_of(gm, weights)
     known = _known(model)
     new = {name: count for name, count in seen.items() if name not in known.trained}
-    found = Tokens({name: count for name, count in known.trained.items() if name in seen})
+    found = Tokens({name: known.trained.get(name, count) for name, count in seen.items()})
     if training:
-        found.trained |= new
         found.guessed = {name: known.guessed[name] for name in new if name in known.guessed}
     if remember and model is not None:
         (known.trained if training else known.guessed).update(
@@ -86,7 +91,9 @@ def _products(gm: GraphModule, names: Mapping[Node, str]) -> Iterator[tuple[str,
             continue
         operation, inputs = _operation(node), node.all_input_nodes
         known = [i for i in inputs if i in names]
-        if operation in _HIGHER_ORDER:
+        if inputs and len(known) == len(inputs):
+            names[node] = names[known[0]]  # a view of it, a cast, a parametrisation of several
+        elif operation in _HIGHER_ORDER:
             yield from _inner(gm, node, names)
         elif operation in _PRODUCTS:
             w = next((i for i in known if len(_shape(i)) == 2), None)
@@ -94,8 +101,6 @@ def _products(gm: GraphModule, names: Mapping[Node, str]) -> Iterator[tuple[str,
             if w is not None and x is not None:
                 sizes = [hint(_value(at).numel()) for at in (x, node, w)]
                 yield names[w], isqrt(sizes[0] * sizes[1] // max(sizes[2], 1))
-        elif len(known) == len(inputs) == 1:
-            names[node] = names[known[0]]  # a view or a cast of it
 
 
 def _inner(gm: GraphModule, node: Node, names: Mapping[Node, str]) -> Iterator[tuple[str, int]]:

@@ -46,16 +46,24 @@ CASES = {
     "disable_kernels": ({"disable_kernels": "cpp"}, nullcontext),
     "source": ({}, other_source),
     "threads": ({}, two_threads),
+    "short last batch": ({}, nullcontext),
+    "short first batch": ({}, nullcontext),
 }
+TOKENS = {"short last batch": (64, 20), "short first batch": (20,)}  # of the steps; else one of 32
 
 
-def step(options):
-    """Digest of the output and gradients of one step."""
+def train(options, steps):
+    """Digest of the output and gradients of the last of some steps."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, x = torch.nn.Linear(64, 64, bias=False), torch.randn(32, 64, requires_grad=True)
-    y = torch.compile(model, backend="quartet", options=options)(x)
-    y.square().sum().backward()
+    model = torch.nn.Linear(64, 64, bias=False)
+    compiled = torch.compile(model, backend="quartet", options=options, dynamic=False)
+    for tokens in steps:
+        torch.manual_seed(1)
+        model.zero_grad()
+        x = torch.randn(tokens, 64, requires_grad=True)
+        y = compiled(x)
+        y.square().sum().backward()
     return sha256(b"".join(t.detach().numpy().tobytes() for t in (y, x.grad, model.weight.grad))).hexdigest()
 
 
@@ -66,7 +74,7 @@ def main(names):
         options, surroundings = CASES[name]
         counters.clear()
         with surroundings():
-            result = step(options)
+            result = train(options, TOKENS.get(name, (32,)))
         fx, aot = counters["inductor"], counters["aot_autograd"]
         found[name] = {"result": result, "fx": (fx["fxgraph_cache_hit"], fx["fxgraph_cache_miss"]),
                        "aot": (aot["autograd_cache_hit"], aot["autograd_cache_miss"]),

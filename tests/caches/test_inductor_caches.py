@@ -10,6 +10,7 @@ import pytest
 
 CHANGES = ["policy", "recipe", "recipe changed under its name", "option", "disable_kernels", "source", "threads"]
 NUMERIC = {"policy", "recipe changed under its name"}
+SHORT = ["short last batch", "short first batch"]
 HIT, MISS, UNASKED = [1, 0], [0, 1], [0, 0]
 
 
@@ -26,7 +27,8 @@ def process(folder, *names):
 def runs(tmp_path_factory):
     """(what a cold process did, what a second one did with the same folder)"""
     folder = tmp_path_factory.mktemp("inductor")
-    return process(folder, "base"), process(folder, "base", "base without AOTAutogradCache", *CHANGES)
+    return (process(folder, "base", *SHORT),
+            process(folder, "base", "base without AOTAutogradCache", *CHANGES, *SHORT))
 
 
 def test_a_cold_process_compiles(runs):
@@ -49,10 +51,18 @@ def test_a_change_misses(runs, change):
 
 
 def test_nothing_bypasses_the_caches(runs):
-    assert [run["bypass"] for found in runs for run in found.values()] == [0] * (len(CHANGES) + 3)
+    assert [run["bypass"] for found in runs for run in found.values()] == [0] * (len(CHANGES) + 3 + 2 * len(SHORT))
 
 
 def test_results_of_a_hit_are_those_of_a_cold_run_bit_for_bit(runs):
     cold = runs[0]["base"]["result"]
     assert runs[1]["base"]["result"] == runs[1]["base without AOTAutogradCache"]["result"] == cold
     assert {change for change in CHANGES if runs[1][change]["result"] != cold} == NUMERIC
+
+
+def test_a_short_batch_is_decided_alike_where_a_cache_answers(runs):
+    """Its wgrad is quantised after a long one and exact when it comes first: that is remembered before any cache."""
+    cold, warm = ([run[name] for name in SHORT] for run in runs)
+    assert [run["aot"] for run in cold] == [[0, 2], [0, 1]] and [run["aot"] for run in warm] == [[2, 0], [1, 0]]
+    assert [run["result"] for run in cold] == [run["result"] for run in warm]
+    assert cold[0]["result"] != cold[1]["result"]

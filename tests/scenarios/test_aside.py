@@ -8,7 +8,9 @@ from harness import ALL, FIRST, compile_eager, eager_backend, step
 from models import LoRA, data
 from torch import nn
 
-from quartet import Policy
+from quartet import Policy, explain
+from quartet.backend import make_pipeline
+from quartet.options import Options
 
 WITHOUT_WGRAD = frozenset({"fprop", "dgrad"})
 
@@ -36,7 +38,90 @@ def test_the_gradient_of_weights_over_few_tokens_stays_exact():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     found, reasons = lowered(model, *data(2, 64, grad=True)())
     assert found == {"0": WITHOUT_WGRAD, "2": WITHOUT_WGRAD}
-    assert reasons["2", "wgrad"].startswith("contracts 2 elements")
+    assert reasons["2", "wgrad"] == (
+        "contracts 2 elements, fewer than the 32 of a block: in high precision unless a rule names it")
+
+
+def trained_with(model, *counts, **options):
+    """What a compiled model's last graph, of so many tokens, is made of; it is trained with each count in turn."""
+    compiled, backend = compile_eager(model, "quartet", **options)
+    for count in counts:
+        backend.records.clear()
+        step(compiled, model, data(count, 64, grad=True)())
+    return backend
+
+
+def hidden():
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+def test_a_short_batch_gets_what_the_first_one_got():
+    backend = trained_with(hidden(), 64, 20, dynamic=False)
+    assert backend.calls == 2 and backend.lowered() == {"0": ALL, "2": ALL}
+    notes = {r.role: " ".join(r.notes) for r in backend.records if r.fqn == "2"}
+    assert "decided for the 64 tokens that the layer was first trained with" in notes["wgrad"]
+    assert "decided" not in notes["fprop"] + notes["dgrad"]
+
+
+def test_a_first_batch_of_few_tokens_decides_for_longer_ones():
+    backend = trained_with(hidden(), 20, 64, dynamic=False)
+    assert backend.calls == 2 and backend.lowered() == {"0": WITHOUT_WGRAD, "2": WITHOUT_WGRAD}
+    assert {r.reason for r in backend.records if r.role == "wgrad"} == {
+        "contracts 20 elements, fewer than the 32 of a block, in the batch that the layer was first trained with: in "
+        "high precision unless a rule names it"}
+
+
+@pytest.mark.parametrize("first, roles", [(20, WITHOUT_WGRAD), (48, ALL)])
+def test_a_symbolic_number_of_tokens_counts_as_it_was(first, roles):
+    backend = trained_with(hidden(), first, dynamic=True)
+    assert backend.lowered() == {"0": roles, "2": roles}
+
+
+@pytest.mark.parametrize("first, roles", [(20, WITHOUT_WGRAD), (64, ALL)])
+def test_evaluation_and_a_look_decide_nothing_for_training(first, roles):
+    model = hidden()
+    compiled, backend = compile_eager(model, "quartet", dynamic=False)
+    for count in (20, 64):
+        with torch.no_grad():
+            compiled(*data(count, 64)())
+        explain(model, *data(count, 64)())
+    backend.records.clear()
+    step(compiled, model, data(first, 64, grad=True)())
+    assert backend.lowered() == {"0": roles, "2": roles}
+
+
+class Normed(nn.Module):
+    """A weight that is computed from two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.last = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.inner(x)))
+
+
+def test_a_parametrised_layer_remembers_too():
+    assert trained_with(Normed(), 64, 20, dynamic=False).lowered() == {"inner": ALL, "last": ALL}
+
+
+def test_only_what_decides_is_in_the_key():
+    """Graphs of a symbolic batch are shared by all batches that are decided alike."""
+    def key(*counts, model=None):
+        model, keys = model or hidden(), []
+
+        def backend(gm, inputs):
+            keys.append(make_pipeline(gm, inputs, Options.parse(options={"policy": "quartet"})).uuid())
+            return gm
+
+        for count in counts:
+            torch._dynamo.reset()
+            torch.compile(model, backend=backend, dynamic=True)(*data(count, 64)())
+        return keys[-1]
+
+    assert key(40) == key(48) == key(48, 20) != key(20)
+    assert key(20) == key(3) == key(20, 48)
 
 
 @pytest.mark.parametrize("rule, roles", [
