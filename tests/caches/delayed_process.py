@@ -40,7 +40,7 @@ def main(how):
         compiled = torch.compile(model, backend=lambda gm, x: compile_graph(gm, x, Options(policy=policy), capture))
     losses = []
     for size in (1.0, 4.0, 2.0, 1.0, 1.0, 1.0):
-        loss = compiled(torch.randn(16, 32) * size).square().mean()
+        loss = compiled(torch.randn(48, 32) * size).square().mean()
         loss.backward()
         losses.append(loss.item())
     state = {key: entry["amax"].tolist() for key, entry in quartet.state_dict(model)["delayed"].items()}

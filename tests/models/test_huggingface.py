@@ -20,6 +20,7 @@ DECODER = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_at
                num_key_value_heads=2, vocab_size=VOCABULARY)
 ENCODER = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_labels=8,
                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+ONE_TOKEN_A_TEXT = {"bert.pooler.dense"}
 HEADS = {"lm_head", "proj_out", "classifier"}
 
 
@@ -139,7 +140,8 @@ def test_every_linear_layer_is_lowered(trained):
               if isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)} - HEADS
     assert linear, "the model has linear layers"
     for path in sorted(linear):
-        assert sorted(lowered.pop(path, [])) == ["dgrad", "fprop", "wgrad"], path
+        few = path in ONE_TOKEN_A_TEXT  # so its wgrad contracts the two texts of the batch: less than a block
+        assert sorted(lowered.pop(path, [])) == ["dgrad", "fprop", *([] if few else ["wgrad"])], path
     assert not lowered, "nothing else is lowered"
 
 

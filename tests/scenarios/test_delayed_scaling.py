@@ -44,7 +44,7 @@ class Checkpointed(MLP):
 
 
 def data(scale=1.0):
-    return [(torch.randn(6, WIDTH) * scale).requires_grad_()]
+    return [(torch.randn(40, WIDTH) * scale).requires_grad_()]
 
 
 def histories(model):
@@ -85,13 +85,13 @@ class Model:
 
 @pytest.mark.parametrize("history", [Delayed(4), Delayed(1), Delayed(4, "most_recent"), Delayed(3, "max", 2)], ids=str)
 def test_histories_and_results_over_ten_steps(history):
-    layer = nn.Linear(WIDTH, 16, bias=False)
+    layer = nn.Linear(WIDTH, 48, bias=False)
     compiled, backend = compile_eager(layer, recipe(history))
     slots = {operand: Model(history.entries) for operand in "xwe"}
     torch.manual_seed(3)
     for number in range(10):
-        x = torch.randn(6, WIDTH) * 2.0 ** torch.randn(()).item()
-        e = torch.randn(6, 16) * 2.0 ** torch.randn(()).item()
+        x = torch.randn(40, WIDTH) * 2.0 ** torch.randn(()).item()
+        e = torch.randn(40, 48) * 2.0 ** torch.randn(()).item()
         if number == 4:
             x.zero_()
         if number == 6:
@@ -125,14 +125,14 @@ def test_histories_and_results_over_ten_steps(history):
 
 
 def test_micro_batches_of_an_optimizer_step_count_once():
-    layer = nn.Linear(WIDTH, 16, bias=False)
+    layer = nn.Linear(WIDTH, 48, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     compiled, _ = compile_eager(layer, recipe())
     sizes = iter((3.0, 5.0, 2.0, 7.0, 4.0, 1.0, 6.0))
 
     def forward():
         size = next(sizes)
-        x = torch.full((2, WIDTH), size)
+        x = torch.full((40, WIDTH), size)
         compiled(x).sum().backward()
 
     forward()
@@ -222,7 +222,7 @@ def test_evaluation_reads_and_does_not_write():
     state = quartet.state_dict(model)
     for surroundings in (torch.no_grad(), torch.inference_mode()):
         with surroundings:
-            x = torch.randn(6, WIDTH)
+            x = torch.randn(40, WIDTH)
             model.eval()
             y = compiled(x)
             assert_state(model, state)
@@ -289,7 +289,7 @@ def test_state_goes_with_its_weights():
 def test_shapes_and_modes_share_slots():
     model = MLP()
     compiled, backend = compile_eager(model, recipe(), dynamic=False)
-    for rows, size in ((4, 2.0), (8, 3.0), (4, 5.0)):
+    for rows, size in ((40, 2.0), (48, 3.0), (40, 5.0)):
         compiled(torch.full((rows, WIDTH), size)).sum().backward()
     assert backend.calls == 2
     assert histories(model)["up.weight.x"] == (5.0, [3.0, 2.0])
@@ -299,7 +299,7 @@ def test_shapes_and_modes_share_slots():
 def test_symbolic_shapes():
     model = MLP()
     compiled, backend = compile_eager(model, recipe(), dynamic=True)
-    for rows, size in ((4, 2.0), (8, 3.0), (5, 5.0)):
+    for rows, size in ((40, 2.0), (48, 3.0), (45, 5.0)):
         compiled(torch.full((rows, WIDTH), size)).sum().backward()
     assert backend.calls == 1 and histories(model)["up.weight.x"] == (5.0, [3.0, 2.0])
 
@@ -310,7 +310,7 @@ def test_one_graph_for_all_layers_keeps_their_histories_apart():
     for layer in layers:
         layer.compile(backend=backend)
     for _ in range(2):
-        x = torch.full((4, WIDTH), 1.0)
+        x = torch.full((40, WIDTH), 1.0)
         for number, layer in enumerate(layers):
             layer(x * (1 + number)).sum().backward()
     assert backend.calls == 1
@@ -349,7 +349,7 @@ def test_layers_that_read_one_tensor_share_its_slot():
 
     model = QKV()
     compiled, backend = compile_eager(model, recipe())
-    step(compiled, model, [torch.randn(2, 5, WIDTH)])
+    step(compiled, model, [torch.randn(2, 20, WIDTH)])
     assert sorted(histories(model)) == sorted(["q.weight.x", *(f"{n}.weight.{o}" for n in "qkv" for o in "we")])
     assert count(backend.forwards()[0], "quantize") == 4
 
@@ -374,7 +374,7 @@ def test_moved_model():
     compiled, _ = compile_eager(model, recipe())
     step(compiled, model, data())
     model.to(torch.bfloat16)
-    x = torch.full((2, WIDTH), 3.0, dtype=torch.bfloat16)
+    x = torch.full((40, WIDTH), 3.0, dtype=torch.bfloat16)
     compiled(x).sum().backward()
     pending, history = histories(model)["up.weight.x"]
     assert pending == 3.0 and len(history) == 1
@@ -420,14 +420,14 @@ def test_a_longer_or_shorter_history_takes_what_fits():
     model = MLP()
     compiled, _ = compile_eager(model, recipe(Delayed(4)))
     for size in (1.0, 2.0, 3.0, 4.0):
-        compiled(torch.full((2, WIDTH), size)).sum().backward()
+        compiled(torch.full((40, WIDTH), size)).sum().backward()
     torch._dynamo.reset()
     compiled, _ = compile_eager(model, recipe(Delayed(2)))
-    compiled(torch.full((2, WIDTH), 5.0)).sum().backward()
+    compiled(torch.full((40, WIDTH), 5.0)).sum().backward()
     assert histories(model)["up.weight.x"] == (5.0, [4.0, 3.0])
     torch._dynamo.reset()
     compiled, _ = compile_eager(model, recipe(Delayed(8)))
-    compiled(torch.full((2, WIDTH), 6.0)).sum().backward()
+    compiled(torch.full((40, WIDTH), 6.0)).sum().backward()
     assert histories(model)["up.weight.x"] == (6.0, [5.0, 4.0, 3.0])
 
 
@@ -481,9 +481,9 @@ def test_the_body_of_a_nested_region_scales_by_the_current_amax_and_says_so():
 
 
 def test_interleaved_and_repeated_backwards():
-    layer = nn.Linear(WIDTH, 16, bias=False)
+    layer = nn.Linear(WIDTH, 48, bias=False)
     compiled, _ = compile_eager(layer, recipe())
-    outputs = [compiled(torch.full((2, WIDTH), size)) for size in (1.0, 2.0, 3.0)]
+    outputs = [compiled(torch.full((40, WIDTH), size)) for size in (1.0, 2.0, 3.0)]
     for number, y in enumerate(outputs):
         y.backward(torch.full_like(y, 1.0 + number), retain_graph=True)
     first = layer.weight.grad.clone()
@@ -514,14 +514,14 @@ def test_compiled_autograd(how):
 
 
 def test_a_delayed_scale_saturates_what_grew():
-    layer = nn.Linear(WIDTH, 16, bias=False)
+    layer = nn.Linear(WIDTH, 48, bias=False)
     compiled, _ = compile_eager(layer, recipe())
     for _ in range(2):
-        compiled(torch.ones(2, WIDTH)).sum().backward()
-    y = compiled(torch.full((2, WIDTH), 100.0))
-    torch.testing.assert_close(y, compiled(torch.ones(2, WIDTH)), rtol=0.1, atol=1e-3)
+        compiled(torch.ones(40, WIDTH)).sum().backward()
+    y = compiled(torch.full((40, WIDTH), 100.0))
+    torch.testing.assert_close(y, compiled(torch.ones(40, WIDTH)), rtol=0.1, atol=1e-3)
     state = histories(layer)["weight.x"]
-    assert state[1][0] == 100.0 and compiled(torch.full((2, WIDTH), 100.0)).abs().max() > 50 * y.abs().max()
+    assert state[1][0] == 100.0 and compiled(torch.full((40, WIDTH), 100.0)).abs().max() > 50 * y.abs().max()
 
 
 class Gated(nn.Module):
@@ -597,12 +597,12 @@ def test_histories_outlive_conversions(swap):
 
 def test_micro_batches_of_a_compiled_optimizer_step_count_once():
     """The hooks of an optimizer are compiled with it; once it has stepped outside, its steps go on to count."""
-    layer = nn.Linear(WIDTH, 16, bias=False)
+    layer = nn.Linear(WIDTH, 48, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     compiled, _ = compile_eager(layer, recipe())
 
     def forward(size):
-        compiled(torch.full((2, WIDTH), size)).sum().backward()
+        compiled(torch.full((40, WIDTH), size)).sum().backward()
 
     forward(3.0)
     optimizer.step()
@@ -618,12 +618,12 @@ def test_micro_batches_of_a_compiled_optimizer_step_count_once():
 
 def test_what_a_captured_step_changes_advances_in_every_forward(monkeypatch):
     """Nothing tells of its replays."""
-    layer = nn.Linear(WIDTH, 16, bias=False)
+    layer = nn.Linear(WIDTH, 48, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     compiled, _ = compile_eager(layer, recipe())
 
     def forward(size):
-        compiled(torch.full((2, WIDTH), size)).sum().backward()
+        compiled(torch.full((40, WIDTH), size)).sum().backward()
 
     forward(3.0)
     optimizer.step()

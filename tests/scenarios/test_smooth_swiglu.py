@@ -79,7 +79,7 @@ FUSED = {
 
 
 def data(dtype=torch.float32):
-    return torch.randn(3, 10, WIDTH, dtype=dtype, requires_grad=True)
+    return torch.randn(3, 11, WIDTH, dtype=dtype, requires_grad=True)
 
 
 def smoothed(backend, fqn="down"):

@@ -6,6 +6,9 @@ from harness import ALL, FIRST, assert_close, assert_same, compile_eager, compil
 from models import BLOCK, MLP, Block, Llama, data, tokens
 from torch import nn
 
+from quartet import Policy
+
+NAMED = Policy("quartet").on("linear", "quartet")  # also where fewer than 32 tokens would be left alone
 BARE = {name.removeprefix("layers.0."): roles for name, roles in BLOCK.items()}
 
 
@@ -33,10 +36,12 @@ def test_marked_dynamic_batch_is_the_static_graph_bit_for_bit():
     assert backend.calls == 1
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64), (33, 64), (2, 3, 5, 64)])
-def test_odd_token_counts(shape):
+@pytest.mark.parametrize("shape, policy", [
+    ((33, 64), "quartet"), ((41, 64), "quartet"), ((2, 3, 7, 64), "quartet"), ((1, 64), NAMED), ((1, 1, 64), NAMED),
+    ((2, 3, 5, 64), NAMED)])
+def test_odd_token_counts(shape, policy):
     model, (x,) = MLP(), data(*shape, grad=True)()
-    compiled, backend = compile_eager(model)
+    compiled, backend = compile_eager(model, policy)
     got = step(compiled, model, (x,))
     assert backend.lowered() == {"up": ALL, "down": ALL}
     assert_close(got, step(model, model, (x,)), least=0.5)
