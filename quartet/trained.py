@@ -75,12 +75,12 @@ def _known(model: nn.Module | None) -> Tokens:
 
 
 def tokens_of(gm: GraphModule, weights: Mapping[int, str]) -> dict[str, int]:
-    """Module → rows of its largest product with a matrix of weights, in dynamo's graph."""
+    """Module → rows of its largest product with a matrix of weights, in dynamo's graph; none of an empty one."""
     found: dict[str, int] = {}
     placeholders = gm.graph.find_nodes(op="placeholder")
     for name, count in _products(gm, {node: weights[i] for i, node in enumerate(placeholders) if i in weights}):
         found[module_name(name)] = max(count, found.get(module_name(name), 0))
-    return found
+    return {name: count for name, count in found.items() if count > 0}
 
 
 def _products(gm: GraphModule, names: Mapping[Node, str]) -> Iterator[tuple[str, int]]:

@@ -71,6 +71,10 @@ def test_a_first_batch_of_few_tokens_decides_for_longer_ones():
         "high precision unless a rule names it"}
 
 
+def test_an_empty_first_batch_decides_nothing():
+    assert trained_with(hidden(), 0, 64, 20, dynamic=False).lowered() == {"0": ALL, "2": ALL}
+
+
 @pytest.mark.parametrize("first, roles", [(20, WITHOUT_WGRAD), (48, ALL)])
 def test_a_symbolic_number_of_tokens_counts_as_it_was(first, roles):
     backend = trained_with(hidden(), first, dynamic=True)

@@ -42,7 +42,7 @@ def averages(model):
 
 
 def data():
-    return [torch.randn(8, 32, requires_grad=True)]
+    return [torch.randn(40, 32, requires_grad=True)]
 
 
 def forward_of(w, average, x):
@@ -60,7 +60,7 @@ def test_averages_and_results_over_steps(dtype):
     for _ in range(8):
         w = layer.weight.detach().clone()
         expected = w.float() if expected is None else expected.lerp(w.float(), 1 - 0.8)
-        x = torch.randn(8, 32, dtype=dtype)
+        x = torch.randn(40, 32, dtype=dtype)
         layer.zero_grad()
         y = compiled(x)
         want = forward_of(w, expected, x)
@@ -83,7 +83,7 @@ def test_gradients_come_from_the_moved_weight():
         old = layer.weight.clone()
         layer.weight.mul_(1.3)
     x.grad = None
-    e = torch.randn(8, 32)
+    e = torch.randn(40, 32)
     compiled(x).backward(e)
     moved = toward(layer.weight.detach(), old.lerp(layer.weight.detach(), 0.5), SPEC)
     torch.testing.assert_close(x.grad, e @ rounded(moved), rtol=1e-5, atol=1e-5)
