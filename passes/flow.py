@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from math import prod
 from typing import Any
 
 import torch
@@ -112,9 +111,9 @@ def _weight_name(node: Node, origin: Mapping[Node, str]) -> str | None:
 
 def _written(node: Node, origin: Mapping[Node, str]) -> Any:
     """The features that a layer makes: of a convolution its channels, of an embedding the columns of its table."""
-    weight = next(i for i in node.all_input_nodes if i in origin and _rank(i) >= 2)
     if node.target in MATMULS:
-        return prod(shape(weight)[-2:]) // contracted(node)
+        return shape(node)[-2 if operands(node)[0] in origin else -1]
+    weight = next(i for i in node.all_input_nodes if i in origin and _rank(i) >= 2)
     return shape(weight)[-1 if "embedding" in str(node.target) else 0]
 
 

@@ -56,7 +56,10 @@ def _source(node: Node) -> Node:
 
 def _parts(node: Node, n: Any, flow: Flow) -> set[int]:
     """The widths of the parts in which the graph returns a fused layer's result; empty where it is one."""
-    vectors, parts, waiting = prod(map(hint, shape(node))) // hint(n), [], [node]
+    width, elements = hint(n), prod(map(hint, shape(node)))
+    if not elements:
+        return set()
+    parts, waiting = list[int](), [node]
     while waiting:
         at = waiting.pop()
         for user in at.users:
@@ -65,5 +68,5 @@ def _parts(node: Node, n: Any, flow: Flow) -> set[int]:
             elif user in flow.order and (user.target in _PIECES or str(user.target).startswith(
 _CASTS_AND_SPLITS)):
                 waiting.append(user)
-    fused = len(parts) > 1 and sum(parts) == vectors * hint(n)
-    return {part // vectors for part in parts} if fused else set()
+    fused = len(parts) > 1 and sum(parts) == elements
+    return {part * width // elements for part in parts} if fused else set()

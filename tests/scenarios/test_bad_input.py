@@ -1,5 +1,7 @@
 """Inputs and options that cannot be: errors say what, where and what to do instead."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from harness import compile_eager, step
@@ -33,6 +35,30 @@ def test_zero_size_layers(layer):
     x = torch.randn(4, layer.in_features)
     assert torch.equal(compiled(x), layer(x))
     assert not backend.lowered()
+
+
+class Parted(nn.Module):
+    """The last layer's result is returned in parts, as of queries, keys and values."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(k, n) for k, n in pairwise(widths)))
+
+    def forward(self, x):
+        return self.layers(x).chunk(2, -1)
+
+
+@pytest.mark.parametrize("policy", ["auto", "quartet"])
+@pytest.mark.parametrize("widths", [(64, 48), (0, 64), (64, 0), (64, 0, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [0, 40])
+def test_zero_sizes_of_a_model(tokens, widths, policy):
+    model, x = Parted(*widths), torch.randn(tokens, widths[0], requires_grad=True)
+    compiled, backend = compile_eager(model, policy)
+    parts, expected = compiled(x), model(x)
+    assert [part.shape for part in parts] == [part.shape for part in expected]
+    torch.cat(parts, -1).sum().backward()
+    if tokens == 0 or 0 in widths:
+        assert all(map(torch.equal, parts, expected)) and not backend.lowered()
 
 
 def test_strict_names_the_matmul_its_sizes_and_the_remedy():
