@@ -55,9 +55,9 @@ def compiled(model, policy):
 
 
 def test_convolutions_are_left_alone(network):
-    model, records, capture = compiled(network, Policy("quartet"))
+    model, records, capture = compiled(network, Policy("quartet").on("lm_head", "quartet"))
     model(torch.randn(8, 3, 16, 16)).square().mean().backward()
-    assert {r.fqn for r in records if r.lowered} == {"5", "7"}
+    assert {(r.fqn, r.op_class) for r in records if r.lowered} == {("5", "linear"), ("7", "lm_head")}
     left = [r for r in records if r.op_class == "conv"]
     assert {r.fqn for r in left} == {"0", *(f"{i}.{name}" for i in (1, 2) for name in ("a", "b", "short"))}
     assert [r.role for r in left].count("dgrad") == 6, "the image needs no gradient"

@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return self.out(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.out(((q @ k.mT / 4.0).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 class Pair(nn.Module):

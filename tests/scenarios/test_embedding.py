@@ -20,6 +20,7 @@ OF_ROWS = (MXFP8, "e5m2/64 e8m0 floor nearest", "e4m3/row fp32 amax_pow2 nearest
 OF_TABLE = ("e4m3/tensor fp32 amax nearest", "e2m1/16x16 e4m3 amax nearest", "e4m3/32x32 fp32 amax nearest",
             "int8/tensor fp32 amax nearest", "ternary/tensor fp32 absmean nearest")
 VOCABULARY, WIDTH = 50, 40
+SIGNS = tuple(1 - 2 * (i * i // 3 % 2) for i in range(32))
 
 
 def weight_only(text, rotation=None, name="weight-only"):
@@ -27,15 +28,21 @@ def weight_only(text, rotation=None, name="weight-only"):
     return Recipe(name, fprop=Gemm(operand, operand, rotation))
 
 
+def turned(x, rotation, **inverse):
+    if rotation is None:
+        return x
+    signs = None if rotation.signs == "none" else torch.tensor(rotation.signs, dtype=torch.float32)
+    return reference.hadamard(x, rotation.n, signs, **inverse)
+
+
 def quantised(table, text, rotation=None):
-    """The table as the reference quantises it whole."""
+    """The table as the reference quantises it whole, in the basis of a recipe's rotation."""
     spec, x = QuantSpec.parse(text), table.float()
-    x = x if rotation is None else reference.hadamard(x, rotation)
+    x = turned(x, rotation)
     amax = reference.largest_magnitude(x) if spec.takes_amax else None
     codes, scales, mask = reference.quantize(x, spec, amax=amax)
     values = reference.dequantize(codes, scales, spec, table.dtype if rotation is None else torch.float32, amax=amax)
-    if rotation is not None:
-        values = reference.hadamard(values, rotation, inverse=True, dtype=table.dtype)
+    values = turned(values, rotation, inverse=True, dtype=table.dtype)
     return values[:, :table.shape[1]], mask
 
 
@@ -48,11 +55,11 @@ def embeddings(backend):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("rotation", (None, 32))
+@pytest.mark.parametrize("rotation", (None, Rotation(32), Rotation(32, SIGNS)), ids=("", "rotated", "fixed signs"))
 @pytest.mark.parametrize("text", (*OF_ROWS, *OF_TABLE))
 def test_rows_are_those_of_the_quantised_table(text, rotation, dtype):
     model = nn.Embedding(VOCABULARY, WIDTH, dtype=dtype)
-    recipe = weight_only(text, None if rotation is None else Rotation(rotation))
+    recipe = weight_only(text, rotation)
     run, backend = compile_eager(model, Policy(None).on("embedding", recipe))
     x = ids(3, 7)
     expected = quantised(model.weight.detach(), text, rotation)[0][x]
@@ -93,17 +100,14 @@ def test_the_gradient_goes_straight_through(text):
 def test_a_clip_mask_clears_the_gradient_in_the_rotated_basis(policy):
     model, x, weights = nn.Embedding(VOCABULARY, WIDTH), ids(4, 9), torch.randn(4, 9, WIDTH)
     gemm = resolve(policy).fprop
-    rotation = None if gemm.rotation is None else gemm.rotation.n
-    values, mask = quantised(model.weight.detach(), str(gemm.b.spec), rotation)
+    values, mask = quantised(model.weight.detach(), str(gemm.b.spec), gemm.rotation)
     run, _ = compile_eager(model, Policy(None).on("embedding", policy))
     out = run(x)
     assert torch.equal(out, values[x])
     (out * weights).sum().backward()
     exact = torch.zeros(VOCABULARY, WIDTH).index_put_((x,), weights, accumulate=True)
-    if rotation is not None:
-        exact = reference.hadamard(exact, rotation)
-    kept = reference.apply_mask(reference.pad_last(exact, 32), mask)
-    expected = kept if rotation is None else reference.hadamard(kept, rotation, inverse=True)
+    kept = reference.apply_mask(reference.pad_last(turned(exact, gemm.rotation), 32), mask)
+    expected = turned(kept, gemm.rotation, inverse=True)
     torch.testing.assert_close(model.weight.grad, expected[:, :WIDTH], rtol=1e-4, atol=1e-5)
     assert cleared(mask)
 
@@ -148,10 +152,10 @@ def test_a_tied_table_with_one_scale_is_quantised_once():
 def test_dynamic_shapes():
     model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, 8))
     run, backend = compile_eager(model, Policy(None).on("embedding", "quartet"), dynamic=True)
-    calls = []
+    gemm, calls = resolve("quartet").fprop, []
     for batch, length in ((2, 5), (3, 9), (4, 6)):
         x = ids(batch, length)
-        expected = model[1](quantised(model[0].weight.detach(), str(resolve("quartet").fprop.b.spec), 32)[0][x])
+        expected = model[1](quantised(model[0].weight.detach(), str(gemm.b.spec), gemm.rotation)[0][x])
         ours = run(x)
         torch.testing.assert_close(ours, expected)
         ours.sum().backward()

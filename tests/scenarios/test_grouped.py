@@ -386,7 +386,7 @@ def test_indexed_tables_of_activations_are_no_weights():
     class Positions(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.fc = nn.Parameter(torch.randn(9, 64)), nn.Linear(64, 32)
+            self.table, self.fc = nn.Parameter(torch.randn(9, 64)), nn.Linear(64, 64)
 
         def forward(self, index):
             return self.fc(self.table[index])
