@@ -54,7 +54,7 @@ def test_averages_and_results_over_steps(dtype):
     torch.manual_seed(0)
     layer = nn.Linear(32, 48, bias=False).to(dtype)
     optimizer = torch.optim.SGD(layer.parameters(), 0.3)
-    compiled, backend = compile_eager(layer, Policy(None).on("linear", recipe(0.8)))  # also what contracts 8 tokens
+    compiled, backend = compile_eager(layer, recipe(0.8))
     expected = None
     nearest = 0
     for _ in range(8):
