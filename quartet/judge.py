@@ -76,7 +76,7 @@ class Judge:
         """The rules that tell modules apart whose code is one: of a block that is compiled by itself, or has a graph
         break, or is a ``nested_compile_region``."""
         for fqn in dict.fromkeys(r.fqn for r in records):
-            whole, others = names.full(fqn), names.others(fqn)
+            whole, others = module_name(names.full(fqn)), names.others(fqn)
             for i, rule in enumerate(self.policy.rules):
                 hit = rule.fqn is None or _hits(rule, whole, names.place)
                 apart = [other for other, place in others if rule.fqn is not None and hit != _hits(rule, other, place)]

@@ -23,6 +23,7 @@ from quartet.lowering.depth import Layer, is_within, normalise_depth
 from quartet.lowering.op_classes import OP_GROUPS, op_classes, skips
 from quartet.lowering.recipe import ROLES, Gemm, Recipe
 from quartet.lowering.resolution import Choice, Resolution, SavedChoice
+from quartet.passes.naming import module_name
 from quartet.policy_saved import SAVED, check_rule, saved_choice
 from quartet.policy_unmatched import Site, Unmatched, explain_unmatched
 from quartet.possible import obstacle, possible
@@ -103,7 +104,7 @@ class Rule:
 
     def is_about(self, module: str) -> bool:
         """Whether the glob matches a module's name, in what was compiled or in the larger model."""
-        names = (module, f"{self.place}.{module}") if self.place else (module,)
+        names = (module, module_name(f"{self.place}.{module}")) if self.place else (module,)
         return self.fqn is None or any(fnmatchcase(name, self.fqn) for name in names)
 
     def to_dict(self) -> dict[str, Any]:

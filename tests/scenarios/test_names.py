@@ -1,5 +1,7 @@
 """Layers are called as in ``named_modules()`` of what was compiled, whatever way a graph reaches them."""
 
+import warnings
+
 import pytest
 import torch
 from harness import compile_eager, eager_backend
@@ -250,6 +252,36 @@ def test_a_block_that_is_compiled_by_itself_has_names_of_its_own(in_place):
             model.blocks[i] = torch.compile(block, backend=backend)
     model(x())
     assert {r.fqn for r in backend.records} == BLOCK
+
+
+@pytest.mark.parametrize("part, own", [("blocks.1", "up"), ("blocks.1.up", "weight")])
+@pytest.mark.parametrize("whole", [False, True])
+def test_rules_name_a_part_that_is_compiled_by_itself_from_the_model(part, own, whole):
+    """Also a layer alone; what torch.compile puts around it is in no name."""
+    found = {"up"} if own == "up" else {"weight"}
+    for pattern, hit in (("fqn:blocks.1.up", True), (f"fqn:{own}", True), ("*._orig_mod*", False)):
+        torch._dynamo.reset()
+        model, backend = Stack(count=2), eager_backend(Policy(None).on(pattern, "fp8"))
+        model.set_submodule(part, torch.compile(model.get_submodule(part), backend=backend))
+        if whole:  # dynamo looks into it
+            model, found = torch.compile(model, backend=backend), {"blocks.1.up"}
+            hit = pattern == "fqn:blocks.1.up"
+        if hit:
+            model(x(64))
+            assert {r.fqn for r in backend.records if r.lowered} == found
+        else:
+            with pytest.warns(UserWarning, match="matches no matmul"):
+                model(x(64))
+            assert not backend.lowered()
+
+
+def test_a_rule_for_a_part_tells_it_from_no_module_around_it():
+    model, backend = nn.Sequential(nn.Sequential(linear()), linear()), eager_backend(Policy(None).on("0.*", "fp8"))
+    model[0] = torch.compile(model[0], backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(x(64))
+    assert set(backend.lowered()) == {"0"}
 
 
 def test_what_is_compiled_inside_of_a_larger_model_is_named_from_itself():
