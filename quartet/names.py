@@ -96,18 +96,6 @@ def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
                                models.compiled(), models.place(), twins=twins, plain=_plain(gm, weights)))
 
 
-def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules()``, where a module that torch.compile or data parallelism put around ``blocks.0`` and what it
-    holds are both called that."""
-    names, wrappers = {"": ""}, set[str]()
-    for path, module in nn.Module.named_modules(root):
-        holder, _, own = path.rpartition(".")
-        names[path] = names[holder] if holder in wrappers else ".".join(filter(None, (names[holder], own)))
-        if compat.inside(module) is not None:
-            wrappers.add(path)
-        yield names[path], module
-
-
 def _holds(path: str, other: str) -> bool:
     """Whether the module of one name holds that of another, or is it."""
     return not path or f"{other}.".startswith(f"{path}.")
@@ -118,7 +106,7 @@ class _Members:
 
     def __init__(self, root: nn.Module) -> None:
         self.root, self.names = root, dict[int, str]()
-        for path, module in _modules(root):
+        for path, module in nn.Module.named_modules(root):
             self.names.setdefault(id(module), path)
             for name, parameter in nn.Module.named_parameters(module, recurse=False):
                 self.names.setdefault(id(parameter), f"{path}.{name}" if path else name)
@@ -204,8 +192,9 @@ class _Models:
         unbroken = (scope is None or not scope.broken) and not self.bucketed and all(m is compiled[0] for m in compiled)
         running = compiled[-1] if compiled else model
         serves = members.get(id(running), "")
-        alike = [path for path, module in _modules(model) if type(module) is type(running) and module is not running
-                 and not _holds(path, serves) and not _holds(serves, path)] if serves else []
+        alike = [path for path, module in nn.Module.named_modules(model) if type(module) is type(running)
+                 and module is not running and not _holds(path, serves)
+                 and not _holds(serves, path)] if serves else []
         return replace(names, model=model, known=frozenset(map(module_name, members.values())),
                        matrices=frozenset(matrices), serves=serves, alike=tuple(alike), unbroken=unbroken,
                        complete=unbroken and not names.place)

@@ -257,15 +257,16 @@ def test_a_block_that_is_compiled_by_itself_has_names_of_its_own(in_place):
 @pytest.mark.parametrize("part, own", [("blocks.1", "up"), ("blocks.1.up", "weight")])
 @pytest.mark.parametrize("whole", [False, True])
 def test_rules_name_a_part_that_is_compiled_by_itself_from_the_model(part, own, whole):
-    """Also a layer alone; what torch.compile puts around it is in no name."""
-    found = {"up"} if own == "up" else {"weight"}
-    for pattern, hit in (("fqn:blocks.1.up", True), (f"fqn:{own}", True), ("*._orig_mod*", False)):
+    """Also a layer alone; what torch.compile puts around it counts, as in ``named_modules()``."""
+    found = {own}
+    name = f"{part}._orig_mod" + (".up" if own == "up" else "")
+    for pattern, hit in ((f"fqn:{name}", True), (f"fqn:{own}", True), ("fqn:blocks.9.up", False)):
         torch._dynamo.reset()
         model, backend = Stack(count=2), eager_backend(Policy(None).on(pattern, "fp8"))
         model.set_submodule(part, torch.compile(model.get_submodule(part), backend=backend))
         if whole:  # dynamo looks into it
-            model, found = torch.compile(model, backend=backend), {"blocks.1.up"}
-            hit = pattern == "fqn:blocks.1.up"
+            model, found = torch.compile(model, backend=backend), {name}
+            hit = pattern == f"fqn:{name}"
         if hit:
             model(x(64))
             assert {r.fqn for r in backend.records if r.lowered} == found
