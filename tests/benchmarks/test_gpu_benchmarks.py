@@ -153,7 +153,7 @@ def test_a_worker_that_hangs_or_dies_says_so(scripts):
 def gap(scripts, tmp_path_factory):
     """The record of four short trainings of which one fails."""
     out = tmp_path_factory.mktemp("gap") / "gap.json"
-    command = [*TINY_GAP, "--out", str(out), "--policies", f"bf16,quartet,nearest-rms-sr,{MISSING}"]
+    command = [*TINY_GAP, "--out", str(out), "--policies", f"bf16,quartet,even-signed-sr,{MISSING}"]
     scripts.train_gap.main(command)
     return command, out
 
@@ -163,8 +163,8 @@ def test_gap_trains_each_policy_alike_and_continues(gap, scripts, capsys):
     record = read(out)
     results = record["results"]
     assert "unknown policy" in results[f"{MISSING}/0"]["failed"]
-    losses = {name: results[f"{name}/0"]["validation_loss"] for name in ("bf16", "quartet", "nearest-rms-sr")}
-    assert losses["quartet"] == losses["nearest-rms-sr"] != losses["bf16"]
+    losses = {name: results[f"{name}/0"]["validation_loss"] for name in ("bf16", "quartet", "even-signed-sr")}
+    assert losses["quartet"] == losses["even-signed-sr"] != losses["bf16"]
     assert record["gaps"]["quartet"] == pytest.approx(losses["quartet"] - losses["bf16"])
     assert all(5 < loss < 6 for loss in losses.values())
     assert results["bf16/0"]["validation_tokens"] == 192  # three batches of 2 × 32

@@ -124,7 +124,7 @@ def priced(monkeypatch):
 def planned(policy, model=None):
     model = model or MLP()
     compiled, backend = compile_eager(model, policy)
-    compiled(torch.randn(8, 64)).sum().backward()
+    compiled(torch.randn(32, 64)).sum().backward()
     return backend
 
 
