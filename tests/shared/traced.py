@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+import quartet
 from quartet.backend import compile_graph
 from quartet.lowering import ir, registry
 from quartet.options import Options
@@ -35,7 +36,7 @@ def trace(target: str, model: Any, *inputs: Any, records: list | None = None, dy
     """Forward and backward graphs as compiled for ``target``; ``options`` as for the backend."""
     capture = _Stop()
     with pytest.raises(Traced):
-        _compiled(target, model, capture, records, dynamic, policy=policy, **options)(*inputs).sum().backward()
+        _compiled(target, model, capture, records, dynamic, policy, **options)(*inputs).sum().backward()
     torch._dynamo.reset()
     return capture.graphs
 
@@ -47,7 +48,7 @@ def carry_out(target: str, model: Any, x: torch.Tensor, policy: Any, gradient: t
     ``rest``: what the model takes besides x.
     """
     capture = Capture()
-    run = _compiled(target, model, capture, None, False, policy=policy, **options)
+    run = _compiled(target, model, capture, None, False, policy, **options)
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)
     out = run(x, *rest)
@@ -56,9 +57,12 @@ def carry_out(target: str, model: Any, x: torch.Tensor, policy: Any, gradient: t
     return [out.detach(), *grads], capture.graphs
 
 
-def _compiled(target: str, model: Any, capture: Capture, records: list | None, dynamic: bool, **options: Any) -> Any:
+def _compiled(target: str, model: Any, capture: Capture, records: list | None, dynamic: bool, policy: Any,
+              **options: Any) -> Any:
     torch._dynamo.reset()
-    parsed = Options.parse(None, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    if isinstance(policy, str) and policy in quartet.recipes():
+        policy = quartet.Policy(policy).on("linear", policy)  # a rule quantises products of any size
+    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
     parsed = replace(parsed, target=Target.named(target))
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
