@@ -62,8 +62,9 @@ def test_a_step_is_seen_without_compiling_again():
 
 def test_the_backend_leaves_integer_products_alone_and_quantises_others():
     torch._dynamo.reset()
+    named = quartet.Policy("quartet").on("linear", "quartet")  # or codes as weights would be left alone as well
     for activations, lowered in (("int8", set()), (None, {"up", "down"})):
         model = net(8, activations=activations)
-        report = quartet.explain(model, task()[0], options={"policy": "quartet"})
+        report = quartet.explain(model, task()[0], options={"policy": named})
         found = {r.fqn.removeprefix("L.") for r in report.records if r.role == "fprop" and r.lowered}
         assert {name for name in ("up", "down") if any(f.endswith(name) for f in found)} == lowered
