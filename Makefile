@@ -1,6 +1,8 @@
 # make demo                 train a small Llama with backend="quartet" beside plain Inductor (a few minutes on two cores)
 # make test                 the test suite
 # make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
+# make fuzz N=1000          so many random models through the passes, and calls through the optimizers
+# make zoo                  a training step of forty architectures from transformers, timm, diffusers and peft
 # make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; an hour on two cores)
 # make lint | bench | docs  ruff and mypy | the step benchmark on a CPU | docs/recipes.md anew
 
@@ -9,11 +11,13 @@ TORCH  ?=
 VENV   ?= .venv$(addprefix -,$(TORCH))
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+COMMA  := ,
+EXTRAS := test,demo$(if $(TORCH),,$(COMMA)zoo)# a torchvision, which timm needs, is made for one PyTorch only
 ROOMS  := passes lowering kernels runtime
 TYPED  := $(VENV)/typed/quartet# the package as mypy has to see it: the rooms inside quartet/
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: install demo test test-cutlass lint bench docs clean
+.PHONY: install demo test fuzz zoo test-cutlass lint bench docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -22,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/;/^triton==/d)' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation --editable '.[test,demo]'
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(STAMP)
@@ -30,6 +34,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+fuzz: $(STAMP)
+	QUARTET_FUZZ=$(or $(N),1000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/fuzz $(ARGS)
+
+zoo: $(STAMP)
+	QUARTET_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/zoo $(ARGS)
 
 test-cutlass: $(STAMP)
 	QUARTET_TEST_TABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels/test_cutlass_kernels.py $(ARGS)
