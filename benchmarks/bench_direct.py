@@ -111,7 +111,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for data in columns.values():
         if "ms" in data:
             data["tb_s"] = data["bytes"] / data["ms"] / 1e9
-            data["share"] = data["tb_s"] * columns[COPY]["ms"] * 1e9 / columns[COPY]["bytes"] if COPY in cases else None
+            copy = columns[COPY]["bytes"] / columns[COPY]["ms"] / 1e9 if COPY in cases else None
+            data["share"] = data["tb_s"] / copy if copy else None
             data["over_torch"] = columns[TORCH]["ms"] / data["ms"] if TORCH in cases else None
     return {"parameters": sum(g.numel() for g in grads), "tensors": len(grads), "columns": columns}
 
