@@ -36,3 +36,12 @@ def sylvester():
         return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)], dtype=torch.float64)
 
     return matrix
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A kernel cache of the test's own, empty, and the compiler that the machine has by default."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QUARTET_CACHE_DIR", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    return folder

@@ -25,14 +25,6 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give fil
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("QUARTET_CACHE_DIR", str(folder))
-    monkeypatch.delenv("CXX", raising=False)
-    return folder
-
-
-@pytest.fixture
 def full(cache):
     """A private folder with our files among others."""
     cache.mkdir(mode=0o700)

@@ -16,14 +16,6 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is 
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("QUARTET_CACHE_DIR", str(folder))
-    monkeypatch.delenv("CXX", raising=False)
-    return folder
-
-
-@pytest.fixture
 def small_source(tmp_path, monkeypatch):
     """Something that compiles at once: the cache does not care what it keeps."""
     source = tmp_path / "small.cpp"
