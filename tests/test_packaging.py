@@ -45,17 +45,24 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of what is shipped so that the checkout stays clean."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory) -> Path:
+    """A folder with what is shipped, so that builds leave nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source")
     for name in SHIPPED:
-        (source / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
     python("-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--quiet",
            "--wheel-dir", str(folder), cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,20 @@ def test_every_source_file_is_in_the_wheel(wheel):
 def test_nothing_else_is_in_the_wheel(wheel):
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert tops == {"quartet", f"torch_quartet-{PROJECT['version']}.dist-info"}
+
+
+def test_the_rooms_are_where_their_import_path_says():
+    """What reads the source, such as an editor or a type checker, finds ``quartet.passes`` in ``quartet/passes``."""
+    for room in SHIPPED[4:]:
+        link = ROOT / "quartet" / room
+        assert link.is_symlink() and link.resolve() == ROOT / room, f"{link} is no link to ../{room}"
+
+
+def test_a_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source), cwd=tmp_path)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    again = build_wheel(archive, tmp_path)
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 def test_metadata(wheel):
