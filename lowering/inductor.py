@@ -24,7 +24,9 @@ from torch.fx.node import map_arg
 from quartet.kernels import extension, reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import block_scaled_ops, grouped_ops, ir, saved_ops, weight_ops
+from quartet.lowering.graph import Builder, aten, shape, val
 from quartet.runtime import compat
+from quartet.runtime.sizes import unbacked
 
 RADICES = {16: (4, 4), 32: (8, 4), 64: (8, 8), 128: (8, 4, 4)}
 
@@ -149,9 +151,25 @@ def _inline(op: Any, node: Node, operands: tuple[Any, ...]) -> Any:
             given = iter(tensors)
             return _DECOMPOSITIONS[op](*(next(given) if isinstance(a, Node) else a for a in node.args))
 
-        _traced[key] = compat.trace(call, values)
+        _traced[key] = _with_known_strides(compat.trace(call, values))
     inputs = [value for value, arg in zip(operands, node.args, strict=True) if isinstance(arg, Node)]
     return compat.inline_into_inductor(_traced[key], inputs)
+
+
+def _with_known_strides(gm: GraphModule) -> GraphModule:
+    """Keep what a product reads with the sizes that only the data decides as its outermost ones.
+
+    Inductor sorts the strides of a product's operands, and no stride is then made of such a size.
+    """
+    for node in (n for n in gm.graph.nodes if n.target in (aten.mm.default, aten.bmm.default)):
+        for operand in node.all_input_nodes:
+            if any(map(unbacked, val(operand).stride())):
+                order = sorted(range(val(operand).dim()), key=lambda dim: not unbacked(shape(operand)[dim]))
+                build = Builder(gm.graph, like=node, before=node, backward=False)
+                kept = build(store, build(aten.permute.default, operand, order))
+                back = build(aten.permute.default, kept, [order.index(dim) for dim in range(len(order))])
+                node.replace_input_with(operand, back)
+    return gm
 
 
 def register() -> None:
