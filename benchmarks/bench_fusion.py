@@ -44,7 +44,7 @@ PRODUCERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {"RMSNorm
 
 
 def apart(producer: Callable[[Tensor, Tensor], Tensor], signs: Tensor) -> Callable[[Tensor, Tensor], Results]:
-    from quartet.kernels.triton import ops
+    from quartet.kernels.triton.quantize import ops
 
     compiled, chain = torch.compile(producer, dynamic=False), ops.Chain(SPEC, ROTATION.n, signs)
     return lambda a, b: ops.quantize(compiled(a, b), chain, packed=True, folded=False)[:3]

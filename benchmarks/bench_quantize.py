@@ -86,7 +86,7 @@ def default_forward() -> Any:
 
 def by_inductor(spec: str, transposed: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Codes and scales by what Inductor generates for the semantic op of a quantiser."""
-    from quartet.lowering import inductor
+    from quartet.lowering.targets import inductor
 
     inductor.register()
     common.allow_many_graphs()
@@ -100,9 +100,9 @@ def by_inductor(spec: str, transposed: bool) -> Callable[[Tensor], tuple[Tensor,
 def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     """What is measured, by name; the first is the copy."""
     from quartet.kernels.reference import random_signs
-    from quartet.kernels.reference.nvfp4 import tensor_scales
+    from quartet.kernels.reference.formats.nvfp4 import tensor_scales
     from quartet.kernels.spec import QuantSpec
-    from quartet.kernels.triton import ops, rotations
+    from quartet.kernels.triton.quantize import ops, rotations
 
     bits = torch.tensor(seed, device=device)
     signs = random_signs(bits, 3, 32)

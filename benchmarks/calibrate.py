@@ -62,7 +62,7 @@ def products(m: int, n: int, k: int, device: torch.device) -> dict[str, common.C
 
 
 def passes(rows: int, cols: int, device: torch.device) -> dict[str, common.Case]:
-    from quartet.kernels.triton.cast import cast
+    from quartet.kernels.triton.quantize.cast import cast
 
     x, one = torch.randn(rows, cols, device=device, dtype=torch.bfloat16), torch.ones(1, device=device)
     made = bench_quantize.kernels(device, 0)

@@ -65,7 +65,7 @@ def variant(name: str) -> Any:
     if (match := VARIANT.fullmatch(name)) is None:
         return None
     from quartet.kernels.reference.hadamard import FLAT_SIGNS
-    from quartet.lowering.recipe import Rotation
+    from quartet.lowering.recipe.types import Rotation
     from quartet.recipes import recipes
 
     base = recipes()["quartet"]

@@ -54,10 +54,10 @@ class QuantSpec:
         scale: scale format, one of ``SCALES``: ``"e8m0"`` of a block; ``"e4m3"`` of a block of 16, times one fp32
             number for the tensor; ``"fp32"`` of a row, a tensor or a block.
         rule: how the scale follows from those elements, one of ``RULES_OF_SCALE[scale]``. The powers of two of ``e8m0``
-            scales: see ``quartet.kernels.reference.scales.e8m0_scale``. ``amax``: the largest
+            scales: see ``quartet.kernels.reference.formats.scales.e8m0_scale``. ``amax``: the largest
             magnitude becomes the largest that the format holds; ``amax_pow2``: with the multiplier rounded down to a
             power of two; ``delayed``: ``amax`` of a magnitude that is given from outside; ``absmean``: the mean
-            magnitude becomes 1; ``four_six`` and ``eden``: see ``quartet.kernels.reference.nvfp4``.
+            magnitude becomes 1; ``four_six`` and ``eden``: see ``quartet.kernels.reference.formats.nvfp4``.
         rounding: ``"nearest"`` (ties to even code) or ``"stochastic"``.
         sigma: block deviation of the ``quest`` rule: ``"centred"`` (as released),
             ``"guarded"`` (centred, but at least ``mean(x²)/16``) or ``"rms"``.

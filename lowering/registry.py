@@ -18,12 +18,18 @@ from quartet.kernels import extension
 from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import ELEMENTS, QuantSpec, dtype_name
-from quartet.lowering import blackwell, block_scaled, cuda, fp8, fp8_products, int8, scaled_mm
-from quartet.lowering import cpu as cpu_lowering
-from quartet.lowering.chains import Accepts
-from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
 from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM
-from quartet.lowering.recipe import Gemm
+from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
+from quartet.lowering.recipe.types import Gemm
+from quartet.lowering.targets import fp8_products
+from quartet.lowering.targets.blackwell import block_scaled
+from quartet.lowering.targets.blackwell import library as scaled_mm
+from quartet.lowering.targets.blackwell import lower as blackwell
+from quartet.lowering.targets.chains import Accepts
+from quartet.lowering.targets.cpu import lower as cpu_lowering
+from quartet.lowering.targets.fp8 import lower as fp8
+from quartet.lowering.targets.int8 import lower as int8
+from quartet.lowering.targets.triton import lower as cuda
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from quartet.lowering.graph import is_backward, shape
+from quartet.lowering.ir.graph import is_backward, shape
 from quartet.passes.views import MATMULS, operands
 
 _CONTRACTIONS = ("aten.convolution", "aten._convolution", "aten.embedding.", "aten._embedding_bag", "aten.mkldnn_rnn",

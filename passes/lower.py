@@ -12,8 +12,12 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import blackwell, block_scaled, fp8_products, ir, products, registry
-from quartet.lowering.graph import editing, val
+from quartet.lowering import ir, registry
+from quartet.lowering.ir import products
+from quartet.lowering.ir.graph import editing, val
+from quartet.lowering.targets import fp8_products
+from quartet.lowering.targets.blackwell import block_scaled
+from quartet.lowering.targets.blackwell import lower as blackwell
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
 from quartet.runtime.devices import Target

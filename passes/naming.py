@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from torch.fx import Graph, GraphModule, Node
 
-from quartet.lowering.graph import MODULE_KEY
+from quartet.lowering.ir.graph import MODULE_KEY
 
 
 def name_modules(graph: Graph, names: Mapping[str, str]) -> None:

@@ -18,32 +18,32 @@ from torch.fx import Graph
 from quartet.kernels import extension
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
-from quartet.lowering.graph import is_backward
-from quartet.lowering.recipe import ROLES
-from quartet.lowering.records import MatmulRecord
-from quartet.lowering.resolution import Choice, Resolution
-from quartet.passes.canonicalize import canonicalize
-from quartet.passes.delayed import delayed
-from quartet.passes.embed import embed
-from quartet.passes.estimator import estimator
-from quartet.passes.find_matmuls import find_matmuls
-from quartet.passes.grouped import find_grouped
+from quartet.lowering.ir.graph import is_backward
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.recipe.resolution import Choice, Resolution
+from quartet.lowering.recipe.types import ROLES
+from quartet.passes.find.canonicalize import canonicalize
+from quartet.passes.find.find_grouped import find_grouped
+from quartet.passes.find.find_matmuls import find_matmuls
+from quartet.passes.find.tag import tag
+from quartet.passes.find.unfold import unfold
 from quartet.passes.lower import lower
 from quartet.passes.naming import name_modules
-from quartet.passes.outliers import outliers
-from quartet.passes.plan import plan
-from quartet.passes.quantize import quantize
-from quartet.passes.rotate import rotate
-from quartet.passes.rotate_grouped import rotate_grouped
-from quartet.passes.save import save
-from quartet.passes.share import share
+from quartet.passes.plan.plan import plan
+from quartet.passes.quantize.delayed import delayed
+from quartet.passes.quantize.quantize import quantize
+from quartet.passes.quantize.rotate import rotate
+from quartet.passes.quantize.rotate_grouped import rotate_grouped
+from quartet.passes.quantize.share import share
+from quartet.passes.recipe.embed import embed
+from quartet.passes.recipe.estimator import estimator
+from quartet.passes.recipe.outliers import outliers
+from quartet.passes.recipe.q_ema import toward
+from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
+from quartet.passes.residuals.save import save
+from quartet.passes.residuals.unchanged import unchanged
 from quartet.passes.sites import MatmulSite
-from quartet.passes.smooth_swiglu import smooth_swiglu
 from quartet.passes.state import Config, State
-from quartet.passes.tag import tag
-from quartet.passes.toward import toward
-from quartet.passes.unchanged import unchanged
-from quartet.passes.unfold import unfold
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from quartet.lowering.graph import Builder, aten, is_backward, keep_as, val
+from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, val
 from quartet.passes.sites import MatmulSite
 from quartet.passes.state import State
 from quartet.passes.views import ADDS

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.grouped_ops import SCALED_GROUPED_MM
-from quartet.lowering.recipe import Gemm, Recipe
-from quartet.lowering.resolution import Resolution
+from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
+from quartet.lowering.recipe.resolution import Resolution
+from quartet.lowering.recipe.types import Gemm, Recipe
 from quartet.runtime.compat import OpOverload
 
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
@@ -89,7 +89,7 @@ class MatmulSite:
         reasons: role → why it is left alone.
         remarks: role → how its GEMM differs from the recipe's; notes: what a reader should know of all three.
         groups: of a product of tokens in groups, each with a W of its own.
-        masked: which of ``"x"``, ``"w"`` and ``"y"`` a mask has thinned out (``quartet.passes.masks``).
+        masked: which of ``"x"``, ``"w"`` and ``"y"`` a mask has thinned out (``quartet.passes.classify.masks``).
         x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
     """
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.lowering.graph import replace_all
-from quartet.lowering.recipe import Recipe
-from quartet.lowering.records import MatmulRecord, SavedRecord
-from quartet.lowering.resolution import Resolution
+from quartet.lowering.ir.graph import replace_all
+from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.lowering.recipe.resolution import Resolution
+from quartet.lowering.recipe.types import Recipe
 from quartet.passes.flow import Flow
 from quartet.passes.sites import MatmulSite
 from quartet.runtime.devices import Target
@@ -41,7 +41,7 @@ class Config:
 
     Attributes:
         resolve: (op class, FQN, m, n, k[, layer[, aside]]) → what the policy decides for the three GEMMs; layer as of
-            ``quartet.passes.layers``, aside as of ``quartet.passes.sites``.
+            ``quartet.passes.classify.layers``, aside as of ``quartet.passes.sites``.
         weights: index of a dynamo input → parameter name, for the inputs that are parameters.
         strict: a planned matmul that cannot be lowered is an error.
         disable_passes, disable_kernels: names left out.
@@ -54,7 +54,7 @@ class Config:
         portable_rounding: no rounding by conversions that only some devices have.
         replayed: what runs on a GPU is recorded in CUDA graphs.
         autotune: kernels may measure, when they first run, which of them is fastest.
-        anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.amax``).
+        anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.slots.amax``).
         modules: what dynamo writes for a module → its name in the model.
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
         written: how many features they make. layers: how many weights of two dimensions or more the model has.

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from quartet.lowering.graph import aten, shape, val
+from quartet.lowering.ir.graph import aten, shape, val
 from quartet.runtime.compat import OpOverload
 
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.clone.default)

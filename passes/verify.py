@@ -6,9 +6,9 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.graph import aten, is_backward
-from quartet.lowering.grouped_ops import QUANTIZE_GROUPS, SCALED_GROUPED_MM
-from quartet.lowering.products import SCALED
+from quartet.lowering.ir.graph import aten, is_backward
+from quartet.lowering.ir.grouped import QUANTIZE_GROUPS, SCALED_GROUPED_MM
+from quartet.lowering.ir.products import SCALED
 from quartet.passes.sites import SITE_KEY
 from quartet.passes.state import State
 from quartet.runtime.sizes import same

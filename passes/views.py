@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering.graph import aten, shape
+from quartet.lowering.ir.graph import aten, shape
 from quartet.runtime.sizes import same_sizes
 
 Operand = tuple[Node, bool]  # and whether it is stored transposed

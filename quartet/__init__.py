@@ -2,10 +2,10 @@
 
 from quartet.explain import explain
 from quartet.kernels.spec import QuantSpec, SpecError
-from quartet.lowering.recipe import Delayed, Gemm, Operand, Recipe, Rotation, Saved
+from quartet.lowering.recipe.types import Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.policy import Policy, Rule
 from quartet.recipes import PolicyError, recipes, register
-from quartet.runtime.state import load_state_dict, state_dict
+from quartet.runtime.slots.state import load_state_dict, state_dict
 from quartet.statistics import statistics
 
 __version__ = "0.1.0"

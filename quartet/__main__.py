@@ -2,6 +2,6 @@
 
 import sys
 
-from quartet.cli import main
+from quartet.cli.main import main
 
 sys.exit(main())

@@ -13,27 +13,28 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quartet.dump import GraphDump
-from quartet.judge import Judge, judge_of
-from quartet.lowering import inductor, registry
+from quartet.lowering import registry
 from quartet.lowering.rates import rates_of
-from quartet.lowering.recipe import ROLES
-from quartet.lowering.records import MatmulRecord, SavedRecord
-from quartet.names import Names, names_of
+from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.lowering.recipe.types import ROLES
+from quartet.lowering.targets import inductor
+from quartet.model.judge import Judge, judge_of
+from quartet.model.names import Names, names_of
+from quartet.model.trained import tokens_for
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.passes.aside import LEAST
-from quartet.passes.saved import SavedActivations
+from quartet.passes.classify.aside import LEAST
+from quartet.passes.residuals.partition import SavedActivations
 from quartet.passes.state import Config, Observer
-from quartet.policy_recipes import quantizes, recipes_of, remembers
-from quartet.policy_saved import saves
+from quartet.policy.recipes import quantizes, recipes_of, remembers
+from quartet.policy.saved import saves
+from quartet.report.dump import GraphDump
 from quartet.runtime import compat
-from quartet.runtime.amax import Anchored, no_anchor
-from quartet.runtime.anchored_graph import forget_examples, with_input
 from quartet.runtime.devices import Target
+from quartet.runtime.slots.amax import Anchored, no_anchor
+from quartet.runtime.slots.anchored_graph import forget_examples, with_input
+from quartet.runtime.slots.weights import REUSED
 from quartet.runtime.streams import data_parallel_stream
-from quartet.runtime.weights import REUSED
-from quartet.trained import tokens_for
 
 log = logging.getLogger("quartet")
 compat.register_log()
@@ -66,7 +67,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records. Whoever
     asks for any of them is not answered from a cache. ``say(names, records, saved)`` is called instead of warning of
     what the graphs of a model have shown so far. ``remember``: layers are decided from now on by the tokens
-    that training has here, see ``quartet.trained``.
+    that training has here, see ``quartet.model.trained``.
     """
     compat.warn_if_untested()
     names = names_of(gm, example_inputs)

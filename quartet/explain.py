@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from quartet.lowering.records import MatmulRecord, SavedRecord
+from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.policy import Policy
-from quartet.report import Report
+from quartet.report.table import Report
 from quartet.runtime.devices import Target
 
 
@@ -28,11 +28,11 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         options, mode: as for ``torch.compile(model, backend="quartet")``.
         target: ``"sm_100a"``, ``"sm_90"``, …: as if the tensors were on such a GPU. Nothing runs then.
     Returns:
-        A :class:`quartet.report.Report`; print it, ``to_dict()``, ``to_html()``.
+        A :class:`quartet.report.table.Report`; print it, ``to_dict()``, ``to_html()``.
     """
     from quartet.backend import compile_graph
-    from quartet.judge import Judge
     from quartet.lowering import registry
+    from quartet.model.judge import Judge
     from quartet.passes import pipeline
     from quartet.runtime.capture import Capture, Pretence, settings_of, unchanged
 

@@ -2,7 +2,7 @@
 
 from quartet.kernels.element import Element, register_element, unregister_element
 from quartet.kernels.extension import ExtensionError
-from quartet.lowering.op_classes import register_op_class, unregister_op_class
+from quartet.lowering.recipe.op_classes import register_op_class, unregister_op_class
 from quartet.lowering.registry import Kernel
 from quartet.lowering.registry import register as register_kernel
 from quartet.lowering.registry import unregister as unregister_kernel

@@ -12,14 +12,7 @@ Around any optimizer of ``torch.optim``, for weights that are trained in FP4:
 ``docs/optimizers.md`` has the formats, their arithmetic and their speed.
 """
 
-from quartet.kernels.reference.state_format import (
-    COAT,
-    DYNAMIC,
-    E4M3_BLOCKS,
-    E4M3_E5M2,
-    FP32,
-    StateFormat,
-)
+from quartet.kernels.reference.optim.state_format import COAT, DYNAMIC, E4M3_BLOCKS, E4M3_E5M2, FP32, StateFormat
 from quartet.runtime.optim import SGD, Adam, AdamW, Lion, LowBitOptimizer, QRamping
 
 __all__ = ["COAT", "DYNAMIC", "E4M3_BLOCKS", "E4M3_E5M2", "FP32", "SGD", "Adam", "AdamW", "Lion", "LowBitOptimizer",

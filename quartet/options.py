@@ -40,8 +40,9 @@ class Options:
         accumulation: of FP8 tensor cores: ``"fast"``, in their own registers, or ``"promoted"``, to fp32 every 128
             elements.
         reuse_weights: while gradients accumulate, quantise a weight once an optimizer step and not in every forward
-            (see ``quartet.runtime.weights``); its codes are kept meanwhile. CUDA graphs quantise every time. A write
-            through ``parameter.data`` between two forwards of a step is not seen; write under ``torch.no_grad()``.
+            (see ``quartet.runtime.slots.weights``); its codes are kept meanwhile. CUDA graphs quantise every time. A
+            write through ``parameter.data`` between two forwards of a step is not seen; write under
+            ``torch.no_grad()``.
         portable_rounding: quantise in integer arithmetic where the GPU has conversions of its own (Blackwell), so that
             results are bit-equal on all devices.
         open_attention: write ``scaled_dot_product_attention`` as two matmuls and a softmax, whose op classes are

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.op_classes import op_classes
-from quartet.lowering.recipe import OP_CLASSES, Gemm, Operand, Recipe, Rotation, Saved
+from quartet.lowering.recipe.op_classes import op_classes
+from quartet.lowering.recipe.types import OP_CLASSES, Gemm, Operand, Recipe, Rotation, Saved
 
 
 class PolicyError(ValueError):

@@ -13,6 +13,6 @@ def statistics() -> dict[str, dict[str, int]]:
         row, by more than fourteen powers of two, that E4M3 with a scale a row could not hold all of them exactly.
         Devices that have not run such a kernel are not there.
     """
-    fold = sys.modules.get("quartet.kernels.triton.fold")
+    fold = sys.modules.get("quartet.kernels.triton.quantize.fold")
     counters = fold.COUNTERS if fold is not None else {}
     return {str(device): {"inexact_fold_blocks": int(counter)} for device, counter in counters.items()}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.runtime.amax import frozen
 from quartet.runtime.compat import any_number_of_compilations, compiled_settings
 from quartet.runtime.sizes import hint
+from quartet.runtime.slots.amax import frozen
 
 
 class Capture:

@@ -1,4 +1,4 @@
-// One optimizer step of many tensors, bit-equal to quartet.kernels.reference.optimizers.
+// One optimizer step of many tensors, bit-equal to quartet.kernels.reference.optim.optimizers.
 //
 // A tile of B elements is decoded into arrays of floats, updated, and encoded again; the loops over them are plain
 // enough for the compiler to vectorise. Compile with -ffp-contract=off: it is part of the numerics.

@@ -1,4 +1,4 @@
-"""Python face of the optimizer kernel for CPUs, bit-equal to ``quartet.kernels.reference.optimizers``.
+"""Python face of the optimizer kernel for CPUs, bit-equal to ``quartet.kernels.reference.optim.optimizers``.
 
 Computes with ``torch.get_num_threads()`` threads; the result does not depend on their number.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from quartet.kernels.build_cache import BuildError
 from quartet.kernels.cpu import build
-from quartet.kernels.reference import states as ref
-from quartet.kernels.reference.optimizers import ALGORITHMS, Kind, check
-from quartet.kernels.reference.states import Layout
+from quartet.kernels.reference.optim import states as ref
+from quartet.kernels.reference.optim.optimizers import ALGORITHMS, Kind, check
+from quartet.kernels.reference.optim.states import Layout
 
 SOURCE = build.SOURCE.with_name("optimizer.cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -69,8 +69,8 @@ def pointers(kind: Kind, layout: Layout, param: Tensor, codes: Sequence[Tensor],
              site: int, first_group: int) -> list[int]:
     """One tensor's row of the table that :func:`run` takes, still without its gradient (:func:`set_gradients`).
 
-    The tensors are contiguous ones on the CPU, shaped as :mod:`quartet.kernels.reference.states` says; ``param`` is
-    float32, bfloat16 or float16. ``site``, ``first_group``: of ``reference.optimizers.random_halves``.
+    The tensors are contiguous ones on the CPU, shaped as :mod:`quartet.kernels.reference.optim.states` says; ``param``
+    is float32, bfloat16 or float16. ``site``, ``first_group``: of ``reference.optimizers.random_halves``.
 
     Raises:
         ValueError: tensors that are not those of ``kind`` in ``layout``.

@@ -18,7 +18,7 @@ from quartet.kernels.cutlass.configuration import (
 )
 from quartet.kernels.cutlass.library import Library, Problem, load
 from quartet.kernels.cutlass.selection import Product, select
-from quartet.kernels.reference.packing import swizzled_size
+from quartet.kernels.reference.formats.packing import swizzled_size
 from quartet.kernels.spec import dtype_name
 
 OUTPUT_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

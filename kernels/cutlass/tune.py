@@ -15,7 +15,7 @@ from quartet.kernels.cutlass.configuration import BLOCK, ELEMENT_BITS, Configura
 from quartet.kernels.cutlass.gemm import gemm, product_of
 from quartet.kernels.cutlass.library import KernelError
 from quartet.kernels.cutlass.selection import is_settled, remember
-from quartet.kernels.reference.packing import swizzled_size
+from quartet.kernels.reference.formats.packing import swizzled_size
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The specification of the numbers, in plain PyTorch. Every kernel is tested against it bit for bit."""
 
-from quartet.kernels.reference.elements import (
+from quartet.kernels.reference.formats.elements import (
     E2M1_VALUES,
     e2m1_decode,
     e2m1_encode,
@@ -8,9 +8,7 @@ from quartet.kernels.reference.elements import (
     e8m0_reciprocal,
     fp8_encode,
 )
-from quartet.kernels.reference.hadamard import hadamard, pad_last
-from quartet.kernels.reference.linear import QuartetLinear, linear_backward, linear_forward
-from quartet.kernels.reference.packing import (
+from quartet.kernels.reference.formats.packing import (
     pack_bits,
     pack_nibbles,
     swizzle_scales,
@@ -20,7 +18,10 @@ from quartet.kernels.reference.packing import (
     unpack_nibbles,
     unswizzle_scales,
 )
+from quartet.kernels.reference.formats.scales import e8m0_scale, fp32_scale, tree_sum
+from quartet.kernels.reference.hadamard import hadamard, pad_last
 from quartet.kernels.reference.philox import Draw, philox4x32, random_bits, random_signs
+from quartet.kernels.reference.products.linear import QuartetLinear, linear_backward, linear_forward
 from quartet.kernels.reference.quantize import (
     apply_mask,
     dequantize,
@@ -30,7 +31,6 @@ from quartet.kernels.reference.quantize import (
     scaled_bmm,
     scaled_mm,
 )
-from quartet.kernels.reference.scales import e8m0_scale, fp32_scale, tree_sum
 
 __all__ = [
     "Draw", "E2M1_VALUES", "QuartetLinear", "apply_mask", "dequantize", "e2m1_decode", "e2m1_encode", "e8m0_decode",

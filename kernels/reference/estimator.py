@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from quartet.kernels.reference.grid import grid_cell, in_units_of_scale
+from quartet.kernels.reference.formats.grid import grid_cell, in_units_of_scale
 from quartet.kernels.spec import QuantSpec
 
 ESTIMATORS = ("straight-through", "dge")
@@ -26,7 +26,7 @@ def dge_slope(x: Tensor, spec: QuantSpec, store: Callable[[Tensor], Tensor] = la
     Values beyond ±6 count as ±6; NaN gives NaN. The power is fp32: compiled code may differ in the last bits.
 
     Args:
-        spec: what quantises x. store: see :func:`quartet.kernels.reference.grid.in_units_of_scale` for both.
+        spec: what quantises x. store: see :func:`quartet.kernels.reference.formats.grid.in_units_of_scale` for both.
     """
     units, _ = in_units_of_scale(x, spec, store)
     a = units.abs().clamp(max=spec.max)

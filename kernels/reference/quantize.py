@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.element import decode, encode
-from quartet.kernels.reference import nvfp4
-from quartet.kernels.reference.elements import (
-    e2m1_decode,
-    e2m1_encode,
-    e8m0_decode,
-    e8m0_reciprocal,
-)
+from quartet.kernels.reference.formats import nvfp4
+from quartet.kernels.reference.formats.elements import e2m1_decode, e2m1_encode, e8m0_decode, e8m0_reciprocal
+from quartet.kernels.reference.formats.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
+from quartet.kernels.reference.formats.scales import e8m0_scale, fp32_scale, spread
 from quartet.kernels.reference.hadamard import pad_last
-from quartet.kernels.reference.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 from quartet.kernels.reference.philox import random_bits
-from quartet.kernels.reference.scales import e8m0_scale, fp32_scale, spread
 from quartet.kernels.spec import QuantSpec
 
 

@@ -11,7 +11,7 @@ from quartet.kernels.reference.philox import GROUP, SIGN_STREAM, WINDOWS
 from quartet.kernels.triton.host import cdiv, on_device
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import tile8
-from quartet.kernels.triton.quantizer import random_words, round_keys
+from quartet.kernels.triton.quantize.quantizer import random_words, round_keys
 
 _LANES = 128
 _SIGN_STREAM = tl.constexpr(SIGN_STREAM)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from quartet.kernels.reference import lowbit
+from quartet.kernels.reference.optim import lowbit
 from quartet.runtime.direct.linear import ACTIVATIONS
 from quartet.runtime.direct.weight import LowBitWeight, components, mismatch
 from quartet.runtime.optim.layout import local

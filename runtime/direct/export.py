@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quartet.kernels.files import check, opener
-from quartet.kernels.reference import lowbit
+from quartet.kernels.reference.optim import lowbit
 from quartet.runtime.direct.convert import hold
 from quartet.runtime.direct.weight import LowBitWeight
 
@@ -21,7 +21,7 @@ _ACTIVATIONS = ("int8", None)
 def export(model: nn.Module, file: str | Path | None = None) -> dict[str, Tensor]:
     """``model.state_dict()`` with each low-bit weight NAME as ``NAME.codes``, ``NAME.scale`` and ``NAME.lowbit``.
 
-    Codes are packed as :func:`quartet.kernels.reference.lowbit.pack` says; ``NAME.lowbit`` is int64 ``[grid, in,
+    Codes are packed as :func:`quartet.kernels.reference.optim.lowbit.pack` says; ``NAME.lowbit`` is int64 ``[grid, in,
     paper, activations]`` with the grid's place in ternary, 2, 3, 4, 8. Nothing is copied but for a file.
 
     Args:

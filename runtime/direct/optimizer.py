@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from quartet.kernels.reference.lowbit import Draw
+from quartet.kernels.reference.optim.lowbit import Draw
 from quartet.runtime.direct import rounding
 from quartet.runtime.direct.weight import LowBitWeight
 from quartet.runtime.optim import fit

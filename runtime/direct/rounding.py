@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference import lowbit
-from quartet.kernels.reference.lowbit import Draw
+from quartet.kernels.reference.optim import lowbit
+from quartet.kernels.reference.optim.lowbit import Draw
 from quartet.runtime.direct.weight import LowBitWeight
 
 
@@ -21,14 +21,14 @@ from quartet.runtime.direct.weight import LowBitWeight
 def _triton() -> ModuleType | None:
     """The kernels, where Triton is installed."""
     try:
-        from quartet.kernels.triton import lowbit as kernels
+        from quartet.kernels.triton.lowbit import ops as kernels
     except ImportError:
         return None
     return kernels
 
 
 def kernels_for(weight: LowBitWeight) -> ModuleType | None:
-    """``quartet.kernels.triton.lowbit`` where it takes the weight, else None: the reference."""
+    """``quartet.kernels.triton.lowbit.ops`` where it takes the weight, else None: the reference."""
     if weight.device.type != "cuda":
         return None
     kernels: Any = _triton()

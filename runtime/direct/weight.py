@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference import lowbit
-from quartet.kernels.reference.lowbit import Grid
+from quartet.kernels.reference.optim import lowbit
+from quartet.kernels.reference.optim.lowbit import Grid
 from quartet.runtime.optim.layout import local
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ class LowBitWeight(Tensor):
     """A matrix ``[out, in]`` of which only integer codes and fp32 scales exist.
 
     Args:
-        codes: ``[out, ceil(in · width / 8)]`` of :func:`quartet.kernels.reference.lowbit.pack`.
+        codes: ``[out, ceil(in · width / 8)]`` of :func:`quartet.kernels.reference.optim.lowbit.pack`.
         scale: fp32 ``[out]``, or ``[1]`` under the paper's rule.
         bits: name of the grid. cols: ``in``. dtype: what the matrix says its dtype is, which is that of its gradient
             and follows ``model.bfloat16()``; the codes and scales do not.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference.optimizers import Hyper
-from quartet.kernels.reference.state_format import StateFormat
+from quartet.kernels.reference.optim.optimizers import Hyper
+from quartet.kernels.reference.optim.state_format import StateFormat
 from quartet.runtime.optim.base import LowBitOptimizer, Slot
 
 Format = StateFormat | str

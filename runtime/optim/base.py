@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference.optimizers import Hyper, Kind
-from quartet.kernels.reference.state_format import FP16_MASTER, FP32, StateFormat
-from quartet.kernels.reference.states import scale_shape
+from quartet.kernels.reference.optim.optimizers import Hyper, Kind
+from quartet.kernels.reference.optim.state_format import FP16_MASTER, FP32, StateFormat
+from quartet.kernels.reference.optim.states import scale_shape
 from quartet.runtime.optim import batches, fit, states
 from quartet.runtime.optim import layout as place
 from quartet.runtime.optim.runners import Scaling

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from quartet.kernels.reference.optimizers import Kind
+from quartet.kernels.reference.optim.optimizers import Kind
 from quartet.runtime.optim import layout as place
 from quartet.runtime.optim.runners import Item, Reduction, Runner, runner
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from quartet.kernels.reference.optimizers import WEIGHT_GROUP, Kind
-from quartet.kernels.reference.state_format import StateFormat
-from quartet.kernels.reference.states import Layout
+from quartet.kernels.reference.optim.optimizers import WEIGHT_GROUP, Kind
+from quartet.kernels.reference.optim.state_format import StateFormat
+from quartet.kernels.reference.optim.states import Layout
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quartet.kernels.cpu import optimizer as cpu
-from quartet.kernels.reference import optimizers as ref
-from quartet.kernels.reference.optimizers import Hyper, Kind
-from quartet.kernels.reference.states import Layout
+from quartet.kernels.reference.optim import optimizers as ref
+from quartet.kernels.reference.optim.optimizers import Hyper, Kind
+from quartet.kernels.reference.optim.states import Layout
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class GpuRunner:
     """The Triton kernels: two launches, four with one scale a tensor, whatever the number of items; no wait."""
 
     def __init__(self, kind: Kind, items: Sequence[Item], reduce: Reduction, gradient: torch.dtype) -> None:
-        from quartet.kernels.triton import adam
+        from quartet.kernels.triton.optim import adam
 
         self.kind, self.reduce = kind, reduce
         entries = [adam.Entry(i.param, i.codes, i.scales, i.step, i.layout, i.site, i.first_group) for i in items]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from quartet.kernels.reference.optimizers import Kind, next_scale, store, unpacked
-from quartet.kernels.reference.state_format import StateFormat
-from quartet.kernels.reference.states import Layout, code_dtype, scale_shape, zero_code
+from quartet.kernels.reference.optim.optimizers import Kind, next_scale, store, unpacked
+from quartet.kernels.reference.optim.state_format import StateFormat
+from quartet.kernels.reference.optim.states import Layout, code_dtype, scale_shape, zero_code
 from quartet.runtime.optim import layout as place
 
 

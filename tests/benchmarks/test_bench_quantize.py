@@ -62,7 +62,7 @@ def test_shares_and_slots(bench, capsys):
 
 
 def test_the_forward_quantiser_is_that_of_the_default_recipe(bench, monkeypatch):
-    ops = pytest.importorskip("quartet.kernels.triton.ops")
+    ops = pytest.importorskip("quartet.kernels.triton.quantize.ops")
     forward, chains = recipes()["quartet"].fprop, {}
     for name in ("rows packed fold", "rows packed", "rows quest packed fold"):
         monkeypatch.setattr(ops, "quantize", lambda x, chain, name=name, **which: chains.update({name: chain}))
@@ -80,7 +80,7 @@ def test_fusion_is_measured_with_it_too(bench):
 
 
 def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):
-    pytest.importorskip("quartet.kernels.triton.ops")
+    pytest.importorskip("quartet.kernels.triton.quantize.ops")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     x = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
     every = bench.kernels(torch.device("cpu"), 0)

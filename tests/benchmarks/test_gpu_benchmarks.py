@@ -16,7 +16,7 @@ import torch
 from uncompiled import uncompiled
 
 from quartet.kernels.reference.hadamard import FLAT_SIGNS
-from quartet.lowering.recipe import Rotation
+from quartet.lowering.recipe.types import Rotation
 from quartet.recipes import recipes
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

@@ -13,9 +13,9 @@ FILES = {
     "lowering/ir/core.py": "library.define('f() -> ()')\na, b = node.args[0], node.args[1]\n",
     "lowering/targets/cpu/ops.py": "def f():\n    from quartet.lowering.targets.triton import ops\n",
     "lowering/targets/triton/ops.py": "ir.library.define('g() -> ()')\nfrom quartet.lowering.ir import core\n",
-    "kernels/triton/rows.py": "@triton.jit\ndef small(x, N: tl.constexpr):\n    pass\n\n\n"
+    "kernels/triton/quantize/rows.py": "@triton.jit\ndef small(x, N: tl.constexpr):\n    pass\n\n\n"
                               "@triton.jit(do_not_specialize=['a'])\ndef large(a, b, c, *, d):\n    pass\n",
-    "runtime/state.py": "",
+    "runtime/slots/state.py": "",
 }
 
 
@@ -42,7 +42,7 @@ def test_measures_of_a_small_house(script, house):
     assert found["library.define"] == "2"
     assert found["most files in a folder of passes"] == "2 in passes/"
     assert found["file names that occur twice"] == "1: ops.py"
-    assert found["most parameters of a Triton kernel"] == "4 of large in kernels/triton/rows.py"
+    assert found["most parameters of a Triton kernel"] == "4 of large in kernels/triton/quantize/rows.py"
     assert found["import circles"] == "1: quartet.passes.one → quartet.passes.two → quartet.passes.one"
     targets = "quartet.lowering.targets"
     assert found["imports between targets"] == f"1: {targets}.cpu.ops → {targets}.triton.ops"

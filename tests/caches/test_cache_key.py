@@ -10,7 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import quartet
 from quartet.backend import make_pipeline
 from quartet.lowering import registry
-from quartet.lowering.recipe import ROLES
+from quartet.lowering.recipe.types import ROLES
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.policy import Policy
@@ -101,8 +101,8 @@ def test_a_users_own_pass_is_in_the_key():
 
 
 ROOT = Path(pipeline.__file__).parents[1]
-SOURCES = ["passes/share.py", "passes/pipeline.py", "lowering/ir.py", "lowering/inductor.py", "runtime/compat.py",
-           "kernels/reference/quantize.py", "kernels/spec.py", *(
+SOURCES = ["passes/quantize/share.py", "passes/pipeline.py", "lowering/ir/core.py", "lowering/targets/inductor.py",
+           "runtime/compat.py", "kernels/reference/quantize.py", "kernels/spec.py", *(
                str(path.relative_to(ROOT)) for path in sorted((ROOT / "kernels/cpu").glob("*.cpp")))]
 
 
@@ -153,8 +153,8 @@ FACTS = {
     "no compiler of C++": ("cpu", "quartet.kernels.cpu.ops.unavailable", no),
     "no VNNI": ("cpu", "torch.cpu.get_capabilities", dict),
     "no nvcc, headers or objects": ("cuda", "quartet.kernels.cutlass.build.unready", no),
-    "no Triton": ("cuda", "quartet.lowering.cuda.unavailable", no),
-    "no GPU": ("cuda", "quartet.lowering.blackwell.unavailable", no),
+    "no Triton": ("cuda", "quartet.lowering.targets.triton.lower.unavailable", no),
+    "no GPU": ("cuda", "quartet.lowering.targets.blackwell.lower.unavailable", no),
 }
 
 
@@ -164,7 +164,7 @@ def test_what_a_choice_of_kernels_rests_on_here_is_in_the_key(monkeypatch, recip
     kind, question, answer = FACTS[fact]
     monkeypatch.setattr("quartet.kernels.cpu.ops.unavailable", lambda: None)
     monkeypatch.setattr("quartet.kernels.cutlass.build.unready", lambda *arguments: None)
-    monkeypatch.setattr("quartet.lowering.cuda.unavailable", lambda target: None)
+    monkeypatch.setattr("quartet.lowering.targets.triton.lower.unavailable", lambda target: None)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
     kernels, before = kernels_and_key(recipe, kind)
     assert kernels_and_key(recipe, kind) == (kernels, before)

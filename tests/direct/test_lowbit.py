@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quartet.kernels.reference import lowbit
-from quartet.kernels.reference.lowbit import GRIDS
+from quartet.kernels.reference.optim import lowbit
+from quartet.kernels.reference.optim.lowbit import GRIDS
 from quartet.kernels.reference.philox import philox4x32
 
 GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda g: g.name)

@@ -10,8 +10,8 @@ import quartet
 from quartet.backend import compile_graph
 from quartet.options import Options
 from quartet.policy import Policy
-from quartet.runtime import amax
 from quartet.runtime.capture import Capture
+from quartet.runtime.slots import amax
 
 TOKENS, WIDTH, HIDDEN, STEPS = 32, 32, 48, 3  # fewer tokens would leave wgrad alone
 SPEC = quartet.QuantSpec.parse("e4m3/tensor fp32 delayed nearest")

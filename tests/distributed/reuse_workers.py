@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from quartet.backend import compile_graph
-from quartet.lowering import cpu_ops
+from quartet.lowering.targets.cpu import ops as cpu_ops
 from quartet.options import Options
 from quartet.policy import Policy
 from quartet.runtime.capture import Capture

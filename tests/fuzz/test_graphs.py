@@ -18,10 +18,10 @@ from shorter import shortest
 from torch import Tensor
 
 from quartet.backend import compile_graph
-from quartet.lowering.recipe import OP_CLASSES
+from quartet.lowering.recipe.types import OP_CLASSES
 from quartet.options import Options
 from quartet.policy import Policy
-from quartet.possible import obstacle
+from quartet.policy.possible import obstacle
 from quartet.recipes import built_in
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import compile_fx

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from quartet import direct, optim
-from quartet.kernels.reference.state_format import StateFormat
+from quartet.kernels.reference.optim.state_format import StateFormat
 from quartet.runtime.optim import batches
 from quartet.runtime.optim.runners import ReferenceRunner
 

@@ -14,8 +14,8 @@ import lowbit_cases as cases  # noqa: E402
 from direct_models import BITS, net, stored, task, wrapped  # noqa: E402
 
 from quartet import direct, optim  # noqa: E402
-from quartet.kernels.reference import lowbit  # noqa: E402
-from quartet.kernels.reference.lowbit import GRIDS, Draw  # noqa: E402
+from quartet.kernels.reference.optim import lowbit  # noqa: E402
+from quartet.kernels.reference.optim.lowbit import GRIDS, Draw  # noqa: E402
 from quartet.runtime.direct import rounding  # noqa: E402
 from quartet.runtime.direct.linear import int_product  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_the_reference_has_the_same_bits_on_the_device(device):
 
 
 def test_rows_beyond_two_to_the_31_elements(device):
-    from quartet.kernels.triton import lowbit as kernels
+    from quartet.kernels.triton.lowbit import ops as kernels
 
     grid, rows, cols, last = GRIDS["ternary"], (1 << 20) + 3, 2052, 5
     packed = torch.randint(0, 256, (rows, grid.columns(cols)), device=device, dtype=torch.uint8) & 0x55

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import triton_expected as expected  # noqa: E402
 
-from quartet.lowering import inductor  # noqa: E402
+from quartet.lowering.targets import inductor  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SPECS = ("e4m3/32 e8m0 ceil nearest", "e5m2/32 e8m0 floor nearest", "e4m3/128 fp32 amax_pow2 nearest",

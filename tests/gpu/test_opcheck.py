@@ -7,10 +7,11 @@ import triton_expected as expected
 pytest.importorskip("triton")
 
 from quartet.kernels import reference as ref  # noqa: E402
-from quartet.kernels.reference.nvfp4 import tensor_scales  # noqa: E402
+from quartet.kernels.reference.formats.nvfp4 import tensor_scales  # noqa: E402
 from quartet.kernels.reference.quantize import largest_magnitude  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.lowering import blackwell_ops, cuda_ops  # noqa: E402
+from quartet.lowering.ir import fused as cuda_ops  # noqa: E402
+from quartet.lowering.targets.blackwell import ops as blackwell_ops
 
 pytestmark = pytest.mark.gpu
 FORWARD, BACKWARD = expected.DEFAULT, QuantSpec(rule="headroom", rounding="stochastic")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quartet import selftest
 from quartet.backend import compile_graph
+from quartet.cli import selftest
 from quartet.kernels import reference
-from quartet.lowering import block_scaled_ops, registry
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering import registry
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.targets.blackwell import block_scaled_ops
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.devices import Target
@@ -72,7 +73,7 @@ def test_step(policy, sizes, device):
 @pytest.mark.parametrize("tile", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
 def test_swizzle(dtype, tile, device):
-    from quartet.lowering import inductor
+    from quartet.lowering.targets import inductor
 
     if dtype is torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < (8, 9):
         pytest.skip("e4m3 needs compute capability 8.9")

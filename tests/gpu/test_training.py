@@ -12,8 +12,8 @@ from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import list_mode_options
-from quartet.runtime.storages import storage_number
-from quartet.runtime.weights import REUSED
+from quartet.runtime.slots.storages import storage_number
+from quartet.runtime.slots.weights import REUSED
 
 pytestmark = pytest.mark.gpu
 QUARTET = {"policy": "quartet"}  # small layers, which the default would leave alone

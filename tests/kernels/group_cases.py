@@ -14,7 +14,7 @@ import torch
 import triton_expected as expected
 from torch import Tensor
 
-from quartet.kernels.reference import grouped
+from quartet.kernels.reference.products import grouped
 from quartet.kernels.spec import QuantSpec
 
 SPECS = {f"{element}-{rule}": QuantSpec(element, "row", "fp32", rule) for element in ("e4m3", "e5m2")
@@ -62,7 +62,7 @@ def differences(x: Tensor, spec: QuantSpec, ends: Tensor) -> list[str]:
 
     NaN is NaN, whatever its bits.
     """
-    from quartet.kernels.triton import groups
+    from quartet.kernels.triton.quantize import groups
 
     codes, scales = groups.quantize_groups(x, spec, ends)
     wanted = grouped.quantize_groups(x, spec, ends)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference import lowbit as ref
-from quartet.kernels.reference.lowbit import GRIDS, Draw
+from quartet.kernels.reference.optim import lowbit as ref
+from quartet.kernels.reference.optim.lowbit import GRIDS, Draw
 
 SEED = (1 << 62) + 0x1234_5678_9ABC
 DRAW = Draw(SEED, 5, 9, 3)
@@ -116,7 +116,7 @@ def made(case: Case) -> Weight:
 
 def differences(case: Case, device: str = "cpu") -> list[str]:
     """How an update by the kernels, and their numbers of the weight, differ from the reference's."""
-    from quartet.kernels.triton import lowbit as kernels
+    from quartet.kernels.triton.lowbit import ops as kernels
 
     grid, wanted = GRIDS[case.bits], made(case)
     mine, found = wanted.to(device, case.layout), []

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from quartet.cli import main
+from quartet.cli.main import main
 from quartet.kernels import build_cache
 from quartet.kernels.build_cache import BuildError
 from quartet.kernels.cpu import build, ops, optimizer

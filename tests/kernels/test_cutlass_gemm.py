@@ -12,7 +12,7 @@ from quartet.kernels.cutlass.gemm import OUTPUT_OF, gemm
 from quartet.kernels.cutlass.library import KernelError, Library, Problem
 from quartet.kernels.cutlass.tune import tune
 from quartet.kernels.reference import swizzle_scales
-from quartet.lowering import block_scaled_ops
+from quartet.lowering.targets.blackwell import block_scaled_ops
 
 ARCH = arch_of(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 

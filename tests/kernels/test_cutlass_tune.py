@@ -19,7 +19,7 @@ from quartet.kernels.cutlass.gemm import gemm
 from quartet.kernels.cutlass.library import KernelError
 from quartet.kernels.cutlass.selection import Product, measurements, remember, select
 from quartet.kernels.cutlass.tune import microseconds, random_operand, tune, tune_once
-from quartet.lowering import block_scaled_ops
+from quartet.lowering.targets.blackwell import block_scaled_ops
 from quartet.options import Options
 from quartet.runtime import compat
 

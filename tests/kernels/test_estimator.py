@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from quartet.kernels import reference
-from quartet.kernels.reference.elements import E2M1_VALUES
 from quartet.kernels.reference.estimator import dge_slope
-from quartet.kernels.reference.grid import grid_cell
-from quartet.kernels.reference.toward import toward
+from quartet.kernels.reference.formats.elements import E2M1_VALUES
+from quartet.kernels.reference.formats.grid import grid_cell
+from quartet.kernels.reference.q_ema import toward
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import weight_ops
+from quartet.lowering.ir import weights as weight_ops
 
 ROW = QuantSpec.parse("e2m1/row fp32 amax nearest")
 SPECS = [QuantSpec.parse(text) for text in ("e2m1/32 e8m0 ceil nearest", "e2m1/16 e8m0 ceil nearest",

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from quartet.dump import GraphDump
 from quartet.kernels.files import check, foreign_link, opener, trusted, write_text
+from quartet.report.dump import GraphDump
 from quartet.runtime.direct.export import export
 
 

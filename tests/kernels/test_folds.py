@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton_expected as expected  # noqa: E402
 
 from quartet.kernels import reference as ref  # noqa: E402
-from quartet.kernels.reference.packing import pack_nibbles, unpack_nibbles  # noqa: E402
+from quartet.kernels.reference.formats.packing import pack_nibbles, unpack_nibbles  # noqa: E402
 from quartet.kernels.reference.quantize import inner  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_a_block_further_down_is_not_and_is_counted():
 
 @pytest.mark.parametrize("span", [15, 16])
 def test_the_table_of_the_kernels_is_exact_there_and_only_there(span):
-    fold = pytest.importorskip("quartet.kernels.triton.fold")
+    fold = pytest.importorskip("quartet.kernels.triton.quantize.fold")
     table = fold.table(torch.device("cpu")).view(torch.uint8).view(torch.float8_e4m3fn).double()
     rows = torch.arange(fold.TOP - span + 1, fold.TOP + 1)
     wanted = VALUES[:8] * 2.0 ** rows.unsqueeze(1).double()

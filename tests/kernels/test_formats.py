@@ -6,7 +6,7 @@ import torch
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 
 from quartet.kernels.reference import dequantize, hadamard, largest_magnitude, quantize, scaled_mm, unpack_nibbles
-from quartet.kernels.reference.nvfp4 import e4m3_stochastic, tensor_scales
+from quartet.kernels.reference.formats.nvfp4 import e4m3_stochastic, tensor_scales
 from quartet.kernels.spec import QuantSpec
 
 NVFP4, TILE, SR, FOUR_SIX, EDEN = map(QuantSpec.parse, (

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quartet.kernels.reference import QuartetLinear, linear_backward, linear_forward, unpack_bits
-from quartet.kernels.reference import linear as linear_module
 from quartet.kernels.reference.hadamard import FLAT_SIGNS
+from quartet.kernels.reference.products import linear as linear_module
 from quartet.kernels.spec import QuantSpec
 
 FORWARD = QuantSpec.parse("e2m1/32 e8m0 even nearest")

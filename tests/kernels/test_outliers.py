@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from quartet.kernels.reference import outliers
-from quartet.lowering import outlier_ops
+from quartet.kernels.reference.products import outliers
+from quartet.lowering.ir import outliers as outlier_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,10 +6,10 @@ import ml_dtypes
 import pytest
 import torch
 
-import quartet.lowering.saved_ops as saved_ops
+import quartet.lowering.ir.saved as saved_ops
 from quartet.kernels.reference import Draw
-from quartet.kernels.reference.saved import decode_saved, encode_saved, saved_bytes_per_element
-from quartet.passes.saved import DRAW
+from quartet.kernels.reference.formats.saved import decode_saved, encode_saved, saved_bytes_per_element
+from quartet.passes.residuals.partition import DRAW
 
 CODECS = [("e4m3", 16), ("uint8", 64)]
 SEED = torch.tensor([5])

@@ -19,8 +19,9 @@ import triton_expected as expected  # noqa: E402
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import cast, draws, ops, rotations  # noqa: E402
-from quartet.kernels.triton.ops import Chain  # noqa: E402
+from quartet.kernels.triton import draws  # noqa: E402
+from quartet.kernels.triton.quantize import cast, ops, rotations
+from quartet.kernels.triton.quantize.ops import Chain  # noqa: E402
 
 QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
 GUARDED = QuantSpec(rule="quest", mask=True)

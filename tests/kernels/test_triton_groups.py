@@ -16,7 +16,7 @@ import group_cases as cases  # noqa: E402
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import groups  # noqa: E402
+from quartet.kernels.triton.quantize import groups  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("group_cases.py")
 KERNELS = ["group_amax", "group_scales", "cast_groups"]
@@ -122,7 +122,7 @@ def test_nothing_is_launched_for_nothing():
 @pytest.mark.parametrize("x, spec, ends, message", [
     (torch.zeros(4, 16), "e4m3/tensor fp32 amax nearest", ENDS, "no kernel quantises groups by 'e4m3/tensor fp32"),
     (torch.zeros(4, 16), "int8/row fp32 amax nearest", ENDS, "it takes e4m3/row or e5m2/row"),
-    (torch.zeros(4, 16), "e4m3/32 e8m0 ceil nearest", ENDS, "use quartet.kernels.reference.grouped"),
+    (torch.zeros(4, 16), "e4m3/32 e8m0 ceil nearest", ENDS, "use quartet.kernels.reference.products.grouped"),
     (torch.zeros(4, 16).double(), "e4m3/row fp32 amax nearest", ENDS, r"not torch.float64 \[4, 16\]"),
     (torch.zeros(16), "e4m3/row fp32 amax nearest", ENDS, r"2-D .*not torch.float32 \[16\]"),
     (torch.zeros(4, 16), "e4m3/row fp32 amax nearest", ENDS.long(), r"int32 \[E\] on cpu .*not torch.int64 \[64\]"),

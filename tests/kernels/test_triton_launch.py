@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton import draws, ops  # noqa: E402
+from quartet.kernels.triton import draws
 from quartet.kernels.triton.launch import _COMPILED, launch  # noqa: E402
+from quartet.kernels.triton.quantize import ops  # noqa: E402
 
 
 class Compiled:

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import lowbit_cases as cases  # noqa: E402
 import triton_offline  # noqa: E402
 
-from quartet.kernels.reference import lowbit as ref  # noqa: E402
-from quartet.kernels.triton import lowbit  # noqa: E402
+from quartet.kernels.reference.optim import lowbit as ref  # noqa: E402
+from quartet.kernels.triton.lowbit import ops as lowbit  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("lowbit_cases.py")
 OTHERS = (80, 89, 100, 120)
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named():
     def absorb(*parts):
         return lowbit.absorb(*parts, grid, cases.DRAW, **options)
 
-    with pytest.raises(ValueError, match=r"run on a GPU, not on cpu; use quartet.kernels.reference.lowbit"):
+    with pytest.raises(ValueError, match=r"run on a GPU, not on cpu; use quartet.kernels.reference.optim.lowbit"):
         absorb(packed, scale, torch.zeros(3, 10), None)
     with pytest.raises(ValueError, match=r"packed codes of a 4 weight of 3 rows and 12 columns are uint8 \[3, 6\]"):
         absorb(packed, scale, torch.zeros(3, 12), None)

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import triton_offline  # noqa: E402
 
-from quartet.kernels.triton import scaled_gemm  # noqa: E402
+from quartet.kernels.triton.gemm import scaled_gemm  # noqa: E402
 
 INTERPRETED = """
 import torch
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import scaled_gemm
+from quartet.kernels.triton.gemm import scaled_gemm
 
 torch.manual_seed(0)
 spec = QuantSpec.parse("e2m1/32 e8m0 ceil nearest")

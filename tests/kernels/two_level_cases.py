@@ -9,11 +9,11 @@ import triton_expected as expected
 from torch import Tensor
 
 from quartet.kernels import reference as ref
-from quartet.kernels.reference.nvfp4 import tensor_scales
+from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
-from quartet.kernels.triton import blackwell, ops, rotations
-from quartet.kernels.triton.ops import Chain
+from quartet.kernels.triton.quantize import blackwell, ops, rotations
+from quartet.kernels.triton.quantize.ops import Chain
 
 SEED = torch.tensor(-8_765_432_109_876)
 NEAREST = QuantSpec.parse("e2m1/16 e4m3 amax nearest")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache
 
-from quartet.lowering import inductor as lowerings
+from quartet.lowering.targets import inductor as lowerings
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quartet.lowering import ir
-from quartet.lowering.chains import accepted
+from quartet.lowering.targets.chains import accepted
 
 ops, MX = torch.ops.quartet, "e2m1/32 e8m0 ceil nearest"
 

@@ -10,8 +10,11 @@ import torch
 from traced import assert_no_semantics, linear, targets, trace
 
 import quartet
-from quartet.kernels.reference.packing import swizzle_scales, swizzled_size
-from quartet.lowering import blackwell_ops, block_scaled_ops, cuda_ops, ir, registry
+from quartet.kernels.reference.formats.packing import swizzle_scales, swizzled_size
+from quartet.lowering import ir, registry
+from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.targets.blackwell import block_scaled_ops
+from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.runtime.devices import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))

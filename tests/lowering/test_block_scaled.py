@@ -16,11 +16,14 @@ from traced import carry_out, linear, targets, trace
 import quartet
 from quartet.kernels import reference
 from quartet.kernels.cutlass.configuration import supports
-from quartet.kernels.reference.nvfp4 import tensor_scales
-from quartet.kernels.reference.packing import swizzled_size
+from quartet.kernels.reference.formats.nvfp4 import tensor_scales
+from quartet.kernels.reference.formats.packing import swizzled_size
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import blackwell_ops, block_scaled, inductor, ir, registry
-from quartet.lowering import block_scaled_ops as ops
+from quartet.lowering import ir, registry
+from quartet.lowering.targets import inductor
+from quartet.lowering.targets.blackwell import block_scaled
+from quartet.lowering.targets.blackwell import block_scaled_ops as ops
+from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.runtime.devices import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))

@@ -9,7 +9,7 @@ import torch
 
 from quartet.lowering.cost import Cost, K, Layer, M, N, break_even, predict
 from quartet.lowering.rates import MEASURED, PASSES, Rates, rates_of
-from quartet.passes import pays
+from quartet.passes.plan import profitability as pays
 from quartet.policy import Policy, PolicyError
 from quartet.recipes import resolve
 from quartet.runtime.devices import Target

@@ -6,7 +6,8 @@ import pytest
 import torch
 from traced import assert_no_semantics, linear, targets, trace
 
-from quartet.lowering import cuda_ops, ir
+from quartet.lowering import ir
+from quartet.lowering.ir import fused as cuda_ops
 
 pytest.importorskip("triton")
 

@@ -11,7 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import fp8, fp8_ops, inductor, ir, registry
+from quartet.lowering import ir, registry
+from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.targets import inductor
+from quartet.lowering.targets.fp8 import lower as fp8
 
 ops, aten = torch.ops.quartet, torch.ops.aten
 CUDA = torch.device("cuda", 0)

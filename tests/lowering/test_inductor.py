@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quartet.backend import compile_graph
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import inductor
+from quartet.lowering.targets import inductor
 from quartet.options import Options
 
 pytestmark = pytest.mark.usefixtures("inductor")

@@ -5,7 +5,10 @@ import torch
 from traced import carry_out, linear, targets, trace
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import fp8_ops, int8, int8_ops, ir, registry
+from quartet.lowering import ir, registry
+from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.targets.int8 import lower as int8
+from quartet.lowering.targets.int8 import ops as int8_ops
 from quartet.runtime.devices import Target
 
 aten = torch.ops.aten

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from quartet.cli.selftest_products import Operand
 from quartet.kernels import reference
-from quartet.kernels.reference.nvfp4 import tensor_scales
+from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import blackwell_ops, cuda_ops
-from quartet.lowering import block_scaled_ops as ops
-from quartet.selftest_products import Operand
+from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.targets.blackwell import block_scaled_ops as ops
+from quartet.lowering.targets.blackwell import ops as blackwell_ops
 
 SIZES = ((256, 64, 128), (33, 16, 384), (1, 48, 256))  # M, N, K
 KINDS = {"mxf4": ops.SPECS["mxf4"], "nvf4": ops.SPECS["nvf4"], "mxf8": ops.SPECS["mxf8"]}

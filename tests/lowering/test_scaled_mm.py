@@ -9,8 +9,9 @@ from traced import carry_out, linear, targets, trace
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import block_scaled_ops as ops
-from quartet.lowering import ir, registry, scaled_mm
+from quartet.lowering import ir, registry
+from quartet.lowering.targets.blackwell import block_scaled_ops as ops
+from quartet.lowering.targets.blackwell import library as scaled_mm
 from quartet.runtime.devices import Target
 
 ROWS, TILES, OTHER, E5M2 = map(QuantSpec.parse, (

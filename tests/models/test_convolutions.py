@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, relu
 
 from quartet.backend import compile_graph
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.recipe import Gemm, Operand, Recipe
+from quartet.lowering.recipe.types import Gemm, Operand, Recipe
 from quartet.options import Options
 from quartet.policy import Policy
 from quartet.runtime.capture import Capture

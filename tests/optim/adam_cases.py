@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quartet.kernels.reference import optimizers as ref
-from quartet.kernels.reference.optimizers import Hyper, Kind
-from quartet.kernels.reference.state_format import FP16_MASTER, StateFormat
-from quartet.kernels.reference.states import Layout, code_dtype, scale_shape, zero_code
+from quartet.kernels.reference.optim import optimizers as ref
+from quartet.kernels.reference.optim.optimizers import Hyper, Kind
+from quartet.kernels.reference.optim.state_format import FP16_MASTER, StateFormat
+from quartet.kernels.reference.optim.states import Layout, code_dtype, scale_shape, zero_code
 
 SEED = (1 << 62) + 987_654_321
 FORMATS = (("fp32", "fp32"), ("bf16", "bf16"), ("e4m3", "e5m2"), ("e4m3/tensor current", "e5m2"),
@@ -148,7 +148,7 @@ def differences(case: Case, make_runner: Callable[[Case, list[Parameter]], Calla
 
 
 def triton_runner(case: Case, params: list[Parameter]) -> Callable[[list[Tensor], int], None]:
-    from quartet.kernels.triton import adam as kernels
+    from quartet.kernels.triton.optim import adam as kernels
 
     entries = [kernels.Entry(p.param, tuple(p.codes), tuple(p.scales), p.step, p.layout, i, 7 * i)
                for i, p in enumerate(params)]
@@ -187,7 +187,7 @@ def cpu_runner(case: Case, params: list[Parameter]) -> Callable[[list[Tensor], i
 if __name__ == "__main__":
     import triton
 
-    from quartet.kernels.triton import adam as module
+    from quartet.kernels.triton.optim import adam as module
 
     if not triton.knobs.runtime.interpret:
         sys.exit("these cases run in Triton's interpreter: set TRITON_INTERPRET=1 before starting Python")

@@ -20,8 +20,9 @@ import triton  # noqa: E402
 import triton_offline  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from quartet.kernels.reference.state_format import StateFormat  # noqa: E402
-from quartet.kernels.triton import adam, adam_kernels  # noqa: E402
+from quartet.kernels.reference.optim.state_format import StateFormat  # noqa: E402
+from quartet.kernels.triton.optim import adam  # noqa: E402
+from quartet.kernels.triton.optim import kernels as adam_kernels  # noqa: E402
 
 PAIR = ("e4m3", "e5m2")
 KINDS = {

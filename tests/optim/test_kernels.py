@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import adam_cases as cases  # noqa: E402
 
 from quartet.kernels.cpu import optimizer as cpu  # noqa: E402
-from quartet.kernels.reference import optimizers as ref  # noqa: E402
+from quartet.kernels.reference.optim import optimizers as ref  # noqa: E402
 from quartet.kernels.reference.philox import philox4x32  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("adam_cases.py")
@@ -70,7 +70,7 @@ def test_kernels_refuse_what_they_would_leave(what):
     with pytest.raises(ValueError):
         cpu.pointers(CHECKED.kind, p.layout, p.param, p.codes, p.scales, 0, 0)
     pytest.importorskip("triton")
-    from quartet.kernels.triton import adam
+    from quartet.kernels.triton.optim import adam
 
     entry = adam.Entry(p.param, tuple(p.codes), tuple(p.scales), p.step, p.layout)
     with pytest.raises(ValueError):

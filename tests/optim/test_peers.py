@@ -8,8 +8,8 @@ import torch
 from bounded import Bounded
 
 from quartet import optim
-from quartet.kernels.reference import states
-from quartet.kernels.reference.state_format import StateFormat
+from quartet.kernels.reference.optim import states
+from quartet.kernels.reference.optim.state_format import StateFormat
 
 
 def torchao_optim():

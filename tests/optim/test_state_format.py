@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quartet.kernels.reference import states
-from quartet.kernels.reference.state_format import StateFormat
-from quartet.kernels.reference.states import Layout
+from quartet.kernels.reference.optim import states
+from quartet.kernels.reference.optim.state_format import StateFormat
+from quartet.kernels.reference.optim.states import Layout
 from quartet.kernels.spec import SpecError
 
 BLOCKED = ("e4m3/256", "e5m2/64", "dynamic", "coat")

@@ -11,13 +11,13 @@ import torch
 from cutlass_tools import fake_toolchain
 
 import quartet.explain  # noqa: F401  the fixture replaces its function
-from quartet.cli import describe_recipe, main
+from quartet.cli.main import describe_recipe, main
 from quartet.kernels.cutlass import toolchain
 from quartet.lowering import registry
-from quartet.lowering.recipe import Rotation
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.recipe.types import Rotation
 from quartet.recipes import recipes
-from quartet.report import Report
+from quartet.report.table import Report
 
 EXAMPLE = '''
 import torch

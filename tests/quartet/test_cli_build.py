@@ -6,8 +6,8 @@ import pytest
 import torch
 from cutlass_tools import compiled, fake_toolchain
 
-from quartet import kernel_commands
-from quartet.cli import main
+from quartet.cli import kernel_commands
+from quartet.cli.main import main
 from quartet.kernels import build_cache
 
 

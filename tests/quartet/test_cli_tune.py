@@ -4,8 +4,8 @@ import pytest
 import torch
 from cutlass_tools import pretend
 
-from quartet import kernel_commands
-from quartet.cli import main
+from quartet.cli import kernel_commands
+from quartet.cli.main import main
 from quartet.kernels.build_cache import BuildError
 from quartet.kernels.cutlass import selection
 from quartet.kernels.cutlass import tune as tuning

@@ -18,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import quartet.lowering  # noqa: F401  defines torch.ops.quartet
-from quartet.dump import GraphDump, count_diff, format_diff, op_counts
-from quartet.graph_code import STAND_IN, describe, hint, print_graph
-from quartet.lowering.records import MatmulRecord
-from quartet.svg import dataflow, draw
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.report.dump import GraphDump, count_diff, format_diff, op_counts
+from quartet.report.graph_code import STAND_IN, describe, hint, print_graph
+from quartet.report.svg import dataflow, draw
 
 aten = torch.ops.aten
 SPEC = "e2m1/32 e8m0 ceil nearest"

@@ -29,9 +29,9 @@ from quartet.extend import (
 from quartet.kernels import extension, reference
 from quartet.kernels.element import ELEMENTS, decode, encode
 from quartet.lowering import registry
-from quartet.lowering.graph import shape
-from quartet.lowering.op_classes import op_classes
-from quartet.lowering.recipe import ROLES
+from quartet.lowering.ir.graph import shape
+from quartet.lowering.recipe.op_classes import op_classes
+from quartet.lowering.recipe.types import ROLES
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quartet.kernels.spec import POWERS, SIGMAS, QuantSpec
-from quartet.lowering.recipe import OP_CLASSES, ROLES, Delayed, Gemm, Operand, Recipe, Rotation, Saved
-from quartet.lowering.resolution import Choice, Resolution
+from quartet.lowering.recipe.op_classes import OP_GROUPS
+from quartet.lowering.recipe.resolution import Choice, Resolution
+from quartet.lowering.recipe.types import OP_CLASSES, ROLES, Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.options import KEYS
-from quartet.policy import OP_GROUPS, Policy, PolicyError, Rule
-from quartet.policy_toml import line_of
+from quartet.policy import Policy, PolicyError, Rule
+from quartet.policy.toml import line_of
 from quartet.recipes import recipes, register
 
 catalogue = importlib.import_module("quartet.recipes")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from quartet.predicate import MAX_LENGTH, holds, normalise
+from quartet.policy.predicate import MAX_LENGTH, holds, normalise
 from quartet.recipes import PolicyError
 
 

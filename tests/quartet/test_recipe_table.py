@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from quartet import Policy, explain, recipes
+from quartet.cli.recipe_table import TARGETS, kernels_of, markdown
 from quartet.kernels.cpu import ops as cpu
-from quartet.lowering.recipe import OP_CLASSES
-from quartet.possible import obstacle
-from quartet.recipe_table import TARGETS, kernels_of, markdown
+from quartet.lowering.recipe.types import OP_CLASSES
+from quartet.policy.possible import obstacle
 from quartet.recipes import PolicyError
 from quartet.runtime.devices import Target
 

@@ -7,7 +7,7 @@ import pytest
 
 from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.recipe import OP_CLASSES, ROLES, Gemm, Operand, Recipe, Rotation
+from quartet.lowering.recipe.types import OP_CLASSES, ROLES, Gemm, Operand, Recipe, Rotation
 from quartet.recipes import PolicyError, recipes, reference, register, resolve
 
 catalogue = importlib.import_module("quartet.recipes")

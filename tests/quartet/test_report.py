@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from quartet.lowering.records import MatmulRecord
-from quartet.report import Report, human_bytes, rows, shorten
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.report.table import Report, human_bytes, rows, shorten
 
 
 def record(fqn: str = "layers.0.q_proj", role: str = "fprop", site: int = 0, **changes) -> MatmulRecord:

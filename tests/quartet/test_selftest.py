@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quartet import cli
-from quartet import selftest as st
+from quartet.cli import main as cli
+from quartet.cli import selftest as st
 from quartet.kernels import reference
 from quartet.recipes import recipes
 from quartet.runtime.devices import Target
@@ -27,8 +27,8 @@ def explodes():
 BROKEN = st.Check("triton-fp8", "300×144×4096", explodes)
 INTERPRETED = """
 import torch
-from quartet import selftest as st
-from quartet.kernels.triton import ops, rotations
+from quartet.cli import selftest as st
+from quartet.kernels.triton.quantize import ops, rotations
 checks = list(st.quantizer_checks(torch.device("cpu"), ((5, 40),), (64, 64)))
 rows, healthy = st.outcomes(checks)
 assert healthy and len(rows) == 21, rows

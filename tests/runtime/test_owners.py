@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from quartet.runtime.owners import ByParameter
-from quartet.runtime.storages import ByStorage
+from quartet.runtime.slots.owners import ByParameter
+from quartet.runtime.slots.storages import ByStorage
 
 
 @pytest.fixture

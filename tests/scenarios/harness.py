@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from quartet.backend import compile_graph
 from quartet.lowering import registry
-from quartet.lowering.records import MatmulRecord
+from quartet.lowering.recipe.records import MatmulRecord
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture

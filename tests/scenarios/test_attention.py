@@ -15,7 +15,7 @@ from quartet.backend import make_pipeline
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.options import Options
-from quartet.possible import obstacle
+from quartet.policy.possible import obstacle
 
 ATTENTION = ("attention_qk", "attention_pv")
 QUANTISING = [name for name, recipe in recipes().items() if recipe.quantizes and obstacle(recipe, "bmm") is None]

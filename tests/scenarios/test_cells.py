@@ -9,8 +9,8 @@ from harness import ALL, assert_close, compile_eager, cosine, count, step
 from torch import nn
 
 from quartet import Policy, recipes
-from quartet.lowering.recipe import OP_CLASSES
-from quartet.possible import obstacle
+from quartet.lowering.recipe.types import OP_CLASSES
+from quartet.policy.possible import obstacle
 
 CELLS = [(op, name) for op in OP_CLASSES for name, recipe in recipes().items() if obstacle(recipe, op) is None]
 LOSSES = {"bitnet"}  # ternary weights train, but the loss of an untrained model is far from that of its own weights

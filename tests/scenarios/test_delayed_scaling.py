@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import quartet
 from quartet import Delayed, Gemm, Operand, Policy, QuantSpec, Recipe, SpecError
 from quartet.kernels import reference
-from quartet.runtime import amax
-from quartet.runtime.remembered import WEIGHTS
+from quartet.runtime.slots import amax
+from quartet.runtime.slots.remembered import WEIGHTS
 
 SPEC = QuantSpec.parse("e4m3/tensor fp32 delayed nearest")
 WIDTH = 32

@@ -9,9 +9,10 @@ from models import MLP, data
 from torch import nn
 
 import quartet
-from quartet import doctor
+from quartet.cli import doctor
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import fp8, registry
+from quartet.lowering import registry
+from quartet.lowering.targets.fp8 import lower as fp8
 
 
 class TwoDevices(nn.Module):

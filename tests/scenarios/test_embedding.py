@@ -10,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from quartet import explain
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.recipe import Gemm, Operand, Recipe, Rotation
+from quartet.lowering.recipe.types import Gemm, Operand, Recipe, Rotation
 from quartet.policy import Policy
 from quartet.recipes import PolicyError, resolve
 

@@ -13,15 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from quartet import Policy, SpecError, recipes
 from quartet.kernels import reference
 from quartet.kernels.reference.estimator import dge_slope
-from quartet.kernels.reference.outliers import split_outliers, to_dense
+from quartet.kernels.reference.products.outliers import split_outliers, to_dense
 from quartet.kernels.spec import QuantSpec
 from quartet.passes import pipeline
-from quartet.passes.canonicalize import canonicalize
-from quartet.passes.estimator import estimator
-from quartet.passes.find_matmuls import find_matmuls
-from quartet.passes.outliers import outliers
-from quartet.passes.plan import plan
-from quartet.passes.smooth_swiglu import smooth_swiglu
+from quartet.passes.find.canonicalize import canonicalize
+from quartet.passes.find.find_matmuls import find_matmuls
+from quartet.passes.plan.plan import plan
+from quartet.passes.recipe.estimator import estimator
+from quartet.passes.recipe.outliers import outliers
+from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
 
 FP4, E4M3, E5M2 = (QuantSpec.parse(f"{e}/row fp32 amax nearest") for e in ("e2m1", "e4m3", "e5m2"))
 RECIPE = recipes()["fp4-dge"]

@@ -13,7 +13,7 @@ from torchao.float8 import CastConfig, Float8LinearConfig, convert_to_float8_tra
 from torchao.float8.config import ScalingGranularity
 
 from quartet import Gemm, Operand, Policy, QuantSpec, Recipe, Rotation, recipes
-from quartet.lowering import fp8
+from quartet.lowering.targets.fp8 import lower as fp8
 
 RECIPES = ("fp8", "fp8-rowwise")
 TENSOR, TENSOR_E5M2 = map(QuantSpec.parse, ("e4m3/tensor fp32 amax nearest", "e5m2/tensor fp32 amax nearest"))

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 import quartet
 from quartet.kernels import reference
-from quartet.kernels.reference import grouped
+from quartet.kernels.reference.products import grouped
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import grouped_ops
-from quartet.lowering.recipe import Gemm, Operand, Recipe, Rotation
+from quartet.lowering.ir import grouped as grouped_ops
+from quartet.lowering.recipe.types import Gemm, Operand, Recipe, Rotation
 from quartet.policy import Policy
-from quartet.possible import obstacle
+from quartet.policy.possible import obstacle
 
 COUNTS = (5, 0, 33, 1, 11)
 EXPERTS, TOKENS = len(COUNTS), sum(COUNTS)
@@ -313,7 +313,7 @@ def test_strict_refuses_other_forms():
 
 
 def test_a_cost_model_without_groups_decides_nothing(monkeypatch):
-    monkeypatch.setattr("quartet.passes.pays.rates_of", lambda target: object())
+    monkeypatch.setattr("quartet.passes.plan.profitability.rates_of", lambda target: object())
     recipe = dataclasses.replace(quartet.recipes()["mxfp8"], name="everything", skip=())
     policy = Policy(recipe, where_it_pays=True)
     _, backend = train(Experts(), policy)

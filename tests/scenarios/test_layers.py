@@ -7,8 +7,8 @@ from torch import nn
 
 from quartet import Policy, QuantSpec, Recipe, explain, recipes
 from quartet.kernels.spec import SpecError
-from quartet.lowering.depth import is_within, normalise_depth
-from quartet.passes.layers import layers_of
+from quartet.lowering.recipe.depth import is_within, normalise_depth
+from quartet.passes.classify.layers import layers_of
 from quartet.recipes import PolicyError
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quartet import Policy, recipes
-from quartet.passes.plan import UnsupportedMatmul
-from quartet.possible import obstacle
+from quartet.passes.plan.plan import UnsupportedMatmul
+from quartet.policy.possible import obstacle
 
 LENGTH, AT = 48, 20  # token AT is what the later ones must not reach
 PRODUCTS = ("attention_qk", "attention_pv", "bmm")

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 import quartet
 from quartet import Policy, SpecError, recipes
 from quartet.kernels import reference
-from quartet.kernels.reference.toward import toward
+from quartet.kernels.reference.q_ema import toward
 from quartet.kernels.spec import QuantSpec
 from quartet.passes import pipeline
-from quartet.passes.canonicalize import canonicalize
-from quartet.passes.find_matmuls import find_matmuls
-from quartet.passes.plan import plan
-from quartet.passes.toward import toward as toward_pass
-from quartet.runtime.remembered import WEIGHTS
+from quartet.passes.find.canonicalize import canonicalize
+from quartet.passes.find.find_matmuls import find_matmuls
+from quartet.passes.plan.plan import plan
+from quartet.passes.recipe.q_ema import toward as toward_pass
+from quartet.runtime.slots.remembered import WEIGHTS
 
 SPEC = QuantSpec.parse("e2m1/32 e8m0 ceil nearest")
 

@@ -8,8 +8,9 @@ from harness import compile_eager, eager_backend
 from torch import nn
 
 import quartet
-from quartet import Policy, names
+from quartet import Policy
 from quartet.backend import make_pipeline
+from quartet.model import names
 from quartet.options import Options
 from quartet.passes.naming import module_path, parameter_path
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quartet.kernels.reference.hadamard import FLAT_SIGNS, hadamard
-from quartet.kernels.reference.linear import FORWARD, QuartetLinear, linear_forward
+from quartet.kernels.reference.products.linear import FORWARD, QuartetLinear, linear_forward
 from quartet.kernels.reference.quantize import dequantize
 from quartet.recipes import recipes
 

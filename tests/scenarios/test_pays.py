@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quartet
-from quartet import Policy, explain, recipes, trained
+from quartet import Policy, explain, recipes
 from quartet.backend import compile_graph
 from quartet.lowering.rates import PASSES, Rates
-from quartet.lowering.recipe import ROLES
+from quartet.lowering.recipe.types import ROLES
+from quartet.model import trained
 from quartet.options import Options
-from quartet.passes import pays
+from quartet.passes.plan import profitability as pays
 from quartet.runtime.capture import Pretence
 from quartet.runtime.devices import Target
 

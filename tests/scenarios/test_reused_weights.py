@@ -14,10 +14,12 @@ from models import MLP
 from torch.utils.checkpoint import checkpoint
 
 from quartet import Policy, Rotation, recipes
-from quartet.lowering import blackwell_ops, cpu_ops, cuda_ops
-from quartet.runtime import weights
-from quartet.runtime.storages import storage_number
-from quartet.runtime.weights import REUSED, ReusedWeights
+from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.targets.blackwell import ops as blackwell_ops
+from quartet.lowering.targets.cpu import ops as cpu_ops
+from quartet.runtime.slots import weights
+from quartet.runtime.slots.storages import storage_number
+from quartet.runtime.slots.weights import REUSED, ReusedWeights
 
 WEIGHTS = {(96, 64), (64, 96)}
 

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 import quartet
 from quartet import Policy
 from quartet.backend import compile_graph, make_partitioner, make_pipeline
-from quartet.lowering import fp8
-from quartet.lowering.recipe import Recipe, Saved
+from quartet.lowering.recipe.types import Recipe, Saved
+from quartet.lowering.targets.fp8 import lower as fp8
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.passes.saved import SavedActivations
+from quartet.passes.residuals.partition import SavedActivations
 from quartet.recipes import PolicyError, recipes
 from quartet.runtime import compat
 from quartet.runtime.capture import Capture

@@ -11,12 +11,12 @@ from torch import nn
 
 from examples.llama import PRESETS, Llama
 from quartet import Policy, SpecError, recipes
-from quartet.kernels.reference.smooth import smooth_scale
+from quartet.kernels.reference.products.smooth import smooth_scale
 from quartet.passes import pipeline
-from quartet.passes.canonicalize import canonicalize
-from quartet.passes.find_matmuls import find_matmuls
-from quartet.passes.plan import plan
-from quartet.passes.smooth_swiglu import smooth_swiglu
+from quartet.passes.find.canonicalize import canonicalize
+from quartet.passes.find.find_matmuls import find_matmuls
+from quartet.passes.plan.plan import plan
+from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
 
 WIDTH, HIDDEN = 32, 48
 FORMS = ("channel", "token")

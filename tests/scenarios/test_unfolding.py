@@ -8,11 +8,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.recipe import Gemm, Operand, Recipe
-from quartet.names import names_of
-from quartet.passes.canonicalize import canonicalize
+from quartet.lowering.recipe.types import Gemm, Operand, Recipe
+from quartet.model.names import names_of
+from quartet.passes.find.canonicalize import canonicalize
+from quartet.passes.find.unfold import unfold
 from quartet.passes.state import Config, State
-from quartet.passes.unfold import unfold
 from quartet.policy import Policy
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import CustomGraphPass, compile_fx

@@ -14,7 +14,7 @@ from torch import nn
 
 from quartet import Policy, explain
 from quartet.backend import compile_graph
-from quartet.judge import _judges
+from quartet.model.judge import _judges
 from quartet.options import Options
 from quartet.runtime.capture import Pretence
 from quartet.runtime.devices import Target

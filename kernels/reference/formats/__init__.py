@@ -1,0 +1,1 @@
+"""Formats: elements, scales, and how codes lie in memory."""

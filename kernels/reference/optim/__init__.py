@@ -1,0 +1,1 @@
+"""Optimizer steps, their states, and weights that exist only as codes."""

@@ -1,0 +1,1 @@
+"""Products that Triton multiplies itself."""

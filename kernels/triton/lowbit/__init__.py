@@ -1,0 +1,1 @@
+"""Weights that exist only as codes."""

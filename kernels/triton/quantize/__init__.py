@@ -1,0 +1,1 @@
+"""Quantisers, requantisers, folds and rotations."""

@@ -1,0 +1,219 @@
+"""Helpers over joint graphs: directions, shapes, and inserting nodes that carry the right metadata."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from quartet.runtime.compat import detect_fake_mode
+from quartet.runtime.sizes import same, same_sizes
+
+aten = torch.ops.aten
+VIEWS = (
+    aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int,
+    aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.slice.Tensor, aten.select.int,
+    torch.ops.prims.convert_element_type.default, operator.getitem,
+)
+
+_ARITHMETIC = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod,
+               "PythonMod": operator.mod}  # by the class of a size's expression
+
+FORWARD = "is_forward"
+BACKWARD = "must_be_in_backward"
+MODULE_KEY = "quartet_module"  # node.meta key: the name of the module that computes the node
+BY_HAND = "quartet_by_hand"  # of nodes that a custom Function's backward computes: their seq_nr says nothing
+_INHERITED = ("seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id", "custom",
+              "autograd_backward", "source_fn_stack", MODULE_KEY, BY_HAND)
+
+
+SAVED = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def keep_as(node: Node, like: Node) -> Node:
+    """Give ``node``, which computes what ``like`` did, its place in the user's activation checkpointing."""
+    if "recompute" in like.meta and not is_backward(node):
+        node.meta["recompute"] = like.meta["recompute"]
+    return node
+
+
+def is_backward(node: Node) -> bool:
+    """Whether a node runs in backward (:mod:`quartet.passes.find.tag`). Graphs without one carry no tags: all is
+    forward.
+
+    Inputs go by their name, as in the partitioner: in a region's graph autograd tags those that it has touched.
+    """
+    if node.op == "placeholder":
+        return node.name.startswith("tangents")
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def val(node: Node) -> torch.Tensor:
+    """The fake tensor of a node."""
+    return node.meta["val"]
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    return tuple(val(node).shape)
+
+
+def fake_mode(graph: Graph) -> Any:
+    """The fake mode under which the graph was traced."""
+    return detect_fake_mode([n.meta["val"] for n in graph.nodes if n.op == "placeholder" and "val" in n.meta])
+
+
+def _fake_args(args: Any) -> Any:
+    return torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+
+
+class Builder:
+    """Inserts call_function nodes before an anchor, in one direction, with metadata of a model node.
+
+    Args:
+        graph: the joint graph.
+        like: node whose module stack, seq_nr, checkpoint tags … the new nodes inherit.
+        before: where they go.
+            The choice to save its result is not inherited but left to :func:`keep_as`: it stands for one node.
+        backward: direction of the new nodes. A backward node is pinned there: what no tangent reaches
+            would otherwise be hoisted into the forward and its result saved.
+    """
+
+    def __init__(self, graph: Graph, like: Node, before: Node, backward: bool) -> None:
+        self.graph, self.before = graph, before
+        self.mode = fake_mode(graph)
+        self.meta = {k: like.meta[k] for k in _INHERITED if k in like.meta}
+        if backward:
+            for key in ("recompute", "ac_graph_id"):
+                self.meta.pop(key, None)
+        if self.meta.get("recompute") in SAVED:
+            self.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        self.meta["partitioner_tag"] = BACKWARD if backward else FORWARD
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self.meta)
+        with self.mode:
+            node.meta["val"] = target(*_fake_args(args), **_fake_args(kwargs))
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        """``node[index]`` of an op with several results."""
+        return self(operator.getitem, node, index)
+
+    def transpose(self, node: Node) -> Node:
+        return self(aten.permute.default, node, [1, 0])
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        return node if val(node).dtype == dtype else self(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def contiguous(self, node: Node) -> Node:
+        """``node``, copied unless its strides are those of a contiguous tensor."""
+        packed = torch.empty_like(val(node), memory_format=torch.contiguous_format)
+        if same_sizes(val(node).stride(), packed.stride()):
+            return node
+        return self(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def columns(self, node: Node, cols: Any) -> Node:
+        """The first ``cols`` columns of a 2-D node."""
+        if same(shape(node)[1], cols):
+            return node
+        return self(aten.slice.Tensor, node, 1, 0, self.size(cols))
+
+    def padded(self, node: Node, rows: int = 1, cols: int = 1) -> Node:
+        """Matrices with zeros below and to the right, as far as the next multiples of ``rows`` and ``cols``."""
+        below, right = (self._missing(size, to) for size, to in zip(shape(node)[-2:], (rows, cols), strict=True))
+        return node if below == right == 0 else self(aten.constant_pad_nd.default, node, [0, right, 0, below])
+
+    def _missing(self, size: Any, multiple: int) -> Any:
+        """How much ``size`` lacks to a multiple; for a symbolic one the node that computes it."""
+        if isinstance(size, int):
+            return -size % multiple
+        if multiple == 1:
+            return 0
+        held = self.size(size)
+        whole = self(operator.mul, self(operator.floordiv, self(operator.add, held, multiple - 1), multiple), multiple)
+        return self(operator.sub, whole, held)
+
+    def size(self, value: Any) -> Any:
+        """A static size as it is; a symbolic one as the graph node that holds it, or that computes it of what is held.
+
+        Raises:
+            RuntimeError: nothing before the anchor holds it or what it is made of.
+        """
+        if not isinstance(value, torch.SymInt):
+            return value
+        held = self._held(value, lambda size: size.node.expr == value.node.expr) or self._computed(value)
+        held = held or self._held(value, lambda size: same(size, value))
+        if held is None:
+            raise RuntimeError(f"size {value} is not held by any node of the graph")
+        return held
+
+    def _held(self, value: torch.SymInt, equals: Callable[[torch.SymInt], bool]) -> Node | None:
+        tensors = []
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            held = node.meta.get("val")
+            if isinstance(held, torch.SymInt) and equals(held):
+                return node
+            if isinstance(held, torch.Tensor):
+                tensors.append(node)
+        for node in tensors:
+            for dim, size in enumerate(shape(node)):
+                if isinstance(size, torch.SymInt) and equals(size):
+                    return self(aten.sym_size.int, node, dim)
+        return None
+
+    def _computed(self, value: torch.SymInt) -> Node | None:
+        """A sum, product, quotient or remainder of sizes that are held."""
+        combine = _ARITHMETIC.get(type(value.node.expr).__name__)
+        if combine is None:
+            return None
+        environment = value.node.shape_env
+        parts = [int(part) if part.is_Integer else environment.create_symintnode(part, hint=None)
+                 for part in value.node.expr.args]
+        try:
+            return reduce(partial(self, combine), [self.size(part) for part in parts])
+        except RuntimeError:
+            return None
+
+
+def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list[Node]:
+    """Copy a traced graph of aten ops to where ``build`` inserts; returns its results."""
+    copied: dict[Node, Node] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), copied.__getitem__)
+            copied[node] = build(node.target, *args, **kwargs)
+    return [copied[node] for node in gm.graph.output_node().args[0]]  # type: ignore[index]
+
+
+@contextmanager
+def editing(gm: torch.fx.GraphModule) -> Iterator[Graph]:
+    """Edit a graph, then drop dead nodes and recompile."""
+    yield gm.graph
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+
+
+def pull(node: Node, place: Node) -> None:
+    """Move a node, and what it is made from, to before ``place`` where it comes later."""
+    if node < place:
+        return
+    for source in node.all_input_nodes:
+        pull(source, place)
+    place.prepend(node)
+
+
+def replace_all(old: Node, new: Node, keep: tuple[Node, ...] = ()) -> None:
+    """Every user of ``old`` reads ``new`` instead, except the nodes in ``keep`` and ``new`` itself."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and user not in keep)

@@ -1,0 +1,98 @@
+"""What happened to one matmul: the row that ``explain``, the log and the dumps share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from quartet.lowering.recipe.types import ROLES
+
+Size = int | str
+
+
+@dataclass(frozen=True)
+class MatmulRecord:
+    """One matrix product ``[m, k] · [k, n]`` of a compiled graph and the kernel that computes it.
+
+    Args:
+        site: number of the forward matmul that this one belongs to; its dgrad and wgrad share it.
+        fqn: fully qualified name of the module, ``"layers.0.q_proj"``; empty when there is none.
+        op_class: one of ``quartet.lowering.recipe.op_classes.op_classes()``.
+        role: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``.
+        m, n, k: sizes; a symbolic size is its expression as text, ``"s0*s1"``. Of an embedding: tokens, width and
+            rows of the table.
+        batch: how many such products there are.
+        dtype: dtype of the product, ``"bfloat16"``.
+        recipe: name of the recipe planned for it, or None.
+        kernel: name of the kernel that runs it, or None when it was left alone.
+        reason: why it was left alone, else ``""``.
+        saved_bytes: bytes kept for backward on behalf of this matmul; None when unknown.
+        notes: remarks for the reader, ``("padded k 80 → 96",)``.
+    """
+
+    site: int
+    fqn: str
+    op_class: str
+    role: str
+    m: Size
+    n: Size
+    k: Size
+    dtype: str
+    recipe: str | None = None
+    kernel: str | None = None
+    reason: str = ""
+    saved_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    batch: Size = 1
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"matmul {self.fqn or self.site}: role {self.role!r} does not exist; "
+                             f"possible: {', '.join(ROLES)}")
+
+    @property
+    def flops(self) -> int | None:
+        """``2·batch·m·n·k``, or None when a size is symbolic; 0 of an embedding, which gathers."""
+        if self.op_class == "embedding":
+            return 0
+        m, n, k, batch = self.m, self.n, self.k, self.batch
+        if isinstance(m, int) and isinstance(n, int) and isinstance(k, int) and isinstance(batch, int):
+            return 2 * batch * m * n * k
+        return None
+
+    @property
+    def lowered(self) -> bool:
+        """True when a kernel of ours runs this matmul."""
+        return self.kernel is not None
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields, ``flops`` and ``lowered``, as JSON-serialisable values."""
+        return {**asdict(self), "notes": list(self.notes), "flops": self.flops, "lowered": self.lowered}
+
+
+@dataclass(frozen=True)
+class SavedRecord:
+    """One tensor that a compiled graph keeps between forward and backward.
+
+    Args:
+        name: its node in the graph. fqn: the module that makes it; empty when there is none.
+        op: what computes it, ``"aten.mm"``.
+        shape: sizes; a symbolic size is its expression as text.
+        dtype: before, ``"bfloat16"``. bytes: of it, symbolic sizes at their hint.
+        saved: format that is kept instead, ``"e4m3/16 nearest"``; None when it is left exact.
+        saved_bytes: bytes that are kept; equal to ``bytes`` when left exact, 0 when something else that is kept serves.
+        reason: why it is left exact, or what serves instead; else the part of the policy that decided.
+    """
+
+    name: str
+    fqn: str
+    op: str
+    shape: tuple[Size, ...]
+    dtype: str
+    bytes: int
+    saved: str | None
+    saved_bytes: int
+    reason: str
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON-serialisable values."""
+        return {**asdict(self), "shape": list(self.shape)}

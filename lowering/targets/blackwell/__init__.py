@@ -1,0 +1,1 @@
+"""Block-scaled products: CUTLASS, PyTorch's own, and Triton's."""

@@ -1,0 +1,88 @@
+"""PyTorch's block-scaled matrix products, by cuBLASLt: NVFP4 and MXFP8 on Blackwell, FP8 with fp32 scales on Hopper.
+
+On Hopper (compute capability 9.x alone, CUDA 12.9 or newer) an operand has a scale for 128 elements of a row, or for
+128 by 128, and at least one of the two has the former. The quantisers of these stay semantic ops; their scales are
+turned, so that those of one block of K lie side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.lowering import ir
+from quartet.lowering.ir.graph import Builder, is_backward
+from quartet.lowering.targets.blackwell import block_scaled
+from quartet.lowering.targets.blackwell.block_scaled_ops import LIBRARY_MM, STRIP
+from quartet.lowering.targets.chains import Accepts
+from quartet.lowering.targets.fp8 import lower as fp8
+from quartet.lowering.targets.fp8_products import ALIGN
+from quartet.runtime.devices import Target
+
+CUDA = (12, 9)  # the first whose cuBLASLt has fp32 scales of blocks
+OUTPUTS = (torch.bfloat16, torch.float32)
+
+
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when cuBLASLt multiplies operands of this format into ``dtype``, else why not."""
+    if target.type != "cuda" or target.capability is None:
+        return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
+    if block_scaled.kind_of(spec) in ("nvf4", "mxf8"):
+        return block_scaled.supports(target, dtype)
+    if not _fp8_blocks(spec):
+        return f"multiplies NVFP4, MXFP8, and FP8 with a scale every 128 elements, not {spec}"
+    if target.capability[0] != 9:
+        return "cuBLASLt has FP8 products with fp32 scales of blocks for compute capability 9.0 only, not {}.{}".format(
+            *target.capability)
+    if not target.pretended and _version(torch.version.cuda) < CUDA:
+        return f"fp32 scales of blocks need PyTorch built for CUDA 12.9 or newer, this one is for {torch.version.cuda}"
+    return None if dtype in OUTPUTS else f"the product is bfloat16 or float32, not {dtype_name(dtype)}"
+
+
+def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
+    """None when the two formats multiply, each of them supported, else why not."""
+    if not (_fp8_blocks(a) and _fp8_blocks(b)):
+        return block_scaled.supports_pair(a, b)
+    if a.tile and b.tile:
+        return "cuBLASLt has no product of 128x128 and 128x128; give one operand a scale every 128 elements of a row"
+    return fp8.supports_pair(a, b)
+
+
+def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes, and the quantisers of NVFP4."""
+    blocks = [gemm for gemm in gemms if _fp8_blocks(QuantSpec.parse(gemm.args[4]))]  # type: ignore[arg-type]
+    block_scaled.lower_library(graph, [gemm for gemm in gemms if gemm not in blocks], accepts)
+    for gemm in blocks:
+        _blocks(graph, gemm)
+
+
+def _blocks(graph: Graph, gemm: Node) -> None:
+    build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
+    a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
+    left = _scales(build, a_scales, a_spec, rows=1)
+    right = _scales(build, b_scales, b_spec, rows=ALIGN)
+    b = build.padded(b, rows=ALIGN)  # type: ignore[arg-type]
+    out = build(LIBRARY_MM, a, left, b, right, _format(a_spec), _format(b_spec), dtype)
+    block_scaled.put(build, gemm, out)
+
+
+def _scales(build: Builder, scales: Any, text: Any, rows: int) -> Node:
+    """Scales in the layout of ``block_scaled_ops``, of an operand padded to a multiple of ``rows``."""
+    if QuantSpec.parse(text).tile:
+        return build.padded(scales, cols=STRIP)
+    return build.contiguous(build.transpose(build.padded(scales, rows=rows)))
+
+
+def _format(text: Any) -> str:
+    return "128x128" if QuantSpec.parse(text).tile else "1x128"
+
+
+def _fp8_blocks(spec: QuantSpec) -> bool:
+    return spec.element in ir.FLOAT8 and spec.block == 128 and spec.scale == "fp32"
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2])) if text else (0,)

@@ -1,0 +1,167 @@
+"""Lower MXFP4 to Blackwell's block-scaled tensor cores: kernels generated with CUTLASS, or Triton's.
+
+Operands stay as they are quantised: packed codes and the scales of their blocks, in the layout that the tensor cores
+read. Both gains of a product are the factor that the kernel multiplies its result by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.cutlass.configuration import N_MULTIPLE, arch_of
+from quartet.kernels.cutlass.gemm import OUTPUT_OF
+from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.lowering import ir
+from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.targets.blackwell import block_scaled_ops
+from quartet.lowering.targets.blackwell import ops as blackwell_ops
+from quartet.lowering.targets.chains import (
+    Accepts,
+    Epilogue,
+    Source,
+    accepted,
+    both_axes,
+    finish,
+    is_stored,
+    quantize_both,
+    ready,
+)
+from quartet.lowering.targets.triton import lower as cuda
+from quartet.runtime.compat import OpOverload
+from quartet.runtime.devices import Target
+
+
+def arch(target: Target) -> str | None:
+    """What kernels for a target are compiled for, or None where it has no FP4 tensor cores."""
+    return None if target.type != "cuda" or target.capability is None else arch_of(target.capability)
+
+
+def unavailable(target: Target) -> str | None:
+    """None where there are block-scaled tensor cores, else why not."""
+    if target.type != "cuda" or target.capability is None:
+        return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
+    if arch(target) is None:
+        return "block-scaled tensor cores need compute capability 10.0, 10.3, 12.0 or 12.1, not {}.{}".format(
+            *target.capability)
+    return None
+
+
+def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """:func:`supports`, and None only where the kernels can be built."""
+    return supports(target, dtype, spec, rotation) or unbuildable(target, "mxf4", dtype)
+
+
+def unbuildable(target: Target, kind: str, dtype: torch.dtype) -> str | None:
+    """None where all CUTLASS kernels of a kind and output can be built or are in the cache, or nothing will run, else
+    why not."""
+    if target.pretended:
+        return None
+    from quartet.kernels.cutlass.build import unready
+
+    return unready(str(arch(target)), kind, OUTPUT_OF[dtype])
+
+
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the product runs on FP4 tensor cores, else why not."""
+    reason = unavailable(target) or cuda.supports(target, dtype, spec, rotation)
+    if reason is None and spec.block != 32:
+        return f"the FP4 tensor cores scale blocks of 32, not of {spec.block}"
+    if reason is None and dtype not in OUTPUT_OF:
+        return f"the product is {', '.join(map(dtype_name, OUTPUT_OF))}, not {dtype_name(dtype)}"
+    return reason
+
+
+def lower_cutlass(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes to CUTLASS kernels, and the chains around them."""
+    _lower(graph, gemms, accepts, block_scaled_ops.MM)
+
+
+def lower_dot(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen scaled_mm nodes to Triton's dot_scaled, and the chains around them."""
+    _lower(graph, gemms, accepts, blackwell_ops.DOT)
+
+
+def _lower(graph: Graph, gemms: list[Node], accepts: Accepts, product: OpOverload) -> None:
+    quantize(graph, gemms, accepted(graph, gemms, accepts))
+    for gemm in gemms:
+        _gemm(graph, gemm, product)
+    unswizzle(graph)
+
+
+def quantize(graph: Graph, gemms: list[Node], quantizers: list[Node]) -> None:
+    """Replace the quantisers of products, and the chains before them, by kernels that write swizzled scales."""
+    chosen = set(gemms)
+    pairs = both_axes([node for node in quantizers if not is_stored(node, chosen)])
+    for rows, columns in pairs:
+        build, op = quantize_both(graph, blackwell_ops.QUANTIZE_BOTH, rows, columns)
+        _hand_over(rows, [build.item(op, 0), build.item(op, 1)])
+        _hand_over(columns, [build.item(op, 2), build.item(op, 3)])
+    paired = {node for pair in pairs for node in pair}
+    for node in quantizers:
+        if node not in paired:
+            _hand_over(node, _quantize(graph, node))
+
+
+def use_integers(graph: Graph) -> None:
+    """Let the quantisers round in integer arithmetic, as on every other device, and not by the hardware's conversions,
+    whose stochastic one uses its random bits differently."""
+    for op in blackwell_ops.QUANTIZERS:
+        for node in graph.find_nodes(op="call_function", target=op):
+            node.update_kwarg("hardware", False)
+
+
+def _quantize(graph: Graph, node: Node) -> list[Node]:
+    """One fused op for hadamard → quantize, from packed codes where the tensor is a saved one's transpose."""
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+    source = ready(build, Source.of(node))
+    stored = source.stored if source.encode is None else None
+    if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0 and is_ours(stored.args[1]):  # type: ignore[arg-type]
+        op = build(blackwell_ops.REQUANTIZE, *stored.args[:3], *source.chain)
+        return [build.item(op, 0), build.item(op, 1)]
+    op = build(blackwell_ops.QUANTIZE, source.x, *source.chain, *source.reuse)
+    return [build.item(op, i) for i in range(3)]
+
+
+def _hand_over(quantizer: Node, results: list[Node]) -> None:
+    """Codes, scales and mask of a quantise are ``results`` from now on; the scales lie in another order."""
+    for item in list(quantizer.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+
+def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
+    build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
+    a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
+    gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
+    if product is block_scaled_ops.MM:
+        b = build.padded(b, rows=N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])  # type: ignore[arg-type]
+        made = build(product, a, a_scales, b, b_scales, "mxf4", gain, dtype)
+    else:
+        made = build(product, a, a_scales, b, b_scales, gain, dtype)
+    out = keep_as(made, gemm)
+    follows, width = Epilogue.of(gemm), shape(out)[1]
+    if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
+        follows = None
+    finish(build, gemm, out, 1.0, cuda_ops.UNROTATE, follows)
+
+
+def is_ours(scales: Any) -> bool:
+    """Whether these are swizzled scales of a fused quantiser."""
+    made_by = scales.args[0] if isinstance(scales, Node) and scales.args else None
+    return isinstance(made_by, Node) and made_by.target in blackwell_ops.QUANTIZERS
+
+
+def unswizzle(graph: Graph) -> None:
+    """Give what else reads our codes, such as a backward product of another recipe, their scales row by row."""
+    for node in graph.find_nodes(op="call_function", target=ir.DEQUANTIZE):
+        codes, scales, text = node.args[:3]
+        if is_ours(scales) and node.users:
+            build = Builder(graph, like=node, before=node, backward=is_backward(node))
+            (rows, half), spec = shape(codes), QuantSpec.parse(text)
+            plain = build(blackwell_ops.UNSWIZZLE, scales, build.size(rows), build.size(half * 2 // spec.block))
+            if spec.tile:
+                plain = build(aten.slice.Tensor, plain, 0, 0, build.size(rows), spec.block)
+            node.update_arg(1, build(aten.view.dtype, plain, torch.float8_e4m3fn) if spec.scale == "e4m3" else plain)

@@ -1,0 +1,252 @@
+"""The chains of semantic ops that a fused kernel replaces: what leads to a quantise, and what follows a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir import two_level
+from quartet.lowering.ir.graph import RECOMPUTED, Builder, aten, is_backward, pull, shape, val
+from quartet.lowering.ir.products import SCALED, unturned
+from quartet.runtime.compat import OpOverload
+
+REUSABLE = "quartet_parameter"  # node.meta key of a quantise: see Source.parameter
+Accepts = Callable[[QuantSpec, int, torch.dtype], bool]
+
+
+@dataclass(frozen=True)
+class Source:
+    """hadamard → quantize, or quantize alone.
+
+    Args:
+        x: what is rotated and quantised. rotation: Hadamard size, 0 for none. signs: its signs' node, or None.
+        spec, seed, site: the quantiser's own arguments.
+        amax: the tensor's largest magnitude, for two-level scales. encode: the multiplier that follows from it, from
+            :func:`ready` on.
+        parameter: the weight that x is a view or a cast of, if the result may serve several forwards, else None.
+    """
+
+    x: Node
+    rotation: int
+    signs: Node | None
+    spec: str
+    seed: Node | None
+    site: int
+    amax: Node | None = None
+    encode: Node | None = None
+    parameter: Node | None = None
+
+    @staticmethod
+    def of(quantizer: Node) -> Source:
+        x, spec, seed, site, *amax = quantizer.args
+        rotation, signs, parsed = 0, None, QuantSpec.parse(spec)  # type: ignore[arg-type]
+        assert isinstance(x, Node)
+        # the rule eden sums over groups that several threads have: a Hadamard before it is a kernel of its own
+        if x.target is ir.HADAMARD and parsed.rule != "eden":
+            x, rotation, signs = x.args[0], x.args[1], x.args[2]  # type: ignore[assignment]
+        return Source(x, rotation, signs, spec, seed, site, amax[0] if parsed.scale == "e4m3" else None,  # type: ignore[arg-type]
+                      parameter=quantizer.meta.get(REUSABLE))
+
+    @property
+    def tail(self) -> tuple[Any, ...]:
+        """The arguments that every fused quantiser takes after its input."""
+        return self.rotation, self.signs, self.spec, self.seed, self.site
+
+    @property
+    def chain(self) -> tuple[Any, ...]:
+        """:attr:`tail`, and what those on a GPU take besides."""
+        return *self.tail, self.encode
+
+    @property
+    def fixed_basis(self) -> bool:
+        """Whether the rotation is the same in every step."""
+        return self.signs is None or self.signs.target is ir.FIXED_SIGNS
+
+    @property
+    def reuse(self) -> tuple[Node | None, Any]:
+        """What a quantiser may serve its results again by: the parameter, and what the signs hold."""
+        if self.parameter is None:
+            return None, None
+        return self.parameter, None if self.signs is None else self.signs.args[0]
+
+    @property
+    def stored(self) -> Node | None:
+        """The dequantize behind a transpose: its packed codes can be read directly."""
+        source = self.transposed
+        return source if source is not None and _readable(source) else None
+
+    @property
+    def stack(self) -> tuple[Node, Any] | None:
+        """The same of matrices below each other, each of them transposed, and how many."""
+        source = unturned(self.x)
+        return source if source is not None and _readable(source[0]) else None
+
+    @property
+    def transposed(self) -> Node | None:
+        """What ``x`` is the transpose of, if it is one."""
+        source = self.x.args[0] if self.x.target is aten.permute.default else None
+        return source if isinstance(source, Node) else None
+
+
+def _readable(source: Node) -> bool:
+    """Whether the kernels that requantise read what this node dequantises."""
+    if source.target is not ir.DEQUANTIZE:
+        return False
+    spec = QuantSpec.parse(source.args[2])  # type: ignore[arg-type]
+    return spec.packed and spec.scale == "e8m0"
+
+
+def accepted(graph: Graph, gemms: list[Node], accepts: Accepts) -> list[Node]:
+    """The quantise nodes, in order, whose chains a kernel family takes and that no other family's product reads."""
+    nodes, chosen, device = [], set(gemms), val(gemms[0]).device
+    for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE):
+        source = Source.of(node)
+        x, spec = val(source.x), QuantSpec.parse(source.spec)
+        if x.device == device and read_by(node) <= chosen and accepts(spec, source.rotation, x.dtype):
+            nodes.append(node)
+    return nodes
+
+
+def read_by(quantizer: Node) -> set[Node]:
+    """The products that read the quantiser's results as they are."""
+    return {user for item in quantizer.users for user in item.users if user.target in SCALED}
+
+
+def direct(codes: Any, gemm: Node) -> Node | None:
+    """The quantiser that can hand its values straight to ``gemm``; None when it must read stored codes."""
+    quantizer = codes.args[0]
+    again = gemm.meta.get("recompute") in RECOMPUTED and quantizer.meta.get("recompute") not in RECOMPUTED
+    if is_backward(quantizer) != is_backward(gemm) or again:
+        return None
+    return quantizer
+
+
+def is_stored(quantizer: Node, gemms: set[Node]) -> bool:
+    """Whether anything but a product of the same direction reads the quantiser's results."""
+    return any(direct(item, user) is None if user in gemms else True for item in quantizer.users for user in item.users)
+
+
+def both_axes(quantizers: list[Node]) -> list[tuple[Node, Node]]:
+    """Pairs of a quantiser of a tensor and one of its transpose, in the same direction; each is in one pair at most."""
+    along_rows: dict[tuple[Node, bool], list[Node]] = {}
+    for node in filter(_pairs, reversed(quantizers)):
+        along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
+    pairs = []
+    for node in filter(_pairs, quantizers):
+        source = Source.of(node)
+        of = source.transposed
+        if of is not None and source.stored is None and along_rows.get((of, is_backward(node))):
+            pairs.append((along_rows[of, is_backward(node)].pop(), node))
+    return pairs
+
+
+def quantize_both(graph: Graph, op: OpOverload, rows: Node, columns: Node, *further: Any) -> tuple[Builder, Node]:
+    """``op`` in place of a pair of :func:`both_axes`, where the first of the two is; its results are not wired up.
+
+    ``further``: its arguments behind those of the two chains.
+    """
+    first = min(rows, columns)
+    build = Builder(graph, like=first, before=first, backward=is_backward(first))
+    sources = [ready(build, Source.of(node)) for node in (rows, columns)]
+    return build, build(op, sources[0].x, *sources[0].chain, *sources[1].chain, *further)
+
+
+def _pairs(quantizer: Node) -> bool:
+    """Whether a kernel quantises along both axes at once by this spec."""
+    spec = QuantSpec.parse(quantizer.args[1])  # type: ignore[arg-type]
+    return not spec.tile and spec.rule != "eden"
+
+
+def ready(build: Builder, source: Source) -> Source:
+    """``source`` with signs and largest magnitude that are there where ``build`` inserts, and the multiplier that
+    follows from the latter. A magnitude of rotated values is found by a kernel that rotates, and that keeps them where
+    the quantiser cannot rotate."""
+    amax = source.amax
+    if source.signs is not None:
+        pull(source.signs, build.before)
+    if amax is None:
+        return source
+    if source.rotation and amax.target is ir.AMAX:
+        pull(source.x, build.before)
+        old, amax = amax, build(cuda_ops.ROTATED_AMAX, source.x, source.rotation, source.signs)
+        _replace(old, amax)
+    if source.x.target is ir.HADAMARD and amax.target is ir.AMAX:
+        x, rotation, signs = source.x.args[:3]
+        for node in (x, signs):
+            if isinstance(node, Node):
+                pull(node, build.before)
+        rotated = build(cuda_ops.ROTATE, x, rotation, signs)
+        values, amax = build.item(rotated, 0), build.item(rotated, 1)
+        _replace(source.amax, amax)  # type: ignore[arg-type]
+        _replace(source.x, values)
+        source = replace(source, x=values)
+    pull(amax, build.before)
+    return replace(source, amax=amax, encode=two_level.encode(build, amax, QuantSpec.parse(source.spec)))
+
+
+def _replace(old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """apply_mask → inverse hadamard → first columns after a product, each the only reader of the last.
+
+    Args:
+        mask: packed bits, or None. rotation, signs: of the inverse Hadamard, 0 and None without one.
+        dtype: of the result. last: the node whose value it is.
+    """
+
+    mask: Node | None
+    rotation: int
+    signs: Node | None
+    dtype: torch.dtype
+    last: Node
+
+    @staticmethod
+    def of(gemm: Node) -> Epilogue | None:
+        """What follows ``gemm``, or None where nothing does that a kernel could take."""
+        mask = unrotate = None
+        last = gemm
+        user = _only_user(last)
+        if user is not None and user.target is ir.APPLY_MASK:
+            mask, last = user.args[1], user
+            user = _only_user(last)
+        if user is not None and user.target is ir.HADAMARD and user.args[3]:
+            unrotate, last = user, user
+            user = _only_user(last)
+        if last is not gemm and user is not None and user.target is aten.slice.Tensor and user.args[1:3] == (1, 0):
+            last = user
+        if last is gemm:
+            return None
+        width = val(gemm).shape[1]
+        if mask is not None and (not isinstance(width, int) or val(mask).shape[1] * 8 != width):  # type: ignore[arg-type]
+            return None
+        rotation, signs = (unrotate.args[1], unrotate.args[2]) if unrotate else (0, None)
+        dtype = unrotate.args[4] if unrotate else gemm.args[6]
+        return Epilogue(mask, rotation, signs, dtype, last)  # type: ignore[arg-type]
+
+
+def finish(build: Builder, gemm: Node, out: Node, gain: float, unrotate: OpOverload, follows: Epilogue | None) -> None:
+    """Put ``out · gain`` in place of ``gemm``, together with what follows it, as one ``unrotate`` op, where given."""
+    if follows is None:
+        out = build.columns(out, shape(gemm)[1])
+        out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
+        gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
+        return
+    last = follows.last
+    at = Builder(build.graph, like=last, before=last, backward=is_backward(last))
+    last.replace_all_uses_with(at(unrotate, out, follows.mask, follows.rotation, follows.signs, gain,
+                                  at.size(shape(last)[1]), follows.dtype))
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,0 +1,1 @@
+"""Fused C++ quantisers on a CPU."""

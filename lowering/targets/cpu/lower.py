@@ -1,0 +1,74 @@
+"""Lower the quantised IR to the fused CPU kernels and plain matmuls.
+
+A product becomes one of the dequantised operands in the model's dtype. An operand quantised in the same
+direction arrives dequantised from its quantiser; one that was kept for backward is read from its codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir.graph import Builder, is_backward, keep_as, val
+from quartet.lowering.ir.products import Kind, multiply
+from quartet.lowering.targets.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
+from quartet.lowering.targets.cpu import ops as cpu_ops
+
+
+def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen products and the chains around them.
+
+    Args:
+        gemms: products whose quantisers these kernels take.
+        accepts: (quantiser, Hadamard size, dtype) → whether the kernels take that chain.
+    """
+    wanted: dict[Node, torch.dtype] = {}
+    for gemm in gemms:
+        for codes in (gemm.args[0], gemm.args[2]):
+            quantizer = direct(codes, gemm)
+            if quantizer is not None:
+                wanted[quantizer] = operand_dtype(gemm)
+    chosen = set(gemms)
+    fused = {node: _quantizer(graph, node, wanted.get(node), chosen) for node in accepted(graph, gemms, accepts)}
+    for gemm in gemms:
+        _gemm(graph, gemm, fused)
+
+
+def operand_dtype(gemm: Node) -> torch.dtype:
+    """dtype of the dequantised operands: the model's, but fp32 for fp16, whose range is shorter than E8M0's."""
+    dtype = val(gemm).dtype
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def _quantizer(graph: Graph, node: Node, values: torch.dtype | None, gemms: set[Node]) -> list[Node]:
+    """Replace hadamard → quantize by one fused op; returns its four results."""
+    source = Source.of(node)
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+    tail = (*source.tail, is_stored(node, gemms), values)
+    stored = source.stored
+    if stored is not None:
+        op = build(cpu_ops.REQUANTIZE, *stored.args[:3], *tail)
+    else:
+        op = build(cpu_ops.QUANTIZE, source.x, *tail, *source.reuse)
+    results = [build.item(op, i) for i in range(4)]
+    for item in list(node.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+    return results
+
+
+def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
+    build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
+    results = {codes: items for items in fused.values() for codes in items[:1]}
+    a, a_scales, b, b_scales, a_spec, b_spec = gemm.args[:6]
+    operands, dtype = [], operand_dtype(gemm)
+    for codes, scales, spec in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
+        made = results.get(codes)  # type: ignore[arg-type]
+        values = made[3] if made is not None and direct(codes, gemm) is not None else None
+        if values is not None and val(values).dim() == 2 and val(values).dtype == dtype:
+            operands.append(values)
+        else:
+            operands.append(build(cpu_ops.DEQUANTIZE, codes, scales, spec, dtype))
+    out = keep_as(multiply(build, Kind.of(gemm), *operands), gemm)
+    gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
+    finish(build, gemm, out, gain, cpu_ops.UNROTATE, Epilogue.of(gemm))

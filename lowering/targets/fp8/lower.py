@@ -1,0 +1,136 @@
+"""Lower products of FP8 operands with one scale a tensor or a row to the FP8 tensor cores.
+
+A scale becomes the aten ops of the reference, in the graph: there Inductor fuses the largest magnitude with what
+computes the operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the
+other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the rows
+of a transposed tensor that are quantised. Rows that have a scale in each group of tokens are cast by an op of their
+own. Codes that do not lie row by row, as the product wants them, are copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.lowering import ir
+from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.ir.graph import Builder, aten, inline, is_backward, keep_as, shape, val
+from quartet.lowering.ir.grouped import QUANTIZE_GROUPS
+from quartet.lowering.ir.products import Kind
+from quartet.lowering.targets.chains import Accepts, Source, accepted, read_by
+from quartet.lowering.targets.fp8_products import multiply, row_major
+from quartet.lowering.targets.inductor import store
+from quartet.runtime import compat
+from quartet.runtime.devices import Target
+
+CAPABILITY = (8, 9)  # the first with FP8
+
+
+def unavailable(device: torch.device | Target) -> str | None:
+    """None where a device has FP8 tensor cores that PyTorch's scaled products drive, else why not."""
+    target = Target.of(device)
+    if target.type != "cuda":
+        return f"FP8 tensor cores are on NVIDIA GPUs, not on {target.type}"
+    if target.missing is not None:
+        return target.missing
+    if target.capability is None:
+        return "written for NVIDIA's FP8 formats; this PyTorch is built for ROCm"
+    if target.capability < CAPABILITY:
+        return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*target.capability)
+    return None
+
+
+def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
+    """None when PyTorch's scaled products multiply operands of this format into ``dtype``, else why not."""
+    if spec.element not in ir.FLOAT8:
+        return f"multiplies FP8 operands, not {spec.element}"
+    if spec.blocked:
+        return f"multiplies FP8 operands with one scale a row or a tensor, not a scale every {spec.block} elements"
+    if spec.block == "row" and dtype is not torch.bfloat16:
+        return f"with a scale a row the product is bfloat16, not {dtype_name(dtype)}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the product is bfloat16, float16 or float32, not {dtype_name(dtype)}"
+    return None
+
+
+def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
+    """None when the two formats multiply, else why not."""
+    if a.element == b.element == "e5m2":
+        return "the tensor cores have no product of e5m2 and e5m2; make one operand e4m3"
+    return None
+
+
+def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen products, and the quantise nodes that no other family's product reads."""
+    copies: dict[Node, Node] = {}
+    for quantizer in accepted(graph, gemms, accepts):
+        source = Source.of(quantizer)
+        if QuantSpec.parse(source.spec).block == "tensor" or source.transposed is not None:
+            _cast(graph, quantizer)
+        else:
+            _quantize(graph, quantizer)
+    for node in graph.find_nodes(op="call_function", target=QUANTIZE_GROUPS):
+        if read_by(node) <= set(gemms):
+            _cast_groups(graph, node)
+    for gemm in gemms:
+        _gemm(graph, gemm, copies)
+
+
+def _cast(graph: Graph, node: Node) -> None:
+    """A quantise as its scale in aten ops, and one cast for the codes and for their transpose."""
+    x, text = node.args[:2]
+    assert isinstance(x, Node) and isinstance(text, str)
+    spec = QuantSpec.parse(text)
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+
+    def scales(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(store(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
+
+    inputs = [x, *node.args[4:]]
+    multiplier, scale = inline(build, compat.trace(scales, list(map(val, inputs))), inputs)  # type: ignore[arg-type]
+    items = {item.args[1]: item for item in node.users}
+    readers = list(items[0].users) if 0 in items else []
+    flipped = [user for user in readers if user.target is aten.permute.default]
+    plain = len(flipped) < len(readers)
+    both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
+    if spec.block == "tensor":
+        both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (text, both.name)
+    codes, transposed = build.item(both, 0), build.item(both, 1)
+    for user in flipped:
+        user.replace_all_uses_with(transposed)
+    for index, value in enumerate((codes, scale)):
+        if index in items:
+            items[index].replace_all_uses_with(value)
+
+
+def _quantize(graph: Graph, node: Node) -> None:
+    """The reference's aten ops in place of a quantise node."""
+    x, spec = node.args[:2]
+    assert isinstance(x, Node) and isinstance(spec, str)
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+
+    def quantize(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return reference.quantize(t, QuantSpec.parse(spec), store=store)
+
+    results = inline(build, compat.trace(quantize, [val(x)]), [x])
+    for item in list(node.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+
+def _cast_groups(graph: Graph, node: Node) -> None:
+    """Scales of the rows in each group, and the cast, as one op."""
+    build = Builder(graph, like=node, before=node, backward=is_backward(node))
+    both = build(fp8_ops.CAST_GROUPS, *node.args)
+    results = build.item(both, 0), build.item(both, 1)
+    for item in list(node.users):
+        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+
+def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
+    build, kind = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm)), Kind.of(gemm)
+    a, a_scales, b, b_scales, _, _, dtype = gemm.args[:7]
+    a, b = row_major(build, a, copies), row_major(build, b, copies)
+    out = keep_as(multiply(build, kind, a, a_scales, b, b_scales, dtype), gemm)
+    gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))

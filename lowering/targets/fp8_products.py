@@ -1,0 +1,132 @@
+"""Products of row-major FP8 codes on the FP8 tensor cores: of matrices by ``aten._scaled_mm``, of groups and, some
+hundreds at a time, of batches by ``aten._scaled_grouped_mm``.
+
+The latter takes E4M3 alone, with a scale a row, and gives bfloat16. Both want K and N in multiples of 16, what is
+missing is padded with zeros, and groups of tokens that are contracted in multiples of 16 too, which is the layout's
+business. Rows of a result behind the last group hold anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.lowering import ir
+from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.ir.graph import BACKWARD, Builder, aten, shape, val
+from quartet.lowering.ir.products import SWAP, Kind, flat, stacked, unturned
+from quartet.runtime.compat import OpOverload
+from quartet.runtime.devices import Target
+from quartet.runtime.sizes import same, same_sizes, unbacked
+
+ALIGN = 16
+GROUPED_ON = 9  # major compute capability: PyTorch has the grouped product for Hopper alone
+_OURS = "quartet_product"  # marks a product that is not the user's own
+# where the argument use_fast_accum is
+_FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops.MM: 5, fp8_ops.BMM: 5}
+
+
+def supports_kind(target: Target, product: OpOverload) -> str | None:
+    """None where the device has FP8 products of this kind, one of ``products.SCALED``, else why not."""
+    if product is ir.SCALED_MM or (target.capability is not None and target.capability[0] == GROUPED_ON):
+        return None
+    return "PyTorch has FP8 products of batches and groups for compute capability 9.0 only, not {}".format(
+        "this device" if target.capability is None else "{}.{}".format(*target.capability))
+
+
+def multiply(build: Builder, kind: Kind, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,
+             aligned: bool = False) -> Node:
+    """``A · Bᵀ`` of row-major codes, its columns rounded up to 16.
+
+    Args:
+        a, b: matrices, or matrices below each other, as the kind of product has them.
+        a_scales, b_scales: fp32, one a row ``[rows, 1]`` or one of the tensor ``[1, 1]``; over the tokens of groups
+            also ``[rows, groups]``. With one of each the tensor's is repeated for every row.
+        aligned: K is a multiple of 16 whatever it is.
+    """
+    cols = 1 if aligned else ALIGN
+    if kind.single:
+        return _matrices(build, a, a_scales, b, b_scales, dtype, cols)
+    a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
+    if kind.over_tokens:
+        assert kind.ends is not None
+        groups = shape(kind.ends)[0]
+        right = build.transpose(build.padded(b, rows=ALIGN))
+        left_scales = _each_group(build, a_scales, groups)
+        right_scales = _each_group(build, build.padded(b_scales, rows=ALIGN), groups)
+        return flat(build, _grouped(build, a, right, left_scales, right_scales, kind, dtype))
+    count = kind.batch if kind.ends is None else shape(kind.ends)[0]
+    left, each = build.padded(a, cols=cols), build.padded(stacked(build, count, b), rows=ALIGN, cols=cols)
+    b_scales = build.padded(_in_rows(build, b_scales, count), cols=ALIGN)
+    if kind.ends is None:
+        left, a_scales = stacked(build, count, left), _in_rows(build, a_scales, count)
+        return flat(build, _marked(build(fp8_ops.BMM, left, each, a_scales, b_scales, dtype, True)))
+    a_scales = build(aten.reshape.default, a_scales, [-1])
+    return _grouped(build, left, build(aten.permute.default, each, SWAP), a_scales, b_scales, kind, dtype)
+
+
+def promote(graph: Graph) -> None:
+    """Let our products accumulate in fp32 every 128 elements of K, and not in the tensor cores' shorter registers.
+
+    Relative error of a product of exact operands on an H200: 2.1e-3 (K = 4096) to 3.5e-3 (16384) fast, 1.7e-3
+    promoted, which is the rounding of a bf16 output; the promoted product takes 10 to 15 % longer.
+    """
+    for target, argument in _FAST.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            if _OURS in node.meta:
+                node.update_arg(argument, False)
+
+
+def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
+    """``codes`` with rows one after another: as they are, or one copy, shared by what reads it in backward."""
+    stack = unturned(codes) is not None
+    if not stack and same_sizes(val(codes).stride(), (shape(codes)[1], 1)):
+        return codes
+    backward = build.meta["partitioner_tag"] == BACKWARD
+    copy = copies.get(codes) if backward else None
+    if copy is None:
+        copy = flat(build, build(fp8_ops.ROW_MAJOR, codes.args[0])) if stack else build(fp8_ops.ROW_MAJOR, codes)
+        if backward:
+            copies[codes] = copy
+    return copy
+
+
+def _matrices(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any, cols: int) -> Node:
+    if any(not isinstance(r, int) or r != 1 for r in (shape(a_scales)[0], shape(b_scales)[0])):
+        a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
+        b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
+    a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
+    if unbacked(shape(a)[0]):
+        return _marked(build(fp8_ops.MM, a, b, a_scales, b_scales, dtype, True))
+    return _marked(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True))
+
+
+def _grouped(build: Builder, left: Node, right: Node, left_scales: Node, right_scales: Node, kind: Kind,
+             dtype: Any) -> Node:
+    return _marked(build(aten._scaled_grouped_mm.default, left, right, left_scales, right_scales, kind.ends, None, None,
+                         dtype, True))
+
+
+def _marked(node: Node) -> Node:
+    node.meta[_OURS] = True
+    return node
+
+
+def _per_row(build: Builder, codes: Node, scales: Node) -> Node:
+    if same(shape(scales)[0], shape(codes)[0]):
+        return scales
+    every = build(aten.expand.default, scales, [build.size(shape(codes)[0]), 1])
+    return build(aten.clone.default, every, memory_format=torch.contiguous_format)
+
+
+def _in_rows(build: Builder, scales: Node, count: Any) -> Node:
+    """``[count, rows]`` of ``[count·rows, 1]``."""
+    return build(aten.reshape.default, scales, [build.size(count), -1])
+
+
+def _each_group(build: Builder, scales: Node, groups: Any) -> Node:
+    """``[groups · rows]`` of ``[rows, groups]``, or of ``[rows, 1]`` for all of them."""
+    every = build(aten.expand.default, build.transpose(scales), [build.size(groups), -1])
+    return build(aten.reshape.default, every, [-1])

@@ -1,0 +1,1 @@
+"""INT8 operands in integer arithmetic."""

@@ -1,0 +1,167 @@
+"""Lower the quantised IR to the Triton quantisers and FP8 tensor cores, or to plain matmuls where there are none.
+
+An MXFP4 operand is exact as E4M3 with a power-of-two scale a row, so the FP8 product of two of them is the MXFP4
+product. What is quantised and multiplied in the same direction arrives folded from its quantiser; what was kept for
+backward is folded from its codes. A gradient that dgrad and wgrad quantise along different axes is read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir import two_level
+from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.ir.products import Kind, amaxes
+from quartet.lowering.ir.products import multiply as multiply_plain
+from quartet.lowering.targets.chains import (
+    Accepts,
+    Epilogue,
+    Source,
+    accepted,
+    both_axes,
+    direct,
+    finish,
+    is_stored,
+    quantize_both,
+    ready,
+)
+from quartet.lowering.targets.cpu.lower import operand_dtype
+from quartet.lowering.targets.fp8 import lower as fp8
+from quartet.lowering.targets.fp8_products import multiply
+from quartet.runtime.devices import Target
+
+Operand = tuple[Node, Node]
+
+
+def unavailable(target: Target) -> str | None:
+    """None where the Triton kernels run, else why not."""
+    if target.type != "cuda":
+        return f"runs on a GPU, not on {target.type}"
+    if not target.pretended and torch.version.hip is not None:
+        return "the Triton quantisers hold NVIDIA instructions; this PyTorch is built for ROCm"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed ({error}); it comes with PyTorch's CUDA builds"
+    return None
+
+
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the Triton quantisers take the chain, else why not."""
+    reason = unavailable(target)
+    if reason is None:
+        from quartet.kernels.triton.quantize import ops
+
+        reason = ops.supports(spec, rotation, dtype)
+    return reason
+
+
+def supports_fold(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
+    reason = fp8.unavailable(target) or supports(target, dtype, spec, rotation)
+    if reason is None and spec.scale != "e8m0":
+        return f"'{spec}' does not fold to E4M3 with a power-of-two scale a row; dequantised it is exact in bfloat16"
+    if reason is None and dtype is not torch.bfloat16:
+        return f"the FP8 product with a scale a row is bfloat16, not {dtype_name(dtype)}"
+    return reason
+
+
+class Lowering:
+    """One graph's rewrite.
+
+    Args:
+        fold: multiply E4M3 operands on FP8 tensor cores, else dequantised ones with ``mm``.
+    """
+
+    def __init__(self, graph: Graph, gemms: list[Node], accepts: Accepts, fold: bool) -> None:
+        self.graph, self.gemms, self.fold = graph, set(gemms), fold
+        self.wanted = {direct(codes, gemm): _ends(gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
+        self.operands: dict[tuple[Node, bool], Operand] = {}  # (codes, backward) → E4M3 values and row scales
+        quantizers = accepted(graph, gemms, accepts)
+        alone = [node for node in quantizers if node in self.wanted and not is_stored(node, self.gemms)]
+        pairs = both_axes(alone) if fold else []
+        for rows, columns in pairs:
+            self._quantize_both(rows, columns)
+        paired = {node for pair in pairs for node in pair}
+        for node in quantizers:
+            if node not in paired:
+                self._quantize(node)
+        for gemm in gemms:
+            self._gemm(gemm)
+
+    def _quantize_both(self, rows: Node, columns: Node) -> None:
+        build, op = quantize_both(self.graph, cuda_ops.QUANTIZE_BOTH, rows, columns, self.wanted[columns])
+        for index, node in enumerate((rows, columns)):
+            codes = next(item for item in node.users if item.args[1] == 0)
+            self.operands[codes, is_backward(node)] = build.item(op, 2 * index), build.item(op, 2 * index + 1)
+
+    def _quantize(self, node: Node) -> None:
+        """Replace hadamard → quantize by one fused op."""
+        build = Builder(self.graph, like=node, before=node, backward=is_backward(node))
+        source = ready(build, Source.of(node))
+        folded = self.fold and node in self.wanted
+        tail = (*source.chain, not folded or is_stored(node, self.gemms), folded)
+        stored, matrices = source.stack or (source.stored, 1)
+        ends = self.wanted[node] if folded else None
+        if stored is not None and source.encode is None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
+            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail, build.size(matrices), ends)
+        else:
+            op = build(cuda_ops.QUANTIZE, source.x, *tail, *source.reuse, ends)
+        results = [build.item(op, i) for i in range(5)]
+        if folded:
+            self.operands[results[0], is_backward(node)] = results[3], results[4]
+        for item in list(node.users):
+            item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+
+    def _gemm(self, gemm: Node) -> None:
+        build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
+        a, a_scales, b, b_scales, a_spec, b_spec = gemm.args[:6]
+        sides, kind = ((a, a_scales, a_spec), (b, b_scales, b_spec)), Kind.of(gemm)
+        if self.fold:
+            left, right = (self._operand(build, gemm, *side) for side in sides)
+            out = multiply(build, kind, *left, *right, val(gemm).dtype, aligned=True)
+        else:
+            values = [build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides]
+            out = multiply_plain(build, kind, *values)
+        out = keep_as(out, gemm)
+        specs = [QuantSpec.parse(spec) for spec in (a_spec, b_spec)]  # type: ignore[arg-type]
+        for spec, amax in zip(specs, amaxes(gemm), strict=False):
+            if amax is not None:
+                out = build(aten.mul.Tensor, build.cast(out, torch.float32), two_level.decode(build, amax, spec))
+        gain = specs[0].gain * specs[1].gain
+        follows, width = Epilogue.of(gemm), shape(out)[1]
+        if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
+            follows = None
+        finish(build, gemm, out, gain, cuda_ops.UNROTATE, follows)
+
+    def _operand(self, build: Builder, gemm: Node, codes: Any, scales: Any, spec: Any) -> Operand:
+        """E4M3 values and row scales of a product's operand, folded at most once in each direction."""
+        key = codes, is_backward(gemm)
+        if key in self.operands and direct(codes, gemm) is not None:
+            return self.operands[key]
+        folded = build(cuda_ops.FOLD, codes, scales, spec, _ends(gemm))
+        operand = build.item(folded, 0), build.item(folded, 1)
+        if key[1]:
+            self.operands[key] = operand
+        return operand
+
+
+def _ends(gemm: Node) -> Node | None:
+    """Where groups end along what a product contracts, if it contracts the tokens of groups."""
+    kind = Kind.of(gemm)
+    return kind.ends if kind.over_tokens else None
+
+
+def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen products to those of FP8 tensor cores, and the chains around them."""
+    Lowering(graph, gemms, accepts, fold=True)
+
+
+def lower_plain(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
+    """Rewrite the chosen products to those of the model's dtype, and the chains around them."""
+    Lowering(graph, gemms, accepts, fold=False)

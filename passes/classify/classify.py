@@ -1,0 +1,154 @@
+"""The op class of a matmul, found by structure: output head, router, attention, or plain."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+
+from torch.fx import Node
+
+from quartet.lowering.ir.graph import aten, is_backward, shape
+from quartet.passes.classify.gates import is_gate
+from quartet.passes.classify.heads import is_head
+from quartet.passes.flow import Flow
+from quartet.passes.sites import MatmulSite
+
+_PASS = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
+    aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default,
+    aten.expand.default, aten.clone.default, aten.alias.default, aten.constant_pad_nd.default,
+    aten._to_copy.default, aten.index.Tensor, aten.tanh.default,
+)
+_PASS_NAMES = ("prims.convert_element_type", "aten.mul", "aten.div", "aten.add", "aten.addmm")
+_VOCABULARY = {"lm_head", "embed_out", "unembed", "logits", "to_logits"}
+_CHOICES = ("aten.topk", "aten.sort")
+_LOGARITHMS = ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")
+_DEPTH = 24
+
+
+def _transparent(node: Node, source: Node) -> bool:
+    """Views, casts, scalar arithmetic and a broadcast bias: what may stand between logits and their softmax."""
+    if node.target in _PASS:
+        return True
+    if not str(node.target).startswith(_PASS_NAMES):
+        return False
+    return all(i is source or len(shape(i)) <= 1 for i in node.all_input_nodes if hasattr(i.meta.get("val"), "shape"))
+
+
+def _reach(node: Node) -> tuple[set[Node], bool]:
+    """Nodes that the values reach unmixed, the first other nodes included, and whether they leave the graph."""
+    seen: set[Node] = set()
+    frontier, leaves = [(node, 0)], False
+    while frontier:
+        at, depth = frontier.pop()
+        for user in at.users:
+            if user in seen or is_backward(user):
+                continue
+            if user.op == "output":
+                leaves = True
+                continue
+            seen.add(user)
+            if depth < _DEPTH and _transparent(user, at):
+                frontier.append((user, depth + 1))
+    return seen, leaves
+
+
+def _softmax_like(reached: set[Node]) -> Node | None:
+    """The first max of a (log-)softmax, decomposed or not, over the reached values."""
+    wanted = ("aten.amax", "aten._log_softmax", "aten._softmax", "prims.prepare_softmax_online", "aten.logsumexp")
+    return next((n for n in reached if str(n.target).startswith(wanted)), None)
+
+
+def _feeds(sources: set[Node], names: tuple[str, ...], flow: Flow, depth: int) -> bool:
+    """Whether one of the ops comes so few steps behind ``sources``, and no layer before it."""
+    frontier = [(n, 0) for n in sources]
+    seen = set(sources)
+    while frontier:
+        at, d = frontier.pop(0)
+        if str(at.target).startswith(names):
+            return True
+        if d < depth:
+            users = [u for u in at.users if u in flow.order and u.op == "call_function" and u not in flow.layers]
+            frontier += [(user, d + 1) for user in users if user not in seen]
+            seen.update(users)
+    return False
+
+
+_MIXED = ("aten.where", "aten.masked_fill", "aten.maximum", "aten.clamp", "aten.native_dropout", "aten.sub", "aten.exp")
+
+
+def activations_class_of(node: Node, a: Node) -> str:
+    """``attention_qk``: a softmax of its results follows; ``attention_pv``: ``a`` comes from one; else ``bmm``."""
+    if _comes_from_softmax(a):
+        return "attention_pv"
+    frontier, seen = [(node, 0)], {node}
+    while frontier:
+        at, depth = frontier.pop()
+        for user in at.users:
+            if user in seen or user.op != "call_function" or is_backward(user):
+                continue
+            seen.add(user)
+            if _softmax_like({user}) is not None:
+                return "attention_qk"
+            if depth < _DEPTH and (user.target in _PASS or str(user.target).startswith((*_PASS_NAMES, *_MIXED))):
+                frontier.append((user, depth + 1))
+    return "bmm"
+
+
+def _comes_from_softmax(node: Node) -> bool:
+    """Whether a softmax, decomposed or not, lies above through views, casts and a dropout."""
+    frontier, seen = [(node, 0)], {node}
+    while frontier:
+        at, depth = frontier.pop()
+        name, above = str(at.target), at.all_input_nodes
+        if name.startswith(("aten._softmax", "aten._safe_softmax")):
+            return True
+        if name.startswith("aten.div") and any(str(n.target).startswith("aten.exp") for n in _above_views(above[0])):
+            return True
+        passes = at.target in (*_PASS, operator.getitem) or name.startswith((*_PASS_NAMES, *_MIXED))
+        if at.op == "call_function" and passes and depth < _DEPTH:
+            frontier += [(n, depth + 1) for n in above if n not in seen]
+            seen.update(above)
+    return False
+
+
+def _above_views(node: Node) -> list[Node]:
+    found = [node]
+    while node.target in _PASS or str(node.target).startswith("prims.convert_element_type"):
+        node = node.all_input_nodes[0]
+        found.append(node)
+    return found
+
+
+def embeds(weight: Node) -> bool:
+    """Whether the weight is (computed from) the table of an embedding."""
+    root = weight
+    while root.op == "call_function" and root.all_input_nodes:
+        root = root.all_input_nodes[0]
+    return any(user.target is aten.embedding.default and user.args[0] is root for user in root.users)
+
+
+def op_class_of(site: MatmulSite, module: str, flow: Flow, read: Collection[int]) -> str:
+    """The class of a product of an activation with a weight: of the layer, whatever graph it is in.
+
+    Args:
+        module: whose weight it is; "" of a parameter that is no module's ``weight``, and of a model's only layer.
+        flow: the facts of the graph. read: the input widths of the model's layers, those of other graphs included.
+    Returns:
+        ``router``: its scores go to top-k or a sort, or are those of a gate (``quartet.passes.classify.gates``).
+        ``lm_head``: it feeds the log-softmax of a loss, its weight is the embedding's, or it is a module's and a head
+        by structure (``quartet.passes.classify.heads``), or by a name that is given to nothing else: where the
+        vocabulary is as large as the model is wide, and the loss is elsewhere, structure does not tell. Else
+        ``linear``.
+    """
+    node = site.products["fprop"].node
+    reached, leaves = _reach(node)
+    scores = _softmax_like(reached)
+    chooses = _feeds({node} if scores is None else {scores, *reached}, _CHOICES, flow, 6)
+    if chooses or is_gate(node, site.n, site.k, flow):
+        return "router"
+    logits = scores is not None and _feeds({scores}, _LOGARITHMS, flow, 8)
+    named = leaves and module.rpartition(".")[2] in _VOCABULARY
+    if logits or embeds(site.w[0]) or named or module and is_head(node, site.n, flow, read):
+        return "lm_head"
+    return "linear"

@@ -1,0 +1,193 @@
+"""Find every forward product, of an activation with a weight or with another activation, and its dgrad and wgrad.
+
+A weight is whatever is computed from parameters alone: a parameter, its transpose, a slice of a fused
+one, its cast under autocast, what a collective gathers of it, a parametrisation of several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.lowering.recipe.op_classes import own_class
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.recipe.types import ROLES
+from quartet.passes.classify.already import quantised_before
+from quartet.passes.classify.aside import projects_input, reads_input, small
+from quartet.passes.classify.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.classify.masks import Masks
+from quartet.passes.classify.others import left_alone, plain, without_site
+from quartet.passes.find.gradients import attach, not_needed_in_forward
+from quartet.passes.flow import Flow
+from quartet.passes.naming import module_name, module_of
+from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
+from quartet.passes.state import State
+from quartet.passes.values import Values
+from quartet.passes.views import MATMULS, canonical, operands
+
+
+def input_indices(graph: Graph) -> dict[Node, int | None]:
+    """Placeholder → index of the dynamo input behind it, through tensor subclasses.
+
+    The body of a region describes no input: there it is the position.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    if not any("desc" in node.meta for node in inputs):
+        return {node: position for position, node in enumerate(inputs)}
+    return {node: _described_index(node.meta.get("desc")) for node in inputs}
+
+
+def _described_index(desc: Any) -> int | None:
+    while desc is not None and not hasattr(desc, "idx"):
+        desc = getattr(desc, "base", None)
+    return getattr(desc, "idx", None)
+
+
+def parameter_origins(state: State) -> dict[Node, str]:
+    """Nodes computed from parameters alone, or chosen by data from a stack of matrices → name of the parameter."""
+    weights, origin, data = state.config.weights, {}, set()
+    index = input_indices(state.gm.graph)
+    for node in state.gm.graph.nodes:
+        if node.op == "placeholder":
+            position = index[node]
+            name = None if position is None else weights.get(position)
+            if name is not None:
+                origin[node] = name
+            else:
+                data.add(node)
+        elif node.op == "call_function" and not is_backward(node):
+            inputs = [i for i in node.all_input_nodes if _holds_tensors(i)]
+            if _chosen(node) and inputs[0] in origin:
+                origin[node] = origin[inputs[0]]
+            elif any(i in data for i in inputs):
+                data.add(node)
+            else:
+                named = [origin[i] for i in inputs if i in origin]
+                if named:
+                    origin[node] = named[0]
+    return origin
+
+
+def _chosen(node: Node) -> bool:
+    """Whether the node picks matrices from a stack ``[E, rows, cols]``: the weights of the experts of each token."""
+    if node.target is not aten.index.Tensor or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return False
+    stack, chooser = node.args[0], node.args[1][0]  # type: ignore[index]
+    return isinstance(stack, Node) and isinstance(chooser, Node) and len(shape(stack)) == 3 and (
+        not val(chooser).dtype.is_floating_point)
+
+
+def _holds_tensors(node: Node) -> bool:
+    """True of a tensor or several (a split); a size alone does not make a weight into data."""
+    value = node.meta.get("val")
+    return hasattr(value, "shape") or isinstance(value, (list, tuple))
+
+
+def find_matmuls(state: State) -> None:
+    """Fill ``state.sites`` and record the products that are none of ours."""
+    graph = state.gm.graph
+    flow = state.flow = Flow.of(graph, parameter_origins(state))
+    masks = Masks({node for node in flow.origin if node.op == "placeholder"})
+    products = [node for node in graph.nodes if node.op == "call_function" and node.target in MATMULS]
+    backward = [node for node in products if is_backward(node)]
+    spare = not_needed_in_forward(graph) if any(is_backward(node) for node in graph.nodes) else set()
+    state.alone.extend(without_site(graph, flow.origin))
+    for node in products:
+        if not is_backward(node) and node not in spare:
+            _find(state, node, flow, masks)
+    values = Values(graph)
+    early = [node for node in products if node in spare]
+    gradients = attach(graph, values, state.sites, early)
+    for node in early:
+        if node not in gradients:
+            _find(state, node, flow, masks)
+    gradients |= attach(graph, values, state.sites, backward)
+    for site in state.sites:
+        site.op_class = own_class(site) or site.op_class
+        site.aside = _aside(state, site, flow) | quantised_before(site)
+    state.alone.extend(_unplanned(n, "dgrad") for n in backward if n not in gradients)
+
+
+def _find(state: State, node: Node, flow: Flow, masks: Masks) -> None:
+    """A site for a forward product, or the record of one that multiplies weights alone."""
+    site = _site(state, node, flow, masks)
+    if site is None:
+        state.alone.append(_unplanned(node, "fprop"))
+    else:
+        state.sites.append(site)
+
+
+def _site(state: State, node: Node, flow: Flow, masks: Masks) -> MatmulSite | None:
+    (a, b), origin = operands(node), flow.origin
+    if a in origin and b in origin:
+        return None
+    flipped = a in origin
+    (p, q), r = shape(a)[-2:], shape(b)[-1]
+    m, n = (r, p) if flipped else (p, r)
+    x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
+    batch = shape(node)[0] if len(shape(node)) == 3 else None
+    fqn = module_of(node) if w[0] not in origin else module_name(origin[w[0]])
+    site = MatmulSite(len(state.sites), fqn, "linear", x, w, m, n, q, val(node).dtype, batch=batch)
+    site.products["fprop"] = Product(node, flipped)
+    site.notes = node.meta.get(NOTES_KEY, ())
+    if w[0] not in origin:
+        site.op_class = activations_class_of(node, a)
+        site.masked = masks.of_activations(node, a, b, site.op_class)
+    elif batch is not None or _chosen(canonical(w[0])[0]):
+        site.op_class = "grouped"
+    else:
+        site.op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
+            site, _owner(origin[w[0]]) if _has_others(state) else "", flow, flow.widths | state.config.widths)
+        site.fqn = (module_of(node) if embeds(w[0]) else "") or fqn
+    if batch is None and w[0] in origin:
+        site.masked = masks.of_weight(w[0])
+    return site
+
+
+def _has_others(state: State) -> bool:
+    """Whether the model has more than one layer."""
+    return state.config.layers > 1 or len(set(state.flow.layers.values())) > 1
+
+
+def _owner(parameter: str) -> str:
+    """The module, inside of the model, whose weight a parameter is; "" where it is none or the model's own."""
+    name = module_name(parameter)
+    return "" if name in (parameter, "weight") else name
+
+
+def _aside(state: State, site: MatmulSite, flow: Flow) -> dict[str, str]:
+    """Role → why the policy's default leaves a site's product alone."""
+    config, name = state.config, flow.origin.get(site.w[0], "")
+    found = small(site, config)
+    if site.op_class in ("linear", "lm_head", "router") and name and config.inputs:
+        index = input_indices(state.gm.graph)
+        inputs = {node: config.inputs[at] for node, at in index.items() if at is not None and at in config.inputs}
+        why = (reads_input(site, flow, inputs, flow.written | config.written) if _owner(name) else
+               projects_input(site, flow, inputs) if _is_stored_in_out(site) and name != "weight" else "")
+        found |= dict.fromkeys(ROLES, why) if why else {}
+    return found
+
+
+def _is_stored_in_out(site: MatmulSite) -> bool:
+    """Whether the parameter that W is a view or a cast of lies as ``[in, out]``."""
+    base, flipped = canonical(site.w[0])
+    flipped ^= site.w[1]
+    while base.target is torch.ops.prims.convert_element_type.default:
+        base, turned = canonical(base.all_input_nodes[0])
+        flipped ^= turned
+    return flipped
+
+
+def _unplanned(node: Node, role: str) -> MatmulRecord:
+    """The record of a product that is not one of a forward product of ours and its gradients."""
+    a, _ = operands(node)
+    m, n = shape(node)[-2:]
+    reason = ("multiplies weights with weights" if role == "fprop" else
+              "belongs to no forward product of the graph, or to one of several that are as likely")
+    record = left_alone(node, "bmm", role, (m, n, shape(a)[-1]), val(node).dtype, reason)
+    return replace(record, batch=plain(prod(shape(node)[:-2])))

@@ -1,0 +1,130 @@
+"""Decide for every GEMM of every site: a quantiser pair from the policy, or a reason to leave it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from quartet.kernels.spec import dtype_name
+from quartet.lowering import registry
+from quartet.lowering.ir.graph import VIEWS, shape, val
+from quartet.lowering.recipe.resolution import Choice, Resolution
+from quartet.lowering.recipe.types import ROLES
+from quartet.passes.classify.aside import quantised_all_the_same
+from quartet.passes.classify.layers import layers_of
+from quartet.passes.classify.others import OF_CODES
+from quartet.passes.plan.profitability import kernel_of, leave_slower
+from quartet.passes.sites import MatmulSite
+from quartet.passes.state import State, recipe_of
+
+DTYPES = registry.QUANTIZED
+
+
+class UnsupportedMatmul(ValueError):
+    """Under ``strict=True``: a matmul that the policy quantises and that cannot be."""
+
+
+def plan(state: State) -> None:
+    """Set ``recipe``, ``reasons`` and ``x_group`` of every site. Raises UnsupportedMatmul when strict."""
+    layers = layers_of(site.fqn for site in state.sites)
+    for site in state.sites:
+        layer = layers.get(site.fqn)
+        wanted = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer, site.aside)
+        resolution = site.resolution = wanted.apart(site.masked)
+        obstacle = _obstacle(site) or _ungenerated(state, site)
+        if state.config.strict and (refused := obstacle or _refused(site, wanted)) and wanted.quantizes:
+            raise UnsupportedMatmul(
+                f"strict=True, and {site.fqn or 'a matmul'} (node {site.products['fprop'].node.name}, "
+                f"m={site.m} n={site.n} k={site.k}, {site.dtype}) cannot be quantised: {refused}")
+        if obstacle is not None and resolution.quantizes:
+            site.reasons = {role: obstacle for role in ROLES}
+            continue
+        choices = {role: resolution.choice(role) for role in ROLES}
+        site.reasons = {role: choice.reason for role, choice in choices.items() if choice.gemm is None}
+        site.remarks = {role: choice.reason for role, choice in choices.items() if _altered(choice, role)}
+        by_default = choices["wgrad"].gemm is not None and choices["wgrad"].rule is None
+        if by_default and (why := quantised_all_the_same(site, state.config)):
+            site.remark("wgrad", why)
+        site.recipe = resolution.effective if resolution.quantizes else None
+        if site.recipe is not None:
+            if site.recipe.keep and layer is None:
+                site.notes += (f"which layer this is does not show in its name, so the {site.recipe.keep[0]} are not "
+                               "left alone",)
+    if state.config.strict:
+        _refuse_what_has_no_site(state)
+    _group(state)
+    if state.config.where_it_pays:
+        leave_slower(state)
+        _group(state)
+
+
+def _refuse_what_has_no_site(state: State) -> None:
+    """Raise for a product that the policy quantises and that the passes before have left alone."""
+    for record in state.alone:
+        if record.lowered:
+            continue
+        choice = state.config.resolve(record.op_class, record.fqn, record.m, record.n, record.k).choice(record.role)
+        by_default = not state.config.where_it_pays and not record.reason.startswith(OF_CODES)
+        if choice.gemm is not None and (choice.rule is not None or by_default):
+            raise UnsupportedMatmul(
+                f"strict=True, and {record.fqn or 'a product'} ({record.op_class}, {record.role}, m={record.m} "
+                f"n={record.n} k={record.k}, {record.dtype}) cannot be quantised: {record.reason}")
+
+
+def _group(state: State) -> None:
+    """Find the sites that quantise the same X."""
+    groups: dict[Any, int] = {}
+    for site in state.planned():
+        recipe = recipe_of(site)
+        key = (value_key(site.x[0]), site.x[1], str(site.batch), site.groups and site.groups.offs, recipe.fprop,
+               recipe.wgrad)
+        site.x_group = groups.setdefault(key, site.index)
+
+
+def _altered(choice: Choice, role: str) -> bool:
+    """Whether the policy had to change the recipe's GEMM, such as a saved operand that does not exist."""
+    return choice.gemm is not None and choice.recipe is not None and choice.gemm != getattr(choice.recipe, role)
+
+
+def _refused(site: MatmulSite, wanted: Resolution) -> str | None:
+    """Which products of a site the policy quantises and a mask keeps it from, and why."""
+    assert site.resolution is not None
+    return "; ".join(f"{role} {after.reason}" for role in site.products if wanted.choice(role).gemm is not None
+                     and (after := site.resolution.choice(role)).gemm is None) or None
+
+
+def _obstacle(site: MatmulSite) -> str | None:
+    dtypes = {val(site.x[0]).dtype, val(site.w[0]).dtype}
+    if not dtypes <= set(DTYPES):
+        names = ", ".join(sorted(dtype_name(d) for d in dtypes))
+        return f"operands are {names}; quantisers take float32, bfloat16 or float16: cast the module or use autocast"
+    if any(isinstance(size, int) and size == 0 for size in (site.m, site.n, site.k)):
+        return f"a size is zero (m={site.m}, n={site.n}, k={site.k})"
+    return None
+
+
+def _ungenerated(state: State, site: MatmulSite) -> str | None:
+    """Why a product that the policy quantises has no kernel on the site's device, and no code that Inductor makes."""
+    assert site.resolution is not None
+    target = state.config.target_of(val(site.x[0]).device)
+    for role in site.products:
+        gemm = site.resolution.choice(role).gemm
+        if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
+            continue
+        reason = registry.not_generated(target, gemm.a.spec, gemm.b.spec)
+        if reason is not None and not kernel_of(gemm, site, target, ()):
+            return reason
+    return None
+
+
+def value_key(node: Node) -> Any:
+    """Equal for nodes that are the same view or cast of the same node."""
+    if node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], Node):
+        size = str(shape(node)) if _tensor(node) else ""
+        return (str(node.target), value_key(node.args[0]), str(node.args[1:]), size)
+    return node
+
+
+def _tensor(node: Node) -> bool:
+    return hasattr(node.meta.get("val"), "shape")

@@ -1,0 +1,191 @@
+"""Leave the products in the model's dtype that a policy's default recipe is predicted to make slower.
+
+The decision is the layer's, not the graph's: it is priced as it is trained, all three products, for the tokens that
+training was first seen with, also in graphs that evaluate it, that have it frozen, or that are given other lengths. A
+layer's three products are weighed one by one where the recipe lets them be apart: for every set of them that can be
+quantised without the others, the whole layer is priced (``quartet.lowering.cost``), what the products share included,
+and the cheapest set is taken. A backward product that starts from what forward quantised can not be apart from it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import combinations
+
+from torch.fx import Node
+
+from quartet.lowering import ir, registry
+from quartet.lowering.cost import FP8_KERNELS, Cost, Layer, predict
+from quartet.lowering.ir.graph import VIEWS, val
+from quartet.lowering.rates import Rates, rates_of
+from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
+from quartet.passes.classify.aside import tokens
+from quartet.passes.flow import Flow
+from quartet.passes.sites import MatmulSite
+from quartet.passes.state import Config, State, recipe_of
+from quartet.runtime.devices import Target
+from quartet.runtime.sizes import hint
+
+_MULTIPLES = ("aten.mul.", "aten.div.", "aten.clone", "aten.expand", "aten.split", "aten.unbind", "aten._to_copy",
+              "aten.reshape")
+_UNREAD = ("aten.add.", "aten.sub.", "aten.neg", "aten.sum", "aten.mean", "aten.cat", "aten.stack", "aten.relu",
+           "aten.tanh", "aten.sigmoid", "aten.exp.", "aten._softmax", "aten.amax")  # by their results
+
+
+def leave_slower(state: State) -> None:
+    """Take out of the plan what would not pay; note the prediction at what does.
+
+    What leaves no longer shares the cost of an X with what stays, so this is repeated until nothing leaves.
+    """
+    costs: dict[int, Cost] = {}
+    before = {site.index: recipe_of(site) for site in state.planned()}
+    while _once(state, costs):
+        pass
+    for site in state.planned():
+        if site.index in costs:
+            site.notes += (f"predicted {costs[site.index]}, {_basis(site, state.config)}",)
+    _warn_changed(state, before)
+
+
+def _warn_changed(state: State, before: Mapping[int, Recipe]) -> None:
+    """Say which layers were quantised otherwise in graphs that evaluated the model before it was trained."""
+    sharing = Counter(site.x_group for site in state.planned())
+    changed = []
+    for site in state.sites:
+        rates = rates_of(state.config.target_of(val(site.x[0]).device))
+        guess = state.config.guessed.get(site.fqn)
+        if guess is None or rates is None or site.index not in before or not _is_weighed(site):
+            continue
+        layer = replace(_layer(state, site, before[site.index], max(sharing[site.x_group], 1)), m=guess)
+        then, _ = _cheapest(before[site.index], layer, rates)
+        if then != (frozenset(role for role in ROLES if getattr(site.recipe, role, None) is not None)):
+            changed.append(site.fqn)
+    if changed:
+        warnings.warn(
+            f"quartet: {len(changed)} layers are decided otherwise for training than in the graphs that evaluated the "
+            f"model before ({', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}): those were priced for other "
+            "numbers of tokens and stay as they are until they are compiled again; torch.compiler.reset() does, or "
+            "train before you evaluate", stacklevel=2)
+
+
+def _once(state: State, costs: dict[int, Cost]) -> bool:
+    """One round; fills in the costs of what stays. Whether anything has left."""
+    sharing = Counter(site.x_group for site in state.planned())
+    before = [site.recipe for site in state.sites]
+    for site in state.planned():
+        rates = rates_of(state.config.target_of(val(site.x[0]).device))
+        if rates is None or not _is_weighed(site):
+            continue
+        if site.scaled is not ir.SCALED_MM:
+            _leave(site, dict.fromkeys(ROLES, "the cost model knows neither groups nor batches: name it in a rule"))
+        else:
+            layer = _layer(state, site, recipe_of(site), sharing[site.x_group])
+            _decide(site, layer, rates, costs, _basis(site, state.config))
+    return before != [site.recipe for site in state.sites]
+
+
+def _is_weighed(site: MatmulSite) -> bool:
+    """Whether the policy's default decides about all of a site's products."""
+    return site.resolution is not None and all(site.resolution.choice(role).rule is None for role in ROLES)
+
+
+def _decide(site: MatmulSite, layer: Layer, rates: Rates, costs: dict[int, Cost], basis: str) -> None:
+    """Keep the set of products that is predicted to be the fastest."""
+    recipe, parts = recipe_of(site), units(recipe_of(site), ROLES)
+    best, prices = _cheapest(recipe, layer, rates)
+    whole = frozenset[str]().union(*parts)
+    if not best:
+        shown = prices.get(whole, min(prices.values(), key=lambda cost: float(cost.quantized), default=None))
+        _leave(site, dict.fromkeys(ROLES, _unmeasured(layer, whole) if shown is None else
+                                   f"would not pay: predicted {shown}, {basis}"))
+        return
+    costs[site.index] = prices[best]
+    for part in parts:
+        if not part <= best:
+            reason = _unmeasured(layer, part) or (
+                f"would not pay: predicted {_time(prices[best | part])} for the layer with it quantised, "
+                f"{_time(prices[best])} without, {basis}")
+            _leave(site, dict.fromkeys(part, reason))
+
+
+def _cheapest(recipe: Recipe, layer: Layer, rates: Rates) -> tuple[frozenset[str], dict[frozenset[str], Cost]]:
+    """The set of products that is fastest quantised, empty where none is faster than the model's dtype; every price."""
+    parts = units(recipe, ROLES)
+    sets = [frozenset[str]().union(*some) for count in range(len(parts), 0, -1) for some in combinations(parts, count)]
+    prices = {roles: cost for roles in sets if (cost := predict(recipe.only(roles), layer, rates)) is not None}
+    best = min(prices, key=lambda roles: float(prices[roles].quantized), default=frozenset[str]())
+    return (best if best and prices[best].pays else frozenset()), prices
+
+
+def units(recipe: Recipe, roles: Iterable[str]) -> list[frozenset[str]]:
+    """Those of a layer's products that a recipe quantises, parted into what can be quantised without the others."""
+    gemms = {role: gemm for role in ROLES if role in roles and (gemm := getattr(recipe, role)) is not None}
+    tied = frozenset(role for role, gemm in gemms.items() if role == "fprop" or gemm.b.source == "saved")
+    return [part for part in (tied, *(frozenset({role}) for role in gemms if role not in tied)) if part]
+
+
+def _leave(site: MatmulSite, reasons: Mapping[str, str]) -> None:
+    recipe = recipe_of(site).only({role for role in ROLES if role not in reasons})
+    site.recipe = recipe if recipe.quantizes else None
+    site.reasons |= reasons
+    site.remarks = {role: text for role, text in site.remarks.items() if role not in reasons}
+
+
+def _time(cost: Cost) -> str:
+    return f"{1e6 * float(cost.quantized):.0f} µs"
+
+
+def _unmeasured(layer: Layer, roles: Iterable[str]) -> str:
+    """Why there is no prediction; empty where there is one."""
+    unknown = [layer.kernels[role] for role in ROLES if role in roles and layer.kernels[role] not in FP8_KERNELS]
+    names = " and ".join(repr(kernel) if kernel else "a dequantised operand" for kernel in dict.fromkeys(unknown))
+    return f"no measured rates for kernel {names}: name it in a rule" if names else ""
+
+
+def _basis(site: MatmulSite, config: Config) -> str:
+    """What a price is of: also for how many tokens, where that is not what the graph has."""
+    count = tokens(site, config)
+    same = isinstance(site.m, int) and site.m == count
+    return "forward and backward" + ("" if same else f" of {count} tokens")
+
+
+def _layer(state: State, site: MatmulSite, recipe: Recipe, sharing: int) -> Layer:
+    """The layer of a site with the three products that it has in training."""
+    config, target = state.config, state.config.target_of(val(site.x[0]).device)
+    recompute = (config.recompute or recipe.recompute) == "gemm" and is_read_in_backward(
+        site.products["fprop"].node, state.flow)
+    kernels = {role: _kernel(getattr(recipe, role), site, target, config.disable_kernels) for role in ROLES}
+    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute)
+
+
+def is_read_in_backward(y: Node, flow: Flow) -> bool:
+    """Whether backward reads a product's result, or a view, cast or multiple of it: then it is kept, or computed again.
+
+    It is told by what forward does with the result, so that a graph without backward gives the same answer.
+    """
+    for user in y.users:
+        name = str(user.target)
+        if user not in flow.order or user.op != "call_function" or name.startswith(_UNREAD):
+            continue
+        scaled = name.startswith(_MULTIPLES) and not any(
+            other in flow.made or other in flow.origin for other in user.all_input_nodes if other is not y)
+        if not (scaled or user.target in VIEWS) or is_read_in_backward(user, flow):
+            return True
+    return False
+
+
+def _kernel(gemm: Gemm | None, site: MatmulSite, target: Target, disabled: tuple[str, ...]) -> str:
+    """The kernel that a product would get; "" where it is in the model's dtype."""
+    return "" if gemm is None or gemm.a.spec is None else kernel_of(gemm, site, target, disabled)
+
+
+def kernel_of(gemm: Gemm, site: MatmulSite, target: Target, disabled: tuple[str, ...]) -> str:
+    """Name of the kernel that takes a quantised product of a layer, "" for none."""
+    assert gemm.a.spec is not None and gemm.b.spec is not None
+    rotation = gemm.rotation.n if gemm.rotation is not None else 0
+    kernel, _ = registry.choose(target, site.dtype, ((gemm.a.spec, rotation), (gemm.b.spec, rotation)), disabled,
+                                site.scaled)
+    return "" if kernel is None else kernel.name

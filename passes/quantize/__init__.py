@@ -1,0 +1,1 @@
+"""From planned GEMMs to the quantised IR: rotate, quantise, share."""

@@ -1,0 +1,185 @@
+"""Delayed scaling: quantisers with rule ``delayed`` take the largest magnitude of earlier steps.
+
+A slot's magnitude is that of its history, or of the tensor itself while the history is empty:
+
+    used = 2^margin · (history > 0 ? history : amax(x))
+
+The histories advance once, at the start of forward and outside of any checkpointed region; what forward and backward
+see is recorded once, at the end of each. Both are ops of ``quartet.runtime.slots.amax``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch.fx import Node
+
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.ir.graph import BACKWARD, Builder, aten, editing, is_backward, val
+from quartet.passes.find.find_matmuls import input_indices
+from quartet.passes.sites import MADE_KEY, MatmulSite
+from quartet.passes.state import State, recipe_of
+from quartet.runtime.slots.amax import AMAX_BEGIN, AMAX_READ, AMAX_RECORD, Entry
+
+MUST_BE_IN_FORWARD = "must_be_in_forward"
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
+            aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default)
+SAME = (torch.ops.prims.convert_element_type.default, aten.constant_pad_nd.default, aten.clone.default)
+
+
+@dataclass
+class Histories:
+    """The slots of a graph on one device.
+
+    Attributes:
+        anchor: the input that stands for the weights of a call. begin: the op that reads the histories.
+        used: (site, of a weight its input, operand, tensor) → its magnitude. current: slot → what the tensor's own was.
+        weights: site → its weight's input.
+    """
+
+    anchor: Node
+    begin: Node
+    weights: list[int | None]
+    entries: list[Entry] = field(default_factory=list)
+    used: dict[tuple[int, str, Node], Node] = field(default_factory=dict)
+    current: dict[int, Node] = field(default_factory=dict)
+
+
+def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: MatmulSite, operand: str) -> Node:
+    """fp32 ``[1, 1]`` that scales ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, under the rule ``delayed``.
+
+    A history belongs to a weight. A product without one, such as of two inputs, and a graph without an anchor, the body
+    of a region, take the tensor's own magnitude.
+    """
+    owner = state.sites[site.x_group] if operand == "x" else site
+    history = recipe_of(site).history
+    weight = weight_index(state, owner)
+    held = None if weight is None else _histories(state, val(x).device)
+    if weight is None or held is None:
+        reason = "no weight of its own to keep a history for" if weight is None else "no history in a nested region"
+        for role in site.products:
+            if site.active(role) and reason not in site.remarks.get(role, ""):
+                site.remark(role, f"scaled by the current amax: {reason}")
+        return _with_margin(build, build(ir.AMAX, x), history.margin)
+    origin = _origin(x)
+    key = weight if operand == "w" else owner.index, operand, origin
+    if key not in held.used:
+        first = 1 if operand == "w" else 1 + held.weights[: owner.index].count(weight)
+        name = _free_name(held, weight, operand, first, _made(origin))
+        held.used[key] = _new_slot(held, origin, Entry(weight, name, history.entries), history.margin)
+    return held.used[key]
+
+
+def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
+    """The magnitude for a new slot, computed where ``x`` is: all that read it come later."""
+    slot = len(held.entries)
+    held.entries.append(entry)
+    held.begin.update_arg(1, " ".join(map(str, held.entries)))
+    build = Builder(x.graph, like=x, before=max(x, held.begin).next, backward=is_backward(x))
+    with build.mode:
+        held.begin.meta["val"] = val(held.begin).new_empty(len(held.entries))
+    held.current[slot] = build(ir.AMAX, x)
+    known = build(aten.view.default, build(aten.slice.Tensor, held.begin, 0, slot, slot + 1), [1, 1])
+    amax = build(aten.where.self, build(aten.gt.Scalar, known, 0), known, held.current[slot])
+    return _with_margin(build, amax, margin)
+
+
+def _origin(x: Node) -> Node:
+    """What ``x`` shows in another shape."""
+    while x.op == "call_function" and x.target in RESHAPES and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return x
+
+
+def delayed(state: State) -> None:
+    """Record what the graph's tensors had, at the end of forward and of backward."""
+    for held in state.histories.values():
+        if held is not None and held.begin.target is AMAX_BEGIN:
+            with editing(state.gm):
+                alive = set(state.gm.graph.nodes)
+                for backward in (False, True):
+                    seen = {slot: node for slot, node in held.current.items()
+                            if node in alive and is_backward(node) == backward}
+                    if seen:
+                        _record(state, held, seen, backward)
+
+
+def _record(state: State, held: Histories, seen: dict[int, Node], backward: bool) -> None:
+    last = max(seen.values())
+    build = Builder(state.gm.graph, like=held.begin, before=last.next, backward=backward)
+    build.meta = {"partitioner_tag": BACKWARD if backward else MUST_BE_IN_FORWARD}
+    build(AMAX_RECORD, held.anchor, held.begin.args[1], list(seen), list(seen.values()))
+
+
+def _histories(state: State, device: torch.device) -> Histories | None:
+    if device not in state.histories:
+        index = input_indices(state.gm.graph)
+        wanted = state.config.anchor
+        anchor = next((node for node, position in index.items() if wanted is not None and position == wanted), None)
+        state.histories[device] = None if anchor is None else Histories(
+            anchor, _start(state, anchor, device), [weight_index(state, site) for site in state.sites])
+    return state.histories[device]
+
+
+def _start(state: State, anchor: Node, device: torch.device) -> Node:
+    graph = state.gm.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    build = Builder(graph, like=first, before=first, backward=False)
+    build.meta = {"partitioner_tag": MUST_BE_IN_FORWARD}
+    trains = any(is_backward(node) for node in graph.nodes)
+    return build(AMAX_BEGIN if trains else AMAX_READ, anchor, "", device)
+
+
+def weight_index(state: State, site: MatmulSite) -> int | None:
+    """Input of the dynamo graph that is the (first) parameter of a site's weight."""
+    index = input_indices(state.gm.graph)
+    frontier, seen = [site.w[0]], set()
+    while frontier:
+        node = frontier.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        position = index.get(node)
+        if position is not None and position in state.config.weights:
+            return position
+        if not is_backward(node):
+            frontier += reversed(node.all_input_nodes)
+    return None
+
+
+def _made(x: Node) -> str:
+    """What passes have done to an operand before it is measured, in a word; nothing of what leaves magnitudes alone."""
+    found: list[str] = []
+    turned = False
+    while x.op == "call_function" and isinstance(x.args[0], Node):
+        if MADE_KEY in x.meta:
+            found.insert(0, x.meta[MADE_KEY])
+            break
+        if x.target is ir.HADAMARD:
+            signs = x.args[2]
+            found.insert(0, f"H{x.args[1]}" + ("" if signs is None else "-signs"))
+            turned = False
+        elif x.target not in RESHAPES and x.target not in SAME:
+            break
+        turned ^= x.target in (aten.permute.default, aten.t.default)
+        x = x.args[0]
+    if turned and found and found[-1].startswith("H"):
+        found.append("turned")
+    return "".join((":", "+".join(found))) if found else ""
+
+
+def _free_name(held: Histories, weight: int, operand: str, first: int, made: str) -> str:
+    """``x``, or ``x:H32`` of a rotation of it; of a weight that multiplies several tensors also ``x2``, ``x3``, …
+
+    ``first``: the number to begin with, which does not depend on what the policy leaves alone.
+    """
+    taken = {entry.operand for entry in held.entries if entry.weight == weight}
+    names = (f"{operand}{'' if n == 1 else n}{made}" for n in count(first))
+    return next(name for name in names if name not in taken)
+
+
+def _with_margin(build: Builder, amax: Node, margin: int) -> Node:
+    return amax if margin == 0 else build(aten.mul.Tensor, amax, 2.0**margin)

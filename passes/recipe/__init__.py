@@ -1,0 +1,1 @@
+"""Rewrites that single recipes ask for before anything is quantised."""

@@ -1,0 +1,157 @@
+"""Recognise ``act(a) · b`` in a graph of aten ops, whoever decomposed it, in any order of the factors.
+
+A product is taken apart into its factors, through casts, views and scalars. An activation is one factor (``silu(a)``)
+or two: ``a`` and a gate that is computed from it, ``sigmoid(a)``, ``1 / (1 + exp(-a))``, ``1 + erf(…a)``,
+``1 + tanh(…a)``. What remains is the linear branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.passes.plan.plan import value_key
+from quartet.passes.sites import MatmulSite
+from quartet.passes.views import canonical
+from quartet.runtime.sizes import same, same_sizes
+
+_CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.alias.default,
+          aten.detach.default, aten.clone.default)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
+             aten.unsqueeze.default)
+_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
+_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
+_ARITHMETIC = (*_CASTS, *_RESHAPES, *_PRODUCTS, *_QUOTIENTS, aten.neg.default, aten.exp.default, aten.add.Tensor,
+               aten.pow.Tensor_Scalar, aten.sigmoid.default, aten.erf.default, aten.tanh.default)
+_WHOLE: dict[Any, str] = {aten.silu.default: "silu", aten.gelu.default: "gelu", aten.relu.default: "relu"}
+_GATES: dict[Any, str] = {aten.erf.default: "gelu", aten.tanh.default: "gelu"}
+_DEPTH = 12
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``X = act(a) · b``.
+
+    Args:
+        activation: ``"silu"``, ``"gelu"`` or ``"relu"``.
+        linear: node of b, ``[..., channels]`` with its tokens in the order of X.
+    """
+
+    activation: str
+    linear: Node
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A factor of a product; ``inverse`` when it divides. ``node`` is what is multiplied, ``bare`` its origin."""
+
+    node: Node
+    bare: Node
+    inverse: bool = False
+
+
+def gated_activation(site: MatmulSite) -> Gated | None:
+    """How X of a site is a gated activation, or None."""
+    base, flipped = canonical(site.x[0])
+    if flipped != site.x[1]:
+        return None
+    factors = [f for f in _factors(base, False) if val(f.bare).dtype is not torch.bool]  # without dropout's mask
+    for factor in factors:
+        rest = [f for f in factors if f is not factor]
+        if factor.inverse:
+            name, argument = ("silu", factor.bare) if _is_one_plus_exp(factor.bare) else (None, factor.bare)
+        else:
+            name = _activation(factor.bare)
+            if name is not None:
+                return _linear(name, rest, site)
+            name, argument = _gate(factor.bare)
+        if name is None:
+            continue
+        for source in rest:
+            if not source.inverse and _reaches(argument, source.bare):
+                return _linear(name, [f for f in rest if f is not source], site)
+    return None
+
+
+def _linear(name: str, rest: list[_Factor], site: MatmulSite) -> Gated | None:
+    if len(rest) != 1 or rest[0].inverse:
+        return None
+    branch = rest[0]
+    linear = _activation(branch.bare) is None and _gate(branch.bare)[0] is None
+    return Gated(name, branch.node) if linear and same(shape(branch.node)[-1], site.k) else None
+
+
+def _bare(node: Node) -> Node:
+    """The node behind casts, copies and views that keep the rows and their order."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        source = node.args[0]
+        rows = node.target in _RESHAPES and same_sizes(shape(source)[-1:], shape(node)[-1:])
+        if not (node.target in _CASTS or rows):
+            break
+        node = source
+    return node
+
+
+def _factors(node: Node, inverse: bool) -> list[_Factor]:
+    bare = _bare(node)
+    if is_backward(bare):
+        return []
+    if bare.target in (*_PRODUCTS, *_QUOTIENTS):
+        found = []
+        for position, arg in enumerate(bare.args[:2]):
+            if _like(arg, bare):  # not a scalar, not a gain per channel
+                divides = bare.target in _QUOTIENTS and position == 1
+                found += _factors(arg, inverse != divides)  # type: ignore[arg-type]
+        return found
+    if bare.target is aten.reciprocal.default:
+        return _factors(bare.args[0], not inverse)  # type: ignore[arg-type]
+    return [_Factor(node, bare, inverse)]
+
+
+def _like(arg: Any, product: Node) -> bool:
+    return isinstance(arg, Node) and isinstance(arg.meta.get("val"), torch.Tensor) and (
+        same_sizes(shape(arg), shape(product)))
+
+
+def _activation(node: Node) -> str | None:
+    """Name of an activation that is one node."""
+    clamped = (aten.clamp_min.default, aten.clamp.default)
+    if node.target in clamped and len(node.args) == 2 and node.args[1] == 0:
+        return "relu"
+    return _WHOLE.get(node.target)
+
+
+def _gate(node: Node) -> tuple[str | None, Node]:
+    """(activation, argument) where ``node`` times that argument is an activation."""
+    if node.target is aten.sigmoid.default:
+        return "silu", node
+    if node.target is aten.add.Tensor and node.args[1] == 1:
+        inner = _bare(node.args[0])  # type: ignore[arg-type]
+        return _GATES.get(inner.target), inner
+    return None, node
+
+
+def _is_one_plus_exp(node: Node) -> bool:
+    if node.target is not aten.add.Tensor or node.args[1] != 1:
+        return False
+    exp = _bare(node.args[0])  # type: ignore[arg-type]
+    return exp.target is aten.exp.default and _bare(exp.args[0]).target is aten.neg.default  # type: ignore[arg-type]
+
+
+def _reaches(node: Node, source: Node) -> bool:
+    """Whether ``node`` is elementwise arithmetic on ``source``."""
+    wanted, frontier, seen = value_key(source), [(node, 0)], set()
+    while frontier:
+        at, depth = frontier.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if at is source or value_key(_bare(at)) == wanted:
+            return True
+        if depth < _DEPTH and at.target in _ARITHMETIC:
+            frontier += [(i, depth + 1) for i in at.all_input_nodes]
+    return False

@@ -1,0 +1,1 @@
+"""What forward leaves to backward, and in which format."""

@@ -1,0 +1,271 @@
+"""Eight bits an element for what forward leaves to backward and no product reads: a partitioner around the partitioner.
+
+The graph is split first, as it would be without us, so what is kept and what is computed again stays the partitioner's
+choice. Then each kept tensor that may lose precision is replaced by its codes and scales in forward's results, and
+decoded in backward where it is first read. Forward's own values are not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from quartet.kernels.spec import QuantSpec, dtype_name
+from quartet.lowering import ir, registry
+from quartet.lowering.ir.fp8 import CAST, CODES_KEY
+from quartet.lowering.ir.graph import Builder, aten, editing, shape, val
+from quartet.lowering.ir.saved import DECODE, ENCODE
+from quartet.lowering.recipe.records import SavedRecord
+from quartet.lowering.recipe.resolution import SavedChoice
+from quartet.lowering.recipe.types import Saved
+from quartet.passes.naming import module_of
+from quartet.passes.pipeline import source_digest
+from quartet.passes.quantize.randomness import draw_seed
+from quartet.passes.residuals.boundary import (
+    Kept,
+    Storage,
+    byte_count,
+    chain,
+    dense_order,
+    is_symbol,
+    pairs,
+    returned,
+    storages,
+    stored_bytes,
+)
+from quartet.passes.residuals.lossless import Backward, maker_name, why_exact
+from quartet.passes.state import STREAM_STRIDE, Config, State
+from quartet.runtime.compat import CustomPartitionerFn
+from quartet.runtime.devices import Target
+from quartet.runtime.streams import SEED
+
+log = logging.getLogger("quartet")
+
+DRAW = 15  # of the sixteen draws that a site has; the products take the first (see kernels.reference.philox.Draw)
+Pair = tuple[GraphModule, GraphModule]
+_KIND = ("saved_tensor_with_no_vc_check",)  # by which AOTAutograd sorts forward's results
+
+
+def not_generated(saved: Saved, target: Target) -> str | None:
+    """Why code that Inductor generates for a device cannot make a format's codes; None where it can."""
+    if saved.element != "e4m3" or registry.not_generated(target, QuantSpec.parse("e4m3/16 fp32 amax nearest")) is None:
+        return None
+    return (f"generated code has no {saved.element} on {target}: Triton converts to it from compute capability 8.9 on; "
+            "take a format of bytes, such as mesa8")
+
+
+class SavedActivations(CustomPartitionerFn):
+    """Splits a joint graph and encodes what is kept.
+
+    Args:
+        resolve: module name → what the policy decides for the tensors that it makes.
+        config: the pipeline's: stream of the random bits, and observers, which see the result.
+        key: everything that the result depends on beyond the graph and this package's source, as text.
+        own: the user's ``custom_partitioner_fn``, or None. default: what splits the graph without one.
+    """
+
+    def __init__(self, resolve: Callable[[str | None], SavedChoice], config: Config, key: str, own: Any,
+                 default: Callable[..., Pair]) -> None:
+        self.resolve, self.config, self.key, self.own, self.default = resolve, config, key, own, default
+        self.records: list[SavedRecord] = []
+
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Pair:
+        forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)
+        records = _Rewriting(forward, backward, kwargs["num_fwd_outputs"], self.config).run(self.resolve)
+        self.records += records
+        for observer in self.config.observers:
+            observer.saved(records, forward, backward)
+        return forward, backward
+
+    def uuid(self) -> str | None:
+        """Cache key; None, which keeps the graph out of the caches, when somebody observes or the user's has none."""
+        other = None if self.own is None else self.own.uuid()
+        if self.config.observers or (self.own is not None and other is None):
+            return None
+        return hashlib.sha256(repr((source_digest(), self.key, other)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Kept codes ``[rows, padded]`` of a tensor with so many columns, or of its transpose; nodes of backward."""
+
+    spec: str
+    codes: Node
+    scales: Node
+    columns: Any
+    transposed: bool
+
+    @property
+    def usable(self) -> bool:
+        """Whether they are the tensor to eight bits, rounded to nearest under a scale of its own."""
+        spec = QuantSpec.parse(self.spec)
+        return not spec.stochastic and not spec.takes_amax and spec.bits == 8 and spec.element != "ternary"
+
+    def values(self, build: Builder, root: Node) -> Node:
+        """The tensor that they stand for, in the shape and dtype of ``root``."""
+        values = build(ir.DEQUANTIZE, self.codes, self.scales, self.spec, val(root).dtype)
+        values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
+        return build(aten.reshape.default, values, [build.size(size) for size in shape(root)])
+
+
+class _Rewriting:
+    """One pair of graphs."""
+
+    def __init__(self, forward: GraphModule, backward: GraphModule, outputs: int, config: Config) -> None:
+        self.forward, self.backward, self.outputs = forward, backward, outputs
+        self.state = State(forward, config, seeds=_seeds(forward, config))
+        self.kept = pairs(forward, backward, outputs)
+        self.instead: dict[Node, list[Node]] = {}  # a result of forward → what is returned in its place
+        self.read: dict[Node, Node] = {kept.made: kept.read for kept in self.kept}
+        self.scales = {kept.made.meta[CODES_KEY]: kept.read for kept in self.kept if CODES_KEY in kept.made.meta}
+
+    def run(self, resolve: Callable[[str | None], SavedChoice]) -> list[SavedRecord]:
+        """Rewrite both graphs; a record for everything kept that is no input."""
+        with editing(self.forward), editing(self.backward):
+            self.seen = Backward(self.backward.graph)
+            shown = [n for n in returned(self.forward)[:self.outputs] if isinstance(n, Node) and not is_symbol(n)]
+            self.shown = {storage.root for storage in storages([Kept(n, n) for n in shown])}
+            own = [storage for storage in storages(self.kept) if storage.root.op != "placeholder"]
+            records = [self._decide(site, storage, resolve) for site, storage in enumerate(own)]
+            self._return()
+        return records
+
+    def _decide(self, site: int, storage: Storage, resolve: Callable[[str | None], SavedChoice]) -> SavedRecord:
+        source, fqn = storage.source, module_of(storage.root)
+        before, choice = stored_bytes(storage), resolve(fqn)
+        record = SavedRecord(storage.parts[0].made.name, fqn or "", maker_name(storage.root),
+                             tuple(size if isinstance(size, int) else str(size) for size in shape(source)),
+                             dtype_name(val(source).dtype), before, None, before, choice.reason)
+        if choice.saved is None:
+            return record
+        if (reason := why_exact(storage, self.shown, self.seen, choice.saved)) is not None:
+            return replace(record, reason=reason)
+        if (codes := self._codes_already(storage)) is not None:
+            self._decode_from(storage, lambda build: codes.values(build, storage.root))
+            return replace(record, saved=codes.spec, saved_bytes=0,
+                           reason="from the codes of a product's operand, which are kept anyway")
+        if (reason := not_generated(choice.saved, self.state.config.target_of(val(source).device))) is not None:
+            return replace(record, reason=reason)
+        return replace(record, saved=str(choice.saved), saved_bytes=self._encode(storage, choice.saved, site))
+
+    def _encode(self, storage: Storage, saved: Saved, site: int) -> int:
+        """Codes and scales among forward's results, their values in backward; bytes that are kept now."""
+        source = storage.source
+        order = dense_order(source)
+        assert order is not None
+        seed = draw_seed(self.state, val(source).device) if saved.rounding == "stochastic" else None
+        build = Builder(self.forward.graph, source, self._after(source, seed), backward=False)
+        rows = build(aten.permute.default, source, order) if order != sorted(order) else source
+        encoded = build(ENCODE, rows, saved.element, saved.group, seed, site * 16 + DRAW if seed is not None else 0)
+        codes, scales = build.item(encoded, 0), build.item(encoded, 1)
+        made = [self._input(storage, codes, "codes"), self._input(storage, scales, "scales")]
+
+        def decoded(at: Builder) -> Node:
+            values = at(DECODE, *made, saved.element, saved.group, val(source).dtype)
+            back = sorted(range(len(order)), key=order.__getitem__)
+            return at(aten.permute.default, values, back) if order != sorted(order) else values
+
+        self._decode_from(storage, decoded, [codes, scales])
+        return byte_count(codes) + byte_count(scales)
+
+    def _after(self, source: Node, seed: Node | None) -> Node:
+        """The node before which both ``source`` and ``seed`` are known."""
+        for node in reversed(self.forward.graph.nodes):
+            if node is source or node is seed:
+                return node.next
+        raise AssertionError(f"{source} is in another graph")
+
+    def _input(self, storage: Storage, made: Node, what: str) -> Node:
+        """An input of backward for a new result of forward."""
+        read = storage.parts[0].read
+        with self.backward.graph.inserting_before(read):
+            node = self.backward.graph.placeholder(f"{read.name}_{what}")
+        node.meta["val"] = val(made)
+        return node
+
+    def _decode_from(self, storage: Storage, decode: Callable[[Builder], Node], made: Sequence[Node] = ()) -> None:
+        """Let backward read what ``decode`` builds, where the first part is read; ``made`` is returned instead."""
+        readers = {user for part in storage.parts for user in part.read.users}
+        first = next(n for n in self.backward.graph.nodes if n in readers or n.op == "output")
+        build = Builder(self.backward.graph, first, first, backward=True)
+        source, values = storage.source if made else storage.root, decode(build)
+        for number, part in enumerate(storage.parts):
+            value = values
+            for link in chain(part.made, source):
+                assert callable(link.target)
+                value = build(link.target, *self._arguments(build, link, value), **link.kwargs)
+            part.read.replace_all_uses_with(value)
+            self.backward.graph.erase_node(part.read)
+            self.instead[part.made] = list(made) if number == 0 else []
+        for node in made:
+            node.meta |= {key: storage.parts[0].made.meta[key] for key in _KIND if key in storage.parts[0].made.meta}
+
+    def _arguments(self, build: Builder, link: Node, value: Node) -> tuple[Any, ...]:
+        """The arguments of a view or cast of forward, in backward: sizes are found or computed there."""
+        rest = map_arg(link.args[1:], lambda n: build.size(n.meta["val"]))
+        return (value, *rest)
+
+    def _codes_already(self, storage: Storage) -> _Codes | None:
+        """The eight-bit codes of this very tensor that are kept for a product, if there are any."""
+        todo = [storage.root]
+        while todo:
+            node = todo.pop()
+            todo += [u for u in node.users if u.target in (aten.view.default, aten._unsafe_view.default)]
+            for user in node.users:
+                found = self._codes_of(user) if user.args[:1] == (node,) else None
+                if found is not None and found.usable:
+                    return found
+        return None
+
+    def _codes_of(self, user: Node) -> _Codes | None:
+        """What is kept of the results of a quantiser or of a cast to FP8, None where codes or scales are not."""
+        items = {n.args[1]: self.read[n] for n in user.users if n in self.read and n.target is operator.getitem}
+        if user.target is ir.QUANTIZE:
+            spec, codes, scales, flipped = str(user.args[1]), items.get(0), items.get(1), False
+        elif user.target is CAST and CODES_KEY in user.meta:
+            spec, scales = user.meta[CODES_KEY][0], self.scales.get(user.meta[CODES_KEY])
+            flipped = 0 not in items
+            codes = items.get(int(flipped))
+        else:
+            return None
+        x = user.args[0]
+        assert isinstance(x, Node)
+        return None if codes is None or scales is None else _Codes(spec, codes, scales, shape(x)[1], flipped)
+
+    def _return(self) -> None:
+        """Write forward's results anew, with their descriptions."""
+        output = self.forward.graph.output_node()
+        old = returned(self.forward)
+        descs = list(output.meta.get("desc") or [None] * len(old))
+        traces = list(output.meta.get("output_stack_traces") or [None] * len(old))
+        results: list[tuple[Any, Any, Any]] = []
+        for i, (node, desc, trace) in enumerate(zip(old, descs, traces, strict=True)):
+            replaced = isinstance(node, Node) and i >= self.outputs and node in self.instead
+            results += [(new, desc, trace) for new in (self.instead[node] if replaced else [node])]
+        values, descs, traces = (list(column) for column in zip(*results, strict=True))
+        output.args = (tuple(values) if isinstance(old, tuple) else values,)
+        if "desc" in output.meta:
+            kept = range(self.outputs, len(descs))
+            numbered = {i: replace(descs[i], idx=i - self.outputs) for i in kept if hasattr(descs[i], "idx")}
+            output.meta["desc"] = [numbered.get(i, desc) for i, desc in enumerate(descs)]
+        if "output_stack_traces" in output.meta:
+            output.meta["output_stack_traces"] = traces
+
+
+def _seeds(forward: GraphModule, config: Config) -> dict[torch.device, Node]:
+    """The seeds that the graph draws already, each with the rank's stream added."""
+    found = {}
+    for node in forward.graph.find_nodes(op="call_function", target=SEED):
+        offset = config.stream * STREAM_STRIDE % 2**62
+        added = [u for u in node.users if u.target is aten.add.Tensor and u.args[1] == offset]
+        if added or not config.stream:
+            found[val(node).device] = added[0] if added else node
+    return found

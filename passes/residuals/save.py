@@ -1,0 +1,63 @@
+"""Decide what fprop leaves behind for backward.
+
+Packed codes, scales and masks are results of opaque ops, which the partitioner never recomputes, and no
+backward node reads the original X: so they are what is kept. With ``recompute="gemm"`` the output of a
+GEMM is not kept either where backward has the codes of both operands anyway: it runs the product again. Selective
+checkpointing that saves the output of such a GEMM has the codes kept, which are fewer bytes than that output.
+Where X itself is to be made again in backward, as the columns of a convolution are, so is its quantised form.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from quartet.lowering import ir
+from quartet.lowering.ir.graph import SAVED, aten, is_backward
+from quartet.passes.sites import SITE_KEY, MatmulSite
+from quartet.passes.state import State, recipe_of
+
+
+def save(state: State) -> None:
+    """Tag the fprop GEMMs whose output backward should compute again."""
+    if not any(is_backward(node) for node in state.gm.graph.nodes):
+        return
+    sites = {site.index: site for site in state.planned()}
+    for site in sites.values():
+        if site.recomputes_x and "x" in site.quantized:
+            _make_again(ir.quantizer_of(site.quantized["x"].codes)[0])
+    for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
+        index, role = node.meta[SITE_KEY]
+        site = sites[index]
+        choice = state.config.recompute or recipe_of(site).recompute
+        asked = node.meta.get("recompute")
+        if role == "fprop" and choice == "gemm" and keeps_codes(site) and (asked is None or asked in SAVED):
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            if asked is not None:
+                _keep_codes(node)
+
+
+def _keep_codes(product: Node) -> None:
+    """Take what a product multiplies out of the user's checkpointing, so that it is kept as it is without."""
+    for codes in (product.args[0], product.args[2]):
+        quantizer, _ = ir.quantizer_of(codes)  # type: ignore[arg-type]
+        for node in (quantizer, *quantizer.users):
+            for key in ("recompute", "ac_graph_id"):
+                node.meta.pop(key, None)
+
+
+def _make_again(quantizer: Node) -> None:
+    """Let backward quantise X again, from what it makes X of."""
+    chain = [*quantizer.users, quantizer]
+    while chain[-1].target in (ir.QUANTIZE, ir.HADAMARD, aten.constant_pad_nd.default):
+        assert isinstance(chain[-1].args[0], Node)
+        chain.append(chain[-1].args[0])
+    for node in chain:
+        node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def keeps_codes(site: MatmulSite) -> bool:
+    """Whether backward reads the codes of both operands of fprop, and finds them saved."""
+    dgrad, wgrad = site.active("dgrad"), site.active("wgrad")
+    return (dgrad is not None and wgrad is not None and dgrad.b.source == wgrad.b.source == "saved"
+            and recipe_of(site).keep_weights and not site.recomputes_x)

@@ -1,0 +1,1 @@
+"""What became of a graph, as a table, a drawing, and Python that runs."""

@@ -1,0 +1,328 @@
+"""The table "matmul → kernel, or why not", as text, data and HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.lowering.recipe.types import ROLES
+
+WIDTH = 140
+LEFT_ALONE = "left alone"
+SMALL = 1 << 13  # bytes of a tensor that gets no line of its own
+HEADER = ("matmul", "class", "role", "×", "m × n × k", "dtype", "recipe", "kernel", "kept", "remarks")
+FAIR = (34, 6, 5, 4, 14, 5, 7, 12, 10, 4)
+RIGHT = ("×", "kept")
+
+
+def shorten(text: str, width: int) -> str:
+    """``text`` with its middle replaced by ``…`` so that it fits ``width`` characters."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1 + 1) // 2
+    head = width - 1 - tail
+    return text[:head] + "…" + text[len(text) - tail:]
+
+
+def human_bytes(count: int | None) -> str:
+    """``"1.5 MiB"``; ``"–"`` for None."""
+    if count is None:
+        return "–"
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``"{0..2,5}"``, a single value as itself."""
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        return str(ordered[0])
+    runs: list[list[int]] = []
+    for v in ordered:
+        if runs and v == runs[-1][1] + 1:
+            runs[-1][1] = v
+        else:
+            runs.append([v, v])
+    return "{" + ",".join(f"{a}" if a == b else f"{a}..{b}" if b > a + 1 else f"{a},{b}" for a, b in runs) + "}"
+
+
+def _boxes(indices: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+    """A set of index tuples as disjoint products of sets, one tuple of sets a product."""
+    if indices == {()}:
+        return [()]
+    rest_of: dict[int, set[tuple[int, ...]]] = {}
+    for first, *rest in sorted(indices):
+        rest_of.setdefault(first, set()).add(tuple(rest))
+    firsts: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for first, rests in rest_of.items():
+        firsts.setdefault(frozenset(rests), []).append(first)
+    return [(tuple(values), *box) for rests, values in firsts.items() for box in _boxes(set(rests))]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Matmuls that differ in nothing but the numbers in their names."""
+
+    name: str
+    record: MatmulRecord
+    count: int
+
+    def place(self) -> tuple[int, int]:
+        """Where the row stands: by site, then fprop, dgrad, wgrad."""
+        return self.record.site, ROLES.index(self.record.role)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The reason, if any, then the notes."""
+        return remarks(self.record)
+
+    def cells(self) -> tuple[str, ...]:
+        """The columns of ``HEADER`` but the last, unshortened."""
+        r = self.record
+        size = f"{r.m} × {r.n} × {r.k}" + ("" if r.batch == 1 else f" ({r.batch} of them)")
+        return (self.name, r.op_class, r.role, str(self.count) if self.count > 1 else "", size,
+                r.dtype.removeprefix("torch."), r.recipe or "–", r.kernel or LEFT_ALONE, human_bytes(r.saved_bytes))
+
+
+def remarks(record: MatmulRecord) -> tuple[str, ...]:
+    """What there is to say about a matmul: why it was left alone, then its notes."""
+    reason = record.reason or ("" if record.lowered else "no reason recorded")
+    return tuple(filter(None, (reason, *record.notes)))
+
+
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def rows(records: Sequence[MatmulRecord], collapse: bool = True) -> list[Row]:
+    """One row a matmul; with ``collapse``, ``layers.{0..7}.q_proj`` where every other column is equal."""
+    if not collapse:
+        return sorted((Row(r.fqn or f"matmul {r.site}", r, 1) for r in records), key=Row.place)
+    groups: dict[tuple[str, MatmulRecord], list[MatmulRecord]] = {}
+    for r in records:
+        groups.setdefault((_INDEX.sub("#", r.fqn), replace(r, site=0, fqn="")), []).append(r)
+    out = []
+    for (template, _), members in groups.items():
+        by_index: dict[tuple[int, ...], list[MatmulRecord]] = {}
+        for r in members:
+            by_index.setdefault(tuple(int(i) for i in _INDEX.findall(r.fqn)), []).append(r)
+        for box in _boxes(set(by_index)):
+            name = template
+            for slot in box:
+                name = name.replace("#", _ranges(slot), 1)
+            inside = [r for index, rs in by_index.items() if all(i in s for i, s in zip(index, box, strict=True))
+                      for r in rs]
+            out.append(Row(name or (f"matmul {inside[0].site}" if len(inside) == 1 else "(no module)"),
+                           inside[0], len(inside)))
+    return sorted(out, key=Row.place)
+
+
+def saved_table(records: Sequence[SavedRecord]) -> str:
+    """What forward keeps for backward, largest first: a line for all that differ in the numbers of their names only,
+    one for everything beside activations, and the reasons below."""
+    groups: dict[SavedRecord, list[str]] = {}
+    for r in records:
+        blank = replace(r, name="", fqn=_INDEX.sub("#", r.fqn))
+        if r.saved is None and (not r.dtype.endswith(("float16", "float32")) or r.bytes < SMALL):
+            blank = replace(blank, fqn="(small, or no activation)", op="", shape=(), dtype="", bytes=0, saved_bytes=0,
+                            reason="codes, scales, masks, indices, statistics and small tensors stay as they are")
+        groups.setdefault(blank, []).append(r.fqn)
+    aside = sum(r.bytes for r in records) - sum(g.bytes * len(names) for g, names in groups.items())
+    rows, reasons = [], list(dict.fromkeys(g.reason for g in groups))
+    for g, names in sorted(groups.items(), key=lambda item: -item[0].bytes * len(item[1])):
+        fqn = g.fqn
+        for slot in zip(*{tuple(int(i) for i in _INDEX.findall(name)) for name in names if "#" in fqn}, strict=True):
+            fqn = fqn.replace("#", _ranges(set(slot)), 1)
+        before, after = (human_bytes(n * len(names) if g.shape else aside) for n in (g.bytes, g.saved_bytes))
+        rows.append((fqn or "(no module)", g.op, str(len(names)) if len(names) > 1 else "", "×".join(map(str, g.shape)),
+                     g.dtype.removeprefix("torch."), before, g.saved or "exact", after,
+                     f"[{reasons.index(g.reason) + 1}]"))
+    head = ("saved by", "op", "×", "shape", "dtype", "before", "kept as", "after", "why")
+    widths = [min(max(map(len, column)), 32) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(shorten(c, w).rjust(w) if h in ("×", "before", "after") else shorten(c, w).ljust(w)
+                       for h, c, w in zip(head, row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    return "\n".join([*lines, *(f"{f'[{i}]':<9} {reason}" for i, reason in enumerate(reasons, 1))])
+
+
+class Report:
+    """What the compiler did with each matmul of a model.
+
+    Iterates over its records. ``str(report)`` is a table of at most ``WIDTH`` columns in which equal layers
+    share a row; ``to_dict()`` and ``table(collapse=False)`` have one entry a matmul.
+
+    Args:
+        records: one for each forward, dgrad and wgrad matmul, in graph order.
+        saved_bytes_total: bytes kept between forward and backward by the whole graph; None sums the records.
+        torch_version: version of torch that compiled, by default the running one.
+        device: what it was compiled for, ``"cuda:0 (NVIDIA H200)"``.
+        policy: the policy as text.
+        notes: remarks on the whole graph.
+        saved: what is kept between forward and backward, where the policy is about it.
+    """
+
+    def __init__(self, records: Iterable[MatmulRecord], saved_bytes_total: int | None = None, *,
+                 torch_version: str | None = None, device: str | None = None, policy: str | None = None,
+                 notes: Iterable[str] = (), saved: Iterable[SavedRecord] = ()) -> None:
+        self.records = tuple(records)
+        self.torch_version = torch_version or torch.__version__
+        self.device = device
+        self.policy = policy
+        self.notes = tuple(notes)
+        self.saved = tuple(saved)
+        known = [r.saved_bytes for r in self.records if r.saved_bytes is not None]
+        self.saved_bytes_total = saved_bytes_total if saved_bytes_total is not None else sum(known) if known else None
+
+    def __iter__(self) -> Iterator[MatmulRecord]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def lowered(self) -> tuple[MatmulRecord, ...]:
+        """Matmuls that a kernel of ours runs."""
+        return tuple(r for r in self.records if r.lowered)
+
+    @property
+    def left_alone(self) -> tuple[MatmulRecord, ...]:
+        """Matmuls that stay in the model's dtype."""
+        return tuple(r for r in self.records if not r.lowered)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Distinct reasons of the matmuls left alone, in order of appearance, with how many each explains."""
+        return dict(Counter(remarks(r)[0] for r in self.left_alone))
+
+    @property
+    def remarks(self) -> dict[str, int]:
+        """Every distinct remark, the reasons first, with how many matmuls carry it; numbered by position from 1."""
+        every = Counter(text for r in self.records for text in remarks(r))
+        return {text: every[text] for text in [*self.reasons, *every]}
+
+    def flops_share(self, role: str | None = None) -> float | None:
+        """Share of the FLOPs (of ``role``, or of all) in lowered matmuls; None when no size is static."""
+        chosen = [(r.flops, r.lowered) for r in self.records if role in (None, r.role)]
+        total = sum(f for f, _ in chosen if f is not None)
+        return sum(f for f, low in chosen if f is not None and low) / total if total else None
+
+    def summary(self) -> list[str]:
+        """The lines under the table."""
+        symbolic = sum(r.flops is None for r in self.records)
+        shares = [(role, self.flops_share(role)) for role in ROLES]
+        lines = [
+            f"lowered   {len(self.lowered)} of {len(self.records)} matmuls",
+            "FLOPs     " + ", ".join(f"{role} {_percent(s)}" for role, s in shares if s is not None)
+            + f"{'; ' if any(s is not None for _, s in shares) else ''}in total {_percent(self.flops_share())}"
+            + (f" ({symbolic} with symbolic sizes not counted)" if symbolic else ""),
+            f"kept      {human_bytes(self.saved_bytes_total)} between forward and backward",
+        ]
+        for number, (text, count) in enumerate(self.remarks.items(), 1):
+            lines.append(f"{f'[{number}]':<9} {count} × {text}")
+        lines += [f"note      {note}" for note in self.notes]
+        return lines
+
+    def title(self) -> str:
+        """One line: policy, device, torch."""
+        parts = [f"policy {self.policy}" if self.policy else "", self.device or "", f"torch {self.torch_version}"]
+        return "quartet · " + " · ".join(filter(None, parts))
+
+    def table(self, collapse: bool = True, width: int = WIDTH) -> str:
+        """The table alone, no line longer than ``width`` (at least 120) characters."""
+        if width < 120:
+            raise ValueError(f"a report is at least 120 columns wide, not {width}")
+        number = {text: f"[{i}]" for i, text in enumerate(self.remarks, 1)}
+        cells = [[*row.cells(), " ".join(number[text] for text in row.remarks)] for row in rows(self.records, collapse)]
+        widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
+        while sum(widths) + 2 * (len(widths) - 1) > width:
+            widths[max(range(len(widths)), key=lambda i: widths[i] - FAIR[i])] -= 1
+        for above, row in reversed(list(pairwise(cells))):
+            if row[:2] == above[:2]:
+                row[:2] = "", ""
+
+        def line(values: Sequence[str]) -> str:
+            return "  ".join(shorten(v, w).rjust(w) if h in RIGHT else shorten(v, w).ljust(w)
+                             for h, v, w in zip(HEADER, values, widths, strict=True)).rstrip()
+
+        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+        return "\n".join([line(HEADER), rule, *map(line, cells), rule])
+
+    def __str__(self) -> str:
+        saved = ["", saved_table(self.saved)] if self.saved else []
+        return "\n".join([self.title(), self.table(), *self.summary(), *saved])
+
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.lowered)} of {len(self.records)} matmuls lowered>"
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything, uncollapsed, JSON-serialisable."""
+        return {
+            "torch": self.torch_version, "device": self.device, "policy": self.policy, "notes": list(self.notes),
+            "saved_bytes_total": self.saved_bytes_total,
+            "lowered": len(self.lowered), "total": len(self.records),
+            "flops_share": {**{role: self.flops_share(role) for role in ROLES}, "total": self.flops_share()},
+            "reasons": self.reasons,
+            "matmuls": [r.as_dict() for r in self.records],
+            **({"saved": [r.as_dict() for r in self.saved]} if self.saved else {}),
+        }
+
+    def html_fragment(self, collapse: bool = True) -> str:
+        """Table and totals without a page around them."""
+        head = "".join(f"<th>{html.escape(h)}</th>" for h in HEADER)
+        body = []
+        for row in rows(self.records, collapse):
+            cells = (*row.cells(), "; ".join(row.remarks))
+            style = "lowered" if row.record.lowered else "alone"
+            body.append(f'<tr class="{style} {row.record.role}">' + "".join(
+                f'<td{" class=num" if h in RIGHT else ""}>{html.escape(c)}</td>'
+                for h, c in zip(HEADER, cells, strict=True)) + "</tr>")
+        saved = ["", saved_table(self.saved)] if self.saved else []
+        summary = html.escape("\n".join([*self.summary(), *saved]))
+        return (f'<div class="quartet"><p>{html.escape(self.title())}</p><div class="wide"><table><thead><tr>{head}'
+                f'</tr></thead><tbody>\n{chr(10).join(body)}\n</tbody></table></div><pre>{summary}</pre></div>')
+
+    def to_html(self) -> str:
+        """One self-contained page, light or dark as the reader prefers."""
+        return page("Matmuls", self.html_fragment(collapse=False))
+
+    def _repr_html_(self) -> str:
+        return f"<style>{TABLE_STYLE}</style>{self.html_fragment()}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+TABLE_STYLE = """
+.quartet { font: 14px/1.45 system-ui, sans-serif; }
+.quartet .wide { overflow-x: auto; }
+.quartet table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.quartet th, .quartet td { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; white-space: nowrap;
+  border-bottom: 1px solid color-mix(in srgb, currentColor 15%, transparent); }
+.quartet td:last-child { white-space: normal; min-width: 20em; }
+.quartet td.num { text-align: right; }
+.quartet tr.alone { opacity: .65; }
+.quartet pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; }
+"""
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1.5em; max-width: 110em; }
+h1 { font-weight: 600; } h2 { margin-top: 2em; font-weight: 600; }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained HTML page; ``body`` is HTML, ``title`` plain text."""
+    name = html.escape(title)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
+            f"<style>{PAGE_STYLE}{TABLE_STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n")

@@ -1,0 +1,1 @@
+"""State that belongs to a model and is in no ``state_dict``: histories, averages, kept codes."""
