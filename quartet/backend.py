@@ -61,18 +61,19 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                   inner_compile: Callable[..., Any] | None = None,
                   collect: Callable[[list[MatmulRecord]], None] | None = None,
                   collect_saved: Callable[[list[SavedRecord]], None] | None = None,
-                  say: Callable[..., None] | None = None, remember: bool = True) -> Callable[..., Any]:
+                  say: Callable[..., None] | None = None, remember: bool = True,
+                  observers: Sequence[Observer] = ()) -> Callable[..., Any]:
     """:func:`quartet` with parsed options.
 
-    ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records. Whoever
-    asks for any of them is not answered from a cache. ``say(names, records, saved)`` is called instead of warning of
-    what the graphs of a model have shown so far. ``remember``: layers are decided from now on by the tokens
-    that training has here, see ``quartet.model.trained``.
+    ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records,
+    ``observers`` see the graph around each pass. Whoever asks for any of them is not answered from a cache.
+    ``say(names, records, saved)`` is called instead of warning of what the graphs of a model have shown so far.
+    ``remember``: layers are decided from now on by the tokens that training has here, see ``quartet.model.trained``.
     """
     compat.warn_if_untested()
     names = names_of(gm, example_inputs)
     options = replace(options, policy=options.policy.at(names.place))
-    step = make_pipeline(gm, example_inputs, options, names, remember)
+    step = make_pipeline(gm, example_inputs, options, names, remember, observers)
     if step.config.reuse_weights:
         REUSED.watch()
     anchored = step.config.anchor is not None
@@ -83,7 +84,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if saved is not None:
         patches["custom_partitioner_fn"] = saved
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-    watched = any(asked is not None for asked in (inner_compile, collect, collect_saved))
+    watched = any((inner_compile, collect, collect_saved, observers))
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
             compat.every_pass() if watched else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
@@ -100,20 +101,20 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
 
 
 def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
-                  names: Names | None = None, remember: bool = True) -> pipeline.Pipeline:
+                  names: Names | None = None, remember: bool = True,
+                  observers: Sequence[Observer] = ()) -> pipeline.Pipeline:
     """The joint-graph pass for one dynamo graph, whose names are looked up unless given."""
     names = names or names_of(gm, example_inputs)
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
     training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
     stream = data_parallel_stream(example_inputs)
-    observers: tuple[Observer, ...] = ()
     if options.dump is not None:
-        observers = (GraphDump(options.dump, emit_artifact=compat.emit_artifact),)
+        observers = (*observers, GraphDump(options.dump, emit_artifact=compat.emit_artifact))
     disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
     anchor = len(example_inputs) if names.weights and remembers(options.policy) else None
     config = Config(options.policy.resolve, names.weights, options.strict, disabled, options.disable_kernels,
-                    options.recompute, stream, observers, options.accumulation,
+                    options.recompute, stream, tuple(observers), options.accumulation,
                     options.reuse_weights and not compat.cuda_graphs(options.inductor),
                     options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
                     compat.max_autotune(options.inductor), names.modules, names.widths,
