@@ -60,16 +60,21 @@ def carry_out(target: str, model: Any, x: torch.Tensor, policy: Any, gradient: t
 def _compiled(target: str, model: Any, capture: Capture, records: list | None, dynamic: bool, policy: Any,
               **options: Any) -> Any:
     torch._dynamo.reset()
-    if isinstance(policy, str) and policy in quartet.recipes():
-        policy = quartet.Policy(policy).on("linear", policy)  # a rule quantises products of any size
-    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
-    parsed = replace(parsed, target=Target.named(target))
+    parsed = options_for(target, policy, **options)
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, parsed, inner_compile=capture,
                              collect=records.extend if records is not None else None)
 
     return torch.compile(model, backend=backend, dynamic=dynamic)
+
+
+def options_for(target: str | None, policy: Any, **options: Any) -> Options:
+    """The options of a compilation; the recipe that ``policy`` names is also a rule on linear layers of any size."""
+    if isinstance(policy, str) and policy in quartet.recipes():
+        policy = quartet.Policy(policy).on("linear", policy)
+    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    return parsed if target is None else replace(parsed, target=Target.named(target))
 
 
 def targets(gm: GraphModule) -> Counter[Any]:

@@ -1,0 +1,72 @@
+"""``canonicalize``: one form for each product."""
+
+import torch
+from around import around, linear, matrix
+from expecttest import assert_expected_inline
+from torch import nn
+
+
+class Batched(nn.Module):
+    def __init__(self, batch=1):
+        super().__init__()
+        self.weight = nn.Parameter(matrix(batch, 32, 64))
+
+    def forward(self, x):
+        return torch.bmm(x, self.weight)
+
+
+class TwiceByHand(torch.autograd.Function):
+    """tanh(x · w), of which backward multiplies x · w again."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.tanh(x @ weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return (gradient * torch.tanh(x @ weight)) @ weight.t(), None
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(matrix(32, 64, grad=False), requires_grad=False)
+
+    def forward(self, x):
+        return TwiceByHand.apply(x, self.weight)
+
+
+def test_a_batch_of_one_is_a_product_of_matrices():
+    change = around("canonicalize", Batched(), matrix(1, 8, 32, grad=False))
+    assert_expected_inline(change.text, """\
+  %1 = permute(x, [0, 2, 1]) : bf16[1, 32, 8] | bwd
+- %0 = bmm(x, weight) : bf16[1, 8, 64]
++ %4 = squeeze(x, 0) : bf16[8, 32]
++ %5 = squeeze(weight, 0) : bf16[32, 64]
++ %6 = mm(%4, %5) : bf16[8, 64]
++ %7 = unsqueeze(%6, 0) : bf16[1, 8, 64]
+- %2 = bmm(%1, g) : bf16[1, 32, 64] | bwd
+- return [%0, %2, None]
++ %8 = squeeze(%1, 0) : bf16[32, 8] | bwd
++ %9 = squeeze(g, 0) : bf16[8, 64] | bwd
++ %10 = mm(%8, %9) : bf16[32, 64] | bwd
++ %11 = unsqueeze(%10, 0) : bf16[1, 32, 64] | bwd
++ return [%7, %11, None]""")
+
+
+def test_what_backward_multiplies_again_is_forwards_product():
+    assert_expected_inline(around("canonicalize", Twice(), matrix(8, 32)).text, """\
+  %0 = mm(x, weight) : bf16[8, 64]
+- %2 = mm(x, weight) : bf16[8, 64] | bwd
+- %3 = tanh(%2) : bf16[8, 64] | bwd
++ %3 = tanh(%0) : bf16[8, 64] | bwd""")
+
+
+def test_nothing_where_products_have_that_form():
+    assert not around("canonicalize", linear(), matrix(8, 32)).text
+
+
+def test_nothing_to_a_batch_of_two():
+    assert not around("canonicalize", Batched(2), matrix(2, 8, 32)).text
