@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +20,8 @@ from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.ir.graph import is_backward
 from quartet.lowering.recipe.records import MatmulRecord
-from quartet.lowering.recipe.resolution import Choice, Resolution
 from quartet.lowering.recipe.types import ROLES
+from quartet.passes.compilation import Compilation
 from quartet.passes.find.canonicalize import canonicalize
 from quartet.passes.find.find_grouped import find_grouped
 from quartet.passes.find.find_matmuls import find_matmuls
@@ -43,7 +43,7 @@ from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
 from quartet.passes.residuals.save import save
 from quartet.passes.residuals.unchanged import unchanged
 from quartet.passes.sites import MatmulSite
-from quartet.passes.state import Config, State
+from quartet.passes.state import State
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
 
@@ -55,7 +55,6 @@ PASSES: tuple[Pass, ...] = (
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
     estimator, toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
 )
-REQUIRED = ("tag", "canonicalize", "find_matmuls", "plan", "quantize", "lower")
 NAMES = tuple(p.__name__ for p in PASSES)
 OPTIONAL = tuple(n for n in NAMES if n not in ("tag", "find_matmuls", "find_grouped", "plan", "rotate",
                                                "rotate_grouped", "quantize", "delayed"))
@@ -70,16 +69,12 @@ class Pipeline(CustomGraphPass):
     """Runs ``PASSES`` over a joint (or inference) graph, in place.
 
     Args:
-        config: the resolved configuration.
-        key: everything that the result depends on beyond the graph and this package's source, as text.
+        config: what the compilation is to be.
         earlier: the user's own passes, run first.
-        regions: for the body of each ``nested_compile_region``, whose graph does not say which inputs are
-            parameters: signature → parameter name by input.
     """
 
-    def __init__(self, config: Config, key: str, earlier: tuple = (),
-                 regions: Mapping[Signature, Mapping[int, str]] | None = None) -> None:
-        self.config, self.key, self.earlier, self.regions = config, key, earlier, regions or {}
+    def __init__(self, config: Compilation, earlier: tuple = ()) -> None:
+        self.config, self.earlier = config, earlier
         self.records: list[MatmulRecord] = []
         self._bodies: set[Signature] = set()  # joint graphs of regions; what comes after them are their parts
 
@@ -93,21 +88,21 @@ class Pipeline(CustomGraphPass):
         if config is not None:
             self.records += run(gm, config)
 
-    def _config_of(self, graph: Graph) -> Config | None:
-        """The configuration for this graph; None for a piece of a region whose joint graph we have had."""
+    def _config_of(self, graph: Graph) -> Compilation | None:
+        """The compilation of this graph; None for a piece of a region whose joint graph we have had."""
         inputs = graph.find_nodes(op="placeholder")
         if any("desc" in node.meta for node in inputs):
             return self.config
         primals = [node for node in inputs if not node.name.startswith("tangents")]
         body = signature(node.meta.get("val") for node in primals)
-        if body in self.regions and len(primals) < len(inputs):
+        if body in self.config.regions and len(primals) < len(inputs):
             self._bodies.add(body)
         elif self._bodies:
             return None
-        return replace(self.config, weights=self.regions.get(body, {}), anchor=None)
+        return replace(self.config, weights=self.config.regions.get(body, {}), anchor=None)
 
     def uuid(self) -> str | None:
-        """Cache key: source of the package and of what is registered, configuration, and the earlier passes' own keys.
+        """Cache key: source of the package and of what is registered, the compilation, the earlier passes' own keys.
 
         None, which keeps the graph out of the caches, when somebody observes the passes, or an earlier one or something
         registered has no key.
@@ -117,7 +112,7 @@ class Pipeline(CustomGraphPass):
         others: list[Any] = [extension.digest(), *(getattr(p, "uuid", lambda: None)() for p in self.earlier)]
         if None in others:
             return None
-        return hashlib.sha256(repr((source_digest(), self.key, others)).encode()).hexdigest()
+        return hashlib.sha256(repr((source_digest(), self.config.key(), others)).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -135,10 +130,10 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
+def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
     """All enabled passes over one graph; returns a record for every matmul and role."""
-    if not config.evaluates and not any(is_backward(node) for node in gm.graph.nodes):
-        config = replace(config, resolve=_exact)
+    if not any(is_backward(node) for node in gm.graph.nodes):
+        config = config.evaluating()
     state = State(gm, config)
     name_modules(gm.graph, config.modules)
     for index, step in enumerate(p for p in PASSES if p.__name__ not in config.disable_passes):
@@ -162,12 +157,6 @@ def run(gm: torch.fx.GraphModule, config: Config) -> list[MatmulRecord]:
     for observer in config.observers:
         observer.finish(records, gm)
     return records
-
-
-def _exact(*site: Any) -> Resolution:
-    """The decision for every matmul of a graph that evaluates, under ``eval=None``."""
-    choice = Choice(None, None, "evaluation stays in the model's dtype: option eval=None")
-    return Resolution(choice, choice, choice)
 
 
 def _ops(gm: torch.fx.GraphModule) -> Counter[str]:

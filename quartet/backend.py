@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,8 @@ from quartet.model.names import Names, names_of
 from quartet.model.trained import tokens_for
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.passes.classify.aside import LEAST
+from quartet.passes.compilation import Compilation, Observer
 from quartet.passes.residuals.partition import SavedActivations
-from quartet.passes.state import Config, Observer
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
 from quartet.report.dump import GraphDump
@@ -108,27 +107,26 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
     training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
-    stream = data_parallel_stream(example_inputs)
     if options.dump is not None:
         observers = (*observers, GraphDump(options.dump, emit_artifact=compat.emit_artifact))
-    disabled = options.disable_passes if quantizes(options.policy) else (*options.disable_passes, "canonicalize")
-    anchor = len(example_inputs) if names.weights and remembers(options.policy) else None
-    config = Config(options.policy.resolve, names.weights, options.strict, disabled, options.disable_kernels,
-                    options.recompute, stream, tuple(observers), options.accumulation,
-                    options.reuse_weights and not compat.cuda_graphs(options.inductor),
-                    options.policy.where_it_pays, options.target, options.portable_rounding, anchor,
-                    compat.max_autotune(options.inductor), names.modules, names.widths,
-                    compat.cuda_graphs(options.inductor), names.written, names.layers, names.inputs, tokens.trained,
-                    tokens.guessed, options.eval is not None)
-    decisive = tokens if _is_priced(tensors, options) else tokens.fewer(LEAST)
-    places = [rule.place for rule in options.policy.rules if rule.fqn is not None]
-    key = repr((options.policy.digest(), names.key(), places, options.strict, disabled,
-                options.disable_kernels, options.recompute, options.accumulation, config.reuse_weights,
-                options.portable_rounding, options.open_attention, options.eval, decisive, str(options.target),
-                stream, anchor, config.autotune, config.replayed, torch.__version__, torch.get_num_threads(),
-                kernels_here(gm, example_inputs, options)))
+    replayed = compat.cuda_graphs(options.inductor)
+    told = replace(options, reuse_weights=options.reuse_weights and not replayed)
+    if not quantizes(options.policy):
+        told = replace(told, disable_passes=(*options.disable_passes, "canonicalize"))
+    compilation = Compilation(
+        **_shared(told), **_shared(names), options=options.key(), tokens=tokens.trained, guessed=tokens.guessed,
+        stream=data_parallel_stream(example_inputs), observers=tuple(observers), replayed=replayed,
+        autotune=compat.max_autotune(options.inductor), priced=_is_priced(tensors, options),
+        anchor=len(example_inputs) if names.weights and remembers(options.policy) else None,
+        answers=kernels_here(gm, example_inputs, options), threads=torch.get_num_threads(), version=torch.__version__)
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
-    return pipeline.Pipeline(config, key, tuple(earlier), names.regions)
+    return pipeline.Pipeline(compilation, tuple(earlier))
+
+
+def _shared(source: Any) -> dict[str, Any]:
+    """The fields of a record that a compilation has too."""
+    wanted = {f.name for f in fields(Compilation)} - {"options"}
+    return {f.name: getattr(source, f.name) for f in fields(source) if f.name in wanted}
 
 
 def _is_priced(tensors: Iterable[torch.Tensor], options: Options) -> bool:
@@ -144,7 +142,7 @@ def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivati
     own, default = compat.partitioner(options.inductor)
     if isinstance(own, SavedActivations):
         own = own.own
-    return SavedActivations(options.policy.resolve_saved, step.config, step.key, own, default)
+    return SavedActivations(step.config, own, default)
 
 
 def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:

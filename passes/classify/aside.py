@@ -15,20 +15,18 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import shape
 from quartet.lowering.recipe.types import ROLES
+from quartet.passes.compilation import LEAST, Compilation
 from quartet.passes.flow import Flow
 from quartet.passes.sites import MatmulSite
-from quartet.passes.state import Config
 from quartet.runtime.sizes import hint
 
-LEAST = 32  # elements: a block of the MX formats, and what an 8-bit tensor core contracts at once
 
-
-def tokens(site: MatmulSite, config: Config) -> int:
+def tokens(site: MatmulSite, config: Compilation) -> int:
     """The tokens that a layer is decided by: those that it was first trained with, or else those of the graph."""
     return config.tokens.get(site.fqn) or hint(site.m)
 
 
-def small(site: MatmulSite, config: Config) -> dict[str, str]:
+def small(site: MatmulSite, config: Compilation) -> dict[str, str]:
     """Role → why its product contracts too little; a symbolic number of features is taken to be large."""
     depths = {role: site.dims(role)[2] for role in ROLES} | {"wgrad": tokens(site, config)}
     reasons = {role: f"contracts {depth} elements, fewer than the {LEAST} of a block" for role, depth in depths.items()
@@ -38,7 +36,7 @@ def small(site: MatmulSite, config: Config) -> dict[str, str]:
     return reasons
 
 
-def quantised_all_the_same(site: MatmulSite, config: Config) -> str:
+def quantised_all_the_same(site: MatmulSite, config: Compilation) -> str:
     """Why wgrad contracts less than a block and is not left alone; empty where it is, or contracts more."""
     few = isinstance(site.m, int) and site.m < LEAST <= tokens(site, config)
     return f"decided for the {tokens(site, config)} tokens that the layer was first trained with" if few else ""

@@ -23,9 +23,10 @@ from quartet.lowering.ir.graph import VIEWS, val
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.passes.classify.aside import tokens
+from quartet.passes.compilation import Compilation
 from quartet.passes.flow import Flow
 from quartet.passes.sites import MatmulSite
-from quartet.passes.state import Config, State, recipe_of
+from quartet.passes.state import State, recipe_of
 from quartet.runtime.devices import Target
 from quartet.runtime.sizes import hint
 
@@ -145,7 +146,7 @@ def _unmeasured(layer: Layer, roles: Iterable[str]) -> str:
     return f"no measured rates for kernel {names}: name it in a rule" if names else ""
 
 
-def _basis(site: MatmulSite, config: Config) -> str:
+def _basis(site: MatmulSite, config: Compilation) -> str:
     """What a price is of: also for how many tokens, where that is not what the graph has."""
     count = tokens(site, config)
     same = isinstance(site.m, int) and site.m == count

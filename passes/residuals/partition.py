@@ -26,6 +26,7 @@ from quartet.lowering.ir.saved import DECODE, ENCODE
 from quartet.lowering.recipe.records import SavedRecord
 from quartet.lowering.recipe.resolution import SavedChoice
 from quartet.lowering.recipe.types import Saved
+from quartet.passes.compilation import Compilation
 from quartet.passes.naming import module_of
 from quartet.passes.pipeline import source_digest
 from quartet.passes.quantize.randomness import draw_seed
@@ -42,7 +43,7 @@ from quartet.passes.residuals.boundary import (
     stored_bytes,
 )
 from quartet.passes.residuals.lossless import Backward, maker_name, why_exact
-from quartet.passes.state import STREAM_STRIDE, Config, State
+from quartet.passes.state import STREAM_STRIDE, State
 from quartet.runtime.compat import CustomPartitionerFn
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import SEED
@@ -66,20 +67,18 @@ class SavedActivations(CustomPartitionerFn):
     """Splits a joint graph and encodes what is kept.
 
     Args:
-        resolve: module name → what the policy decides for the tensors that it makes.
-        config: the pipeline's: stream of the random bits, and observers, which see the result.
-        key: everything that the result depends on beyond the graph and this package's source, as text.
+        config: the pipeline's: the policy, the stream of the random bits, and observers, which see the result.
         own: the user's ``custom_partitioner_fn``, or None. default: what splits the graph without one.
     """
 
-    def __init__(self, resolve: Callable[[str | None], SavedChoice], config: Config, key: str, own: Any,
-                 default: Callable[..., Pair]) -> None:
-        self.resolve, self.config, self.key, self.own, self.default = resolve, config, key, own, default
+    def __init__(self, config: Compilation, own: Any, default: Callable[..., Pair]) -> None:
+        self.config, self.own, self.default = config, own, default
         self.records: list[SavedRecord] = []
 
     def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Pair:
         forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)
-        records = _Rewriting(forward, backward, kwargs["num_fwd_outputs"], self.config).run(self.resolve)
+        rewriting = _Rewriting(forward, backward, kwargs["num_fwd_outputs"], self.config)
+        records = rewriting.run(self.config.policy.resolve_saved)
         self.records += records
         for observer in self.config.observers:
             observer.saved(records, forward, backward)
@@ -90,7 +89,7 @@ class SavedActivations(CustomPartitionerFn):
         other = None if self.own is None else self.own.uuid()
         if self.config.observers or (self.own is not None and other is None):
             return None
-        return hashlib.sha256(repr((source_digest(), self.key, other)).encode()).hexdigest()
+        return hashlib.sha256(repr((source_digest(), self.config.key(), other)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Codes:
 class _Rewriting:
     """One pair of graphs."""
 
-    def __init__(self, forward: GraphModule, backward: GraphModule, outputs: int, config: Config) -> None:
+    def __init__(self, forward: GraphModule, backward: GraphModule, outputs: int, config: Compilation) -> None:
         self.forward, self.backward, self.outputs = forward, backward, outputs
         self.state = State(forward, config, seeds=_seeds(forward, config))
         self.kept = pairs(forward, backward, outputs)
@@ -260,7 +259,7 @@ class _Rewriting:
             output.meta["output_stack_traces"] = traces
 
 
-def _seeds(forward: GraphModule, config: Config) -> dict[torch.device, Node]:
+def _seeds(forward: GraphModule, config: Compilation) -> dict[torch.device, Node]:
     """The seeds that the graph draws already, each with the rank's stream added."""
     found = {}
     for node in forward.graph.find_nodes(op="call_function", target=SEED):

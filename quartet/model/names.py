@@ -78,11 +78,6 @@ class Names:
         return [(module_name(other + whole[len(self.serves):]), other if own else self.place) for other in alike] + [
             (self.full(twin), self.place) for twin in self.twins.get(name, ())]
 
-    def key(self) -> str:
-        """All that what is compiled can depend on."""
-        return repr([*(sorted(table.items()) for table in (self.weights, self.modules, self.regions, self.inputs)),
-                     sorted(self.widths), sorted(self.written), self.layers])
-
 
 def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
     """The names for a graph that dynamo has captured, and is compiling now if they are to be those of the model."""

@@ -33,10 +33,6 @@ class Tokens:
     trained: dict[str, int] = field(default_factory=dict)
     guessed: dict[str, int] = field(default_factory=dict)
 
-    def fewer(self, least: int) -> list[str]:
-        """The modules that are trained with fewer tokens."""
-        return sorted(name for name, count in self.trained.items() if count < least)
-
 
 _remembered: dict[int, tuple[ref[nn.Module], Tokens]] = {}  # by id: a module need not be hashable
 

@@ -292,6 +292,10 @@ class Policy:
         parts += [[rule.fqn, rule.op, rule.roles, rule.shape, rule.layers, content(rule.recipe)] for rule in self.rules]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
+    def key(self) -> str:
+        """:meth:`digest`, and in which places of a larger model its globs look for modules."""
+        return repr((self.digest(), [rule.place for rule in self.rules if rule.fqn is not None]))
+
     @classmethod
     def coerce(cls, value: object) -> Policy:
         """A policy from whatever a user may pass: a Policy, a recipe name or Recipe, the path of a ``.toml`` file,

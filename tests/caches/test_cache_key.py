@@ -1,6 +1,6 @@
 """``Pipeline.uuid()``: equal for equal work, different when anything that shapes the graph differs."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ import quartet
 from quartet.backend import make_pipeline
 from quartet.lowering import registry
 from quartet.lowering.recipe.types import ROLES
-from quartet.options import Options
+from quartet.options import AS_TRAINED, OptionError, Options, _one_of, _switch, option
 from quartet.passes import pipeline
+from quartet.passes.compilation import Compilation
 from quartet.policy import Policy
 from quartet.runtime.devices import Target
 
@@ -34,22 +35,106 @@ def test_equal_work_has_an_equal_key():
     assert key(Options(Policy(MINE))) == key(Options(Policy(replace(MINE))))
 
 
+ANOTHER = {  # a value of each field of a compilation other than the one that it has without any options
+    "policy": Policy("fp8"), "options": "others", "weights": {1: "v"}, "regions": {("(2, 2) torch.float32",): {0: "v"}},
+    "strict": True, "disable_passes": ("share",), "disable_kernels": ("cpp",), "recompute": "gemm",
+    "accumulation": "promoted", "reuse_weights": False, "portable_rounding": True, "eval": None,
+    "target": Target.named("sm_100a"), "stream": 3, "replayed": True, "autotune": True, "anchor": 7,
+    "modules": {"L['self']": "m"}, "widths": frozenset({3}), "written": frozenset({3}), "layers": 9,
+    "inputs": {0: "x"}, "priced": True, "tokens": {"m": 8}, "guessed": {"m": 8}, "answers": "others", "threads": 77,
+    "version": "2.13.9",
+}
+UNKEYED = {"observers": "a graph that somebody watches is in no cache at all"}
+
+
+def compilation(**options):
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.mm, (graph.placeholder("x"), graph.placeholder("w"))))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    return make_pipeline(gm, [torch.randn(64, 64), torch.nn.Parameter(torch.randn(64, 64))], Options(**options)).config
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Compilation)])
+def test_every_field_of_a_compilation_is_in_the_key_or_says_that_it_is_not(name):
+    made = compilation() if name != "guessed" else replace(compilation(), priced=True)
+    assert getattr(made, name) != ANOTHER.get(name, (made,))
+    changed = replace(made, **{name: ANOTHER.get(name, (made,))})
+    assert (changed.key() == made.key()) == (name in UNKEYED)
+    assert pipeline.Pipeline(changed).uuid() != pipeline.Pipeline(made).uuid()
+
+
+def test_the_key_does_not_depend_on_the_order_of_names():
+    made = compilation()
+    assert replace(made, widths=frozenset({8, 16}), modules={"a": "b", "c": "d"}).key() == replace(
+        made, widths=frozenset({16, 8}), modules={"c": "d", "a": "b"}).key()
+
+
+def test_without_prices_only_batches_below_a_block_decide():
+    made = compilation()
+    keys = [replace(made, priced=priced, tokens={"m": count}).key()
+            for priced in (False, True) for count in (8, 64, 128)]
+    assert keys[1] == keys[2] and len(set(keys)) == 5
+
+
+WITHOUT_A_FIELD = {"open_attention": "compile_graph reads it", "dump": "an observer", "mode": "Inductor's",
+                   "inductor": "Inductor's"}
+GIVEN = {  # a value of each option other than its default
+    "policy": Policy("quartet"), "dump": "graphs", "strict": True, "disable_passes": ("share",),
+    "disable_kernels": ("cpp",), "recompute": "none", "target": Target.named("sm_100a"), "mode": "max-autotune",
+    "inductor": {"max_autotune": True}, "accumulation": "promoted", "reuse_weights": False, "portable_rounding": True,
+    "open_attention": True, "eval": None,
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Options)])
+def test_every_option_is_in_the_key_and_reaches_the_passes(name):
+    given = {name: GIVEN[name]}
+    changed, plain = Options(**given), Options()
+    assert getattr(changed, name) != getattr(plain, name)
+    assert (changed.key() == plain.key()) == (name in ("dump", "mode", "inductor"))
+    if name in WITHOUT_A_FIELD:
+        assert name not in {f.name for f in fields(Compilation)}
+    else:
+        assert getattr(compilation(**given), name) == GIVEN[name]
+    if name != "mode":
+        assert key(changed) != key()
+
+
+@dataclass(frozen=True)
+class More(Options):
+    """A package with two more options: each is the one line of its declaration."""
+
+    gentle: bool = option(False, _switch, "be gentle")
+    speed: str | None = option("fast", _one_of("fast", "slow", none="take your time"), "how fast")
+
+
+def test_an_option_is_one_line():
+    parsed = More.parse(None, {"gentle": True, "max-autotune": True})
+    assert parsed == More(gentle=True, inductor={"max_autotune": True}) and parsed.speed == "fast"
+    assert tuple(More.declared()) == (*Options.declared(), "gentle", "speed")
+    with pytest.raises(OptionError, match="'gentle' is True or False, not int 1"):
+        More.parse(None, {"gentle": 1})
+    with pytest.raises(OptionError, match="'slwo'; did you mean 'slow'.*possible: fast, slow, or None to take"):
+        More.parse(None, {"speed": "slwo"})
+    with pytest.raises(OptionError, match="'gentel'; did you mean 'gentle'.*eval, gentle, speed and any"):
+        More.parse(None, {"gentel": True})
+    assert len({key(More()), key(More(gentle=True)), key(More(speed=None)), key(More(speed="slow"))}) == 4
+
+
+def test_the_documentation_lists_every_option():
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    for name, declared in Options.declared().items():
+        assert f"`{name}`" in page.partition("## Other options")[2] and declared.metadata["doc"]
+    assert Options().eval == AS_TRAINED == Options.declared()["eval"].default
+
+
 @pytest.mark.parametrize("options", [
     Options(Policy("quartet")),
     Options(Policy("quartet-paper")),
     Options(Policy().on("*.down_proj", None)),
     Options(Policy(MINE)),
-    Options(strict=True),
-    Options(recompute="gemm"),
-    Options(recompute="none"),
-    Options(disable_passes=("share",)),
-    Options(disable_kernels=("cpp",)),
-    Options(accumulation="promoted"),
-    Options(reuse_weights=False),
-    Options(portable_rounding=True),
-    Options(target=Target.named("sm_100a")),
 ], ids=repr)
-def test_every_option_is_in_the_key(options):
+def test_a_policy_is_in_the_key(options):
     assert key(options) != key()
 
 

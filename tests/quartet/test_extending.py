@@ -34,6 +34,7 @@ from quartet.lowering.recipe.op_classes import op_classes
 from quartet.lowering.recipe.types import ROLES
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
+from quartet.passes.compilation import Compilation
 from quartet.runtime.capture import Capture
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -366,8 +367,7 @@ def test_kernels_that_are_refused():
 # --- the key of the caches -------------------------------------------------------------------------------------------
 
 def key():
-    config = pipeline.Config(Policy("fp8").resolve)
-    return pipeline.Pipeline(config, "key").uuid()
+    return pipeline.Pipeline(Compilation(Policy("fp8"))).uuid()
 
 
 @pytest.mark.parametrize("name", ["mxfp6", "adapters", "mine"])

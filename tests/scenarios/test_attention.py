@@ -249,4 +249,4 @@ def test_opening_changes_no_setting_of_pytorch_and_is_part_of_the_key():
     assert settings() == before and {r.op_class for r in report} == {"linear", *ATTENTION}
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
     options = [Options.parse(None, {"policy": "fp8", "open_attention": opened}) for opened in (False, True)]
-    assert len({make_pipeline(gm, [], each).key for each in options}) == 2
+    assert len({make_pipeline(gm, [], each).config.key() for each in options}) == 2

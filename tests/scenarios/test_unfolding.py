@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe.types import Gemm, Operand, Recipe
 from quartet.model.names import names_of
+from quartet.passes.compilation import Compilation
 from quartet.passes.find.canonicalize import canonicalize
 from quartet.passes.find.unfold import unfold
-from quartet.passes.state import Config, State
+from quartet.passes.state import State
 from quartet.policy import Policy
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import CustomGraphPass, compile_fx
@@ -44,7 +45,7 @@ class Unfolder(CustomGraphPass):
     """``unfold`` alone, as a joint graph pass; ``counts`` says what it made."""
 
     def __init__(self, gm, inputs):
-        self.config = Config(QUARTET.resolve, names_of(gm, inputs).weights)
+        self.config = Compilation(QUARTET, weights=names_of(gm, inputs).weights)
         self.left = None
 
     def __call__(self, graph):
