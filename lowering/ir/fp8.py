@@ -3,8 +3,8 @@
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
-    fp8_mm          A · Bᵀ of [M, K] and [N, K], scales [M, 1] and [1, N] → [M, N], for an M that only the data decides:
-                    ``aten._scaled_mm`` asks whether it is 1
+    fp8_mm          A · Bᵀ of [M, K] and [N, K], scales [M, 1] and [1, N] → [M, N], for an M or K that only the data
+                    decides: ``aten._scaled_mm`` asks whether the one is 1, and which stride is the larger
     fp8_bmm         A · Bᵀ of [batch, M, K] and [batch, N, K], scales [batch, M] and [batch, N] → [batch, M, N]
     fp8_row_major   codes that lie in another order → a row-major copy
 

@@ -98,7 +98,7 @@ def _matrices(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dt
         a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
         b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
     a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
-    if unbacked(shape(a)[0]):
+    if any(map(unbacked, shape(a))):
         return _marked(build(fp8_ops.MM, a, b, a_scales, b_scales, dtype, True))
     return _marked(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True))
 
