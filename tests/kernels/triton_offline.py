@@ -56,7 +56,7 @@ class Compiled:
 
 def launched_kernels() -> set[str]:
     """Names of the package's kernels that its Python code launches."""
-    found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     modules = [importlib.import_module(module.name) for module in found]
     code = "".join(map(inspect.getsource, modules))
     names = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
