@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from quartet.kernels import reference as ref  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton.quantize import blackwell  # noqa: E402
-from quartet.kernels.triton.quantize.ops import Chain  # noqa: E402
+from quartet.kernels.triton.quantize.chain import Chain  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SHAPES = ((33, 33), (128, 128), (130, 4096), (17, 14336), (1, 32))

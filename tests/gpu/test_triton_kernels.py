@@ -10,7 +10,7 @@ from quartet.kernels import reference as ref  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import draws  # noqa: E402
 from quartet.kernels.triton.quantize import cast, ops, rotations
-from quartet.kernels.triton.quantize.ops import Chain  # noqa: E402
+from quartet.kernels.triton.quantize.chain import Chain  # noqa: E402
 from quartet.lowering import ir  # noqa: E402
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ import triton_offline  # noqa: E402
 from quartet.kernels.reference import swizzled_size  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton.quantize import blackwell, ops  # noqa: E402
-from quartet.kernels.triton.quantize.ops import Chain  # noqa: E402
+from quartet.kernels.triton.quantize.chain import Chain  # noqa: E402
 
 R, K = 64, 4096
 QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)

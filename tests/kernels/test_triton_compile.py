@@ -6,6 +6,7 @@ The compiled variants are those that the Python face launches for the recipes' o
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import triton_offline  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import draws  # noqa: E402
 from quartet.kernels.triton.quantize import cast, ops, rotations
-from quartet.kernels.triton.quantize.ops import Chain  # noqa: E402
+from quartet.kernels.triton.quantize.chain import Chain, ChainConstants  # noqa: E402
 
 QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
 GUARDED = QuantSpec(rule="quest", mask=True)
@@ -144,6 +145,19 @@ def test_products_and_sums_are_not_fused():
 def test_every_kernel_is_compiled():
     launched = kernels_of(CALLS)
     assert launched == triton_offline.launched_kernels() - ELSEWHERE and len(launched) >= 7
+
+
+def test_what_a_chain_is_compiled_for_is_in_tritons_key():
+    """Triton hashes the text of a constant and reads its attributes: what the text left out, it would not compile."""
+    (launch,) = triton_offline.launches(CALLS["rows-quest"])
+    chain = launch.keywords["CHAIN"]
+    other = {"spec": replace(chain.spec, power="floor"), "unit": 64, "rotation": 64, "swizzled": True, "hardware": True}
+    assert set(other) == {field.name for field in fields(ChainConstants)}
+    keys = {triton_offline._source(launch).hash()}
+    for name, value in other.items():
+        launch.keywords["CHAIN"] = replace(chain, **{name: value})
+        keys.add(triton_offline._source(launch).hash())
+    assert len(keys) == 1 + len(other)
 
 
 @pytest.mark.parametrize("capability", OTHERS)

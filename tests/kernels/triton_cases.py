@@ -25,7 +25,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.kernels.triton import draws, host
 from quartet.kernels.triton.gemm import scaled_gemm
 from quartet.kernels.triton.quantize import blackwell, cast, ops, rotations
-from quartet.kernels.triton.quantize.ops import Chain
+from quartet.kernels.triton.quantize.chain import Chain
 
 CPU = torch.device("cpu")
 SEED = torch.tensor(-8_765_432_109_876)

@@ -15,7 +15,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.recipes import recipes
 
 if TYPE_CHECKING:
-    from quartet.kernels.triton.quantize.ops import Chain
+    from quartet.kernels.triton.quantize.chain import Chain
 
 LOW = 0xFFFFFFFF
 FLT_MAX = torch.finfo(torch.float32).max

@@ -13,7 +13,7 @@ from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
 from quartet.kernels.triton.quantize import blackwell, ops, rotations
-from quartet.kernels.triton.quantize.ops import Chain
+from quartet.kernels.triton.quantize.chain import Chain
 
 SEED = torch.tensor(-8_765_432_109_876)
 NEAREST = QuantSpec.parse("e2m1/16 e4m3 amax nearest")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quartet.kernels.spec import QuantSpec
 from quartet.kernels.triton.quantize import ops
-from quartet.kernels.triton.quantize.ops import Chain, Form
+from quartet.kernels.triton.quantize.chain import Chain, Form
 
 BLOCKS = {"e8m0": 32, "e4m3": 16}
 CONVERSIONS: dict[tuple[int, int], tuple[str, ...]] = {

@@ -24,19 +24,19 @@ def _stage(x, N: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def hadamard(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, INVERSE: tl.constexpr):
+def hadamard(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, INVERSE: tl.constexpr):
     """Butterflies with strides ROTATION/2 … 1, one multiplication by 1/√ROTATION, signs before (after if INVERSE)."""
     if ROTATION > 0:
-        x = last_stage(first_stages(x, signs, N, ROTATION, SIGNED and not INVERSE), N, ROTATION)
-    if SIGNED and INVERSE:
+        x = last_stage(first_stages(x, None if INVERSE else signs, N, ROTATION), N, ROTATION)
+    if INVERSE and signs is not None:
         x = signed(x, signs, N, ROTATION)
     return x
 
 
 @triton.jit
-def first_stages(x, signs, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr):
-    """Signs before, and the butterflies with strides ROTATION/2 … 2."""
-    if SIGNED:
+def first_stages(x, signs, N: tl.constexpr, ROTATION: tl.constexpr):
+    """Signs before, if there are any, and the butterflies with strides ROTATION/2 … 2."""
+    if signs is not None:
         x = _signed_stage(x, signs, N, ROTATION)
     else:
         x = _stage(x, N, ROTATION // 2)

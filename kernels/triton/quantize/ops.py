@@ -7,93 +7,21 @@ launch goes to the tensors' device and its current stream, and nothing waits for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quartet.kernels.reference.formats.packing import swizzled_size
-from quartet.kernels.reference.hadamard import SIZES
-from quartet.kernels.spec import QuantSpec, chain_multiple, dtype_name
+from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.kernels.triton.host import DTYPES, WARP, cdiv, check_given, on_device, power_of_two, warps, wide
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.quantize import columns, rows, two_level
+from quartet.kernels.triton.quantize.chain import PLAIN, Chain, Form, supports
 from quartet.kernels.triton.quantize.fold import inexact_blocks, table
 from quartet.kernels.triton.quantize.rotations import rotate
 
 Three = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """hadamard → quantize of one operand.
-
-    Args:
-        spec: the quantiser. rotation: Hadamard size, or 0 for none. signs: float32 ``[rotation]``, or None.
-        seed: int64 scalar tensor, needed when ``spec.stochastic``. site: 0…2^32−1.
-        encode: float32 with one element, the tensor's multiplier of ``reference.nvfp4.tensor_scales``, needed with e4m3
-            scales.
-    """
-
-    spec: QuantSpec
-    rotation: int = 0
-    signs: Tensor | None = None
-    seed: Tensor | None = None
-    site: int = 0
-    encode: Tensor | None = None
-
-    @property
-    def multiple(self) -> int:
-        """What the quantised axis is padded to a multiple of: what a Hadamard or a scale spans."""
-        return chain_multiple(self.spec, self.rotation)
-
-    def unit(self, width: int) -> int:
-        """Elements that one thread owns of an axis ``width`` long."""
-        if self.spec.rule == "eden":
-            return 16
-        n = self.multiple
-        return 32 if n < 32 and cdiv(width, n) * n % 32 == 0 else n
-
-    def units(self, width: int) -> int:
-        """How many of them there are, padding included."""
-        return cdiv(width, self.multiple) * self.multiple // self.unit(width)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the quantisers write scales and round.
-
-    Args:
-        swizzled: scales are ``[swizzled_size(R, Kp/block)]`` in the layout of ``reference.swizzle_scales``, padding 0.
-        conversions: the roundings, of ``spec.ROUNDINGS``, that are left to the GPU's conversion instructions; to
-            nearest their codes are the same, stochastic ones only have the same expectation.
-    """
-
-    swizzled: bool = False
-    conversions: tuple[str, ...] = ()
-
-
-PLAIN = Form()
-
-
-@cache
-def supports(spec: QuantSpec, rotation: int, dtype: torch.dtype) -> str | None:
-    """None when the kernels compute ``spec`` after a Hadamard of size ``rotation`` (0: none) on ``dtype``, else why."""
-    if spec.element != "e2m1" or spec.scale == "fp32":
-        return f"the Triton quantisers write e2m1 with e8m0 or e4m3 scales, not {spec.element} with {spec.scale}"
-    if spec.scale == "e8m0" and spec.block not in (32, 64, 128):
-        return f"the Triton quantisers take blocks of 32, 64 and 128, not {spec.block}"
-    if 0 < rotation < spec.block:
-        return f"the Triton quantisers rotate whole blocks: a Hadamard of {rotation} is shorter than {spec.block}"
-    if rotation and spec.tile:
-        return f"the Triton quantisers do not rotate what has tiles, as '{spec}'"
-    if rotation != 0 and rotation not in SIZES:
-        return f"Hadamard size {rotation} is not possible; use 0 (none) or one of {SIZES}"
-    if dtype not in DTYPES:
-        return f"the Triton quantisers read and write float32, bfloat16 and float16, not {dtype_name(dtype)}"
-    return None
 
 
 def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
@@ -128,7 +56,7 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
     (r, k), n = x.shape, chain.unit(x.shape[1])
     x = x if x.stride(1) == 1 else x.contiguous()
     units, given = chain.units(k), _tiles(x, chain)
-    out = _Packed(x, r, units * n, chain.spec, True, form, given)
+    out = _Packed(x, r, units * n, chain.spec, form, given)
     values = x.new_empty((r, units * n) if folded else 0, dtype=torch.float8_e4m3fn)
     row_scales = x.new_empty((r, 1) if folded else 0, dtype=torch.float32)
     if x.numel():
@@ -140,8 +68,8 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
                 (x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
                  values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device), r, k, x.stride(0),
                  units, chain.site, chain.encode, *_given(given)),
-                **_constants(chain, n, form), MASK=chain.spec.mask, FOLD=folded, SWIZZLED=form.swizzled,
-                WIDE=wide(x, max(n, chain.multiple)), R=per_program, L=lanes, num_warps=1)
+                CHAIN=chain.constants(n, form), FOLD=folded, WIDE=wide(x, max(n, chain.multiple)), R=per_program,
+                L=lanes, num_warps=1)
     return (*(out.results if packed else _nothing(x)), values, row_scales)
 
 
@@ -185,14 +113,14 @@ def requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain: Chain, 
         raise ValueError(f"requantize does not write '{chain.spec}'; dequantize, and quantize the transpose")
     n = chain.unit(r)
     height = cdiv(r, n)
-    out = _Packed(codes, matrices * half * 2, height * n, chain.spec, True, form)
+    out = _Packed(codes, matrices * half * 2, height * n, chain.spec, form)
     if codes.numel():
         lanes, words = WARP, half // 4
         with on_device(codes):
             launch(columns.requantize_columns, (height * cdiv(words, lanes) * matrices,),
                 (codes.view(torch.int32), scales, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales,
                  r, words, chain.site),
-                IN_BLOCK=in_spec.block, **_constants(chain, n, form), SWIZZLED=form.swizzled,
+                IN_BLOCK=in_spec.block, CHAIN=chain.constants(n, form, masked=False),
                 ALL=r % n == 0 and words % lanes == 0, B=lanes, num_warps=1)
     return out.codes, out.scales
 
@@ -269,12 +197,12 @@ def _dequantize_two_level(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype:
 
 
 class _Packed:
-    """Result tensors of a packed quantiser, empty where not wanted; scales as bytes, or those that were given."""
+    """Result tensors of a packed quantiser; scales as bytes, or those that were given."""
 
-    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, wanted: bool, form: Form,
+    def __init__(self, like: Tensor, r: int, padded: int, spec: QuantSpec, form: Form,
                  given: Tensor | None = None) -> None:
         def empty(*shape: int) -> Tensor:
-            return like.new_empty(shape if wanted else 0, dtype=torch.uint8)
+            return like.new_empty(shape, dtype=torch.uint8)
 
         blocks = padded // spec.block
         self.codes = empty(r, padded // 2)
@@ -294,28 +222,31 @@ class _Packed:
 
 def _columns(x: Tensor, along_rows: Chain | None, chain: Chain, form: Form) -> tuple[Three, Three]:
     (r, k), n = x.shape, chain.unit(x.shape[0])
-    rn = n if along_rows is None else along_rows.unit(k)
-    row_spec = chain.spec if along_rows is None else along_rows.spec
-    height, units = chain.units(r), (along_rows or chain).units(k)
-    given = _tiles(x.t(), chain)
-    mine = _Packed(x, k, height * n, chain.spec, True, form, given)
-    theirs = _Packed(x, r, units * rn, row_spec, along_rows is not None, form)
+    height, given = chain.units(r), _tiles(x.t(), chain)
+    mine, theirs, rn = _Packed(x, k, height * n, chain.spec, form, given), None, n
+    if along_rows is not None:
+        rn = along_rows.unit(k)
+        theirs = _Packed(x, r, along_rows.units(k) * rn, along_rows.spec, form)
     if x.numel():
         size = x.element_size()
         words = k * size % 4 == 0 and x.data_ptr() % 4 == 0 and x.stride(0) * size % 4 == 0 and x.stride(0) < 2**29
         per = 4 // size if words else 1
         lanes = max(WARP, rn // per)
-        other = along_rows or chain
         with on_device(x):
             launch(columns.quantize_both, (height, cdiv(k, lanes * per)),
-                (x, r, k, x.stride(0), other.signs, other.seed, theirs.codes.view(torch.int32), theirs.scales,
-                 theirs.mask.view(torch.int32), other.site, other.encode, chain.signs, chain.seed,
-                 mine.codes.view(torch.int32), mine.scales, mine.mask.view(torch.int32), chain.site, chain.encode,
-                 *_given(given)),
-                ROWS=along_rows is not None, **_constants(other, rn, form, row=True), RM=row_spec.mask,
-                **_constants(chain, n, form), MASK=chain.spec.mask, SWIZZLED=form.swizzled, WIDE=wide(x, rn),
-                WORDS=words, ALL=r % n == 0 and k % (lanes * per) == 0, L=lanes, num_warps=warps(lanes))
-    return theirs.results, mine.results
+                (x, r, k, x.stride(0), *_side(along_rows, theirs), *_side(chain, mine), *_given(given)),
+                ROWS=None if along_rows is None else along_rows.constants(rn, form), COLUMNS=chain.constants(n, form),
+                WIDE=along_rows is not None and wide(x, rn), WORDS=words, ALL=r % n == 0 and k % (lanes * per) == 0,
+                L=lanes, num_warps=warps(lanes))
+    return _nothing(x) if theirs is None else theirs.results, mine.results
+
+
+def _side(chain: Chain | None, out: _Packed | None) -> tuple[Tensor | int | None, ...]:
+    """The arguments of :func:`columns.quantize_both` for one direction."""
+    if chain is None or out is None:
+        return None, None, None, None, None, 0, None
+    return (chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32), chain.site,
+            chain.encode)
 
 
 def _tiles(x: Tensor, chain: Chain) -> Tensor | None:
@@ -336,26 +267,6 @@ def _tiles(x: Tensor, chain: Chain) -> Tensor | None:
 
 def _given(tiles: Tensor | None) -> tuple[Tensor | None, int, int]:
     return (None, 0, 0) if tiles is None else (tiles, tiles.stride(0), tiles.stride(1))
-
-
-def _constants(chain: Chain, unit: int, form: Form, row: bool = False) -> dict[str, Any]:
-    return _chain_constants(chain.spec, unit, chain.rotation, chain.signs is not None,
-                            _rounding(chain.spec) in form.conversions, row)
-
-
-def _rounding(spec: QuantSpec) -> str:
-    """Of the codes: those of ``eden`` are rounded to nearest, its scales stochastically."""
-    return "nearest" if spec.rule == "eden" else spec.rounding
-
-
-@cache
-def _chain_constants(spec: QuantSpec, unit: int, rotation: int, signed: bool, hardware: bool,
-                     row: bool) -> dict[str, Any]:
-    values = (unit, rotation, signed, spec.block, spec.rule, spec.sigma, spec.power, spec.stochastic, spec.tile,
-              hardware)
-    names = (("RN", "RR", "RS", "RB", "RRULE", "RSIGMA", "RPOWER", "RSR", "RTILE", "RHW") if row else
-             ("N", "ROTATION", "SIGNED", "BLOCK", "RULE", "SIGMA", "POWER", "STOCHASTIC", "TILE", "HARDWARE"))
-    return dict(zip(names, values, strict=True))
 
 
 def _nothing(like: Tensor) -> Three:

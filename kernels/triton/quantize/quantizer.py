@@ -24,9 +24,12 @@ _INFINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def scale_byte(x, N: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr):
-    """E8M0 bytes of blocks of N, int32 ``[B]``."""
-    if RULE == "quest":
+def scale_byte(x, SPEC: tl.constexpr):
+    """E8M0 bytes of blocks as ``SPEC`` has them, int32 ``[B]``."""
+    N: tl.constexpr = SPEC.block
+    if SPEC.rule == "quest":
+        SIGMA: tl.constexpr = SPEC.sigma
+        POWER: tl.constexpr = SPEC.power
         square, mean = _moments(x, N, SIGMA)
         byte = _power(tl.sqrt_rn(_variance(square, mean, SIGMA)) * _CLIP + _FLOOR, POWER)
         if tl.max(((square > 0.0) & (square < _SAFE)).to(tl.int32) ^ 1) != 0:  # some block is zero, tiny, huge or NaN
@@ -38,6 +41,7 @@ def scale_byte(x, N: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWE
             byte = tl.where(top < _INFINITE, tl.where(top == 0, 127, tl.minimum(_power(target, POWER), 254)), 255)
         return byte
     else:
+        RULE: tl.constexpr = SPEC.rule
         return byte_of_amax(amax_bits(x, N), RULE)
 
 

@@ -48,8 +48,8 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
         with on_device(x):
             launch(rows.unrotate_rows, (r, cdiv(units, lanes)),
                 (x, None if mask is None else mask.view(torch.int32), signs, out, r, cols, x.stride(0), units, gain),
-                N=n, ROTATION=rotation, SIGNED=signs is not None, MASK=mask is not None, GAIN=gain != 1.0,
-                WIDE=wide(x, n) and cols == width, B=lanes, num_warps=warps(lanes))
+                N=n, ROTATION=rotation, GAIN=gain != 1.0, WIDE=wide(x, n) and cols == width, B=lanes,
+                num_warps=warps(lanes))
     return out
 
 
@@ -90,6 +90,5 @@ def _rotate(x: Tensor, rotation: int, signs: Tensor | None, store: bool) -> tupl
         with on_device(x):
             launch(rows.rotate_rows, (programs, across),
                    (x, signs, largest, out, r, k, x.stride(0), x.stride(1), units), N=n, ROTATION=rotation,
-                   SIGNED=signs is not None, STORE=store, WIDE=along and wide(x, n), R=per_program, L=lanes,
-                   num_warps=1)
+                   STORE=store, WIDE=along and wide(x, n), R=per_program, L=lanes, num_warps=1)
     return out, largest.view(torch.float32)

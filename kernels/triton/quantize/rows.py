@@ -33,32 +33,36 @@ from quartet.kernels.triton.quantize.two_level import e4m3_value, quantize_block
 
 
 @triton.jit
-def quantize_unit(x, signs, keys, site, row, column, units, valid, tensor, N: tl.constexpr, ROTATION: tl.constexpr,
-                  SIGNED: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr,
-                  POWER: tl.constexpr, STOCHASTIC: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr,
-                  HARDWARE: tl.constexpr):
-    """Nibble words, mask words and scale bytes of units ``column`` of N elements, of ``units`` in a row (int64).
+def quantize_unit(x, signs, keys, site, row, column, units, valid, tensor, CHAIN: tl.constexpr):
+    """Nibble words, mask words and scale bytes of units ``column``, of ``units`` in a row (int64).
 
     ``keys``: see ``round_keys``. ``tensor``: what two-level scales, those of blocks of 16, take from the whole tensor;
-    see ``quantize_blocks``. HARDWARE: see ``encode``.
+    see ``quantize_blocks``. CHAIN: a ``ChainConstants``.
     """
+    SPEC: tl.constexpr = CHAIN.spec
+    N: tl.constexpr = CHAIN.unit
+    ROTATION: tl.constexpr = CHAIN.rotation
+    BLOCK: tl.constexpr = SPEC.block
+    RULE: tl.constexpr = SPEC.rule
+    STOCHASTIC: tl.constexpr = SPEC.stochastic
+    MASK: tl.constexpr = SPEC.mask
+    HARDWARE: tl.constexpr = CHAIN.hardware
     if BLOCK == 16:
-        x = hadamard(x, signs, N, ROTATION, SIGNED, False)
-        packed, scales = quantize_blocks(x, keys, site, row, column, units, valid, tensor, N, RULE, TILE, STOCHASTIC,
-                                         HARDWARE)
+        x = hadamard(x, signs, N, ROTATION, False)
+        packed, scales = quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN)
         masks = ()
     else:
         scales, inverse = (), ()
         if ROTATION > 0 and RULE != "quest":
-            x = first_stages(x, signs, N, ROTATION, SIGNED)
+            x = first_stages(x, signs, N, ROTATION)
             for b in tl.static_range(N // BLOCK):
                 top = last_stage_amax_bits(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, ROTATION)
                 scales = scales + (byte_of_amax(top, RULE),)
             x = last_stage(x, N, ROTATION)
         else:
-            x = hadamard(x, signs, N, ROTATION, SIGNED, False)
+            x = hadamard(x, signs, N, ROTATION, False)
             for b in tl.static_range(N // BLOCK):
-                scales = scales + (scale_byte(x[b * BLOCK:(b + 1) * BLOCK], BLOCK, RULE, SIGMA, POWER),)
+                scales = scales + (scale_byte(x[b * BLOCK:(b + 1) * BLOCK], SPEC),)
         steps: tl.constexpr = 2.0**-14 if STOCHASTIC and not HARDWARE else 1.0
         factor: tl.constexpr = (0.75 if RULE == "headroom" else 1.0) * steps
         for b in tl.static_range(N // BLOCK):
@@ -73,22 +77,27 @@ def quantize_unit(x, signs, keys, site, row, column, units, valid, tensor, N: tl
 
 
 @triton.jit
-def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, column, units, valid, N: tl.constexpr,
-               BLOCK: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr, SWIZZLED: tl.constexpr):
-    """Write what :func:`quantize_unit` made of unit ``column`` of the ``units`` of a row, which is int64."""
+def store_unit(packed, masks, scales, out, row, column, units, valid, CHAIN: tl.constexpr):
+    """Write what :func:`quantize_unit` made of unit ``column`` of the ``units`` of a row, which is int64.
+
+    ``out``: where words of codes, bytes of scales and words of the mask go.
+    """
+    N: tl.constexpr = CHAIN.unit
+    BLOCK: tl.constexpr = CHAIN.spec.block
+    code_words, scale_bytes, mask_words = out
     unit = row * units + column
     if N == 16:
         store2(code_words + unit * 2, packed, valid)
     for w in tl.static_range(N // 32):
         store4(code_words + unit * (N // 8) + w * 4, packed[w * 4:w * 4 + 4], valid)
-    if SWIZZLED or not TILE:  # those of tiles were given
+    if CHAIN.swizzled or not CHAIN.spec.tile:  # those of tiles were given
         for b in tl.static_range(N // BLOCK):
-            if SWIZZLED:
+            if CHAIN.swizzled:
                 at = swizzled(row.to(tl.int32), column * (N // BLOCK) + b, units * (N // BLOCK))
             else:
                 at = unit * (N // BLOCK) + b
             tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
-    if MASK:
+    if CHAIN.spec.mask:
         for w in tl.static_range(N // 32):
             tl.store(mask_words + unit * (N // 32) + w, masks[w], mask=valid)
 
@@ -96,49 +105,41 @@ def store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, 
 @triton.jit
 def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_words, row_scales, inexact, lut,
                   rows, cols, row_stride, units, site, encode, given, given_row, given_column,
-                  N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
-                  RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  TILE: tl.constexpr, HARDWARE: tl.constexpr, MASK: tl.constexpr, FOLD: tl.constexpr,
-                  SWIZZLED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
-    """R rows, L units of N elements of each: all of the row with FOLD, else L units from the second grid axis on.
+                  CHAIN: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """R rows, L units of each: all of the row with FOLD, else L units from the second grid axis on.
 
-    SWIZZLED: scales go where Blackwell's tensor cores look for them, which FOLD does not.
+    CHAIN: a ``ChainConstants``, without swizzled scales where FOLD is set.
     FOLD reads what the program has just written back from the cache, once the row's largest scale is known.
     """
     lane = tl.arange(0, R * L)
     row = tl.program_id(0).to(tl.int64) * R + lane // L
-    keys = round_keys(seed, STOCHASTIC)
+    keys = round_keys(seed, CHAIN.spec.stochastic)
+    out = (code_words, scale_bytes, mask_words)
     tensor = (encode, given, given_row, given_column)
     if FOLD:
         top = tl.zeros_like(lane)
         for start in range(0, units, L):
-            top = tl.maximum(top, quantize_row_units(
-                x, signs, keys, code_words, scale_bytes, mask_words, row, start + lane % L, rows, cols, row_stride,
-                units, site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, TILE, MASK, WIDE,
-                False, HARDWARE))
+            top = tl.maximum(top, quantize_row_units(x, signs, keys, out, row, start + lane % L, rows, cols, row_stride,
+                                                     units, site, tensor, CHAIN, WIDE))
         tl.debug_barrier()
-        packed = units * (N // 32)
+        packed = units * (CHAIN.unit // 32)
         _fold_units(code_words, scale_bytes, value_words, row_scales, inexact, lut, row, lane, top, rows, 0, packed,
-                    packed, 1, BLOCK // 32, R, L)
+                    packed, 1, CHAIN.spec.block // 32, R, L)
     else:
-        quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, tl.program_id(1) * L + lane % L,
-                           rows, cols, row_stride, units, site, tensor, N, ROTATION, SIGNED, BLOCK, RULE, SIGMA, POWER,
-                           STOCHASTIC, TILE, MASK, WIDE, SWIZZLED, HARDWARE)
+        quantize_row_units(x, signs, keys, out, row, tl.program_id(1) * L + lane % L, rows, cols, row_stride, units,
+                           site, tensor, CHAIN, WIDE)
 
 
 @triton.jit
-def quantize_row_units(x, signs, keys, code_words, scale_bytes, mask_words, row, column, rows, cols, row_stride, units,
-                       site, tensor, N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr,
-                       BLOCK: tl.constexpr, RULE: tl.constexpr, SIGMA: tl.constexpr, POWER: tl.constexpr,
-                       STOCHASTIC: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
-                       SWIZZLED: tl.constexpr, HARDWARE: tl.constexpr):
+def quantize_row_units(x, signs, keys, out, row, column, rows, cols, row_stride, units, site, tensor,
+                       CHAIN: tl.constexpr, WIDE: tl.constexpr):
     """Quantise and store one unit a lane; returns the largest E8M0 byte of its blocks but for zero and NaN."""
+    N: tl.constexpr = CHAIN.unit
+    BLOCK: tl.constexpr = CHAIN.spec.block
     valid = (row < rows) & (column < units)
     values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
-    packed, masks, scales = quantize_unit(values, signs, keys, site, row, column, units, valid, tensor, N, ROTATION,
-                                          SIGNED, BLOCK, RULE, SIGMA, POWER, STOCHASTIC, MASK, TILE, HARDWARE)
-    store_unit(packed, masks, scales, code_words, scale_bytes, mask_words, row, column, units, valid, N, BLOCK, MASK,
-               TILE, SWIZZLED)
+    packed, masks, scales = quantize_unit(values, signs, keys, site, row, column, units, valid, tensor, CHAIN)
+    store_unit(packed, masks, scales, out, row, column, units, valid, CHAIN)
     top = tl.zeros_like(scales[0])
     if BLOCK > 16:
         for w in tl.static_range(N // 32):
@@ -206,8 +207,7 @@ def _packed_unit(code_words, scale_bytes, row, column, rows, last, units, PER_SC
 
 @triton.jit
 def unrotate_rows(x, mask_words, signs, out, rows, cols, row_stride, units, gain,
-                  N: tl.constexpr, ROTATION: tl.constexpr, SIGNED: tl.constexpr, MASK: tl.constexpr,
-                  GAIN: tl.constexpr, WIDE: tl.constexpr, B: tl.constexpr):
+                  N: tl.constexpr, ROTATION: tl.constexpr, GAIN: tl.constexpr, WIDE: tl.constexpr, B: tl.constexpr):
     """``hadamard(mask · x · gain, inverse)`` of B units of N elements, the first ``cols`` of each row."""
     column = tl.program_id(1) * B + tl.arange(0, B)
     row = tl.program_id(0).to(tl.int64)
@@ -216,16 +216,16 @@ def unrotate_rows(x, mask_words, signs, out, rows, cols, row_stride, units, gain
     y = ()
     for w in tl.static_range(N // 32):
         bits = column
-        if MASK:
+        if mask_words is not None:
             bits = load_word(mask_words + (row * units + column) * (N // 32) + w, valid)
         for i in tl.static_range(32):
             v = values[w * 32 + i]
             if GAIN:
                 v = v * gain
-            if MASK:
+            if mask_words is not None:
                 v = tl.where((bits >> i) & 1 == 1, v, 0.0)
             y = y + (v,)
-    y = hadamard(y, signs, N, ROTATION, SIGNED, True)
+    y = hadamard(y, signs, N, ROTATION, True)
     store_blocks(out + row * cols, column * N, y, valid, cols - column * N, N, WIDE)
 
 
@@ -265,8 +265,7 @@ def dequantize_blocks(code_words, scale_bytes, out, rows, cols, units, N: tl.con
 
 @triton.jit
 def rotate_rows(x, signs, largest, out, rows, cols, row_stride, column_stride, units, N: tl.constexpr,
-                ROTATION: tl.constexpr, SIGNED: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
-                L: tl.constexpr):
+                ROTATION: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
     """Rotated rows into ``out`` if STORE, and the largest magnitude as the bits of fp32: int32, which starts at 0.
 
     A program takes R rows and L units of N elements of each, and then rows further down. WIDE: as in ``load_blocks``;
@@ -283,7 +282,7 @@ def rotate_rows(x, signs, largest, out, rows, cols, row_stride, column_stride, u
         else:
             first = x + row * row_stride + (column * N).to(tl.int64) * column_stride
             values = load_elements_down(first, column_stride + row * 0, tl.where(valid, cols - column * N, 0), N)
-        values = hadamard(values, signs, N, ROTATION, SIGNED, False)
+        values = hadamard(values, signs, N, ROTATION, False)
         top = tl.maximum(top, tl.where(valid, amax_bits(values, N), 0))
         if STORE:
             store_blocks(out, (row * units + column) * N, values, valid, tl.full((R * L,), N, tl.int32), N, True)

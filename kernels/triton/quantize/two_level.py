@@ -112,26 +112,28 @@ def _eden(x, top, keys, site, row, column, units, encode, inverse):
 
 
 @triton.jit
-def quantize_blocks(x, keys, site, row, column, units, valid, tensor, N: tl.constexpr, RULE: tl.constexpr,
-                    TILE: tl.constexpr, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):
-    """Nibble words and scale bytes of units of N elements, rotated already.
+def quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN: tl.constexpr):
+    """Nibble words and scale bytes of units of elements, rotated already.
 
     ``tensor``: a pointer to the multiplier, and one to scale bytes with its two strides, whose blocks are of 16 rows
-    each; TILE takes those instead of any others. Under ``eden`` N is 16 and lanes follow a row in eights.
+    each; tiles take those instead of any others. Under ``eden`` a unit is a block and lanes follow a row in eights.
     """
+    SPEC: tl.constexpr = CHAIN.spec
+    N: tl.constexpr = CHAIN.unit
+    HARDWARE: tl.constexpr = CHAIN.hardware
     multiplier = tl.load(tensor[0])
     inverse = tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), multiplier)
     scales, encoders = (), ()
     for b in tl.static_range(N // 16):
         block = x[b * 16:b * 16 + 16]
         top = amax_bits(block, 16).to(tl.float32, bitcast=True)
-        if RULE == "eden":
+        if SPEC.rule == "eden":
             byte, encoder = _eden(block, top, keys, site, row, column, units, multiplier, inverse)
         else:
-            if TILE:
+            if SPEC.tile:
                 at = (row >> 4) * tensor[2] + (column * (N // 16) + b).to(tl.int64) * tensor[3]
                 byte = load_byte(tensor[1] + at, valid)
-            elif RULE == "four_six":
+            elif SPEC.rule == "four_six":
                 byte = _four_six(block, top, multiplier, inverse)
             else:
                 byte = e4m3_byte(top * (multiplier * (1.0 / 6.0)))
@@ -140,7 +142,7 @@ def quantize_blocks(x, keys, site, row, column, units, valid, tensor, N: tl.cons
     z = ()
     for b in tl.static_range(N // 16):
         z = z + scaled(x[b * 16:b * 16 + 16], encoders[b], 16)
-    DRAWS: tl.constexpr = STOCHASTIC and RULE != "eden"
+    DRAWS: tl.constexpr = SPEC.stochastic and SPEC.rule != "eden"
     words = ()
     if DRAWS:
         words = random_words(keys, site, (row * units + column) * (N // 16), N)
