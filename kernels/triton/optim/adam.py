@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +50,14 @@ class Entry:
         return [self.param.data_ptr(), *(c.data_ptr() for c in self.codes), *pad, *scales, *pad, self.step.data_ptr()]
 
 
+@dataclass(frozen=True)
+class States:
+    """A constexpr argument of the kernels: element and mode of each of three states, "" of one that is not there."""
+
+    elements: tuple[str, ...]
+    modes: tuple[str, ...]
+
+
 class Batch:
     """Tensors that one launch serves: same device, dtypes and formats of states.
 
@@ -80,7 +87,7 @@ class Batch:
         wide = any(t == "fp32" for t in (TYPES[first.dtype], TYPES[gradient], *(f.element for f in kind.formats)))
         many = any(f.expand for f in kind.formats)  # registers, of eight elements a thread
         self.tiles = max(1, (4 if wide or many else 8) * 32 * WARPS // kind.tile)  # of one turn of the loop
-        self.constants = _constants(kind, TYPES[first.dtype], TYPES[gradient])
+        self.types, self.states = (TYPES[first.dtype], TYPES[gradient]), states_of(kind)
         counts = [cdiv(e.layout.total, self.tiles * LOOPS) for e in entries]
         starts = accumulate(counts, initial=0)
         sizes = [[e.layout.total, e.layout.tiles, e.layout.width, e.site, e.first_group, start]
@@ -120,14 +127,12 @@ class Batch:
     def prepare(self, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Count the step, unless ``found_inf`` (fp32 scalar on the device) is not 0, and find this step's numbers."""
         lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
-        c = self.constants
         self.scaled = hyper.maximize or grad_scale is not None
         with on_device(self.work):
             kernels.prepare[(len(self.entries),)](
                 self.pointers, self.work, _bits(0.0 if lr is not None else float(hyper.lr)), _bits(hyper.beta1),
                 _bits(hyper.beta2), _bits(hyper.eps), _bits(hyper.weight_decay), lr, grad_scale, found_inf,
-                ALGORITHM=self.kind.algorithm, SHARE=self.kind.share, MAXIMIZE=hyper.maximize, M0=c["M0"],
-                M1=c["M1"], M2=c["M2"], num_warps=1, enable_fp_fusion=False)
+                KIND=self.kind, STATES=self.states, MAXIMIZE=hyper.maximize, num_warps=1, enable_fp_fusion=False)
 
     def measure(self) -> None:
         """Find the largest magnitudes that states with one scale a tensor need and do not know."""
@@ -137,8 +142,7 @@ class Batch:
         """Turn largest magnitudes into the scales of this step."""
         with on_device(self.work):
             kernels.settle[(len(self.entries),)](
-                self.pointers, self.work, **{k: v for k, v in self.constants.items() if k[0] in "EM" and len(k) == 2},
-                num_warps=1, enable_fp_fusion=False)
+                self.pointers, self.work, STATES=self.states, num_warps=1, enable_fp_fusion=False)
 
     def update(self, seed: int) -> None:
         """The pass over memory; ``seed``: of 63 bits, of which the highest is set."""
@@ -147,10 +151,10 @@ class Batch:
     def _launch(self, measure: bool, seed: int) -> None:
         with on_device(self.work):
             kernels.update[(self.chunks.numel(),)](
-                self.pointers, self.gradients, self.sizes, self.chunks, self.work, seed, **self.constants,
-                MEASURE=measure, SCALED=self.scaled, ALIGNED=self.aligned and self.gradients_aligned,
-                HARDWARE=hardware(self.device), R=self.tiles, B=self.kind.tile, LOOPS=LOOPS, num_warps=WARPS,
-                enable_fp_fusion=False)
+                self.pointers, self.gradients, self.sizes, self.chunks, self.work, seed, KIND=self.kind,
+                STATES=self.states, P=self.types[0], G=self.types[1], MEASURE=measure, SCALED=self.scaled,
+                ALIGNED=self.aligned and self.gradients_aligned, HARDWARE=hardware(self.device), R=self.tiles,
+                B=self.kind.tile, LOOPS=LOOPS, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def _aligned(entry: Entry) -> bool:
@@ -169,13 +173,10 @@ def mode(form: StateFormat, signed: bool) -> tuple[str, str]:
 
 
 @cache
-def _constants(kind: Kind, param: str, gradient: str) -> dict[str, Any]:
-    states = [mode(f, s) for f, s in zip(kind.formats, kind.signed, strict=True)] + [("", "")] * 3
-    constants: dict[str, Any] = {"ALGORITHM": kind.algorithm, "NESTEROV": kind.nesterov, "MASTER": kind.master,
-                                 "STOCHASTIC": kind.stochastic, "SHARE": kind.share, "P": param, "G": gradient}
-    for s in range(3):
-        constants |= {f"E{s}": states[s][0], f"M{s}": states[s][1]}
-    return constants
+def states_of(kind: Kind) -> States:
+    found = [mode(f, s) for f, s in zip(kind.formats, kind.signed, strict=True)]
+    elements, modes = zip(*(found + [("", "")] * 3)[:3], strict=True)
+    return States(elements, modes)
 
 
 def _bits(x: float) -> int:

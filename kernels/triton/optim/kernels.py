@@ -31,7 +31,6 @@ from quartet.kernels.triton.optim.codes import (
 POINTERS = tl.constexpr(8)
 SIZES = tl.constexpr(6)
 WORK = tl.constexpr(16)
-STATES = tl.constexpr(3)
 _STEP = tl.constexpr(9)
 _DECODE = tl.constexpr(10)
 _ENCODE = tl.constexpr(13)
@@ -66,9 +65,12 @@ def _power(base, n):
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "decay"])
-def prepare(pointers, work, lr, beta1, beta2, eps, decay, lr_tensor, grad_scale, found_inf, ALGORITHM: tl.constexpr,
-            SHARE: tl.constexpr, MAXIMIZE: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
-    """Count the step of each tensor and write its row of ``work``. ``lr`` … ``decay``: bits of float64."""
+def prepare(pointers, work, lr, beta1, beta2, eps, decay, lr_tensor, grad_scale, found_inf, KIND: tl.constexpr,
+            STATES: tl.constexpr, MAXIMIZE: tl.constexpr):
+    """Count the step of each tensor and write its row of ``work``. ``lr`` … ``decay``: bits of float64.
+
+    KIND: a ``reference.optim.optimizers.Kind``. STATES: a ``States``.
+    """
     t = tl.program_id(0)
     row = work + t * WORK
     step_at = tl.load(pointers + t * POINTERS + 7).to(tl.pointer_type(tl.float32))
@@ -92,15 +94,15 @@ def prepare(pointers, work, lr, beta1, beta2, eps, decay, lr_tensor, grad_scale,
         if MAXIMIZE:
             gradient = -gradient
         weight, share = one - rate * wd, one * 0.0
-        if SHARE:
+        if KIND.share:
             weight, share = one, wd
         a, b, c, size, root = one * 0.0, one * 0.0, one * 0.0, -rate, one
-        if ALGORITHM == "adam":
+        if KIND.algorithm == "adam":
             a, b, c = one - b1, b2, one - b2
             n = step.to(tl.int32)
             size = -(rate / (one - _power(b1, n)))
             root = one / tl.sqrt(one - _power(b2, n))
-        elif ALGORITHM == "lion":
+        elif KIND.algorithm == "lion":
             a, b = one - b1, one - b2
         else:
             first = step == 1.0
@@ -108,13 +110,12 @@ def prepare(pointers, work, lr, beta1, beta2, eps, decay, lr_tensor, grad_scale,
         values = (gradient, weight, share, a, b, c, size, root, _number(eps))
         for i in tl.static_range(9):
             tl.store(row + i, values[i].to(tl.float32))
-        modes: tl.constexpr = (M0, M1, M2)
         for s in tl.static_range(3):
-            if modes[s] == "tensor" or modes[s] == "current":
+            if STATES.modes[s] == "tensor" or STATES.modes[s] == "current":
                 scale_at = tl.load(pointers + t * POINTERS + 4 + s).to(tl.pointer_type(tl.float32))
                 tl.store(row + _DECODE + s, tl.load(scale_at))
                 unknown = tl.load(scale_at + 1) == 0.0
-                if modes[s] == "current":
+                if STATES.modes[s] == "current":
                     unknown = step > 0.0
                     tl.store(scale_at + 1, 0.0)
                 tl.store(row + _ENCODE + s, unknown.to(tl.float32))
@@ -127,22 +128,19 @@ def _target(element, mode):
 
 
 @triton.jit
-def settle(pointers, work, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,
-           M2: tl.constexpr):
+def settle(pointers, work, STATES: tl.constexpr):
     """The scales to encode with, of states with one a tensor; their largest magnitude starts again from 0."""
     t = tl.program_id(0)
     row = work + t * WORK
     if tl.load(row + _STEP) >= 0.0:
-        elements: tl.constexpr = (E0, E1, E2)
-        modes: tl.constexpr = (M0, M1, M2)
         for s in tl.static_range(3):
-            if modes[s] == "tensor" or modes[s] == "current":
+            if STATES.modes[s] == "tensor" or STATES.modes[s] == "current":
                 scale_at = tl.load(pointers + t * POINTERS + 4 + s).to(tl.pointer_type(tl.float32))
                 amax = tl.load(scale_at + 1)
-                if elements[s] == "fp16":
+                if STATES.elements[s] == "fp16":
                     scale = float_of((bits_of(amax) + 0x7FFFFF) & -0x800000) * 6.103515625e-05
                 else:
-                    scale = tl.div_rn(amax, amax * 0.0 + _target(elements[s], modes[s]))
+                    scale = tl.div_rn(amax, amax * 0.0 + _target(STATES.elements[s], STATES.modes[s]))
                 scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
                 old = tl.load(scale_at)
                 old = tl.where(old > 0.0, old, 1.0)
@@ -153,15 +151,13 @@ def settle(pointers, work, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["seed"])
-def update(pointers, gradients, sizes, chunks, work, seed, ALGORITHM: tl.constexpr, NESTEROV: tl.constexpr,
-           MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, SHARE: tl.constexpr, SCALED: tl.constexpr,
-           P: tl.constexpr, G: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, M0: tl.constexpr,
-           M1: tl.constexpr, M2: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr, HARDWARE: tl.constexpr,
-           R: tl.constexpr, B: tl.constexpr, LOOPS: tl.constexpr):
+def update(pointers, gradients, sizes, chunks, work, seed, KIND: tl.constexpr, STATES: tl.constexpr,
+           P: tl.constexpr, G: tl.constexpr, SCALED: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
+           HARDWARE: tl.constexpr, R: tl.constexpr, B: tl.constexpr, LOOPS: tl.constexpr):
     """One chunk: read weight, gradient and codes, write weight and codes.
 
-    SHARE: weight decay goes through the gradient. SCALED: the gradient has a factor other than 1.
-    P, G: formats of weight and gradient. E, M: element and mode ("" for a state that is not there) of each state.
+    KIND: a ``reference.optim.optimizers.Kind``. STATES: a ``States``. P, G: formats of weight and gradient.
+    SCALED: the gradient has a factor other than 1.
     MEASURE: only find the largest magnitudes that are not known. ALIGNED: whole tiles at multiples of 16 bytes.
     """
     t = tl.load(chunks + tl.program_id(0))
@@ -169,11 +165,9 @@ def update(pointers, gradients, sizes, chunks, work, seed, ALGORITHM: tl.constex
     step = tl.load(row + _STEP)
     wanted = step >= 0.0
     if MEASURE:
-        wanted = wanted & _unknown(row, M0, M1, M2)
+        wanted = wanted & _unknown(row, STATES)
     if wanted:
-        elements: tl.constexpr = (E0, E1, E2)
-        modes: tl.constexpr = (M0, M1, M2)
-        moments: tl.constexpr = (M0 != "") + (M1 != "") + (M2 != "") - MASTER
+        moments: tl.constexpr = KIND.moments
         table = pointers + t * POINTERS
         size = sizes + t * SIZES
         count, per_row, width = tl.load(size), tl.load(size + 1), tl.load(size + 2)
@@ -184,7 +178,7 @@ def update(pointers, gradients, sizes, chunks, work, seed, ALGORITHM: tl.constex
         g_at = tl.load(gradients + t).to(tl.pointer_type(word(G)))
         code_at, scale_at, tops = (), (), ()
         for s in tl.static_range(3):
-            at = tl.load(table + 1 + s).to(tl.pointer_type(word(elements[s])))
+            at = tl.load(table + 1 + s).to(tl.pointer_type(word(STATES.elements[s])))
             if ALIGNED:
                 at = tl.multiple_of(at, 16)
             code_at = code_at + (at,)
@@ -214,49 +208,48 @@ def update(pointers, gradients, sizes, chunks, work, seed, ALGORITHM: tl.constex
             g = load_float(g_at + base + place, inside, G)
             old = ()
             for s in tl.static_range(3):
-                if modes[s] != "":
+                if STATES.modes[s] != "":
                     codes = tl.load(code_at[s] + base + place, mask=inside, other=0)
-                    old = old + (_decoded(codes, scale_at[s], row + _DECODE + s, tiles, count, elements[s], modes[s],
-                                          HARDWARE),)
-            if MASTER:
+                    old = old + (_decoded(codes, scale_at[s], row + _DECODE + s, tiles, count, STATES, s, HARDWARE),)
+            if KIND.master:
                 p = old[moments]
             if SCALED:
                 g = g * c[0]
-            if SHARE:
+            if KIND.share:
                 g = g + p * c[2]
             new = ()
-            if ALGORITHM == "adam":
+            if KIND.algorithm == "adam":
                 new = ((g - old[0]) * c[3] + old[0], g * c[5] * g + old[1] * c[4])
-            elif ALGORITHM == "lion":
+            elif KIND.algorithm == "lion":
                 new = ((g - old[0]) * c[4] + old[0],)
             elif moments == 1:
                 new = (old[0] * c[3] + g * c[4],)
             if not MEASURE:
                 w = p * c[1]
-                if ALGORITHM == "adam":
+                if KIND.algorithm == "adam":
                     w = w + tl.div_rn(new[0] * c[6], tl.sqrt_rn(new[1]) * c[7] + c[8])
-                elif ALGORITHM == "lion":
+                elif KIND.algorithm == "lion":
                     direction = (g - old[0]) * c[3] + old[0]
                     w = w + tl.where(direction > 0.0, c[6], tl.where(direction < 0.0, -c[6], direction * 0.0))
                 elif moments == 0:
                     w = w + g * c[6]
-                elif NESTEROV:
+                elif KIND.nesterov:
                     w = w + (new[0] * c[5] + g) * c[6]
                 else:
                     w = w + new[0] * c[6]
-                if MASTER:
+                if KIND.master:
                     new = new + (w,)
                 for s in tl.static_range(3):
-                    if modes[s] != "":
+                    if STATES.modes[s] != "":
                         _write(new[s], code_at[s] + base + place, inside, scale_at[s], row + _ENCODE + s, tiles, count,
-                               elements[s], modes[s], HARDWARE)
-                if STOCHASTIC:
+                               STATES, s, HARDWARE)
+                if KIND.stochastic:
                     _store_stochastic(p_at + base + place, w, inside, seed, site, step,
                                       first_group + first * (B // 8), R, B)
                 else:
                     store_float(p_at + base + place, w, inside, P)
             for s in tl.static_range(3):
-                if (modes[s] == "tensor" or MEASURE and modes[s] == "current") and (s < moments or not MEASURE):
+                if _finds(STATES.modes[s], s, moments, MEASURE):
                     bits = bits_of(new[s]) & 0x7FFFFFFF
                     if not ALIGNED:
                         bits = tl.where(inside, bits, 0)
@@ -268,26 +261,32 @@ def update(pointers, gradients, sizes, chunks, work, seed, ALGORITHM: tl.constex
                         top2 = tl.maximum(top2, bits)
         tops = (top0, top1, top2)
         for s in tl.static_range(3):
-            if (modes[s] == "tensor" or MEASURE and modes[s] == "current") and (s < moments or not MEASURE):
+            if _finds(STATES.modes[s], s, moments, MEASURE):
                 if not MEASURE or tl.load(row + _ENCODE + s) == 1.0:
                     most = tl.max(tl.max(tops[s], 1), 0)
                     tl.atomic_max((scale_at[s] + 1).to(tl.pointer_type(tl.int32), bitcast=True), most, sem="relaxed")
 
 
+@triton.constexpr_function
+def _finds(mode, s, moments, measure):
+    """Whether a pass finds the largest magnitude of state s."""
+    return s < moments and mode in ("tensor", "current") if measure else mode == "tensor"
+
+
 @triton.jit
-def _unknown(row, M0: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
+def _unknown(row, STATES: tl.constexpr):
     """Whether a state's largest magnitude has to be measured."""
-    modes: tl.constexpr = (M0, M1, M2)
     found = tl.load(row + _STEP) < -2.0
     for s in tl.static_range(3):
-        if modes[s] == "tensor" or modes[s] == "current":
+        if STATES.modes[s] == "tensor" or STATES.modes[s] == "current":
             found = found | (tl.load(row + _ENCODE + s) == 1.0)
     return found
 
 
 @triton.jit
-def _decoded(codes, scales, tensor_scale, tiles, count, ELEMENT: tl.constexpr, MODE: tl.constexpr,
-             HARDWARE: tl.constexpr):
+def _decoded(codes, scales, tensor_scale, tiles, count, STATES: tl.constexpr, S: tl.constexpr, HARDWARE: tl.constexpr):
+    ELEMENT: tl.constexpr = STATES.elements[S]
+    MODE: tl.constexpr = STATES.modes[S]
     if MODE == "plain":
         return decode(codes, 1.0, 1.0, ELEMENT, MODE, HARDWARE)
     elif MODE == "tensor" or MODE == "current":
@@ -302,8 +301,10 @@ def _decoded(codes, scales, tensor_scale, tiles, count, ELEMENT: tl.constexpr, M
 
 
 @triton.jit
-def _write(x, pointers, inside, scales, tensor_scale, tiles, count, ELEMENT: tl.constexpr, MODE: tl.constexpr,
+def _write(x, pointers, inside, scales, tensor_scale, tiles, count, STATES: tl.constexpr, S: tl.constexpr,
            HARDWARE: tl.constexpr):
+    ELEMENT: tl.constexpr = STATES.elements[S]
+    MODE: tl.constexpr = STATES.modes[S]
     if MODE == "plain":
         store_float(pointers, x, inside, ELEMENT)
     elif MODE == "expanded":
