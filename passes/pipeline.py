@@ -42,7 +42,7 @@ from quartet.passes.recipe.q_ema import toward
 from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
 from quartet.passes.residuals.save import save
 from quartet.passes.residuals.unchanged import unchanged
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Decided, Planned, Quantized
 from quartet.passes.state import State
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
@@ -147,7 +147,7 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
         for observer in config.observers:
             observer.after(index, name, gm, seconds)
         log.debug("%-13s %6.1f ms  %s", name, seconds * 1e3, _difference(counts, _ops(gm)))
-        if name == "plan" and not state.planned():
+        if name == "plan" and not state.at(Planned):
             break
     records = _records(state)
     for record in records:
@@ -169,24 +169,25 @@ def _difference(before: Counter[str], after: Counter[str]) -> str:
 
 
 def _records(state: State) -> list[MatmulRecord]:
-    rows = [_record(state, site, role) for site in state.sites for role in ROLES if role in site.products]
+    rows = [_record(state, site, role) for site in state.at(Decided) for role in ROLES if role in site.products]
     return rows + state.alone
 
 
-def _multiple(site: MatmulSite, role: str, kernel: str | None) -> int:
+def _multiple(site: Decided, role: str, kernel: str | None) -> int:
     """What the contraction axis of a GEMM is padded to a multiple of; all candidates are powers of two."""
-    gemm = site.active(role)
-    if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
+    gemm = site.active(role) if isinstance(site, Planned) else None
+    if gemm is None or gemm.specs is None:
         return 1
     rotation = gemm.rotation.n if gemm.rotation is not None else 1
     align = next((k.align for k in registry.KERNELS if k.name == kernel), 1)
-    return max(gemm.a.spec.multiple, gemm.b.spec.multiple, rotation, align)
+    return max(*(spec.multiple for spec in gemm.specs), rotation, align)
 
 
-def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
+def _record(state: State, site: Decided, role: str) -> MatmulRecord:
     m, n, k, batch = (size if isinstance(size, int) else str(size) for size in (*site.dims(role), site.batch or 1))
     kernel = state.kernels.get((site.index, role))
-    recipe = site.resolution.recipe_for(role) if site.resolution is not None else None
+    recipe = site.resolution.recipe_for(role)
+    saved_bytes = site.saved_bytes if isinstance(site, Quantized) and role == "fprop" else None
     depth, multiple = site.dims(role)[2], _multiple(site, role, kernel)
     notes = site.notes
     if kernel and isinstance(depth, int) and depth % multiple and (site.groups is None or role != "wgrad"):
@@ -199,4 +200,4 @@ def _record(state: State, site: MatmulSite, role: str) -> MatmulRecord:
         site=site.index, fqn=site.fqn, op_class=site.op_class, role=role, m=m, n=n, k=k,
         dtype=dtype_name(site.dtype), recipe=recipe.name if recipe is not None else None, kernel=kernel,
         reason="" if kernel else site.reasons.get(role, "no pass quantised it"),
-        saved_bytes=site.saved_bytes if role == "fprop" else None, notes=notes, batch=batch)
+        saved_bytes=saved_bytes, notes=notes, batch=batch)

@@ -8,38 +8,41 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, val
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Planned
 from quartet.passes.state import State
-from quartet.passes.views import ADDS
+from quartet.passes.views import ADDS, Operand
 
 
-def normal(state: State, build: Builder, operand: tuple[Node, bool] | None, flip: bool = False) -> Node:
+def normal(state: State, build: Builder, operand: Operand, flip: bool = False) -> Node:
     """An operand in normal orientation, or in the other one."""
-    assert operand is not None
     node = state.current(operand[0])
     return build.transpose(node) if operand[1] != flip else node
 
 
-def rewrite(state: State, site: MatmulSite, role: str, finish: Callable[[Builder, Node], Node]) -> None:
+def rewrite(state: State, site: Planned, role: str, finish: Callable[[Builder, Node], Node]) -> Planned:
     """Put ``finish(build, product)`` in place of the product of a role, which is made from the site's operands.
 
-    The product is in normal orientation and without bias, and is what the site has from then on.
+    The product is in normal orientation and without bias, and is what the site that is returned has.
     """
-    product = site.products[role]
-    old = product.node
+    old, flipped = site.products[role].node, site.products[role].flipped
     build = Builder(state.gm.graph, like=old, before=old, backward=is_backward(old))
-    e, x, w = None if role == "fprop" else site.gradient_of(role), site.x, site.w
-    (left, left_flip), (right, right_flip) = {"fprop": ((x, False), (w, True)), "dgrad": ((e, False), (w, False)),
-                                              "wgrad": ((e, True), (x, False))}[role]
+    (left, left_flip), (right, right_flip) = _operands(site, role)
     a, b = normal(state, build, left, left_flip), normal(state, build, right, right_flip)
     common = torch.promote_types(val(a).dtype, val(b).dtype)
     mm = keep_as(build(aten.mm.default, build.cast(a, common), build.cast(b, common)), old)
-    flipped = product.flipped
-    product.node, product.flipped = mm, False
     out = build.cast(finish(build, mm), val(old).dtype)
     if flipped:
         out = build.transpose(out)
     state.replace(old, added(build, out, old))
+    return site.with_product(role, mm)
+
+
+def _operands(site: Planned, role: str) -> tuple[tuple[Operand, bool], tuple[Operand, bool]]:
+    """A and B of A·B for a role, and whether each is transposed for it."""
+    if role == "fprop":
+        return (site.x, False), (site.w, True)
+    e = site.gradients[role].e
+    return ((e, False), (site.w, False)) if role == "dgrad" else ((e, True), (site.x, False))
 
 
 def added(build: Builder, out: Node, old: Node) -> Node:

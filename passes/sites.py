@@ -1,10 +1,14 @@
-"""What the passes know of a matmul: its operands, its backward products, its plan."""
+"""What the passes know of a matmul, phase by phase: found, decided, planned, rotated, quantised.
+
+Each phase is a frozen record that has what the one before it has and more. A pass takes sites of one phase and leaves
+new ones; ``quartet.passes.state.State`` keeps the latest of each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch.fx import Node
@@ -13,7 +17,8 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.resolution import Resolution
-from quartet.lowering.recipe.types import Gemm, Recipe
+from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
+from quartet.passes.views import Operand
 from quartet.runtime.compat import OpOverload
 
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
@@ -23,29 +28,193 @@ MADE_KEY = "quartet_made"  # of what a pass has made of an operand before it is 
 NOTES_KEY = "quartet_notes"  # of the same: remarks for its record
 
 
-@dataclass
+@dataclass(frozen=True)
 class Product:
-    """One of the three GEMMs of a site, as ``A · Bᵀ``.
-
-    ``node`` is the matmul that autograd wrote: the product in normal orientation, or its transpose when
-    ``flipped``. After rotation ``a`` and ``b`` are its 2-D operands with the contraction axis last, ``mm``
-    their product in the model's dtype, and ``source`` the operand of fprop that ``b`` was made from, by ``reader``.
-    ``gradient`` and ``dtype``: an E and a dtype of its own, where a program takes others than the site's.
-    """
+    """A product of the graph: in normal orientation, or its transpose when ``flipped``."""
 
     node: Node
-    flipped: bool = False
-    a: Node | None = None
-    b: Node | None = None
-    mm: Node | None = None
-    source: Node | None = None
-    reader: Node | None = None
-    gradient: tuple[Node, bool] | None = None
-    dtype: torch.dtype | None = None
+    flipped: bool
 
 
-@dataclass
-class Quantized:
+@dataclass(frozen=True)
+class Gradient(Product):
+    """dgrad or wgrad of a site.
+
+    Attributes:
+        e: node of E and whether it is stored transposed; ``[tokens, out]`` in normal orientation.
+        dtype: what the product results in.
+    """
+
+    e: Operand
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How the tokens of a grouped product are divided among ``count`` matrices W ``[E, out, in]``; ``offs``: where each
+    group ends."""
+
+    offs: Node
+    count: Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """A forward matmul, and its dgrad and wgrad where they exist. W is a weight, or another activation.
+
+    Attributes:
+        index: number of the site in the graph; names its random bits.
+        x: node of X and whether it is stored transposed; ``[tokens, in]`` in normal orientation.
+        w: node of W likewise; ``[out, in]`` in normal orientation.
+        m, n, k: tokens, out, in; ints or SymInts.
+        dtype: what the forward product results in.
+        forward: that product. gradients: role → the backward products that there are.
+        batch: how many matrices X, W and E are stacked of along a leading axis; None of a matrix each.
+        groups: of a product of tokens in groups, each with a W of its own.
+        masked: which of ``"x"``, ``"w"`` and ``"y"`` a mask has thinned out (``quartet.passes.classify.masks``).
+        aside: role → why it is left alone unless a rule of the policy names the op class or the module.
+        notes: what a reader should know of all three products.
+    """
+
+    index: int
+    fqn: str
+    op_class: str
+    x: Operand
+    w: Operand
+    m: Any
+    n: Any
+    k: Any
+    dtype: torch.dtype
+    forward: Product
+    gradients: Mapping[str, Gradient] = field(default_factory=dict)
+    batch: Any = None
+    groups: Groups | None = None
+    masked: frozenset[str] = frozenset()
+    aside: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def products(self) -> Mapping[str, Product]:
+        """Role → product."""
+        return {"fprop": self.forward, **self.gradients}
+
+    @property
+    def scaled(self) -> OpOverload:
+        """The op of the IR that a quantised product becomes."""
+        return SCALED_GROUPED_MM if self.groups is not None else ir.SCALED_MM if self.batch is None else ir.SCALED_BMM
+
+    @property
+    def recomputes_x(self) -> bool:
+        """Whether X is made again in backward rather than kept."""
+        return self.x[0].meta.get(RECOMPUTED_KEY, False)
+
+    def dtype_of(self, role: str) -> torch.dtype:
+        """What the product of a role results in."""
+        return self.gradients[role].dtype if role in self.gradients else self.dtype
+
+    def dims(self, role: str) -> tuple[Any, Any, Any]:
+        """(M, N, K) of a role's GEMM; K is what it contracts."""
+        return {"fprop": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n),
+                "wgrad": (self.n, self.k, self.m)}[role]
+
+    def note(self, text: str) -> Self:
+        """The site with a note more."""
+        return replace(self, notes=(*self.notes, text))
+
+    def with_gradient(self, role: str, gradient: Gradient) -> Self:
+        """The site with another backward product."""
+        return replace(self, gradients={**self.gradients, role: gradient})
+
+    def with_product(self, role: str, node: Node, flipped: bool = False) -> Self:
+        """The site whose product of a role is ``node``."""
+        if role == "fprop":
+            return replace(self, forward=Product(node, flipped))
+        return self.with_gradient(role, replace(self.gradients[role], node=node, flipped=flipped))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decided(Found):
+    """A site that the policy was asked about; one that is in no later phase is left alone.
+
+    Attributes:
+        resolution: what the policy decided.
+        reasons: role → why it is left alone.
+        remarks: role → how its GEMM differs from the recipe's.
+    """
+
+    resolution: Resolution
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+    def remark(self, role: str, text: str) -> Self:
+        """The site with a remark more on the GEMM of a role."""
+        told = "; ".join(filter(None, (self.remarks.get(role), text)))
+        return replace(self, remarks={**self.remarks, role: told})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Planned(Decided):
+    """A site with at least one GEMM to quantise.
+
+    Attributes:
+        recipe: the three decisions in one.
+        x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
+    """
+
+    recipe: Recipe
+    x_group: int
+
+    def active(self, role: str) -> Gemm | None:
+        """The GEMM to quantise in this role, where both the graph and the plan have one."""
+        return getattr(self.recipe, role) if role in self.products else None
+
+    def without(self, reasons: Mapping[str, str]) -> Decided:
+        """The site with some roles left alone after all, for these reasons."""
+        recipe = self.recipe.only({role for role in ROLES if role not in reasons})
+        known = {**{f.name: getattr(self, f.name) for f in fields(Decided)}, "reasons": {**self.reasons, **reasons},
+                 "remarks": {role: text for role, text in self.remarks.items() if role not in reasons}}
+        return Planned(**known, recipe=recipe, x_group=self.x_group) if recipe.quantizes else Decided(**known)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fprop quantises and operand b of a gradient is made from, and the node that reads it for that."""
+
+    source: Node
+    reader: Node
+
+
+@dataclass(frozen=True)
+class RotatedGemm:
+    """A GEMM as ``A · Bᵀ`` in the rotated basis.
+
+    Attributes:
+        gemm: how it is to be quantised.
+        a, b: 2-D operands with the contraction axis last. mm: their product in the model's dtype.
+        start: where b starts from what fprop quantises.
+    """
+
+    gemm: Gemm
+    a: Node
+    b: Node
+    mm: Node
+    start: Start | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rotated(Planned):
+    """A site whose planned GEMMs are written as ``A · Bᵀ``.
+
+    Attributes:
+        gemms: role → GEMM. ends: of groups, where each ends in the padded layout.
+    """
+
+    gemms: Mapping[str, RotatedGemm]
+    ends: Node | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedOperand:
     """Results of a quantise node: codes, scales and the packed clip mask (None when the spec has none), and the amax
     that it was given (None when the spec takes none)."""
 
@@ -56,96 +225,14 @@ class Quantized:
     amax: Node | None = None
 
 
-@dataclass
-class Groups:
-    """How the tokens of a grouped product are divided among ``count`` matrices W ``[E, out, in]``.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantized(Rotated):
+    """A site whose GEMMs multiply codes.
 
     Attributes:
-        offs: where each group ends; ends: where it ends in the padded layout; place: each token's row there.
-        x, e: X and E in the padded layout.
+        operands: ``"x"`` and ``"w"`` as fprop quantised them; empty where it did not.
+        saved_bytes: of them, what backward reads; None when that is not known.
     """
 
-    offs: Node
-    count: Any
-    ends: Node | None = None
-    place: Node | None = None
-    x: Node | None = None
-    e: Node | None = None
-
-
-@dataclass
-class MatmulSite:
-    """A forward matmul, and its dgrad and wgrad where they exist. W is a weight, or another activation.
-
-    Attributes:
-        index: number of the site in the graph; names its random bits.
-        x: node of X and whether it is stored transposed; ``[tokens, in]`` in normal orientation.
-        w: node of W likewise; ``[out, in]`` in normal orientation.
-        m, n, k: tokens, out, in; ints or SymInts.
-        batch: how many matrices X, W and E are stacked of along a leading axis; None of a matrix each.
-        gradient: node of E and whether it is stored transposed; ``[tokens, out]`` in normal orientation.
-        resolution: what the policy decided; recipe: the effective recipe, None when left alone.
-        aside: role → why it is left alone unless a rule of the policy names the op class or the module.
-        reasons: role → why it is left alone.
-        remarks: role → how its GEMM differs from the recipe's; notes: what a reader should know of all three.
-        groups: of a product of tokens in groups, each with a W of its own.
-        masked: which of ``"x"``, ``"w"`` and ``"y"`` a mask has thinned out (``quartet.passes.classify.masks``).
-        x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
-    """
-
-    index: int
-    fqn: str
-    op_class: str
-    x: tuple[Node, bool]
-    w: tuple[Node, bool]
-    m: Any
-    n: Any
-    k: Any
-    dtype: torch.dtype
-    products: dict[str, Product] = field(default_factory=dict)
-    gradient: tuple[Node, bool] | None = None
-    aside: Mapping[str, str] = field(default_factory=dict)
-    resolution: Resolution | None = None
-    recipe: Recipe | None = None
-    reasons: dict[str, str] = field(default_factory=dict)
-    remarks: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    x_group: int = -1
-    quantized: dict[str, Quantized] = field(default_factory=dict)
+    operands: Mapping[str, QuantizedOperand] = field(default_factory=dict)
     saved_bytes: int | None = None
-    batch: Any = None
-    groups: Groups | None = None
-    masked: frozenset[str] = frozenset()
-
-    @property
-    def scaled(self) -> OpOverload:
-        """The op of the IR that a quantised product becomes."""
-        return SCALED_GROUPED_MM if self.groups is not None else ir.SCALED_MM if self.batch is None else ir.SCALED_BMM
-
-    def dtype_of(self, role: str) -> torch.dtype:
-        """What the product of a role results in."""
-        return self.products[role].dtype or self.dtype
-
-    def gradient_of(self, role: str) -> tuple[Node, bool]:
-        """E of dgrad or wgrad."""
-        operand = self.products[role].gradient or self.gradient
-        assert operand is not None
-        return operand
-
-    def remark(self, role: str, text: str) -> None:
-        """Add a remark on the GEMM of a role."""
-        self.remarks[role] = "; ".join(filter(None, (self.remarks.get(role), text)))
-
-    def dims(self, role: str) -> tuple[Any, Any, Any]:
-        """(M, N, K) of a role's GEMM; K is what it contracts."""
-        return {"fprop": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n),
-                "wgrad": (self.n, self.k, self.m)}[role]
-
-    @property
-    def recomputes_x(self) -> bool:
-        """Whether X is made again in backward rather than kept."""
-        return self.x[0].meta.get(RECOMPUTED_KEY, False)
-
-    def active(self, role: str) -> Gemm | None:
-        """The GEMM to quantise in this role, where both the graph and the recipe have one."""
-        return getattr(self.recipe, role) if self.recipe is not None and role in self.products else None

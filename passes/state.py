@@ -1,21 +1,23 @@
-"""What flows through the pipeline: the graph, what is known of the compilation, the sites found so far."""
+"""What flows through the pipeline: the graph, what is known of the compilation, the sites in their latest phase."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from quartet.lowering.ir.graph import replace_all
 from quartet.lowering.recipe.records import MatmulRecord
-from quartet.lowering.recipe.types import Recipe
 from quartet.passes.compilation import Compilation
 from quartet.passes.flow import Flow
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Found
 
 STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
+
+
+Phase = TypeVar("Phase", bound=Found)
 
 
 @dataclass
@@ -25,31 +27,39 @@ class State:
     gm: GraphModule
     config: Compilation
     flow: Flow = Flow()
-    sites: list[MatmulSite] = field(default_factory=list)
     alone: list[MatmulRecord] = field(default_factory=list)
     seeds: dict[torch.device, Node] = field(default_factory=dict)
     kernels: dict[tuple[int, str], str] = field(default_factory=dict)
     declined: dict[tuple[int, str], str] = field(default_factory=dict)
-    replaced: dict[Node, Node] = field(default_factory=dict)
     histories: dict[torch.device, Any] = field(default_factory=dict)
+    _sites: dict[int, Found] = field(default_factory=dict)
+    _replaced: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Found, ...]:
+        """All sites, each in its latest phase, by index."""
+        return tuple(self._sites.values())
+
+    def at(self, phase: type[Phase]) -> list[Phase]:
+        """The sites that have come to a phase, or further."""
+        return [site for site in self._sites.values() if isinstance(site, phase)]
+
+    def site(self, index: int) -> Found:
+        """A site in its latest phase."""
+        return self._sites[index]
+
+    def advance(self, *sites: Found) -> None:
+        """Put sites in place of what was known of them. A new one has the next index."""
+        for site in sites:
+            self._sites[site.index] = site
 
     def replace(self, old: Node, new: Node) -> None:
         """Every user of ``old`` reads ``new`` instead, and so does who asks for :meth:`current`."""
         replace_all(old, new)
-        self.replaced[old] = new
+        self._replaced[old] = new
 
     def current(self, node: Node) -> Node:
         """What stands for ``node`` now: a product can be the operand of another one, and both are rewritten."""
-        while node in self.replaced:
-            node = self.replaced[node]
+        while node in self._replaced:
+            node = self._replaced[node]
         return node
-
-    def planned(self) -> list[MatmulSite]:
-        """Sites with at least one GEMM to quantise."""
-        return [s for s in self.sites if s.recipe is not None and s.recipe.quantizes]
-
-
-def recipe_of(site: MatmulSite) -> Recipe:
-    """The recipe of a planned site."""
-    assert site.recipe is not None
-    return site.recipe

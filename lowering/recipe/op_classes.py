@@ -26,7 +26,7 @@ def register_op_class(name: str, predicate: Callable[[Any], bool]) -> None:
 
     Args:
         name: lower-case letters, digits and ``_``.
-        predicate: :class:`quartet.passes.sites.MatmulSite` → whether it is of this class. The site has the built-in
+        predicate: :class:`quartet.passes.sites.Found` → whether it is of this class. The site has the built-in
             ``op_class``, the module's name ``fqn``, the sizes ``m``, ``n``, ``k`` and the forward product itself,
             ``site.products["fprop"].node``. It is asked once a product and graph, before anything is rewritten; a
             condition on a symbolic size becomes a guard of the graph.

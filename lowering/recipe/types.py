@@ -84,6 +84,11 @@ class Gemm:
     rotation: Rotation | None = None
     outer: Rotation | None = None
 
+    @property
+    def specs(self) -> tuple[QuantSpec, QuantSpec] | None:
+        """The quantisers of both operands; None of a product in the model's dtype."""
+        return None if self.a.spec is None or self.b.spec is None else (self.a.spec, self.b.spec)
+
     def __post_init__(self) -> None:
         if (self.a.spec is None) != (self.b.spec is None):
             raise SpecError("either both operands of a GEMM are quantised or neither: "
@@ -278,5 +283,10 @@ class Recipe:
                    for gemm in gemms for operand in (gemm.a, gemm.b))
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the GEMMs that it has."""
+        return tuple(role for role in ROLES if getattr(self, role) is not None)
+
+    @property
     def quantizes(self) -> bool:
-        return any(getattr(self, role) is not None for role in ROLES)
+        return bool(self.roles)

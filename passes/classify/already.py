@@ -12,7 +12,7 @@ from torch.fx import Node
 from quartet.kernels.spec import dtype_name
 from quartet.lowering.ir.graph import VIEWS, aten, val
 from quartet.lowering.recipe.types import ROLES
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Found
 
 CODED = ("aten._scaled_mm", "aten._scaled_grouped_mm", "aten._int_mm")  # products of codes
 _THROUGH = (*VIEWS, aten.reshape.default, aten.clone.default, aten.expand.default, aten.view.dtype, aten.cat.default,
@@ -23,7 +23,7 @@ _ROUNDED = ("aten.round.", "aten.sign.")
 _MOST = 64  # nodes that are looked at
 
 
-def quantised_before(site: MatmulSite) -> dict[str, str]:
+def quantised_before(site: Found) -> dict[str, str]:
     """Role → why a site's product has no need of another format; empty where its operands are in full precision."""
     weighted = site.op_class not in ("bmm", "attention_qk", "attention_pv")
     for name, (node, _), of_parameters in (("W", site.w, weighted), ("X", site.x, False)):

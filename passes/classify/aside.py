@@ -17,16 +17,16 @@ from quartet.lowering.ir.graph import shape
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.compilation import LEAST, Compilation
 from quartet.passes.flow import Flow
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Found
 from quartet.runtime.sizes import hint
 
 
-def tokens(site: MatmulSite, config: Compilation) -> int:
+def tokens(site: Found, config: Compilation) -> int:
     """The tokens that a layer is decided by: those that it was first trained with, or else those of the graph."""
     return config.tokens.get(site.fqn) or hint(site.m)
 
 
-def small(site: MatmulSite, config: Compilation) -> dict[str, str]:
+def small(site: Found, config: Compilation) -> dict[str, str]:
     """Role → why its product contracts too little; a symbolic number of features is taken to be large."""
     depths = {role: site.dims(role)[2] for role in ROLES} | {"wgrad": tokens(site, config)}
     reasons = {role: f"contracts {depth} elements, fewer than the {LEAST} of a block" for role, depth in depths.items()
@@ -36,13 +36,13 @@ def small(site: MatmulSite, config: Compilation) -> dict[str, str]:
     return reasons
 
 
-def quantised_all_the_same(site: MatmulSite, config: Compilation) -> str:
+def quantised_all_the_same(site: Found, config: Compilation) -> str:
     """Why wgrad contracts less than a block and is not left alone; empty where it is, or contracts more."""
     few = isinstance(site.m, int) and site.m < LEAST <= tokens(site, config)
     return f"decided for the {tokens(site, config)} tokens that the layer was first trained with" if few else ""
 
 
-def reads_input(site: MatmulSite, flow: Flow, inputs: Mapping[Node, str], written: Collection[int]) -> str:
+def reads_input(site: Found, flow: Flow, inputs: Mapping[Node, str], written: Collection[int]) -> str:
     """Why a layer of a module reads what the model was given; empty where it does not, or may read its own results.
 
     Views, casts, elementwise functions and norms may stand between. A vector of the width of an input is taken to be a
@@ -56,13 +56,13 @@ def reads_input(site: MatmulSite, flow: Flow, inputs: Mapping[Node, str], writte
     return "" if not read or whole and site.k in written else f"reads {_named(inputs, read)}"
 
 
-def projects_input(site: MatmulSite, flow: Flow, inputs: Mapping[Node, str]) -> str:
+def projects_input(site: Found, flow: Flow, inputs: Mapping[Node, str]) -> str:
     """Why a parameter that is no layer's weight multiplies what the model was given; empty where it does not."""
     read = _read(site, flow, inputs)
     return f"multiplies {_named(inputs, read)} by a parameter that is no layer's weight" if read else ""
 
 
-def _read(site: MatmulSite, flow: Flow, inputs: Mapping[Node, str]) -> list[Node]:
+def _read(site: Found, flow: Flow, inputs: Mapping[Node, str]) -> list[Node]:
     """The inputs that X is made of, where no layer is among its makers."""
     if site.x[0] in flow.made:
         return []

@@ -11,7 +11,7 @@ from quartet.lowering.ir.graph import aten, is_backward, shape
 from quartet.passes.classify.gates import is_gate
 from quartet.passes.classify.heads import is_head
 from quartet.passes.flow import Flow
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Found
 
 _PASS = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
@@ -128,7 +128,7 @@ def embeds(weight: Node) -> bool:
     return any(user.target is aten.embedding.default and user.args[0] is root for user in root.users)
 
 
-def op_class_of(site: MatmulSite, module: str, flow: Flow, read: Collection[int]) -> str:
+def op_class_of(site: Found, module: str, flow: Flow, read: Collection[int]) -> str:
     """The class of a product of an activation with a weight: of the layer, whatever graph it is in.
 
     Args:
@@ -141,7 +141,7 @@ def op_class_of(site: MatmulSite, module: str, flow: Flow, read: Collection[int]
         vocabulary is as large as the model is wide, and the loss is elsewhere, structure does not tell. Else
         ``linear``.
     """
-    node = site.products["fprop"].node
+    node = site.forward.node
     reached, leaves = _reach(node)
     scores = _softmax_like(reached)
     chooses = _feeds({node} if scores is None else {scores, *reached}, _CHOICES, flow, 6)

@@ -10,6 +10,7 @@ an op of its own where PyTorch's does not do, with one op for both gradients.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import Node
@@ -22,7 +23,7 @@ from quartet.passes.classify.aside import small
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan.plan import UnsupportedMatmul
-from quartet.passes.sites import Groups, MatmulSite, Product
+from quartet.passes.sites import Found, Gradient, Groups, Product
 from quartet.passes.state import State
 from quartet.passes.views import canonical
 
@@ -33,7 +34,7 @@ _ROLES_OF_RESULTS = {0: "dgrad", 1: "wgrad"}  # of the fallback's backward
 
 
 def find_grouped(state: State) -> None:
-    """Append the grouped products with expert weights to ``state.sites`` and record all others.
+    """Find the grouped products with expert weights, and record all others.
 
     Raises UnsupportedMatmul when strict.
     """
@@ -54,10 +55,12 @@ def find_grouped(state: State) -> None:
         for other in nodes:
             numbered = other.meta.get("seq_nr") == node.meta.get("seq_nr") or BY_HAND in other.meta
             if is_backward(other) and numbered and other not in claimed:
-                _attach(site, other, claimed)
-        site.op_class = own_class(site) or site.op_class
-        site.aside = small(site, state.config) | quantised_before(site)
-        state.sites.append(site)
+                gradients = _gradients(site, other)
+                claimed |= {other} if gradients else set()
+                for role, gradient in gradients.items():
+                    site = site.with_gradient(role, gradient)
+        site = replace(site, op_class=own_class(site) or site.op_class)
+        state.advance(replace(site, aside=small(site, state.config) | quantised_before(site)))
     for node in nodes:
         if is_backward(node) and node not in claimed:
             state.alone += _left(node, "belongs to no grouped product that is planned")
@@ -106,44 +109,37 @@ def stack(node: Node) -> tuple[Node, bool]:
     return node, flipped
 
 
-def _site(state: State, node: Node, origin: dict[Node, str]) -> MatmulSite:
+def _site(state: State, node: Node, origin: dict[Node, str]) -> Found:
     x, w = node.all_input_nodes[:2]
     (tokens, width), (count, _, out) = shape(x), shape(w)
-    site = MatmulSite(len(state.sites), module_name(origin[w]), "grouped", (x, False), (w, True), tokens, out, width,
-                      val(node).dtype, groups=Groups(_argument(node, 2, "offs"), count))
-    site.products["fprop"] = Product(node)
-    return site
+    return Found(index=len(state.sites), fqn=module_name(origin[w]), op_class="grouped", x=(x, False), w=(w, True),
+                 m=tokens, n=out, k=width, dtype=val(node).dtype, forward=Product(node, flipped=False),
+                 groups=Groups(_argument(node, 2, "offs"), count))
 
 
-def _attach(site: MatmulSite, node: Node, claimed: set[Node]) -> None:
-    """Recognise the gradients of a site by the operand that they share with it."""
+def _gradients(site: Found, node: Node) -> dict[str, Gradient]:
+    """Which gradients of a site a node computes, by the operand that it shares with the site; all have the same E."""
     operands = node.all_input_nodes
     x, w = site.x[0], site.w[0]
     if str(node.target).startswith(_FALLBACK_BACKWARD):
         if operands[0] is not x or operands[1] is not w:
-            return
-        claimed.add(node)
-        site.gradient = operands[3], False
-        for user in node.users:
-            role = _ROLES_OF_RESULTS[int(user.args[1])]  # type: ignore[arg-type]
-            site.products[role] = Product(user, flipped=role == "wgrad")
-        return
+            return {}
+        roles = {_ROLES_OF_RESULTS[int(user.args[1])]: user for user in node.users}  # type: ignore[arg-type]
+        return {role: Gradient(user, role == "wgrad", (operands[3], False), site.dtype) for role, user in roles.items()}
     left, right = operands[:2]
-    if len(shape(node)) == 2 and "dgrad" not in site.products and stack(right)[0] is stack(w)[0]:
+    if len(shape(node)) == 2 and "dgrad" not in site.gradients and stack(right)[0] is stack(w)[0]:
         role, flipped, gradient = "dgrad", False, (left, False)
-    elif len(shape(node)) == 3 and "wgrad" not in site.products and canonical(left) == _flipped(canonical(x)):
+    elif len(shape(node)) == 3 and "wgrad" not in site.gradients and canonical(left) == _flipped(canonical(x)):
         role, flipped, gradient = "wgrad", True, (right, False)
-    elif len(shape(node)) == 3 and "wgrad" not in site.products and canonical(right) == canonical(x):
+    elif len(shape(node)) == 3 and "wgrad" not in site.gradients and canonical(right) == canonical(x):
         role, flipped, gradient = "wgrad", False, (left, True)
     else:
-        return
+        return {}
     base, turned = canonical(gradient[0])
-    resolved = base, turned != gradient[1]
-    if site.gradient not in (None, resolved):
-        return
-    claimed.add(node)
-    site.products[role] = Product(node, flipped)
-    site.gradient = resolved
+    e = base, turned != gradient[1]
+    if any(other.e != e for other in site.gradients.values()):
+        return {}
+    return {role: Gradient(node, flipped, e, site.dtype)}
 
 
 def _flipped(operand: tuple[Node, bool]) -> tuple[Node, bool]:

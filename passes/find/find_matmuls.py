@@ -25,7 +25,7 @@ from quartet.passes.classify.others import left_alone, plain, without_site
 from quartet.passes.find.gradients import attach, not_needed_in_forward
 from quartet.passes.flow import Flow
 from quartet.passes.naming import module_name, module_of
-from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, MatmulSite, Product
+from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, Found, Product
 from quartet.passes.state import State
 from quartet.passes.values import Values
 from quartet.passes.views import MATMULS, canonical, operands
@@ -89,7 +89,7 @@ def _holds_tensors(node: Node) -> bool:
 
 
 def find_matmuls(state: State) -> None:
-    """Fill ``state.sites`` and record the products that are none of ours."""
+    """Find the sites, and record the products that are none of ours."""
     graph = state.gm.graph
     flow = state.flow = Flow.of(graph, parameter_origins(state))
     masks = Masks({node for node in flow.origin if node.op == "placeholder"})
@@ -102,14 +102,14 @@ def find_matmuls(state: State) -> None:
             _find(state, node, flow, masks)
     values = Values(graph)
     early = [node for node in products if node in spare]
-    gradients = attach(graph, values, state.sites, early)
+    gradients = _attach(state, values, early)
     for node in early:
         if node not in gradients:
             _find(state, node, flow, masks)
-    gradients |= attach(graph, values, state.sites, backward)
+    gradients |= _attach(state, values, backward)
     for site in state.sites:
-        site.op_class = own_class(site) or site.op_class
-        site.aside = _aside(state, site, flow) | quantised_before(site)
+        site = replace(site, op_class=own_class(site) or site.op_class)
+        state.advance(replace(site, aside=_aside(state, site, flow) | quantised_before(site)))
     state.alone.extend(_unplanned(n, "dgrad") for n in backward if n not in gradients)
 
 
@@ -119,10 +119,17 @@ def _find(state: State, node: Node, flow: Flow, masks: Masks) -> None:
     if site is None:
         state.alone.append(_unplanned(node, "fprop"))
     else:
-        state.sites.append(site)
+        state.advance(site)
 
 
-def _site(state: State, node: Node, flow: Flow, masks: Masks) -> MatmulSite | None:
+def _attach(state: State, values: Values, candidates: list[Node]) -> set[Node]:
+    """Give the sites their gradients; returns the candidates that are one."""
+    sites, gradients = attach(state.gm.graph, values, state.sites, candidates)
+    state.advance(*sites)
+    return gradients
+
+
+def _site(state: State, node: Node, flow: Flow, masks: Masks) -> Found | None:
     (a, b), origin = operands(node), flow.origin
     if a in origin and b in origin:
         return None
@@ -132,21 +139,18 @@ def _site(state: State, node: Node, flow: Flow, masks: Masks) -> MatmulSite | No
     x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
     batch = shape(node)[0] if len(shape(node)) == 3 else None
     fqn = module_of(node) if w[0] not in origin else module_name(origin[w[0]])
-    site = MatmulSite(len(state.sites), fqn, "linear", x, w, m, n, q, val(node).dtype, batch=batch)
-    site.products["fprop"] = Product(node, flipped)
-    site.notes = node.meta.get(NOTES_KEY, ())
+    site = Found(index=len(state.sites), fqn=fqn, op_class="linear", x=x, w=w, m=m, n=n, k=q, dtype=val(node).dtype,
+                 forward=Product(node, flipped), batch=batch, notes=node.meta.get(NOTES_KEY, ()))
     if w[0] not in origin:
-        site.op_class = activations_class_of(node, a)
-        site.masked = masks.of_activations(node, a, b, site.op_class)
-    elif batch is not None or _chosen(canonical(w[0])[0]):
-        site.op_class = "grouped"
-    else:
-        site.op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
-            site, _owner(origin[w[0]]) if _has_others(state) else "", flow, flow.widths | state.config.widths)
-        site.fqn = (module_of(node) if embeds(w[0]) else "") or fqn
-    if batch is None and w[0] in origin:
-        site.masked = masks.of_weight(w[0])
-    return site
+        op_class = activations_class_of(node, a)
+        return replace(site, op_class=op_class, masked=masks.of_activations(node, a, b, op_class))
+    if batch is None:
+        site = replace(site, masked=masks.of_weight(w[0]))
+    if batch is not None or _chosen(canonical(w[0])[0]):
+        return replace(site, op_class="grouped")
+    op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
+        site, _owner(origin[w[0]]) if _has_others(state) else "", flow, flow.widths | state.config.widths)
+    return replace(site, op_class=op_class, fqn=(module_of(node) if embeds(w[0]) else "") or fqn)
 
 
 def _has_others(state: State) -> bool:
@@ -160,7 +164,7 @@ def _owner(parameter: str) -> str:
     return "" if name in (parameter, "weight") else name
 
 
-def _aside(state: State, site: MatmulSite, flow: Flow) -> dict[str, str]:
+def _aside(state: State, site: Found, flow: Flow) -> dict[str, str]:
     """Role → why the policy's default leaves a site's product alone."""
     config, name = state.config, flow.origin.get(site.w[0], "")
     found = small(site, config)
@@ -173,7 +177,7 @@ def _aside(state: State, site: MatmulSite, flow: Flow) -> dict[str, str]:
     return found
 
 
-def _is_stored_in_out(site: MatmulSite) -> bool:
+def _is_stored_in_out(site: Found) -> bool:
     """Whether the parameter that W is a view or a cast of lies as ``[in, out]``."""
     base, flipped = canonical(site.w[0])
     flipped ^= site.w[1]

@@ -12,7 +12,7 @@ chunks and makes its gradients in forward. Where several forward products are as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import BY_HAND, is_backward, shape, val
-from quartet.passes.sites import MatmulSite, Product
+from quartet.passes.sites import Found, Gradient
 from quartet.passes.values import Values
 from quartet.passes.views import Operand, canonical, operands
 from quartet.runtime.sizes import same_sizes
@@ -33,21 +33,24 @@ class Reading:
     """One way to read a product: as the gradient of a role of a site; E as it is stored, and a key of its values."""
 
     node: Node
-    site: MatmulSite
+    site: Found
     role: str
     flipped: bool
     gradient: Operand
     key: tuple[int, bool]
 
     @property
-    def free(self) -> bool:
-        return self.role not in self.site.products
-
-    @property
     def numbered(self) -> bool:
         """Whether autograd says so."""
-        forward = self.site.products["fprop"].node
+        forward = self.site.forward.node
         return self.node.meta.get("seq_nr") == forward.meta.get("seq_nr") and not by_hand(self.node)
+
+    def attached(self) -> Gradient:
+        """The product that it is, with E behind its views where that is a matrix of the same kind."""
+        node, turned = self.gradient
+        base, flipped = canonical(node)
+        e = (base, flipped != turned) if len(shape(base)) == len(shape(self.node)) else self.gradient
+        return Gradient(self.node, self.flipped, e, val(self.node).dtype)
 
 
 def by_hand(node: Node) -> bool:
@@ -55,35 +58,39 @@ def by_hand(node: Node) -> bool:
     return BY_HAND in node.meta or not is_backward(node)
 
 
-def attach(graph: Graph, values: Values, sites: Sequence[MatmulSite], candidates: Iterable[Node]) -> set[Node]:
-    """Give the sites their gradients; returns the candidates that are one."""
+def attach(graph: Graph, values: Values, sites: Sequence[Found],
+           candidates: Iterable[Node]) -> tuple[list[Found], set[Node]]:
+    """The sites with their gradients, and the candidates that are one."""
     found = _Readings(values, sites)
     readings = {node: found.of(node) for node in candidates}
+    given = {site.index: site for site in sites}
     claimed: set[Node] = set()
+
+    def free(reading: Reading) -> bool:
+        return reading.role not in given[reading.site.index].gradients
 
     def claim(reading: Reading) -> None:
         claimed.add(reading.node)
-        reading.site.products[reading.role] = Product(reading.node, reading.flipped, dtype=val(reading.node).dtype)
-        _give_gradient(reading)
+        given[reading.site.index] = given[reading.site.index].with_gradient(reading.role, reading.attached())
 
     for reading in _pairs([r for some in readings.values() for r in some]):
-        if reading.free and reading.node not in claimed:
+        if free(reading) and reading.node not in claimed:
             claim(reading)
     becomes = parameters_of_gradients(graph)
     for node, some in readings.items():
         if node not in claimed:
-            one = _only(node, [r for r in some if r.free], values, becomes)
+            one = _only(node, [replace(r, site=given[r.site.index]) for r in some if free(r)], values, becomes)
             if one is not None:
                 claim(one)
-    return claimed
+    return list(given.values()), claimed
 
 
 class _Readings:
     """Finds the sites that a product shares an operand with."""
 
-    def __init__(self, values: Values, sites: Sequence[MatmulSite]) -> None:
+    def __init__(self, values: Values, sites: Sequence[Found]) -> None:
         self.values = values
-        self.by_operand: dict[tuple[str, int, bool], list[MatmulSite]] = {}
+        self.by_operand: dict[tuple[str, int, bool], list[Found]] = {}
         for site in sites:
             for role, operand in (("dgrad", site.w), ("wgrad", site.x)):
                 self.by_operand.setdefault((role, *self.key(operand)), []).append(site)
@@ -107,7 +114,7 @@ class _Readings:
         return [Reading(node, site, role, flipped, gradient, self.key(gradient))
                 for role, flipped, shared, gradient in forms
                 for site in self.by_operand.get((role, *shared), ())
-                if _may_be_gradient(gradient[0], site.products["fprop"].node) and _fits(gradient, site)]
+                if _may_be_gradient(gradient[0], site.forward.node) and _fits(gradient, site)]
 
 
 def _widens(node: Node) -> bool:
@@ -122,7 +129,7 @@ def _may_be_gradient(e: Node, forward: Node) -> bool:
     return is_backward(e) or _depends(e, forward)
 
 
-def _fits(gradient: Operand, site: MatmulSite) -> bool:
+def _fits(gradient: Operand, site: Found) -> bool:
     """Whether what stands in E's place has its sizes."""
     *batch, rows, cols = shape(gradient[0])
     sizes = (cols, rows) if gradient[1] else (rows, cols)
@@ -150,9 +157,9 @@ def _only(node: Node, readings: list[Reading], values: Values, becomes: Callable
         return next((r for r in readings if r.numbered), None)
     tests: tuple[Callable[[Reading], bool], ...] = (
         lambda r: True,
-        lambda r: r.site.gradient is not None and _key_of(values, r.site.gradient) == r.key,
+        lambda r: any(_key_of(values, other.e) == r.key for other in r.site.gradients.values()),
         lambda r: r.role == "wgrad" and bool(_roots(r.site.w[0]) & becomes(node)),
-        lambda r: not is_backward(node) and _depends(r.gradient[0], r.site.products["fprop"].node),
+        lambda r: not is_backward(node) and _depends(r.gradient[0], r.site.forward.node),
     )
     for test in tests:
         left = list({(r.site.index, r.role): r for r in readings if test(r)}.values())
@@ -163,18 +170,6 @@ def _only(node: Node, readings: list[Reading], values: Values, becomes: Callable
 
 def _key_of(values: Values, operand: Operand) -> tuple[int, bool]:
     return _Readings(values, ()).key(operand)
-
-
-def _give_gradient(reading: Reading) -> None:
-    """E in its place: the site's, or the product's own where a program uses different ones for dgrad and wgrad."""
-    node, turned = reading.gradient
-    base, flipped = canonical(node)
-    resolved = (base, flipped != turned) if len(shape(base)) == len(shape(reading.node)) else reading.gradient
-    site, product = reading.site, reading.site.products[reading.role]
-    if site.gradient is None:
-        site.gradient = resolved
-    elif site.gradient != resolved:
-        product.gradient = resolved
 
 
 def _depends(node: Node, source: Node) -> bool:

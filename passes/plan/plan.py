@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import Node
@@ -9,14 +10,15 @@ from torch.fx import Node
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.ir.graph import VIEWS, shape, val
+from quartet.lowering.recipe.depth import Layer
 from quartet.lowering.recipe.resolution import Choice, Resolution
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.classify.aside import quantised_all_the_same
 from quartet.passes.classify.layers import layers_of
 from quartet.passes.classify.others import OF_CODES
 from quartet.passes.plan.profitability import kernel_of, leave_slower
-from quartet.passes.sites import MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import Decided, Found, Planned
+from quartet.passes.state import State
 
 DTYPES = registry.QUANTIZED
 
@@ -26,37 +28,44 @@ class UnsupportedMatmul(ValueError):
 
 
 def plan(state: State) -> None:
-    """Set ``recipe``, ``reasons`` and ``x_group`` of every site. Raises UnsupportedMatmul when strict."""
+    """Decide every site, and plan those that the policy quantises. Raises UnsupportedMatmul when strict."""
     layers = layers_of(site.fqn for site in state.sites)
     for site in state.sites:
         layer = layers.get(site.fqn)
         wanted = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer, site.aside)
-        resolution = site.resolution = wanted.apart(site.masked)
-        obstacle = _obstacle(site) or _ungenerated(state, site)
-        if state.config.strict and (refused := obstacle or _refused(site, wanted)) and wanted.quantizes:
+        resolution = wanted.apart(site.masked)
+        obstacle = _obstacle(site) or _ungenerated(state, site, resolution)
+        if state.config.strict and (refused := obstacle or _refused(site, wanted, resolution)) and wanted.quantizes:
             raise UnsupportedMatmul(
-                f"strict=True, and {site.fqn or 'a matmul'} (node {site.products['fprop'].node.name}, "
+                f"strict=True, and {site.fqn or 'a matmul'} (node {site.forward.node.name}, "
                 f"m={site.m} n={site.n} k={site.k}, {site.dtype}) cannot be quantised: {refused}")
         if obstacle is not None and resolution.quantizes:
-            site.reasons = {role: obstacle for role in ROLES}
-            continue
-        choices = {role: resolution.choice(role) for role in ROLES}
-        site.reasons = {role: choice.reason for role, choice in choices.items() if choice.gemm is None}
-        site.remarks = {role: choice.reason for role, choice in choices.items() if _altered(choice, role)}
-        by_default = choices["wgrad"].gemm is not None and choices["wgrad"].rule is None
-        if by_default and (why := quantised_all_the_same(site, state.config)):
-            site.remark("wgrad", why)
-        site.recipe = resolution.effective if resolution.quantizes else None
-        if site.recipe is not None:
-            if site.recipe.keep and layer is None:
-                site.notes += (f"which layer this is does not show in its name, so the {site.recipe.keep[0]} are not "
-                               "left alone",)
+            state.advance(Decided(**vars(site), resolution=resolution, reasons=dict.fromkeys(ROLES, obstacle)))
+        else:
+            state.advance(_decided(state, site, resolution, layer))
     if state.config.strict:
         _refuse_what_has_no_site(state)
     _group(state)
     if state.config.where_it_pays:
         leave_slower(state)
         _group(state)
+
+
+def _decided(state: State, site: Found, resolution: Resolution, layer: Layer | None) -> Decided:
+    choices = {role: resolution.choice(role) for role in ROLES}
+    decided = Decided(**vars(site), resolution=resolution,
+                      reasons={role: choice.reason for role, choice in choices.items() if choice.gemm is None},
+                      remarks={role: choice.reason for role, choice in choices.items() if _altered(choice, role)})
+    by_default = choices["wgrad"].gemm is not None and choices["wgrad"].rule is None
+    if by_default and (why := quantised_all_the_same(site, state.config)):
+        decided = decided.remark("wgrad", why)
+    if not resolution.quantizes:
+        return decided
+    planned = Planned(**vars(decided), recipe=resolution.effective, x_group=site.index)
+    if planned.recipe.keep and layer is None:
+        return planned.note(f"which layer this is does not show in its name, so the {planned.recipe.keep[0]} are not "
+                            "left alone")
+    return planned
 
 
 def _refuse_what_has_no_site(state: State) -> None:
@@ -75,11 +84,10 @@ def _refuse_what_has_no_site(state: State) -> None:
 def _group(state: State) -> None:
     """Find the sites that quantise the same X."""
     groups: dict[Any, int] = {}
-    for site in state.planned():
-        recipe = recipe_of(site)
-        key = (value_key(site.x[0]), site.x[1], str(site.batch), site.groups and site.groups.offs, recipe.fprop,
-               recipe.wgrad)
-        site.x_group = groups.setdefault(key, site.index)
+    for site in state.at(Planned):
+        key = (value_key(site.x[0]), site.x[1], str(site.batch), site.groups and site.groups.offs, site.recipe.fprop,
+               site.recipe.wgrad)
+        state.advance(replace(site, x_group=groups.setdefault(key, site.index)))
 
 
 def _altered(choice: Choice, role: str) -> bool:
@@ -87,14 +95,13 @@ def _altered(choice: Choice, role: str) -> bool:
     return choice.gemm is not None and choice.recipe is not None and choice.gemm != getattr(choice.recipe, role)
 
 
-def _refused(site: MatmulSite, wanted: Resolution) -> str | None:
+def _refused(site: Found, wanted: Resolution, resolution: Resolution) -> str | None:
     """Which products of a site the policy quantises and a mask keeps it from, and why."""
-    assert site.resolution is not None
     return "; ".join(f"{role} {after.reason}" for role in site.products if wanted.choice(role).gemm is not None
-                     and (after := site.resolution.choice(role)).gemm is None) or None
+                     and (after := resolution.choice(role)).gemm is None) or None
 
 
-def _obstacle(site: MatmulSite) -> str | None:
+def _obstacle(site: Found) -> str | None:
     dtypes = {val(site.x[0]).dtype, val(site.w[0]).dtype}
     if not dtypes <= set(DTYPES):
         names = ", ".join(sorted(dtype_name(d) for d in dtypes))
@@ -104,15 +111,14 @@ def _obstacle(site: MatmulSite) -> str | None:
     return None
 
 
-def _ungenerated(state: State, site: MatmulSite) -> str | None:
+def _ungenerated(state: State, site: Found, resolution: Resolution) -> str | None:
     """Why a product that the policy quantises has no kernel on the site's device, and no code that Inductor makes."""
-    assert site.resolution is not None
     target = state.config.target_of(val(site.x[0]).device)
     for role in site.products:
-        gemm = site.resolution.choice(role).gemm
-        if gemm is None or gemm.a.spec is None or gemm.b.spec is None:
+        gemm = resolution.choice(role).gemm
+        if gemm is None or gemm.specs is None:
             continue
-        reason = registry.not_generated(target, gemm.a.spec, gemm.b.spec)
+        reason = registry.not_generated(target, *gemm.specs)
         if reason is not None and not kernel_of(gemm, site, target, ()):
             return reason
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 
@@ -25,8 +25,8 @@ from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.passes.classify.aside import tokens
 from quartet.passes.compilation import Compilation
 from quartet.passes.flow import Flow
-from quartet.passes.sites import MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import Found, Planned
+from quartet.passes.state import State
 from quartet.runtime.devices import Target
 from quartet.runtime.sizes import hint
 
@@ -42,27 +42,28 @@ def leave_slower(state: State) -> None:
     What leaves no longer shares the cost of an X with what stays, so this is repeated until nothing leaves.
     """
     costs: dict[int, Cost] = {}
-    before = {site.index: recipe_of(site) for site in state.planned()}
+    before = state.at(Planned)
     while _once(state, costs):
         pass
-    for site in state.planned():
+    for site in state.at(Planned):
         if site.index in costs:
-            site.notes += (f"predicted {costs[site.index]}, {_basis(site, state.config)}",)
+            state.advance(site.note(f"predicted {costs[site.index]}, {_basis(site, state.config)}"))
     _warn_changed(state, before)
 
 
-def _warn_changed(state: State, before: Mapping[int, Recipe]) -> None:
+def _warn_changed(state: State, before: Iterable[Planned]) -> None:
     """Say which layers were quantised otherwise in graphs that evaluated the model before it was trained."""
-    sharing = Counter(site.x_group for site in state.planned())
+    sharing = Counter(site.x_group for site in state.at(Planned))
     changed = []
-    for site in state.sites:
+    for site in before:
         rates = rates_of(state.config.target_of(val(site.x[0]).device))
         guess = state.config.guessed.get(site.fqn)
-        if guess is None or rates is None or site.index not in before or not _is_weighed(site):
+        if guess is None or rates is None or not _is_weighed(site):
             continue
-        layer = replace(_layer(state, site, before[site.index], max(sharing[site.x_group], 1)), m=guess)
-        then, _ = _cheapest(before[site.index], layer, rates)
-        if then != (frozenset(role for role in ROLES if getattr(site.recipe, role, None) is not None)):
+        layer = replace(_layer(state, site, max(sharing[site.x_group], 1)), m=guess)
+        then, _ = _cheapest(site.recipe, layer, rates)
+        now = state.site(site.index)
+        if then != (frozenset(now.recipe.roles) if isinstance(now, Planned) else frozenset()):
             changed.append(site.fqn)
     if changed:
         warnings.warn(
@@ -74,42 +75,45 @@ def _warn_changed(state: State, before: Mapping[int, Recipe]) -> None:
 
 def _once(state: State, costs: dict[int, Cost]) -> bool:
     """One round; fills in the costs of what stays. Whether anything has left."""
-    sharing = Counter(site.x_group for site in state.planned())
-    before = [site.recipe for site in state.sites]
-    for site in state.planned():
+    sharing = Counter(site.x_group for site in state.at(Planned))
+    left = False
+    for site in state.at(Planned):
         rates = rates_of(state.config.target_of(val(site.x[0]).device))
         if rates is None or not _is_weighed(site):
             continue
         if site.scaled is not ir.SCALED_MM:
-            _leave(site, dict.fromkeys(ROLES, "the cost model knows neither groups nor batches: name it in a rule"))
+            reasons = dict.fromkeys(ROLES, "the cost model knows neither groups nor batches: name it in a rule")
         else:
-            layer = _layer(state, site, recipe_of(site), sharing[site.x_group])
-            _decide(site, layer, rates, costs, _basis(site, state.config))
-    return before != [site.recipe for site in state.sites]
+            layer = _layer(state, site, sharing[site.x_group])
+            reasons = _slower(site, layer, rates, costs, _basis(site, state.config))
+        if reasons:
+            state.advance(site.without(reasons))
+            left = True
+    return left
 
 
-def _is_weighed(site: MatmulSite) -> bool:
+def _is_weighed(site: Planned) -> bool:
     """Whether the policy's default decides about all of a site's products."""
-    return site.resolution is not None and all(site.resolution.choice(role).rule is None for role in ROLES)
+    return all(site.resolution.choice(role).rule is None for role in ROLES)
 
 
-def _decide(site: MatmulSite, layer: Layer, rates: Rates, costs: dict[int, Cost], basis: str) -> None:
-    """Keep the set of products that is predicted to be the fastest."""
-    recipe, parts = recipe_of(site), units(recipe_of(site), ROLES)
-    best, prices = _cheapest(recipe, layer, rates)
+def _slower(site: Planned, layer: Layer, rates: Rates, costs: dict[int, Cost], basis: str) -> dict[str, str]:
+    """Role → why it is not in the set of products that is predicted to be the fastest; fills in the cost of that."""
+    parts = units(site.recipe, ROLES)
+    best, prices = _cheapest(site.recipe, layer, rates)
     whole = frozenset[str]().union(*parts)
     if not best:
         shown = prices.get(whole, min(prices.values(), key=lambda cost: float(cost.quantized), default=None))
-        _leave(site, dict.fromkeys(ROLES, _unmeasured(layer, whole) if shown is None else
-                                   f"would not pay: predicted {shown}, {basis}"))
-        return
+        return dict.fromkeys(ROLES, _unmeasured(layer, whole) if shown is None else
+                             f"would not pay: predicted {shown}, {basis}")
     costs[site.index] = prices[best]
+    reasons: dict[str, str] = {}
     for part in parts:
         if not part <= best:
-            reason = _unmeasured(layer, part) or (
+            reasons |= dict.fromkeys(part, _unmeasured(layer, part) or (
                 f"would not pay: predicted {_time(prices[best | part])} for the layer with it quantised, "
-                f"{_time(prices[best])} without, {basis}")
-            _leave(site, dict.fromkeys(part, reason))
+                f"{_time(prices[best])} without, {basis}"))
+    return reasons
 
 
 def _cheapest(recipe: Recipe, layer: Layer, rates: Rates) -> tuple[frozenset[str], dict[frozenset[str], Cost]]:
@@ -128,13 +132,6 @@ def units(recipe: Recipe, roles: Iterable[str]) -> list[frozenset[str]]:
     return [part for part in (tied, *(frozenset({role}) for role in gemms if role not in tied)) if part]
 
 
-def _leave(site: MatmulSite, reasons: Mapping[str, str]) -> None:
-    recipe = recipe_of(site).only({role for role in ROLES if role not in reasons})
-    site.recipe = recipe if recipe.quantizes else None
-    site.reasons |= reasons
-    site.remarks = {role: text for role, text in site.remarks.items() if role not in reasons}
-
-
 def _time(cost: Cost) -> str:
     return f"{1e6 * float(cost.quantized):.0f} µs"
 
@@ -146,19 +143,19 @@ def _unmeasured(layer: Layer, roles: Iterable[str]) -> str:
     return f"no measured rates for kernel {names}: name it in a rule" if names else ""
 
 
-def _basis(site: MatmulSite, config: Compilation) -> str:
+def _basis(site: Found, config: Compilation) -> str:
     """What a price is of: also for how many tokens, where that is not what the graph has."""
     count = tokens(site, config)
     same = isinstance(site.m, int) and site.m == count
     return "forward and backward" + ("" if same else f" of {count} tokens")
 
 
-def _layer(state: State, site: MatmulSite, recipe: Recipe, sharing: int) -> Layer:
+def _layer(state: State, site: Planned, sharing: int) -> Layer:
     """The layer of a site with the three products that it has in training."""
     config, target = state.config, state.config.target_of(val(site.x[0]).device)
-    recompute = (config.recompute or recipe.recompute) == "gemm" and is_read_in_backward(
-        site.products["fprop"].node, state.flow)
-    kernels = {role: _kernel(getattr(recipe, role), site, target, config.disable_kernels) for role in ROLES}
+    recompute = (config.recompute or site.recipe.recompute) == "gemm" and is_read_in_backward(
+        site.forward.node, state.flow)
+    kernels = {role: _kernel(getattr(site.recipe, role), site, target, config.disable_kernels) for role in ROLES}
     return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute)
 
 
@@ -178,15 +175,16 @@ def is_read_in_backward(y: Node, flow: Flow) -> bool:
     return False
 
 
-def _kernel(gemm: Gemm | None, site: MatmulSite, target: Target, disabled: tuple[str, ...]) -> str:
+def _kernel(gemm: Gemm | None, site: Found, target: Target, disabled: tuple[str, ...]) -> str:
     """The kernel that a product would get; "" where it is in the model's dtype."""
-    return "" if gemm is None or gemm.a.spec is None else kernel_of(gemm, site, target, disabled)
+    return "" if gemm is None else kernel_of(gemm, site, target, disabled)
 
 
-def kernel_of(gemm: Gemm, site: MatmulSite, target: Target, disabled: tuple[str, ...]) -> str:
-    """Name of the kernel that takes a quantised product of a layer, "" for none."""
-    assert gemm.a.spec is not None and gemm.b.spec is not None
+def kernel_of(gemm: Gemm, site: Found, target: Target, disabled: tuple[str, ...]) -> str:
+    """Name of the kernel that takes a product of a layer, "" for none and for one in the model's dtype."""
+    if gemm.specs is None:
+        return ""
+    a, b = gemm.specs
     rotation = gemm.rotation.n if gemm.rotation is not None else 0
-    kernel, _ = registry.choose(target, site.dtype, ((gemm.a.spec, rotation), (gemm.b.spec, rotation)), disabled,
-                                site.scaled)
+    kernel, _ = registry.choose(target, site.dtype, ((a, rotation), (b, rotation)), disabled, site.scaled)
     return "" if kernel is None else kernel.name

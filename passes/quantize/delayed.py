@@ -20,8 +20,8 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, editing, is_backward, val
 from quartet.passes.find.find_matmuls import input_indices
-from quartet.passes.sites import MADE_KEY, MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import MADE_KEY, Found, Planned
+from quartet.passes.state import State
 from quartet.runtime.slots.amax import AMAX_BEGIN, AMAX_READ, AMAX_RECORD, Entry
 
 MUST_BE_IN_FORWARD = "must_be_in_forward"
@@ -48,21 +48,16 @@ class Histories:
     current: dict[int, Node] = field(default_factory=dict)
 
 
-def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: MatmulSite, operand: str) -> Node:
+def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: Planned, operand: str) -> Node:
     """fp32 ``[1, 1]`` that scales ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, under the rule ``delayed``.
 
     A history belongs to a weight. A product without one, such as of two inputs, and a graph without an anchor, the body
     of a region, take the tensor's own magnitude.
     """
-    owner = state.sites[site.x_group] if operand == "x" else site
-    history = recipe_of(site).history
+    owner, history = _owner(state, site, operand), site.recipe.history
     weight = weight_index(state, owner)
     held = None if weight is None else _histories(state, val(x).device)
     if weight is None or held is None:
-        reason = "no weight of its own to keep a history for" if weight is None else "no history in a nested region"
-        for role in site.products:
-            if site.active(role) and reason not in site.remarks.get(role, ""):
-                site.remark(role, f"scaled by the current amax: {reason}")
         return _with_margin(build, build(ir.AMAX, x), history.margin)
     origin = _origin(x)
     key = weight if operand == "w" else owner.index, operand, origin
@@ -71,6 +66,18 @@ def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: Matmul
         name = _free_name(held, weight, operand, first, _made(origin))
         held.used[key] = _new_slot(held, origin, Entry(weight, name, history.entries), history.margin)
     return held.used[key]
+
+
+def without_history(state: State, site: Planned, operand: str) -> str | None:
+    """Why an operand that is scaled under the rule ``delayed`` has no history; None where it has one."""
+    if weight_index(state, _owner(state, site, operand)) is None:
+        return "no weight of its own to keep a history for"
+    return "no history in a nested region" if _anchor(state) is None else None
+
+
+def _owner(state: State, site: Planned, operand: str) -> Found:
+    """The site that an operand is measured for."""
+    return state.site(site.x_group) if operand == "x" else site
 
 
 def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
@@ -116,12 +123,17 @@ def _record(state: State, held: Histories, seen: dict[int, Node], backward: bool
 
 def _histories(state: State, device: torch.device) -> Histories | None:
     if device not in state.histories:
-        index = input_indices(state.gm.graph)
-        wanted = state.config.anchor
-        anchor = next((node for node, position in index.items() if wanted is not None and position == wanted), None)
+        anchor = _anchor(state)
         state.histories[device] = None if anchor is None else Histories(
             anchor, _start(state, anchor, device), [weight_index(state, site) for site in state.sites])
     return state.histories[device]
+
+
+def _anchor(state: State) -> Node | None:
+    """The input that stands for the weights of a call."""
+    wanted = state.config.anchor
+    index = input_indices(state.gm.graph)
+    return next((node for node, position in index.items() if wanted is not None and position == wanted), None)
 
 
 def _start(state: State, anchor: Node, device: torch.device) -> Node:
@@ -133,7 +145,7 @@ def _start(state: State, anchor: Node, device: torch.device) -> Node:
     return build(AMAX_BEGIN if trains else AMAX_READ, anchor, "", device)
 
 
-def weight_index(state: State, site: MatmulSite) -> int | None:
+def weight_index(state: State, site: Found) -> int | None:
     """Input of the dynamo graph that is the (first) parameter of a site's weight."""
     index = input_indices(state.gm.graph)
     frontier, seen = [site.w[0]], set()

@@ -28,104 +28,107 @@ from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, keep_as, replace_all, shape, val
 from quartet.lowering.ir.grouped import QUANTIZE_GROUPS
 from quartet.lowering.ir.products import SWAP, turned
-from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.targets.chains import REUSABLE, Source
 from quartet.passes.find.find_matmuls import input_indices
-from quartet.passes.quantize.delayed import amax_of
+from quartet.passes.quantize.delayed import amax_of, without_history
 from quartet.passes.quantize.randomness import draw_seed
-from quartet.passes.sites import SITE_KEY, MatmulSite, Product, Quantized
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import SITE_KEY, Planned, Quantized, QuantizedOperand, Rotated, RotatedGemm, Start
+from quartet.passes.state import State
 
 WHOLE_VIEWS = (aten.permute.default, aten.t.default, aten.alias.default, torch.ops.prims.convert_element_type.default)
+OPERANDS = {"fprop": ("x", "w"), "dgrad": ("e", "w"), "wgrad": ("e", "x")}  # a, b
 _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WGRAD_B)}
 
 
 def quantize(state: State) -> None:
     """Replace every planned product by quantise nodes and a scaled one."""
     with editing(state.gm):
-        for site in state.planned():
-            for role in ("fprop", "dgrad", "wgrad"):
-                gemm = site.active(role)
-                if gemm is not None and gemm.a.spec is not None:
-                    _product(state, site, role, gemm)
-                elif gemm is not None and gemm.b.source == "saved":
-                    _straight_through(state, site, role)
+        for site in state.at(Rotated):
+            quantized = Quantized(**vars(_remarked(state, site)))
+            for role, rotated in site.gemms.items():
+                if rotated.gemm.specs is not None:
+                    quantized = _product(state, quantized, role, rotated, *rotated.gemm.specs)
+                elif rotated.start is not None:
+                    quantized = _straight_through(state, quantized, role, rotated.mm, rotated.start)
+            state.advance(quantized)
 
 
-def _product(state: State, site: MatmulSite, role: str, gemm: Gemm) -> None:
-    product = site.products[role]
-    assert product.mm is not None and product.a is not None and product.b is not None
-    assert gemm.a.spec is not None and gemm.b.spec is not None
-    mm, a, b = product.mm, state.current(product.a), state.current(product.b)
+def _remarked(state: State, site: Rotated) -> Rotated:
+    """The site with a remark where delayed scaling has no history for an operand."""
+    delayed = [operand for role, rotated in site.gemms.items() if rotated.gemm.specs is not None
+               for operand, spec in zip(OPERANDS[role], rotated.gemm.specs, strict=True) if spec.rule == "delayed"]
+    for reason in dict.fromkeys(filter(None, (without_history(state, site, operand) for operand in delayed))):
+        for role in site.gemms:
+            site = site.remark(role, f"scaled by the current amax: {reason}")
+    return site
+
+
+def _product(state: State, site: Quantized, role: str, rotated: RotatedGemm, a_spec: QuantSpec,
+             b_spec: QuantSpec) -> Quantized:
+    mm, a, b = rotated.mm, state.current(rotated.a), state.current(rotated.b)
     gradient = role != "fprop"
     build = Builder(state.gm.graph, like=mm, before=mm, backward=is_backward(mm))
     saved = None
-    if product.source is not None:
-        product.source = state.current(product.source)
-        saved = _saved_codes(state, build, site, role, product, gemm)
+    if rotated.start is not None:
+        start = replace(rotated.start, source=state.current(rotated.start.source))
+        saved = _saved_codes(state, build, site, role, rotated, start, a_spec, b_spec)
         if saved is None:
-            _start_from_saved(state, site, role, product)
+            _start_from_saved(state, site, role, start)
     if gradient:
         draws = _DRAWS[role]
         owner = site.x_group if role == "wgrad" else site.index
         bits = (draws[0].of(site.index), draws[1].of(owner))
     else:
         bits = (Draw.FPROP_A.of(site.x_group), Draw.FPROP_B.of(site.index))
-    names = {"fprop": ("x", "w"), "dgrad": ("e", "w"), "wgrad": ("e", "x")}[role]
-    if gemm.a.spec.multiple != gemm.b.spec.multiple:
-        multiple = max(gemm.a.spec.multiple, gemm.b.spec.multiple)
+    names = OPERANDS[role]
+    if a_spec.multiple != b_spec.multiple:
+        multiple = max(a_spec.multiple, b_spec.multiple)
         a, b = build.padded(a, cols=multiple), build.padded(b, cols=multiple)
-    ends = site.groups.ends if site.groups is not None and role == "wgrad" else None
-    qa = quantize_node(state, build, a, gemm.a.spec, bits[0], (site, names[0]), ends)
-    qb = saved or quantize_node(state, build, b, gemm.b.spec, bits[1], (site, names[1]), ends)
+    ends = site.ends if role == "wgrad" else None
+    qa = quantize_node(state, build, a, a_spec, bits[0], (site, names[0]), ends)
+    qb = saved or quantize_node(state, build, b, b_spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not gradient and len(site.products) > 1:
         _mark_reusable(state, qb)
     operands: tuple[Any, ...] = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
     if site.groups is not None:
-        operands = *operands, site.groups.ends, role == "wgrad"
+        operands = *operands, site.ends, role == "wgrad"
     elif site.batch is not None:
         operands = *operands, build.size(site.batch)
     out = build(site.scaled, *operands, *_outer_scales(qa, qb))
-    keep_as(out, product.node)
+    keep_as(out, site.products[role].node)
     out.meta[SITE_KEY] = (site.index, role)
     state.kernels[site.index, role] = "reference"  # until lowering finds better
-    if not gradient:
-        site.quantized = {"x": qa, "w": qb}
-        site.saved_bytes = _saved_bytes(site)
-    elif product.source is not None:
+    if rotated.start is not None:
         out = _masked(build, site, role, out)
     state.replace(mm, out)
-    product.mm = out
+    return site if gradient else replace(site, operands={"x": qa, "w": qb}, saved_bytes=_saved_bytes(site, qa, qb))
 
 
-def _straight_through(state: State, site: MatmulSite, role: str) -> None:
+def _straight_through(state: State, site: Quantized, role: str, mm: Node, start: Start) -> Quantized:
     """Let the product in the model's dtype read what fprop quantised."""
-    product = site.products[role]
-    assert product.source is not None and product.mm is not None
-    product.source = state.current(product.source)
-    _start_from_saved(state, site, role, product)
-    made, mm = site.quantized["w" if role == "dgrad" else "x"], product.mm
-    site.reasons[role] = f"straight through: in high precision, with the dequantised {made.spec.element} of forward"
+    _start_from_saved(state, site, role, replace(start, source=state.current(start.source)))
     following = next(iter(mm.users))
     out = _masked(Builder(state.gm.graph, like=mm, before=following, backward=is_backward(mm)), site, role, mm)
     if out is not mm:
         replace_all(mm, out)
-        product.mm = out
+    element = site.operands[OPERANDS[role][1]].spec.element
+    reason = f"straight through: in high precision, with the dequantised {element} of forward"
+    return replace(site, reasons={**site.reasons, role: reason})
 
 
-def _masked(build: Builder, site: MatmulSite, role: str, out: Node) -> Node:
+def _masked(build: Builder, site: Quantized, role: str, out: Node) -> Node:
     """A gradient without the elements that fprop clipped, where its quantiser tells them."""
-    mask = site.quantized["x" if role == "dgrad" else "w"].mask
+    mask = site.operands["x" if role == "dgrad" else "w"].mask
     return out if mask is None else build(ir.APPLY_MASK, out, mask)
 
 
-def _outer_scales(a: Quantized, b: Quantized) -> tuple[Node | None, ...]:
+def _outer_scales(a: QuantizedOperand, b: QuantizedOperand) -> tuple[Node | None, ...]:
     """Further arguments of a product whose operands have a factor for the whole tensor."""
     factors = tuple(q.amax if q.spec.scale == "e4m3" else None for q in (a, b))
     return () if factors == (None, None) else factors
 
 
-def _mark_reusable(state: State, weight: Quantized) -> None:
+def _mark_reusable(state: State, weight: QuantizedOperand) -> None:
     """Name the parameter whose quantised form is the same in every forward of an optimizer step."""
     quantizer = ir.quantizer_of(weight.codes)[0]
     source = Source.of(quantizer)
@@ -145,14 +148,14 @@ def _mark_reusable(state: State, weight: Quantized) -> None:
 
 
 def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: int,
-                  owner: tuple[MatmulSite, str], ends: Node | None = None) -> Quantized:
+                  owner: tuple[Planned, str], ends: Node | None = None) -> QuantizedOperand:
     """Insert a quantise of ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, and its results.
 
     ``ends``: where the groups end along the last axis, if it has groups; a row's scale is then one in each.
     """
     if ends is not None and spec.block == "row":
         node = build(QUANTIZE_GROUPS, x, str(spec), ends)
-        return Quantized(build.item(node, 0), build.item(node, 1), None, spec)
+        return QuantizedOperand(build.item(node, 0), build.item(node, 1), None, spec)
     if spec.commutes_with_transpose and x.target is aten.permute.default:
         assert isinstance(x.args[0], Node)
         return _transposed(build, quantize_node(state, build, x.args[0], spec, bits, owner))
@@ -161,10 +164,10 @@ def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: 
     given = () if amax is None else (amax,)
     node = build(ir.QUANTIZE, x, str(spec), seed, bits if spec.stochastic else 0, *given)
     codes, scales = build.item(node, 0), build.item(node, 1)
-    return Quantized(codes, scales, build.item(node, 2) if spec.mask else None, spec, amax)
+    return QuantizedOperand(codes, scales, build.item(node, 2) if spec.mask else None, spec, amax)
 
 
-def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[MatmulSite, str]) -> Node:
+def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[Planned, str]) -> Node:
     """The largest magnitude of ``x``, which a transpose does not change."""
     base = x.args[0] if x.target is aten.permute.default else x
     assert isinstance(base, Node)
@@ -173,47 +176,43 @@ def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[M
     return build(ir.AMAX, base)
 
 
-def _transposed(build: Builder, q: Quantized) -> Quantized:
+def _transposed(build: Builder, q: QuantizedOperand) -> QuantizedOperand:
     """The transpose of a quantised tensor with one scale."""
     back = q.codes.args[0] if q.codes.target is aten.permute.default else None
     return replace(q, codes=back if isinstance(back, Node) else build.transpose(q.codes))
 
 
-def _saved(state: State, site: MatmulSite, role: str, product: Product) -> Quantized:
+def _saved(state: State, site: Quantized, role: str, start: Start) -> QuantizedOperand:
     """What fprop made of operand b; where the recipe does not keep the weight, quantised again before its transpose."""
-    made, b, source = site.quantized["w" if role == "dgrad" else "x"], product.b, product.source
-    assert b is not None and source is not None
-    if role == "dgrad" and not recipe_of(site).keep_weights and is_backward(product.node):
-        assert product.reader is not None
-        return _quantize_again(state, product.reader, source, made)
+    made = site.operands[OPERANDS[role][1]]
+    if role == "dgrad" and not site.recipe.keep_weights and is_backward(site.gradients[role].node):
+        return _quantize_again(state, start.reader, start.source, made)
     return made
 
 
-def _saved_codes(state: State, build: Builder, site: MatmulSite, role: str, product: Product,
-                 gemm: Gemm) -> Quantized | None:
+def _saved_codes(state: State, build: Builder, site: Quantized, role: str, rotated: RotatedGemm, start: Start,
+                 a_spec: QuantSpec, wanted: QuantSpec) -> QuantizedOperand | None:
     """Operand b as the codes of fprop, transposed; None when it is rotated or wanted in another format, or longer."""
-    made, wanted = site.quantized["w" if role == "dgrad" else "x"], gemm.b.spec
-    assert gemm.a.spec is not None and wanted is not None
-    rotated = product.b is not None and product.b.target is ir.HADAMARD
-    if rotated or made.spec != wanted or not wanted.commutes_with_transpose or gemm.a.spec.multiple > wanted.multiple:
+    made = site.operands[OPERANDS[role][1]]
+    in_a_basis = rotated.b.target is ir.HADAMARD
+    if in_a_basis or made.spec != wanted or not wanted.commutes_with_transpose or a_spec.multiple > wanted.multiple:
         return None
-    codes = _saved(state, site, role, product)
+    codes = _saved(state, site, role, start)
     count = site.groups.count if site.groups is not None and role == "dgrad" else site.batch
     return _transposed(build, codes) if count is None else replace(codes, codes=turned(build, count, codes.codes))
 
 
-def _start_from_saved(state: State, site: MatmulSite, role: str, product: Product) -> None:
+def _start_from_saved(state: State, site: Quantized, role: str, start: Start) -> None:
     """Let operand b start from the codes of fprop instead of the tensor that fprop quantised."""
-    source, reader = product.source, product.reader
-    assert source is not None and reader is not None
-    made = _saved(state, site, role, product)
+    source, reader = start.source, start.reader
+    made = _saved(state, site, role, start)
     at = Builder(state.gm.graph, like=reader, before=reader, backward=is_backward(reader))
     values = at(ir.DEQUANTIZE, made.codes, made.scales, str(made.spec), val(source).dtype,
                 *(() if made.amax is None else (made.amax,)))
     reader.replace_input_with(source, at.columns(values, shape(source)[1]))
 
 
-def _quantize_again(state: State, before: Node, source: Node, made: Quantized) -> Quantized:
+def _quantize_again(state: State, before: Node, source: Node, made: QuantizedOperand) -> QuantizedOperand:
     """The same codes computed once more in backward, so that the packed weight need not be kept.
 
     PyTorch merges equal nodes across the two directions. What tells this one apart is another site, of which a
@@ -227,22 +226,19 @@ def _quantize_again(state: State, before: Node, source: Node, made: Quantized) -
     elif seed is None:
         number = 1
     node = at(ir.QUANTIZE, again, spec, seed, number, *given)
-    q = Quantized(at.item(node, 0), at.item(node, 1), None, made.spec, made.amax)
+    q = QuantizedOperand(at.item(node, 0), at.item(node, 1), None, made.spec, made.amax)
     return _transposed(at, q) if flipped else q
 
 
-def _saved_bytes(site: MatmulSite) -> int | None:
+def _saved_bytes(site: Planned, x: QuantizedOperand, w: QuantizedOperand) -> int | None:
     """Bytes of codes, scales and masks that backward reads, those of a shared X counted at its first site."""
-    recipe = site.recipe
-    assert recipe is not None
     total = 0
-    for name, role, gradient in (("x", "wgrad", "dgrad"), ("w", "dgrad", "wgrad")):
-        made = site.quantized[name]
+    for name, made, role, gradient in (("x", x, "wgrad", "dgrad"), ("w", w, "dgrad", "wgrad")):
         parts = []
         if name == "x" and (site.recomputes_x or site.x_group != site.index):
             continue
         gemm = site.active(role)
-        if gemm is not None and gemm.b.source == "saved" and (name == "x" or recipe.keep_weights):
+        if gemm is not None and gemm.b.source == "saved" and (name == "x" or site.recipe.keep_weights):
             parts += [made.codes, made.scales]
         if made.mask is not None and site.active(gradient) is not None:
             parts.append(made.mask)

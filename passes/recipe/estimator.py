@@ -15,45 +15,41 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, val
 from quartet.lowering.ir.weights import DGE
+from quartet.lowering.recipe.types import Gemm
 from quartet.passes.rewriting import added, normal, rewrite
-from quartet.passes.sites import MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import Planned
+from quartet.passes.state import State
 from quartet.passes.views import operands
 
 
 def estimator(state: State) -> None:
     """Multiply wgrad of the planned sites that ask for it and whose fprop is quantised."""
     with editing(state.gm):
-        for site in state.planned():
-            if recipe_of(site).estimator != "dge" or not (site.active("fprop") and "wgrad" in site.products):
+        for site in state.at(Planned):
+            fprop = site.active("fprop")
+            if site.recipe.estimator != "dge" or fprop is None or "wgrad" not in site.gradients:
                 continue
             if site.batch is not None or site.groups is not None:
-                site.remark("wgrad", "straight through: W is not one matrix")
+                state.advance(site.remark("wgrad", "straight through: W is not one matrix"))
                 continue
-            _estimate(state, site)
+            state.advance(_estimate(state, site, fprop))
 
 
-def _estimate(state: State, site: MatmulSite) -> None:
-    fprop = recipe_of(site).fprop
-    assert fprop is not None
-
+def _estimate(state: State, site: Planned, fprop: Gemm) -> Planned:
     def times_slope(build: Builder, gw: Node) -> Node:
         slope = build(DGE, normal(state, build, site.w), str(fprop.b.spec))
         return build(aten.mul.Tensor, build.cast(gw, torch.float32), slope)
 
-    if site.active("wgrad"):
-        rewrite(state, site, "wgrad", times_slope)
-    else:
-        _times_in_place(state, site, times_slope)
-    site.remark("wgrad", "times the slope of W's quantiser (DGE)")
+    estimated = (rewrite(state, site, "wgrad", times_slope) if site.active("wgrad") else
+                 _times_in_place(state, site, times_slope))
+    return estimated.remark("wgrad", "times the slope of W's quantiser (DGE)")
 
 
-def _times_in_place(state: State, site: MatmulSite, times_slope: Callable[[Builder, Node], Node]) -> None:
+def _times_in_place(state: State, site: Planned, times_slope: Callable[[Builder, Node], Node]) -> Planned:
     """The same for a product that stays as autograd wrote it."""
-    product = site.products["wgrad"]
-    old = product.node
+    old, flipped = site.gradients["wgrad"].node, site.gradients["wgrad"].flipped
     build = Builder(state.gm.graph, like=old, before=old, backward=is_backward(old))
-    product.node = build(aten.mm.default, *operands(old))
-    normal_way = build.transpose(product.node) if product.flipped else product.node
-    out = build.cast(times_slope(build, normal_way), val(old).dtype)
-    state.replace(old, added(build, build.transpose(out) if product.flipped else out, old))
+    mm = build(aten.mm.default, *operands(old))
+    out = build.cast(times_slope(build, build.transpose(mm) if flipped else mm), val(old).dtype)
+    state.replace(old, added(build, build.transpose(out) if flipped else out, old))
+    return site.with_product("wgrad", mm, flipped)

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import aten, is_backward, shape, val
 from quartet.passes.plan.plan import value_key
-from quartet.passes.sites import MatmulSite
+from quartet.passes.sites import Found
 from quartet.passes.views import canonical
 from quartet.runtime.sizes import same, same_sizes
 
@@ -54,7 +54,7 @@ class _Factor:
     inverse: bool = False
 
 
-def gated_activation(site: MatmulSite) -> Gated | None:
+def gated_activation(site: Found) -> Gated | None:
     """How X of a site is a gated activation, or None."""
     base, flipped = canonical(site.x[0])
     if flipped != site.x[1]:
@@ -77,7 +77,7 @@ def gated_activation(site: MatmulSite) -> Gated | None:
     return None
 
 
-def _linear(name: str, rest: list[_Factor], site: MatmulSite) -> Gated | None:
+def _linear(name: str, rest: list[_Factor], site: Found) -> Gated | None:
     if len(rest) != 1 or rest[0].inverse:
         return None
     branch = rest[0]

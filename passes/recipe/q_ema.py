@@ -10,7 +10,7 @@ where W' is made, so that what is computed again in backward reads the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from quartet.lowering.ir.weights import TOWARD
 from quartet.passes.find.find_matmuls import canonical, input_indices, parameter_origins
 from quartet.passes.quantize.delayed import MUST_BE_IN_FORWARD, weight_index
 from quartet.passes.rewriting import normal, rewrite
-from quartet.passes.sites import MADE_KEY, MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import MADE_KEY, Planned
+from quartet.passes.state import State
 from quartet.runtime.slots.averages import AVERAGE_ADVANCE, AVERAGE_READ
 
 CASTS = (torch.ops.prims.convert_element_type.default,)
@@ -51,45 +51,42 @@ def toward(state: State) -> None:
     with editing(state.gm) as graph:
         wanted = state.config.anchor
         anchor = next((n for n, i in input_indices(graph).items() if wanted is not None and i == wanted), None)
-        for site in state.planned():
-            recipe = recipe_of(site)
-            if recipe.average is None or not site.active("fprop"):
+        for site in state.at(Planned):
+            decay, fprop = site.recipe.average, site.active("fprop")
+            if decay is None or fprop is None:
                 continue
             weight = None if anchor is None else weight_index(state, site)
             one = site.batch is None and site.groups is None and site.w[0] in parameters
             if anchor is None or weight is None or not one:
-                site.remark("fprop", "rounded to nearest: no moving average "
-                            + ("in a nested region" if anchor is None else "of such a weight"))
+                state.advance(site.remark("fprop", "rounded to nearest: no moving average "
+                                          + ("in a nested region" if anchor is None else "of such a weight")))
                 continue
             base, flipped = _weight_itself(site.w)
             if base not in averages:
-                averages[base] = _Average(anchor, base, weight, _name(parts, base), recipe.average)
+                averages[base] = _Average(anchor, base, weight, _name(parts, base), decay)
                 _advance(state, site, averages[base])
-            node, assigned = site.products["fprop"].node, recipe.fprop
-            assert assigned is not None
-            spec = str(assigned.b.spec)
+            node, spec = site.forward.node, str(fprop.b.spec)
             region = str(node.meta.get("recompute")), node.meta.get("ac_graph_id")
             key = base, flipped, val(site.w[0]).dtype, spec, region
             if key not in moved:
                 moved[key] = _moved(state, site, averages[base], flipped, spec)
-            site.w = moved[key], False
-            rewrite(state, site, "fprop", lambda build, product: product)
-            site.remark("fprop", f"W rounds toward its moving average ({recipe.average:g})")
+            site = rewrite(state, replace(site, w=(moved[key], False)), "fprop", lambda build, product: product)
+            state.advance(site.remark("fprop", f"W rounds toward its moving average ({decay:g})"))
 
 
-def _advance(state: State, site: MatmulSite, average: _Average) -> None:
+def _advance(state: State, site: Planned, average: _Average) -> None:
     """Advance an average, in graphs that train."""
     if not any(is_backward(node) for node in state.gm.graph.nodes):
         return
-    node = site.products["fprop"].node
+    node = site.forward.node
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
     build.meta = {"partitioner_tag": MUST_BE_IN_FORWARD}
     average.node(build, AVERAGE_ADVANCE)
 
 
-def _moved(state: State, site: MatmulSite, average: _Average, flipped: bool, spec: str) -> Node:
+def _moved(state: State, site: Planned, average: _Average, flipped: bool, spec: str) -> Node:
     """W', in normal orientation."""
-    node = site.products["fprop"].node
+    node = site.forward.node
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
     given = average.node(build, AVERAGE_READ)
     moved = build(TOWARD, normal(state, build, site.w), normal(state, build, (given, flipped)), spec)

@@ -14,7 +14,7 @@ quantised. Products that stay in the model's dtype are not touched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from quartet.kernels.reference.products.smooth import smooth_scale
 from quartet.lowering.ir.graph import Builder, aten, editing, inline, is_backward, val
 from quartet.passes.recipe.gated import Gated, gated_activation
 from quartet.passes.rewriting import normal, rewrite
-from quartet.passes.sites import MADE_KEY, MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import MADE_KEY, Planned
+from quartet.passes.state import State
+from quartet.passes.views import Operand
 from quartet.runtime import compat
 
 
@@ -42,15 +43,15 @@ def smooth_swiglu(state: State) -> None:
     """Scale the operands of the planned sites that ask for it and whose X is a gated activation."""
     shared: dict[Any, _Smoothed] = {}
     with editing(state.gm):
-        for site in state.planned():
-            form = recipe_of(site).smooth
+        for site in state.at(Planned):
+            form = site.recipe.smooth
             gated = gated_activation(site) if form != "none" else None
             if gated is None:
                 continue
             if site.batch is not None or site.groups is not None:
-                site.remark("fprop", "not smoothed: W is not one matrix")
+                state.advance(site.remark("fprop", "not smoothed: W is not one matrix"))
                 continue
-            node = site.products["fprop"].node
+            node = site.forward.node
             roles = [role for role in site.products if site.active(role)]
             if form == "token" and "wgrad" not in roles:
                 roles = [role for role in roles if role == "fprop"]  # dgrad = E·W has nothing of X
@@ -59,14 +60,15 @@ def smooth_swiglu(state: State) -> None:
             key = site.x_group, form, str(node.meta.get("recompute")), node.meta.get("ac_graph_id")
             if key not in shared:
                 shared[key] = _smoothed_x(state, site, gated, form)
-            factors = _scale_operands(state, site, form, shared[key], roles)
+            site, factors = _scale_operands(state, site, form, shared[key], roles)
             for role in roles:
-                rewrite(state, site, role, _finish(factors[role]))
-                site.remark(role, f"smoothed per {form} ({gated.activation})")
+                site = rewrite(state, site, role, _finish(factors[role]))
+                site = site.remark(role, f"smoothed per {form} ({gated.activation})")
+            state.advance(site)
 
 
-def _smoothed_x(state: State, site: MatmulSite, gated: Gated, form: str) -> _Smoothed:
-    node = site.products["fprop"].node
+def _smoothed_x(state: State, site: Planned, gated: Gated, form: str) -> _Smoothed:
+    node = site.forward.node
     build = Builder(state.gm.graph, like=node, before=node, backward=False)
 
     def scales(b: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,29 +78,29 @@ def _smoothed_x(state: State, site: MatmulSite, gated: Gated, form: str) -> _Smo
     return _Smoothed(_operand(build, normal(state, build, site.x), scale, form), scale, inverse)
 
 
-def _scale_operands(state: State, site: MatmulSite, form: str, smoothed: _Smoothed,
-                    roles: list[str]) -> dict[str, Node | None]:
-    """Give the site its scaled operands; returns the factor of each role's product."""
-    forward = site.products["fprop"].node
+def _scale_operands(state: State, site: Planned, form: str, smoothed: _Smoothed,
+                    roles: list[str]) -> tuple[Planned, dict[str, Node | None]]:
+    """The site with its scaled operands, and the factor of each role's product."""
+    forward = site.forward.node
     build = Builder(state.gm.graph, like=forward, before=forward, backward=False)
-    site.x = smoothed.x, False
+    scaled = replace(site, x=(smoothed.x, False))
     if form == "channel":
-        site.w = _operand(build, normal(state, build, site.w), smoothed.inverse, form), False
-        return {"fprop": None, "dgrad": smoothed.scale, "wgrad": smoothed.inverse}
+        w = _operand(build, normal(state, build, site.w), smoothed.inverse, form)
+        return replace(scaled, w=(w, False)), {"fprop": None, "dgrad": smoothed.scale, "wgrad": smoothed.inverse}
     if "wgrad" in roles:
-        _smooth_gradients(state, site, smoothed)
-    return {"fprop": smoothed.inverse, "dgrad": smoothed.scale, "wgrad": None}
+        scaled = _smooth_gradients(state, scaled, smoothed)
+    return scaled, {"fprop": smoothed.inverse, "dgrad": smoothed.scale, "wgrad": None}
 
 
-def _smooth_gradients(state: State, site: MatmulSite, smoothed: _Smoothed) -> None:
-    """Give the products the scaled E, made once where they have the same."""
-    made: dict[Any, tuple[Node, bool]] = {}
-    for product in sorted((site.products[r] for r in ("dgrad", "wgrad") if r in site.products), key=lambda p: p.node):
-        e = product.gradient or site.gradient
-        if e not in made:
-            build = Builder(state.gm.graph, product.node, product.node, backward=is_backward(product.node))
-            made[e] = _operand(build, normal(state, build, e), smoothed.inverse, "token"), False
-        product.gradient = made[e]
+def _smooth_gradients(state: State, site: Planned, smoothed: _Smoothed) -> Planned:
+    """The site whose backward products read the scaled E, made once where they have the same."""
+    made: dict[Operand, Operand] = {}
+    for role, gradient in sorted(site.gradients.items(), key=lambda item: item[1].node):
+        if gradient.e not in made:
+            build = Builder(state.gm.graph, gradient.node, gradient.node, backward=is_backward(gradient.node))
+            made[gradient.e] = _operand(build, normal(state, build, gradient.e), smoothed.inverse, "token"), False
+        site = site.with_gradient(role, replace(gradient, e=made[gradient.e]))
+    return site
 
 
 def _finish(factor: Node | None) -> Callable[[Builder, Node], Node]:

@@ -14,22 +14,22 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import SAVED, aten, is_backward
-from quartet.passes.sites import SITE_KEY, MatmulSite
-from quartet.passes.state import State, recipe_of
+from quartet.passes.sites import SITE_KEY, Quantized
+from quartet.passes.state import State
 
 
 def save(state: State) -> None:
     """Tag the fprop GEMMs whose output backward should compute again."""
     if not any(is_backward(node) for node in state.gm.graph.nodes):
         return
-    sites = {site.index: site for site in state.planned()}
+    sites = {site.index: site for site in state.at(Quantized)}
     for site in sites.values():
-        if site.recomputes_x and "x" in site.quantized:
-            _make_again(ir.quantizer_of(site.quantized["x"].codes)[0])
+        if site.recomputes_x and "x" in site.operands:
+            _make_again(ir.quantizer_of(site.operands["x"].codes)[0])
     for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
         index, role = node.meta[SITE_KEY]
         site = sites[index]
-        choice = state.config.recompute or recipe_of(site).recompute
+        choice = state.config.recompute or site.recipe.recompute
         asked = node.meta.get("recompute")
         if role == "fprop" and choice == "gemm" and keeps_codes(site) and (asked is None or asked in SAVED):
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
@@ -56,8 +56,8 @@ def _make_again(quantizer: Node) -> None:
         node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
 
 
-def keeps_codes(site: MatmulSite) -> bool:
+def keeps_codes(site: Quantized) -> bool:
     """Whether backward reads the codes of both operands of fprop, and finds them saved."""
     dgrad, wgrad = site.active("dgrad"), site.active("wgrad")
     return (dgrad is not None and wgrad is not None and dgrad.b.source == wgrad.b.source == "saved"
-            and recipe_of(site).keep_weights and not site.recomputes_x)
+            and site.recipe.keep_weights and not site.recomputes_x)

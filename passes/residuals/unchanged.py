@@ -15,6 +15,7 @@ from torch.fx import Node
 from quartet.lowering.ir.graph import Builder, aten, editing
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.residuals.boundary import above_view
+from quartet.passes.sites import Planned
 from quartet.passes.state import State
 
 
@@ -23,12 +24,12 @@ def unchanged(state: State) -> None:
     index = input_indices(state.gm.graph)
     tied: set[Node] = set()
     with editing(state.gm) as graph:
-        for site in state.planned():
+        for site in state.at(Planned):
             weight = _viewed(site.w[0])
             if not site.active("dgrad") or weight in tied or index.get(weight) not in state.config.weights:
                 continue
             tied.add(weight)
-            product = site.products["dgrad"].node
+            product = site.gradients["dgrad"].node
             Builder(graph, like=product, before=product, backward=True)(aten._assert_tensor_metadata.default, weight)
 
 
