@@ -18,11 +18,14 @@ from quartet.lowering.ir.graph import editing, val
 from quartet.lowering.targets import fp8_products
 from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell import lower as blackwell
-from quartet.passes.sites import SITE_KEY
+from quartet.passes.graph_pass import graph_pass
+from quartet.passes.sites import SITE_KEY, Quantized
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
 
 
+@graph_pass(reads=Quantized, optional=True,
+            summary="each product and the chain around it → the first kernel that accepts it")
 def lower(state: State) -> None:
     """Choose a kernel for every product and hand each kernel family its share of the graph, device by device."""
     chosen: dict[tuple[registry.Kernel, torch.device], list[Node]] = {}

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from quartet.passes.find.find_grouped import find_grouped
 from quartet.passes.find.find_matmuls import find_matmuls
 from quartet.passes.find.tag import tag
 from quartet.passes.find.unfold import unfold
+from quartet.passes.graph_pass import in_order
 from quartet.passes.lower import lower
 from quartet.passes.naming import name_modules
 from quartet.passes.plan.plan import plan
@@ -49,15 +50,13 @@ from quartet.runtime.compat import CustomGraphPass
 
 log = logging.getLogger("quartet")
 
-Pass = Callable[[State], None]
 Signature = tuple[str, ...]
-PASSES: tuple[Pass, ...] = (
+PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
     estimator, toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
 )
-NAMES = tuple(p.__name__ for p in PASSES)
-OPTIONAL = tuple(n for n in NAMES if n not in ("tag", "find_matmuls", "find_grouped", "plan", "rotate",
-                                               "rotate_grouped", "quantize", "delayed"))
+NAMES = tuple(p.name for p in PASSES)
+OPTIONAL = tuple(p.name for p in PASSES if p.optional)
 
 
 def signature(values: Iterable[Any]) -> Signature:
@@ -136,8 +135,8 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
         config = config.evaluating()
     state = State(gm, config)
     name_modules(gm.graph, config.modules)
-    for index, step in enumerate(p for p in PASSES if p.__name__ not in config.disable_passes):
-        name = step.__name__
+    for index, step in enumerate(p for p in PASSES if p.name not in config.disable_passes):
+        name = step.name
         for observer in config.observers:
             observer.before(index, name, gm)
         start, counts = time.perf_counter(), _ops(gm)

@@ -9,11 +9,14 @@ from __future__ import annotations
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import BY_HAND, Builder, aten, editing, is_backward, keep_as, shape
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.state import State
 from quartet.passes.values import Values
 from quartet.passes.views import MATMULS
 
 
+@graph_pass(optional=True,
+            summary="a bmm of batch 1 is a matrix product; what such a Function multiplies again is one product")
 def canonicalize(state: State) -> None:
     """Rewrite batches of one, then merge what is multiplied twice."""
     with editing(state.gm) as graph:

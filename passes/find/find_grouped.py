@@ -21,6 +21,7 @@ from quartet.lowering.recipe.records import MatmulRecord
 from quartet.passes.classify.already import quantised_before
 from quartet.passes.classify.aside import small
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan.plan import UnsupportedMatmul
 from quartet.passes.sites import Found, Gradient, Groups, Product
@@ -33,6 +34,7 @@ _SAME = (aten.alias.default, aten.detach.default, aten.clone.default)
 _ROLES_OF_RESULTS = {0: "dgrad", 1: "wgrad"}  # of the fallback's backward
 
 
+@graph_pass(writes=Found, summary="the same for products of groups of tokens with a matrix each")
 def find_grouped(state: State) -> None:
     """Find the grouped products with expert weights, and record all others.
 

@@ -24,6 +24,7 @@ from quartet.passes.classify.masks import Masks
 from quartet.passes.classify.others import left_alone, plain, without_site
 from quartet.passes.find.gradients import attach, not_needed_in_forward
 from quartet.passes.flow import Flow
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, Found, Product
 from quartet.passes.state import State
@@ -88,6 +89,9 @@ def _holds_tensors(node: Node) -> bool:
     return hasattr(value, "shape") or isinstance(value, (list, tuple))
 
 
+@graph_pass(writes=Found,
+            summary="one site a forward matmul, its dgrad and wgrad by structure, its op class, what of it a mask has "
+                    "made")
 def find_matmuls(state: State) -> None:
     """Find the sites, and record the products that are none of ours."""
     graph = state.gm.graph

@@ -9,12 +9,14 @@ from __future__ import annotations
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import BY_HAND, FORWARD, is_backward
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.state import State
 
 TAG = "partitioner_tag"
 _AUTOGRAD = "is_backward"
 
 
+@graph_pass(summary="what runs in backward, where a custom Function has computed it")
 def tag(state: State) -> None:
     """Tag every operator of a graph that has a backward."""
     nodes = [node for node in state.gm.graph.nodes if node.op == "call_function"]

@@ -24,6 +24,7 @@ from quartet.lowering.ir.graph import BY_HAND, Builder, aten, editing, is_backwa
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan.plan import DTYPES, UnsupportedMatmul
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, RECOMPUTED_KEY
@@ -103,6 +104,7 @@ class Convolution:
         return None
 
 
+@graph_pass(optional=True, summary="convolutions that the policy quantises, written as matrix products")
 def unfold(state: State) -> None:
     """Rewrite the convolutions that the policy quantises; record all others. Raises UnsupportedMatmul when strict."""
     nodes = state.gm.graph.find_nodes(op="call_function", target=CONV)

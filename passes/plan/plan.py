@@ -16,6 +16,7 @@ from quartet.lowering.recipe.types import ROLES
 from quartet.passes.classify.aside import quantised_all_the_same
 from quartet.passes.classify.layers import layers_of
 from quartet.passes.classify.others import OF_CODES
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.plan.profitability import kernel_of, leave_slower
 from quartet.passes.sites import Decided, Found, Planned
 from quartet.passes.state import State
@@ -27,6 +28,8 @@ class UnsupportedMatmul(ValueError):
     """Under ``strict=True``: a matmul that the policy quantises and that cannot be."""
 
 
+@graph_pass(reads=Found, writes=Planned,
+            summary="the policy's decision for each of the three GEMMs, or the reason to leave it alone")
 def plan(state: State) -> None:
     """Decide every site, and plan those that the policy quantises. Raises UnsupportedMatmul when strict."""
     layers = layers_of(site.fqn for site in state.sites)

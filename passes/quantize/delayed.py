@@ -20,7 +20,8 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, editing, is_backward, val
 from quartet.passes.find.find_matmuls import input_indices
-from quartet.passes.sites import MADE_KEY, Found, Planned
+from quartet.passes.graph_pass import graph_pass
+from quartet.passes.sites import MADE_KEY, Found, Planned, Quantized
 from quartet.passes.state import State
 from quartet.runtime.slots.amax import AMAX_BEGIN, AMAX_READ, AMAX_RECORD, Entry
 
@@ -101,6 +102,7 @@ def _origin(x: Node) -> Node:
     return x
 
 
+@graph_pass(reads=Quantized, summary="what the operands' largest magnitudes were is recorded for the next step")
 def delayed(state: State) -> None:
     """Record what the graph's tensors had, at the end of forward and of backward."""
     for held in state.histories.values():

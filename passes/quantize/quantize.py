@@ -30,6 +30,7 @@ from quartet.lowering.ir.grouped import QUANTIZE_GROUPS
 from quartet.lowering.ir.products import SWAP, turned
 from quartet.lowering.targets.chains import REUSABLE, Source
 from quartet.passes.find.find_matmuls import input_indices
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.delayed import amax_of, without_history
 from quartet.passes.quantize.randomness import draw_seed
 from quartet.passes.sites import SITE_KEY, Planned, Quantized, QuantizedOperand, Rotated, RotatedGemm, Start
@@ -40,6 +41,9 @@ OPERANDS = {"fprop": ("x", "w"), "dgrad": ("e", "w"), "wgrad": ("e", "x")}  # a,
 _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WGRAD_B)}
 
 
+@graph_pass(reads=Rotated, writes=Quantized,
+            summary="quantise nodes on the operands, scaled products, clip masks (of recipes that have them) on the "
+                    "gradients")
 def quantize(state: State) -> None:
     """Replace every planned product by quantise nodes and a scaled one."""
     with editing(state.gm):

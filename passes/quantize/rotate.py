@@ -19,6 +19,7 @@ from quartet.kernels.reference.philox import Draw
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, editing, is_backward, keep_as, val
 from quartet.lowering.recipe.types import Gemm, Rotation
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize import batched
 from quartet.passes.quantize.batched import flip, matrix, restored
 from quartet.passes.quantize.randomness import draw_seed
@@ -30,6 +31,8 @@ from quartet.passes.views import Operand
 SIGN_DRAWS = {"fprop": Draw.FPROP_SIGNS, "dgrad": Draw.DGRAD_SIGNS, "wgrad": Draw.WGRAD_SIGNS}
 
 
+@graph_pass(reads=Planned, writes=Rotated,
+            summary="every planned GEMM as A · Bᵀ in the Hadamard basis; the function is unchanged")
 def rotate(state: State) -> None:
     """Rewrite every active GEMM of the planned sites."""
     with editing(state.gm):

@@ -22,6 +22,7 @@ from quartet.lowering.ir.grouped import GATHER_ROWS, GROUP_LAYOUT, GROUPED_MM, P
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned
 from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.targets.fp8_products import ALIGN
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.rotate import rotated, signs_of, undone
 from quartet.passes.rewriting import normal
 from quartet.passes.sites import Groups, Planned, Rotated, RotatedGemm, Start
@@ -30,6 +31,8 @@ from quartet.passes.state import State
 BACKWARD: tuple[str, ...] = ("dgrad", "wgrad")
 
 
+@graph_pass(reads=Planned, writes=Rotated,
+            summary="the same for grouped products, in a layout where every group starts afresh")
 def rotate_grouped(state: State) -> None:
     """Rewrite every active GEMM of the planned grouped sites."""
     with editing(state.gm):

@@ -16,11 +16,14 @@ from torch.fx.node import map_arg
 from quartet.lowering.ir import SEMANTIC
 from quartet.lowering.ir import grouped as grouped_ops
 from quartet.lowering.ir.graph import VIEWS, editing, is_backward
+from quartet.passes.graph_pass import graph_pass
+from quartet.passes.sites import Quantized
 from quartet.passes.state import State
 
 MERGED = frozenset((*SEMANTIC, *grouped_ops.SEMANTIC, *VIEWS))
 
 
+@graph_pass(reads=Quantized, optional=True, summary="equal nodes become one")
 def share(state: State) -> None:
     """Common subexpressions of the quantised IR."""
     seen: dict[Any, Node] = {}

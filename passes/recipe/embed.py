@@ -23,6 +23,7 @@ from quartet.lowering import ir, registry
 from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, replace_all, shape, val
 from quartet.lowering.recipe.types import Rotation
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan.plan import DTYPES, UnsupportedMatmul
 from quartet.passes.quantize.randomness import draw_seed
@@ -49,6 +50,7 @@ class Quantizer:
         return not self.spec.tile and (self.spec.blocked or self.spec.block == "row")
 
 
+@graph_pass(optional=True, summary="rows that embeddings gather, quantised where the policy names them")
 def embed(state: State) -> None:
     """Quantise the rows of the embeddings that the policy names; record all. Raises UnsupportedMatmul when strict."""
     nodes = [n for n in state.gm.graph.find_nodes(op="call_function", target=EMBEDDING) if not is_backward(n)]

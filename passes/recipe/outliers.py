@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, editing, shape
 from quartet.lowering.ir.outliers import SPARSE_MM, SPLIT_OUTLIERS
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned
 from quartet.passes.state import State
@@ -31,6 +32,8 @@ class _Split:
     rest: tuple[Node, Node, Node]
 
 
+@graph_pass(reads=Planned, writes=Planned, optional=True,
+            summary="the largest elements of X apart, for recipes that keep them exact")
 def outliers(state: State) -> None:
     """Split X of the planned sites that ask for it and whose fprop is quantised."""
     shared: dict[Any, _Split] = {}

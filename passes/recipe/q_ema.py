@@ -19,6 +19,7 @@ from torch.fx import Node
 from quartet.lowering.ir.graph import Builder, editing, is_backward, val
 from quartet.lowering.ir.weights import TOWARD
 from quartet.passes.find.find_matmuls import canonical, input_indices, parameter_origins
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.delayed import MUST_BE_IN_FORWARD, weight_index
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned
@@ -42,6 +43,8 @@ class _Average:
         return build(op, self.anchor, self.base, self.weight, self.name, self.decay)
 
 
+@graph_pass(reads=Planned, writes=Planned, optional=True,
+            summary="weights to whichever neighbour on the grid is nearer to their moving average")
 def toward(state: State) -> None:
     """Move W of the planned sites that ask for it and whose fprop is quantised."""
     averages: dict[Node, _Average] = {}

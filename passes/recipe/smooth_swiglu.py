@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from quartet.kernels.reference.products.smooth import smooth_scale
 from quartet.lowering.ir.graph import Builder, aten, editing, inline, is_backward, val
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.recipe.gated import Gated, gated_activation
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned
@@ -39,6 +40,8 @@ class _Smoothed:
     inverse: Node
 
 
+@graph_pass(reads=Planned, writes=Planned, optional=True,
+            summary="the range of a gated activation's linear branch goes into the weight or the output")
 def smooth_swiglu(state: State) -> None:
     """Scale the operands of the planned sites that ask for it and whose X is a gated activation."""
     shared: dict[Any, _Smoothed] = {}

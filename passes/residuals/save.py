@@ -14,10 +14,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import SAVED, aten, is_backward
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import SITE_KEY, Quantized
 from quartet.passes.state import State
 
 
+@graph_pass(reads=Quantized, optional=True, summary="what forward leaves for backward")
 def save(state: State) -> None:
     """Tag the fprop GEMMs whose output backward should compute again."""
     if not any(is_backward(node) for node in state.gm.graph.nodes):

@@ -14,11 +14,14 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, editing
 from quartet.passes.find.find_matmuls import input_indices
+from quartet.passes.graph_pass import graph_pass
 from quartet.passes.residuals.boundary import above_view
 from quartet.passes.sites import Planned
 from quartet.passes.state import State
 
 
+@graph_pass(reads=Planned, optional=True,
+            summary="a weight that is written to between forward and backward is an error there, as without us")
 def unchanged(state: State) -> None:
     """Tie each parameter that a planned dgrad reads to backward."""
     index = input_indices(state.gm.graph)
