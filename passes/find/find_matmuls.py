@@ -31,6 +31,8 @@ from quartet.passes.state import State
 from quartet.passes.values import Values
 from quartet.passes.views import MATMULS, canonical, operands
 
+LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
+
 
 def input_indices(graph: Graph) -> dict[Node, int | None]:
     """Placeholder → index of the dynamo input behind it, through tensor subclasses.
@@ -50,7 +52,10 @@ def _described_index(desc: Any) -> int | None:
 
 
 def parameter_origins(state: State) -> dict[Node, str]:
-    """Nodes computed from parameters alone, or chosen by data from a stack of matrices → name of the parameter."""
+    """Nodes computed from parameters alone, or chosen by data from a stack of matrices → name of the parameter.
+
+    What is looked up in a table is none of them.
+    """
     weights, origin, data = state.config.weights, {}, set()
     index = input_indices(state.gm.graph)
     for node in state.gm.graph.nodes:
@@ -65,7 +70,7 @@ def parameter_origins(state: State) -> dict[Node, str]:
             inputs = [i for i in node.all_input_nodes if _holds_tensors(i)]
             if _chosen(node) and inputs[0] in origin:
                 origin[node] = origin[inputs[0]]
-            elif any(i in data for i in inputs):
+            elif _looked_up(node) or any(i in data for i in inputs):
                 data.add(node)
             else:
                 named = [origin[i] for i in inputs if i in origin]
@@ -81,6 +86,11 @@ def _chosen(node: Node) -> bool:
     stack, chooser = node.args[0], node.args[1][0]  # type: ignore[index]
     return isinstance(stack, Node) and isinstance(chooser, Node) and len(shape(stack)) == 3 and (
         not val(chooser).dtype.is_floating_point)
+
+
+def _looked_up(node: Node) -> bool:
+    """Whether the node gathers rows of a table, such as relative positions: activations, whatever the indices are."""
+    return node.target in LOOKUPS and len(shape(node.all_input_nodes[0])) < 3
 
 
 def _holds_tensors(node: Node) -> bool:

@@ -303,3 +303,31 @@ class Linearised(nn.Module):
 @pytest.mark.parametrize("model", [Elementwise, Linearised, lambda: Cached(False), Block, LoRA])
 def test_no_gate_where_no_score_weighs_a_vector(model):
     assert "router" not in classes(model(), draw(2, 20, 64)).values()
+
+
+class Relative(nn.Module):
+    """Attention whose scores have a product with the vector of each distance (Shaw et al., arXiv 1803.02155)."""
+
+    def __init__(self, lookup):
+        super().__init__()
+        self.embed, self.q, self.k = nn.Linear(48, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.table, self.out, self.lookup = nn.Parameter(torch.randn(63, 64) / 8), nn.Linear(64, 64), lookup
+
+    def forward(self, x):
+        x = torch.tanh(self.embed(x))
+        q, k, at = self.q(x), self.k(x), torch.arange(x.shape[1])
+        vectors = self.lookup(self.table, at[:, None] - at[None] + 31)
+        scores = torch.softmax(q @ k.mT + torch.einsum("btd,tsd->bts", q, vectors), -1)
+        return torch.tanh(self.out(scores @ x)).square()
+
+
+@pytest.mark.parametrize("lookup", [
+    lambda table, at: table[at],
+    lambda table, at: nn.functional.embedding(at, table),
+    lambda table, at: table.index_select(0, at.flatten()).unflatten(0, at.shape),
+], ids=["index", "embedding", "index_select"])
+def test_vectors_of_relative_positions_are_no_experts(lookup):
+    compiled, backend = compile_eager(Relative(lookup), "bf16")
+    compiled(draw(2, 32, 48))
+    found = [record.op_class for record in backend.records if record.role == "fprop"]
+    assert found.count("attention_qk") == 2 and found.count("attention_pv") == 1 and "grouped" not in found, found
