@@ -1,10 +1,13 @@
-"""What passes declare: an order that holds, sites that are left as declared, the table of ``docs/architecture.md``."""
+"""What passes declare: an order that holds, sites that are left as declared, the table of ``docs/architecture.md``; and
+that each has a graph of its own in this folder."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from around import around, linear, matrix
 from torch.fx import symbolic_trace
 
 from quartet.passes import pipeline
@@ -15,6 +18,7 @@ from quartet.passes.state import State
 from quartet.policy import Policy
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
+SHOWN = set(re.findall(r'around\("(\w+)"', "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))))
 
 
 @graph_pass(writes=Found)
@@ -92,3 +96,13 @@ def test_a_site_is_frozen(state):
     look(state)
     with pytest.raises(AttributeError, match="cannot assign"):
         state.site(0).fqn = "b"
+
+
+def test_every_pass_is_shown_and_nothing_else():
+    assert set(pipeline.NAMES) == SHOWN
+
+
+@pytest.mark.parametrize("name", pipeline.OPTIONAL)
+def test_what_may_be_left_out_can_be(name):
+    change = around(name, linear(), matrix(8, 32), disable_passes=[name])
+    assert change.after is None and {record.recipe for record in change.records} == {"quartet"}
