@@ -185,7 +185,12 @@ class QuantSpec:
     def takes_amax(self) -> bool:
         """Whether the tensor's largest magnitude is an argument of the quantiser: half of a two-level scale, or the
         scale's only source."""
-        return self.scale == "e4m3" or self.rule == "delayed"
+        return self.two_level or self.rule == "delayed"
+
+    @property
+    def two_level(self) -> bool:
+        """Whether a factor of the tensor multiplies the scales of its blocks."""
+        return self.scale == "e4m3"
 
     @property
     def exact_in_bf16(self) -> bool:

@@ -6,15 +6,14 @@ Semantic ops that remain run as the reference in eager execution, and Inductor i
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir, registry
-from quartet.lowering.ir import products
+from quartet.lowering import registry
 from quartet.lowering.ir.graph import editing, val
+from quartet.lowering.ir.operands import SCALED, Operand, Product
 from quartet.lowering.targets import fp8_products
 from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell import lower as blackwell
@@ -30,9 +29,10 @@ def lower(state: State) -> None:
     """Choose a kernel for every product and hand each kernel family its share of the graph, device by device."""
     chosen: dict[tuple[registry.Kernel, torch.device], list[Node]] = {}
     for node in state.gm.graph.nodes:
-        if node.target not in products.SCALED:
+        if node.target not in SCALED:
             continue
-        specs = _chain(node.args[0], node.args[4]), _chain(node.args[2], node.args[5])
+        product = Product.of(node)
+        specs = _chain(product.a), _chain(product.b)
         device, gemm = val(node).device, node.meta[SITE_KEY]
         target = state.config.target_of(device)
         kernel, reasons = registry.choose(target, val(node).dtype, specs, state.config.disable_kernels,
@@ -58,8 +58,12 @@ def _accepts(target: Target, kernel: registry.Kernel, spec: QuantSpec, rotation:
     return (kernel.reads or kernel.supports)(target, dtype, spec, rotation) is None
 
 
-def _chain(codes: Any, text: Any) -> tuple[QuantSpec, int]:
-    """(quantiser, Hadamard size before it) of an operand."""
-    made_from = ir.quantizer_of(codes)[0].args[0]
-    rotated = isinstance(made_from, Node) and made_from.target is ir.HADAMARD
-    return QuantSpec.parse(text), int(made_from.args[1]) if rotated else 0  # type: ignore[arg-type]
+def _chain(operand: Operand) -> tuple[QuantSpec, int]:
+    """(quantiser, Hadamard size before it) of an operand.
+
+    Raises:
+        ValueError: neither the product nor the graph tells the latter.
+    """
+    if operand.rotation is None:
+        raise ValueError(f"how {operand.codes.format_node()} is rotated is not known: make products by Product.emit")
+    return operand.spec, operand.rotation

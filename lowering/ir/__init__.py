@@ -37,10 +37,9 @@ from quartet.lowering.ir.core import (
     code_layout,
     fixed_signs,
     library,
-    quantizer_of,
     scale_layout,
 )
 
 __all__ = ["AMAX", "APPLY_MASK", "DEQUANTIZE", "FIXED_SIGNS", "FLOAT8", "HADAMARD", "PRODUCTS", "QUANTIZE",
            "SCALED_BMM", "SCALED_MM", "SEMANTIC", "SIGNS", "Three", "ceil_to", "code_layout", "fixed_signs", "library",
-           "quantizer_of", "scale_layout"]
+           "scale_layout"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
@@ -186,14 +184,3 @@ SCALED_MM = ops.scaled_mm.default
 SCALED_BMM = ops.scaled_bmm.default
 PRODUCTS = (SCALED_MM, SCALED_BMM)
 SEMANTIC = (SIGNS, FIXED_SIGNS, HADAMARD, AMAX, QUANTIZE, DEQUANTIZE, APPLY_MASK, *PRODUCTS)
-
-
-def quantizer_of(codes: Node) -> tuple[Node, bool]:
-    """The node whose first result is an operand of a product, and whether the operand is its transpose, or that of each
-    of the matrices that lie below each other in it."""
-    flipped, item = False, codes
-    while item.target in (torch.ops.aten.permute.default, torch.ops.aten.reshape.default):
-        flipped = flipped != (item.target is torch.ops.aten.permute.default)
-        item = item.args[0]  # type: ignore[assignment]
-    assert item.target is operator.getitem and isinstance(item.args[0], Node), f"{codes.format_node()} holds no codes"
-    return item.args[0], flipped

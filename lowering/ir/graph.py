@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.runtime.compat import detect_fake_mode
+from quartet.runtime.compat import OpOverload, detect_fake_mode
 from quartet.runtime.sizes import same, same_sizes
 
 aten = torch.ops.aten
-VIEWS = (
-    aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int,
-    aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default, aten.slice.Tensor, aten.select.int,
-    torch.ops.prims.convert_element_type.default, operator.getitem,
-)
 
 _ARITHMETIC = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod,
                "PythonMod": operator.mod}  # by the class of a size's expression
@@ -62,6 +57,73 @@ def val(node: Node) -> torch.Tensor:
 
 def shape(node: Node) -> tuple[Any, ...]:
     return tuple(val(node).shape)
+
+
+@cache
+def parameters(op: OpOverload) -> tuple[tuple[str, Any], ...]:
+    """Names of an operator's arguments in order, each with its default; None where there is none."""
+    return tuple((a.name, a.default_value) for a in op._schema.arguments)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator by their names, also those that a node leaves to their defaults.
+
+    Raises:
+        TypeError: the node calls no operator.
+    """
+    if not isinstance(node.target, OpOverload):
+        raise TypeError(f"{node.format_node()} calls no operator")
+    expected = parameters(node.target)
+    return {**dict(expected), **dict(zip((name for name, _ in expected), node.args, strict=False)), **node.kwargs}
+
+
+def argument(node: Node, name: str) -> Any:
+    """One of :func:`arguments`."""
+    return arguments(node)[name]
+
+
+def source(node: Node) -> Node | None:
+    """The first argument of a call, where it is a node: what a view shows, what a cast or a sum is made of."""
+    first = node.args[0] if node.op == "call_function" and node.args else None
+    return first if isinstance(first, Node) else None
+
+
+def source_of(node: Node) -> Node:
+    """:func:`source` of a node that has one.
+
+    Raises:
+        TypeError: the node has none.
+    """
+    found = source(node)
+    if found is None:
+        raise TypeError(f"{node.format_node()} is made of no node")
+    return found
+
+
+def maker(item: Node) -> Node | None:
+    """The operation of which a node is one of several results; None of any other node."""
+    return source(item) if item.target is operator.getitem else None
+
+
+def index_of(item: Node) -> int:
+    """Which of several results a node is."""
+    return int(item.args[1])  # type: ignore[arg-type]
+
+
+def results(node: Node) -> dict[int, Node]:
+    """The results of an operation with several, those that something reads."""
+    return {index_of(user): user for user in node.users if maker(user) is node}
+
+
+def hand_over(node: Node, to: Sequence[Node]) -> None:
+    """What reads the results of ``node`` reads those in ``to`` instead."""
+    for item in list(node.users):
+        item.replace_all_uses_with(to[index_of(item)])
+
+
+def returned(graph: Graph) -> Any:
+    """What a graph returns."""
+    return graph.output_node().args[0]
 
 
 def fake_mode(graph: Graph) -> Any:
@@ -193,7 +255,7 @@ def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list
         if node.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), copied.__getitem__)
             copied[node] = build(node.target, *args, **kwargs)
-    return [copied[node] for node in gm.graph.output_node().args[0]]  # type: ignore[index]
+    return [copied[node] for node in returned(gm.graph)]
 
 
 @contextmanager

@@ -6,49 +6,15 @@ the product contracts each group's, and the results lie below each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering import ir
-from quartet.lowering.ir.graph import Builder, aten, shape, val
-from quartet.lowering.ir.grouped import GROUPED_MM, SCALED_GROUPED_MM
+from quartet.lowering.ir.graph import Builder, argument, aten, shape, source, source_of
+from quartet.lowering.ir.grouped import GROUPED_MM
+from quartet.lowering.ir.operands import Kind
 
-SCALED = (*ir.PRODUCTS, SCALED_GROUPED_MM)
 SWAP = [0, 2, 1]
-_OWN = {ir.SCALED_MM: 0, ir.SCALED_BMM: 1, SCALED_GROUPED_MM: 2}  # arguments behind the dtype that tell the kind
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Which of the three a product is.
-
-    Args:
-        batch: how many matrices lie below each other in A, in B and in the result.
-        ends: where each group ends along the tokens. over_tokens: whether tokens are contracted.
-    """
-
-    batch: Any = None
-    ends: Node | None = None
-    over_tokens: bool = False
-
-    @staticmethod
-    def of(gemm: Node) -> Kind:
-        """The kind of a node of the semantic IR."""
-        own = gemm.args[7 : 7 + _OWN[gemm.target]]  # type: ignore[index]
-        if gemm.target is ir.SCALED_BMM:
-            return Kind(batch=val(own[0]) if isinstance(own[0], Node) else own[0])
-        return Kind(None, *own) if own else Kind()  # type: ignore[arg-type]
-
-    @property
-    def single(self) -> bool:
-        return self.batch is None and self.ends is None
-
-
-def amaxes(gemm: Node) -> tuple[Any, ...]:
-    """The largest magnitudes of operands that a node of the semantic IR was given, none or two, each a node or None."""
-    return tuple(gemm.args[7 + _OWN[gemm.target] :])  # type: ignore[index]
 
 
 def multiply(build: Builder, kind: Kind, a: Node, b: Node) -> Node:
@@ -68,13 +34,19 @@ def turned(build: Builder, count: Any, x: Node) -> Node:
 
 def unturned(x: Node) -> tuple[Node, Any] | None:
     """What ``x`` is :func:`turned` of, and how many matrices there are; None where it is not."""
-    swapped = x.args[0] if x.target is aten.reshape.default else None
-    if not isinstance(swapped, Node) or swapped.target is not aten.permute.default or swapped.args[1] != SWAP:
+    swapped = turned_stack(x)
+    stack = None if swapped is None else source_of(swapped)
+    if stack is None or stack.target is not aten.reshape.default or len(shape(source_of(stack))) != 2:
         return None
-    stack = swapped.args[0]
-    if not isinstance(stack, Node) or stack.target is not aten.reshape.default or len(shape(stack.args[0])) != 2:  # type: ignore[arg-type]
+    return source_of(stack), shape(stack)[0]
+
+
+def turned_stack(x: Node) -> Node | None:
+    """``[count, cols, rows]``, each matrix transposed, which ``x`` shows below each other; None where it does not."""
+    swapped = source(x) if x.target is aten.reshape.default else None
+    if swapped is None or swapped.target is not aten.permute.default or argument(swapped, "dims") != SWAP:
         return None
-    return stack.args[0], shape(stack)[0]  # type: ignore[return-value]
+    return swapped
 
 
 def stacked(build: Builder, count: Any, x: Node) -> Node:

@@ -13,8 +13,21 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir import fused as cuda_ops
 from quartet.lowering.ir import two_level
-from quartet.lowering.ir.graph import RECOMPUTED, Builder, aten, is_backward, pull, shape, val
-from quartet.lowering.ir.products import SCALED, unturned
+from quartet.lowering.ir.graph import (
+    RECOMPUTED,
+    Builder,
+    argument,
+    aten,
+    is_backward,
+    maker,
+    pull,
+    shape,
+    source,
+    val,
+)
+from quartet.lowering.ir.operands import Product, readers
+from quartet.lowering.ir.products import unturned
+from quartet.lowering.ir.views import ApplyMask, Dequantize, FixedSigns, Hadamard, Quantize
 from quartet.runtime.compat import OpOverload
 
 REUSABLE = "quartet_parameter"  # node.meta key of a quantise: see Source.parameter
@@ -36,7 +49,7 @@ class Source:
     x: Node
     rotation: int
     signs: Node | None
-    spec: str
+    spec: QuantSpec
     seed: Node | None
     site: int
     amax: Node | None = None
@@ -45,19 +58,19 @@ class Source:
 
     @staticmethod
     def of(quantizer: Node) -> Source:
-        x, spec, seed, site, *amax = quantizer.args
-        rotation, signs, parsed = 0, None, QuantSpec.parse(spec)  # type: ignore[arg-type]
-        assert isinstance(x, Node)
+        made = Quantize.of(quantizer)
+        x, rotation, signs = made.x, 0, None
         # the rule eden sums over groups that several threads have: a Hadamard before it is a kernel of its own
-        if x.target is ir.HADAMARD and parsed.rule != "eden":
-            x, rotation, signs = x.args[0], x.args[1], x.args[2]  # type: ignore[assignment]
-        return Source(x, rotation, signs, spec, seed, site, amax[0] if parsed.scale == "e4m3" else None,  # type: ignore[arg-type]
+        if x.target is ir.HADAMARD and made.spec.rule != "eden":
+            rotated = Hadamard.of(x)
+            x, rotation, signs = rotated.x, rotated.n, rotated.signs
+        return Source(x, rotation, signs, made.spec, made.seed, made.site, made.amax if made.spec.two_level else None,
                       parameter=quantizer.meta.get(REUSABLE))
 
     @property
     def tail(self) -> tuple[Any, ...]:
         """The arguments that every fused quantiser takes after its input."""
-        return self.rotation, self.signs, self.spec, self.seed, self.site
+        return self.rotation, self.signs, str(self.spec), self.seed, self.site
 
     @property
     def chain(self) -> tuple[Any, ...]:
@@ -74,54 +87,48 @@ class Source:
         """What a quantiser may serve its results again by: the parameter, and what the signs hold."""
         if self.parameter is None:
             return None, None
-        return self.parameter, None if self.signs is None else self.signs.args[0]
+        return self.parameter, None if self.signs is None else FixedSigns.of(self.signs).signs
 
     @property
-    def stored(self) -> Node | None:
+    def stored(self) -> Dequantize | None:
         """The dequantize behind a transpose: its packed codes can be read directly."""
-        source = self.transposed
-        return source if source is not None and _readable(source) else None
+        return None if self.transposed is None else _readable(self.transposed)
 
     @property
-    def stack(self) -> tuple[Node, Any] | None:
+    def stack(self) -> tuple[Dequantize, Any] | None:
         """The same of matrices below each other, each of them transposed, and how many."""
-        source = unturned(self.x)
-        return source if source is not None and _readable(source[0]) else None
+        found = unturned(self.x)
+        stored = None if found is None else _readable(found[0])
+        return None if found is None or stored is None else (stored, found[1])
 
     @property
     def transposed(self) -> Node | None:
         """What ``x`` is the transpose of, if it is one."""
-        source = self.x.args[0] if self.x.target is aten.permute.default else None
-        return source if isinstance(source, Node) else None
+        return source(self.x) if self.x.target is aten.permute.default else None
 
 
-def _readable(source: Node) -> bool:
-    """Whether the kernels that requantise read what this node dequantises."""
-    if source.target is not ir.DEQUANTIZE:
-        return False
-    spec = QuantSpec.parse(source.args[2])  # type: ignore[arg-type]
-    return spec.packed and spec.scale == "e8m0"
+def _readable(node: Node) -> Dequantize | None:
+    """What a node dequantises, where the kernels that requantise read that."""
+    stored = Dequantize.of(node) if node.target is ir.DEQUANTIZE else None
+    return stored if stored is not None and stored.spec.packed and stored.spec.scale == "e8m0" else None
 
 
 def accepted(graph: Graph, gemms: list[Node], accepts: Accepts) -> list[Node]:
     """The quantise nodes, in order, whose chains a kernel family takes and that no other family's product reads."""
     nodes, chosen, device = [], set(gemms), val(gemms[0]).device
     for node in graph.find_nodes(op="call_function", target=ir.QUANTIZE):
-        source = Source.of(node)
-        x, spec = val(source.x), QuantSpec.parse(source.spec)
-        if x.device == device and read_by(node) <= chosen and accepts(spec, source.rotation, x.dtype):
+        chain = Source.of(node)
+        x = val(chain.x)
+        if x.device == device and readers(node) <= chosen and accepts(chain.spec, chain.rotation, x.dtype):
             nodes.append(node)
     return nodes
 
 
-def read_by(quantizer: Node) -> set[Node]:
-    """The products that read the quantiser's results as they are."""
-    return {user for item in quantizer.users for user in item.users if user.target in SCALED}
-
-
-def direct(codes: Any, gemm: Node) -> Node | None:
+def direct(codes: Node, gemm: Node) -> Node | None:
     """The quantiser that can hand its values straight to ``gemm``; None when it must read stored codes."""
-    quantizer = codes.args[0]
+    quantizer = maker(codes)
+    if quantizer is None:
+        return None
     again = gemm.meta.get("recompute") in RECOMPUTED and quantizer.meta.get("recompute") not in RECOMPUTED
     if is_backward(quantizer) != is_backward(gemm) or again:
         return None
@@ -140,9 +147,9 @@ def both_axes(quantizers: list[Node]) -> list[tuple[Node, Node]]:
         along_rows.setdefault((Source.of(node).x, is_backward(node)), []).append(node)
     pairs = []
     for node in filter(_pairs, quantizers):
-        source = Source.of(node)
-        of = source.transposed
-        if of is not None and source.stored is None and along_rows.get((of, is_backward(node))):
+        chain = Source.of(node)
+        of = chain.transposed
+        if of is not None and chain.stored is None and along_rows.get((of, is_backward(node))):
             pairs.append((along_rows[of, is_backward(node)].pop(), node))
     return pairs
 
@@ -160,35 +167,34 @@ def quantize_both(graph: Graph, op: OpOverload, rows: Node, columns: Node, *furt
 
 def _pairs(quantizer: Node) -> bool:
     """Whether a kernel quantises along both axes at once by this spec."""
-    spec = QuantSpec.parse(quantizer.args[1])  # type: ignore[arg-type]
+    spec = Quantize.of(quantizer).spec
     return not spec.tile and spec.rule != "eden"
 
 
-def ready(build: Builder, source: Source) -> Source:
-    """``source`` with signs and largest magnitude that are there where ``build`` inserts, and the multiplier that
+def ready(build: Builder, chain: Source) -> Source:
+    """``chain`` with signs and largest magnitude that are there where ``build`` inserts, and the multiplier that
     follows from the latter. A magnitude of rotated values is found by a kernel that rotates, and that keeps them where
     the quantiser cannot rotate."""
-    amax = source.amax
-    if source.signs is not None:
-        pull(source.signs, build.before)
+    amax = chain.amax
+    if chain.signs is not None:
+        pull(chain.signs, build.before)
     if amax is None:
-        return source
-    if source.rotation and amax.target is ir.AMAX:
-        pull(source.x, build.before)
-        old, amax = amax, build(cuda_ops.ROTATED_AMAX, source.x, source.rotation, source.signs)
+        return chain
+    if chain.rotation and amax.target is ir.AMAX:
+        pull(chain.x, build.before)
+        old, amax = amax, build(cuda_ops.ROTATED_AMAX, chain.x, chain.rotation, chain.signs)
         _replace(old, amax)
-    if source.x.target is ir.HADAMARD and amax.target is ir.AMAX:
-        x, rotation, signs = source.x.args[:3]
-        for node in (x, signs):
-            if isinstance(node, Node):
-                pull(node, build.before)
-        rotated = build(cuda_ops.ROTATE, x, rotation, signs)
-        values, amax = build.item(rotated, 0), build.item(rotated, 1)
-        _replace(source.amax, amax)  # type: ignore[arg-type]
-        _replace(source.x, values)
-        source = replace(source, x=values)
+    if chain.x.target is ir.HADAMARD and amax.target is ir.AMAX:
+        rotation = Hadamard.of(chain.x)
+        for node in filter(None, (rotation.x, rotation.signs)):
+            pull(node, build.before)
+        rotated = build(cuda_ops.ROTATE, rotation.x, rotation.n, rotation.signs)
+        old, values, amax = amax, build.item(rotated, 0), build.item(rotated, 1)
+        _replace(old, amax)
+        _replace(chain.x, values)
+        chain = replace(chain, x=values)
     pull(amax, build.before)
-    return replace(source, amax=amax, encode=two_level.encode(build, amax, QuantSpec.parse(source.spec)))
+    return replace(chain, amax=amax, encode=two_level.encode(build, amax, chain.spec))
 
 
 def _replace(old: Node, new: Node) -> None:
@@ -218,21 +224,21 @@ class Epilogue:
         last = gemm
         user = _only_user(last)
         if user is not None and user.target is ir.APPLY_MASK:
-            mask, last = user.args[1], user
+            mask, last = ApplyMask.of(user).mask, user
             user = _only_user(last)
-        if user is not None and user.target is ir.HADAMARD and user.args[3]:
-            unrotate, last = user, user
+        if user is not None and user.target is ir.HADAMARD and Hadamard.of(user).inverse:
+            unrotate, last = Hadamard.of(user), user
             user = _only_user(last)
-        if last is not gemm and user is not None and user.target is aten.slice.Tensor and user.args[1:3] == (1, 0):
+        if last is not gemm and user is not None and _first_columns(user):
             last = user
         if last is gemm:
             return None
         width = val(gemm).shape[1]
-        if mask is not None and (not isinstance(width, int) or val(mask).shape[1] * 8 != width):  # type: ignore[arg-type]
+        if mask is not None and (not isinstance(width, int) or val(mask).shape[1] * 8 != width):
             return None
-        rotation, signs = (unrotate.args[1], unrotate.args[2]) if unrotate else (0, None)
-        dtype = unrotate.args[4] if unrotate else gemm.args[6]
-        return Epilogue(mask, rotation, signs, dtype, last)  # type: ignore[arg-type]
+        if unrotate is None:
+            return Epilogue(mask, 0, None, Product.of(gemm).dtype, last)
+        return Epilogue(mask, unrotate.n, unrotate.signs, unrotate.dtype, last)
 
 
 def finish(build: Builder, gemm: Node, out: Node, gain: float, unrotate: OpOverload, follows: Epilogue | None) -> None:
@@ -246,6 +252,10 @@ def finish(build: Builder, gemm: Node, out: Node, gain: float, unrotate: OpOverl
     at = Builder(build.graph, like=last, before=last, backward=is_backward(last))
     last.replace_all_uses_with(at(unrotate, out, follows.mask, follows.rotation, follows.signs, gain,
                                   at.size(shape(last)[1]), follows.dtype))
+
+
+def _first_columns(node: Node) -> bool:
+    return node.target is aten.slice.Tensor and (argument(node, "dim"), argument(node, "start")) == (1, 0)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 from quartet.lowering import ir
 from quartet.lowering.ir import fp8 as fp8_ops
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, shape, val
-from quartet.lowering.ir.products import SWAP, Kind, flat, stacked, unturned
+from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.products import SWAP, flat, stacked, turned_stack, unturned
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 from quartet.runtime.sizes import same, same_sizes, unbacked
@@ -29,7 +30,7 @@ _FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops
 
 
 def supports_kind(target: Target, product: OpOverload) -> str | None:
-    """None where the device has FP8 products of this kind, one of ``products.SCALED``, else why not."""
+    """None where the device has FP8 products of this kind, one of ``operands.SCALED``, else why not."""
     if product is ir.SCALED_MM or (target.capability is not None and target.capability[0] == GROUPED_ON):
         return None
     return "PyTorch has FP8 products of batches and groups for compute capability 9.0 only, not {}".format(
@@ -79,15 +80,16 @@ def promote(graph: Graph) -> None:
                 node.update_arg(argument, False)
 
 
-def row_major(build: Builder, codes: Any, copies: dict[Node, Node]) -> Node:
+def row_major(build: Builder, codes: Node, copies: dict[Node, Node]) -> Node:
     """``codes`` with rows one after another: as they are, or one copy, shared by what reads it in backward."""
-    stack = unturned(codes) is not None
-    if not stack and same_sizes(val(codes).stride(), (shape(codes)[1], 1)):
+    stack = turned_stack(codes) if unturned(codes) is not None else None
+    if stack is None and same_sizes(val(codes).stride(), (shape(codes)[1], 1)):
         return codes
     backward = build.meta["partitioner_tag"] == BACKWARD
     copy = copies.get(codes) if backward else None
     if copy is None:
-        copy = flat(build, build(fp8_ops.ROW_MAJOR, codes.args[0])) if stack else build(fp8_ops.ROW_MAJOR, codes)
+        copy = build(fp8_ops.ROW_MAJOR, codes if stack is None else stack)
+        copy = copy if stack is None else flat(build, copy)
         if backward:
             copies[codes] = copy
     return copy

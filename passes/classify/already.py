@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
-from quartet.lowering.ir.graph import VIEWS, aten, val
+from quartet.lowering.ir.graph import aten, val
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.sites import Found
+from quartet.runtime.view_ops import COPIES, PASSED_ON
 
 CODED = ("aten._scaled_mm", "aten._scaled_grouped_mm", "aten._int_mm")  # products of codes
-_THROUGH = (*VIEWS, aten.reshape.default, aten.clone.default, aten.expand.default, aten.view.dtype, aten.cat.default,
-            aten.stack.default, aten.detach.default)
+_THROUGH = PASSED_ON | COPIES | {aten.expand.default, aten.view.dtype, aten.cat.default, aten.stack.default}
 _ELEMENTWISE = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.clamp", "aten.minimum",
                 "aten.maximum", "aten.where", "aten.bitwise_", "aten.__", "aten._to_copy", "aten.expand")
 _ROUNDED = ("aten.round.", "aten.sign.")

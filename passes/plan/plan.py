@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
-from quartet.lowering.ir.graph import VIEWS, shape, val
+from quartet.lowering.ir.graph import shape, source, val
 from quartet.lowering.recipe.depth import Layer
 from quartet.lowering.recipe.resolution import Choice, Resolution
 from quartet.lowering.recipe.types import ROLES
@@ -20,6 +20,7 @@ from quartet.passes.graph_pass import graph_pass
 from quartet.passes.plan.profitability import kernel_of, leave_slower
 from quartet.passes.sites import Decided, Found, Planned
 from quartet.passes.state import State
+from quartet.runtime.view_ops import PASSED_ON
 
 DTYPES = registry.QUANTIZED
 
@@ -129,9 +130,10 @@ def _ungenerated(state: State, site: Found, resolution: Resolution) -> str | Non
 
 def value_key(node: Node) -> Any:
     """Equal for nodes that are the same view or cast of the same node."""
-    if node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], Node):
+    shown = source(node) if node.target in PASSED_ON else None
+    if shown is not None:
         size = str(shape(node)) if _tensor(node) else ""
-        return (str(node.target), value_key(node.args[0]), str(node.args[1:]), size)
+        return (str(node.target), value_key(shown), str(node.args[1:]), size)
     return node
 
 

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from quartet.lowering import ir, registry
 from quartet.lowering.cost import FP8_KERNELS, Cost, Layer, predict
-from quartet.lowering.ir.graph import VIEWS, val
+from quartet.lowering.ir.graph import val
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.passes.classify.aside import tokens
@@ -29,6 +29,7 @@ from quartet.passes.sites import Found, Planned
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
 from quartet.runtime.sizes import hint
+from quartet.runtime.view_ops import PASSED_ON
 
 _MULTIPLES = ("aten.mul.", "aten.div.", "aten.clone", "aten.expand", "aten.split", "aten.unbind", "aten._to_copy",
               "aten.reshape")
@@ -170,7 +171,7 @@ def is_read_in_backward(y: Node, flow: Flow) -> bool:
             continue
         scaled = name.startswith(_MULTIPLES) and not any(
             other in flow.made or other in flow.origin for other in user.all_input_nodes if other is not y)
-        if not (scaled or user.target in VIEWS) or is_read_in_backward(user, flow):
+        if not (scaled or user.target in PASSED_ON) or is_read_in_backward(user, flow):
             return True
     return False
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten
-from quartet.lowering.ir.products import SWAP, Kind, flat, multiply, stacked, turned
+from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.products import SWAP, flat, multiply, stacked, turned
 from quartet.passes.sites import Found
 
 

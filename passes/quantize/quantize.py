@@ -17,17 +17,27 @@ A backward GEMM without quantisers whose operand is ``saved`` multiplies what fp
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch.fx import Node
 
 from quartet.kernels.reference.philox import Draw
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, keep_as, replace_all, shape, val
-from quartet.lowering.ir.grouped import QUANTIZE_GROUPS
+from quartet.lowering.ir.graph import (
+    Builder,
+    argument,
+    aten,
+    editing,
+    is_backward,
+    keep_as,
+    replace_all,
+    shape,
+    source_of,
+    val,
+)
+from quartet.lowering.ir.operands import ROWS, Kind, Operand, Product, Quantizer
 from quartet.lowering.ir.products import SWAP, turned
+from quartet.lowering.ir.views import Dequantize, Hadamard, Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import REUSABLE, Source
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
@@ -35,9 +45,10 @@ from quartet.passes.quantize.delayed import amax_of, without_history
 from quartet.passes.quantize.randomness import draw_seed
 from quartet.passes.sites import SITE_KEY, Planned, Quantized, QuantizedOperand, Rotated, RotatedGemm, Start
 from quartet.passes.state import State
+from quartet.runtime.view_ops import CAST, ORDERS
 
-WHOLE_VIEWS = (aten.permute.default, aten.t.default, aten.alias.default, torch.ops.prims.convert_element_type.default)
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("e", "w"), "wgrad": ("e", "x")}  # a, b
+_WHOLE = ORDERS - {aten.transpose.int} | {aten.alias.default, CAST}  # of a parameter
 _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WGRAD_B)}
 
 
@@ -93,13 +104,9 @@ def _product(state: State, site: Quantized, role: str, rotated: RotatedGemm, a_s
     qb = saved or quantize_node(state, build, b, b_spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not gradient and len(site.products) > 1:
         _mark_reusable(state, qb)
-    operands: tuple[Any, ...] = qa.codes, qa.scales, qb.codes, qb.scales, str(qa.spec), str(qb.spec), val(mm).dtype
-    if site.groups is not None:
-        operands = *operands, site.ends, role == "wgrad"
-    elif site.batch is not None:
-        operands = *operands, build.size(site.batch)
-    out = build(site.scaled, *operands, *_outer_scales(qa, qb))
-    keep_as(out, site.products[role].node)
+    kind = Kind(site.batch) if site.groups is None else Kind(None, site.ends, role == "wgrad")
+    left, right = (Operand.quantized(q.codes, q.scales, q.amax) for q in (qa, qb))
+    out = keep_as(Product(left, right, val(mm).dtype, kind).emit(build), site.products[role].node)
     out.meta[SITE_KEY] = (site.index, role)
     state.kernels[site.index, role] = "reference"  # until lowering finds better
     if rotated.start is not None:
@@ -126,24 +133,17 @@ def _masked(build: Builder, site: Quantized, role: str, out: Node) -> Node:
     return out if mask is None else build(ir.APPLY_MASK, out, mask)
 
 
-def _outer_scales(a: QuantizedOperand, b: QuantizedOperand) -> tuple[Node | None, ...]:
-    """Further arguments of a product whose operands have a factor for the whole tensor."""
-    factors = tuple(q.amax if q.spec.scale == "e4m3" else None for q in (a, b))
-    return () if factors == (None, None) else factors
-
-
 def _mark_reusable(state: State, weight: QuantizedOperand) -> None:
     """Name the parameter whose quantised form is the same in every forward of an optimizer step."""
-    quantizer = ir.quantizer_of(weight.codes)[0]
+    quantizer = Quantizer.of(weight.codes).node
     source = Source.of(quantizer)
     origin, stack, flipped = source.x, source.x.target is aten.reshape.default, False
-    while origin.op == "call_function" and (origin.target in WHOLE_VIEWS or stack and origin is source.x):
+    while origin.target in _WHOLE or stack and origin is source.x:
         if stack and origin.target is aten.permute.default:
-            if origin.args[1] != SWAP:
+            if argument(origin, "dims") != SWAP:
                 return
             flipped = not flipped
-        assert isinstance(origin.args[0], Node)
-        origin = origin.args[0]
+        origin = source_of(origin)
     if flipped:  # matrices that were transposed one by one have the shape and the strides of any others
         return
     fixed = not weight.spec.stochastic and source.fixed_basis and "recompute" not in quantizer.meta
@@ -158,23 +158,20 @@ def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: 
     ``ends``: where the groups end along the last axis, if it has groups; a row's scale is then one in each.
     """
     if ends is not None and spec.block == "row":
-        node = build(QUANTIZE_GROUPS, x, str(spec), ends)
+        node = QuantizeGroups(x, spec, ends).emit(build)
         return QuantizedOperand(build.item(node, 0), build.item(node, 1), None, spec)
     if spec.commutes_with_transpose and x.target is aten.permute.default:
-        assert isinstance(x.args[0], Node)
-        return _transposed(build, quantize_node(state, build, x.args[0], spec, bits, owner))
+        return _transposed(build, quantize_node(state, build, source_of(x), spec, bits, owner))
     seed = draw_seed(state, val(x).device) if spec.stochastic else None
     amax = _amax(state, build, x, spec, owner) if spec.takes_amax else None
-    given = () if amax is None else (amax,)
-    node = build(ir.QUANTIZE, x, str(spec), seed, bits if spec.stochastic else 0, *given)
+    node = Quantize(x, spec, seed, bits if spec.stochastic else 0, amax).emit(build)
     codes, scales = build.item(node, 0), build.item(node, 1)
     return QuantizedOperand(codes, scales, build.item(node, 2) if spec.mask else None, spec, amax)
 
 
 def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[Planned, str]) -> Node:
     """The largest magnitude of ``x``, which a transpose does not change."""
-    base = x.args[0] if x.target is aten.permute.default else x
-    assert isinstance(base, Node)
+    base = source_of(x) if x.target is aten.permute.default else x
     if spec.rule == "delayed":
         return amax_of(state, build, base, spec, *owner)
     return build(ir.AMAX, base)
@@ -182,8 +179,8 @@ def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[P
 
 def _transposed(build: Builder, q: QuantizedOperand) -> QuantizedOperand:
     """The transpose of a quantised tensor with one scale."""
-    back = q.codes.args[0] if q.codes.target is aten.permute.default else None
-    return replace(q, codes=back if isinstance(back, Node) else build.transpose(q.codes))
+    turned_back = q.codes.target is aten.permute.default
+    return replace(q, codes=source_of(q.codes) if turned_back else build.transpose(q.codes))
 
 
 def _saved(state: State, site: Quantized, role: str, start: Start) -> QuantizedOperand:
@@ -211,8 +208,7 @@ def _start_from_saved(state: State, site: Quantized, role: str, start: Start) ->
     source, reader = start.source, start.reader
     made = _saved(state, site, role, start)
     at = Builder(state.gm.graph, like=reader, before=reader, backward=is_backward(reader))
-    values = at(ir.DEQUANTIZE, made.codes, made.scales, str(made.spec), val(source).dtype,
-                *(() if made.amax is None else (made.amax,)))
+    values = Dequantize(made.codes, made.scales, made.spec, val(source).dtype, made.amax).emit(at)
     reader.replace_input_with(source, at.columns(values, shape(source)[1]))
 
 
@@ -223,15 +219,15 @@ def _quantize_again(state: State, before: Node, source: Node, made: QuantizedOpe
     quantiser without random bits makes no use; after a rotation, which would be merged and kept, it stays as it is.
     """
     at = Builder(state.gm.graph, like=before, before=before, backward=True)
-    quantizer, flipped = ir.quantizer_of(made.codes)
-    again, spec, seed, number, *given = quantizer.args
+    first = Quantizer.of(made.codes)
+    again = Quantize.of(first.node)
     if source.target is ir.HADAMARD:
-        again = at(source.target, *source.args)
-    elif seed is None:
-        number = 1
-    node = at(ir.QUANTIZE, again, spec, seed, number, *given)
+        again = replace(again, x=Hadamard.of(source).emit(at))
+    elif again.seed is None:
+        again = replace(again, site=1)
+    node = again.emit(at)
     q = QuantizedOperand(at.item(node, 0), at.item(node, 1), None, made.spec, made.amax)
-    return _transposed(at, q) if flipped else q
+    return q if first.layout == ROWS else _transposed(at, q)
 
 
 def _saved_bytes(site: Planned, x: QuantizedOperand, w: QuantizedOperand) -> int | None:

@@ -15,12 +15,13 @@ from torch.fx.node import map_arg
 
 from quartet.lowering.ir import SEMANTIC
 from quartet.lowering.ir import grouped as grouped_ops
-from quartet.lowering.ir.graph import VIEWS, editing, is_backward
+from quartet.lowering.ir.graph import aten, editing, is_backward
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
+from quartet.runtime.view_ops import PASSED_ON
 
-MERGED = frozenset((*SEMANTIC, *grouped_ops.SEMANTIC, *VIEWS))
+MERGED = PASSED_ON - {aten.reshape.default} | {*SEMANTIC, *grouped_ops.SEMANTIC}  # a reshape may be a copy
 
 
 @graph_pass(reads=Quantized, optional=True, summary="equal nodes become one")

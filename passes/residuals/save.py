@@ -13,7 +13,8 @@ from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import SAVED, aten, is_backward
+from quartet.lowering.ir.graph import SAVED, aten, is_backward, source_of
+from quartet.lowering.ir.operands import Product, Quantizer, quantizer_of
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import SITE_KEY, Quantized
 from quartet.passes.state import State
@@ -27,7 +28,7 @@ def save(state: State) -> None:
     sites = {site.index: site for site in state.at(Quantized)}
     for site in sites.values():
         if site.recomputes_x and "x" in site.operands:
-            _make_again(ir.quantizer_of(site.operands["x"].codes)[0])
+            _make_again(site.operands["x"].codes)
     for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
         index, role = node.meta[SITE_KEY]
         site = sites[index]
@@ -41,19 +42,19 @@ def save(state: State) -> None:
 
 def _keep_codes(product: Node) -> None:
     """Take what a product multiplies out of the user's checkpointing, so that it is kept as it is without."""
-    for codes in (product.args[0], product.args[2]):
-        quantizer, _ = ir.quantizer_of(codes)  # type: ignore[arg-type]
-        for node in (quantizer, *quantizer.users):
+    for operand in Product.of(product).operands:
+        made = quantizer_of(operand.codes)
+        for node in (operand.codes, operand.scales) if made is None else (made.node, *made.node.users):
             for key in ("recompute", "ac_graph_id"):
                 node.meta.pop(key, None)
 
 
-def _make_again(quantizer: Node) -> None:
+def _make_again(codes: Node) -> None:
     """Let backward quantise X again, from what it makes X of."""
-    chain = [*quantizer.users, quantizer]
+    made = Quantizer.of(codes)
+    chain = [*made.node.users, made.node]
     while chain[-1].target in (ir.QUANTIZE, ir.HADAMARD, aten.constant_pad_nd.default):
-        assert isinstance(chain[-1].args[0], Node)
-        chain.append(chain[-1].args[0])
+        chain.append(source_of(chain[-1]))
     for node in chain:
         node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
 

@@ -13,6 +13,7 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
 from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.ir.operands import Product, Quantizer
 from quartet.lowering.targets import inductor
 from quartet.lowering.targets.fp8 import lower as fp8
 
@@ -165,7 +166,7 @@ def test_a_quantiser_that_another_family_reads_too_stays_for_it():
     gm.graph.eliminate_dead_code()
     gm.recompile()
     assert [str(node.args[1]) for node in calls(gm, ir.QUANTIZE)] == [str(TENSOR), str(MX)]
-    assert all(ir.quantizer_of(foreign.args[i])[0].target is ir.QUANTIZE for i in (0, 2))
+    assert all(Quantizer.of(operand.codes).node.target is ir.QUANTIZE for operand in Product.of(foreign).operands)
     assert len(calls(gm, aten._scaled_mm.default)) == 1
     for got, want in zip(gm(x, w, v), two(x, w, v), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7 * want.abs().max().item())

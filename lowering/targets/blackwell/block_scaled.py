@@ -18,8 +18,9 @@ from quartet.kernels.cutlass.gemm import OUTPUT_OF
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering.ir import two_level
 from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.ir.operands import Operand, Product
 from quartet.lowering.targets.blackwell import lower as blackwell
-from quartet.lowering.targets.blackwell.block_scaled_ops import LIBRARY_MM, MM, SWIZZLE
+from quartet.lowering.targets.blackwell.block_scaled_ops import LIBRARY_MM, MM
 from quartet.lowering.targets.chains import Accepts, accepted
 from quartet.lowering.targets.fp8_products import ALIGN
 from quartet.runtime.devices import Target
@@ -60,13 +61,13 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
 
 def lower_cutlass(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen scaled_mm nodes to CUTLASS kernels, and of MXFP4 the chains around them."""
-    fp4 = [gemm for gemm in gemms if kind_of(_spec(gemm.args[4])) == "mxf4"]
+    fp4 = [gemm for gemm in gemms if kind_of(Product.of(gemm).a.spec) == "mxf4"]
     if fp4:
         blackwell.lower_cutlass(graph, fp4, accepts)
     operands = Operands(graph, [gemm for gemm in gemms if gemm not in fp4], accepts)
     for gemm in operands.gemms:
         build, kind, *given, alpha = operands.of(gemm, N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])
-        put(build, gemm, build(MM, *given, kind, 1.0, gemm.args[6], alpha))
+        put(build, gemm, build(MM, *given, kind, 1.0, Product.of(gemm).dtype, alpha))
     blackwell.unswizzle(graph)
 
 
@@ -81,7 +82,7 @@ def lower_library(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     operands = Operands(graph, gemms, accepts)
     for gemm in gemms:
         build, kind, *given, alpha = operands.of(gemm, ALIGN)
-        put(build, gemm, build(LIBRARY_MM, *given, kind, kind, gemm.args[6], alpha))
+        put(build, gemm, build(LIBRARY_MM, *given, kind, kind, Product.of(gemm).dtype, alpha))
     blackwell.unswizzle(graph)
 
 
@@ -106,21 +107,20 @@ class Operands:
     def of(self, gemm: Node, n_multiple: int) -> tuple[Any, ...]:
         """A builder before ``gemm``, the kind of its operands, both codes with their swizzled scales, and alpha."""
         build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
-        a, a_scales, b, b_scales, a_spec, b_spec, _, *amaxes = gemm.args
-        a, b = build.padded(a, cols=_per_unit(a)), build.padded(b, rows=n_multiple, cols=_per_unit(b))  # type: ignore[arg-type]
-        scales = [self._swizzled(build, s, _spec(text)) for s, text in ((a_scales, a_spec), (b_scales, b_spec))]
-        factors = [self._factor(build, amax, _spec(text))
-                   for amax, text in zip(amaxes, (a_spec, b_spec), strict=False) if amax is not None]
+        product = Product.of(gemm)
+        a, b = product.a.codes, product.b.codes
+        a, b = build.padded(a, cols=_per_unit(a)), build.padded(b, rows=n_multiple, cols=_per_unit(b))
+        scales = [self._swizzled(build, operand) for operand in product.operands]
+        factors = [self._factor(build, operand.amax, operand.spec)
+                   for operand in product.operands if operand.amax is not None]
         alpha = build(aten.mul.Tensor, *factors) if len(factors) == 2 else None
-        return build, kind_of(_spec(a_spec)), a, scales[0], b, scales[1], alpha
+        return build, kind_of(product.a.spec), a, scales[0], b, scales[1], alpha
 
-    def _swizzled(self, build: Builder, scales: Any, spec: QuantSpec) -> Node:
-        if blackwell.is_ours(scales):
-            return scales
-        tile = int(spec.block) if spec.tile else 1
-        return self._once(build, ("scales", scales, tile), lambda: build(SWIZZLE, scales, tile))
+    def _swizzled(self, build: Builder, operand: Operand) -> Node:
+        key = "scales", operand.scales, operand.spec.tile
+        return self._once(build, key, lambda: blackwell.swizzled(build, operand))
 
-    def _factor(self, build: Builder, amax: Any, spec: QuantSpec) -> Node:
+    def _factor(self, build: Builder, amax: Node, spec: QuantSpec) -> Node:
         return self._once(build, ("factor", amax, spec.rule), lambda: two_level.decode(build, amax, spec))
 
     def _once(self, build: Builder, key: tuple[Any, ...], make: Any) -> Node:
@@ -130,9 +130,5 @@ class Operands:
         return self.made[key]
 
 
-def _per_unit(codes: Any) -> int:
+def _per_unit(codes: Node) -> int:
     return K_BYTES // val(codes).element_size()
-
-
-def _spec(text: Any) -> QuantSpec:
-    return QuantSpec.parse(text)

@@ -7,14 +7,13 @@ turned, so that those of one block of K lie side by side.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, is_backward
+from quartet.lowering.ir.operands import Operand, Product
 from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell.block_scaled_ops import LIBRARY_MM, STRIP
 from quartet.lowering.targets.chains import Accepts
@@ -53,7 +52,7 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen scaled_mm nodes, and the quantisers of NVFP4."""
-    blocks = [gemm for gemm in gemms if _fp8_blocks(QuantSpec.parse(gemm.args[4]))]  # type: ignore[arg-type]
+    blocks = [gemm for gemm in gemms if _fp8_blocks(Product.of(gemm).a.spec)]
     block_scaled.lower_library(graph, [gemm for gemm in gemms if gemm not in blocks], accepts)
     for gemm in blocks:
         _blocks(graph, gemm)
@@ -61,23 +60,23 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 
 def _blocks(graph: Graph, gemm: Node) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
-    a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
-    left = _scales(build, a_scales, a_spec, rows=1)
-    right = _scales(build, b_scales, b_spec, rows=ALIGN)
-    b = build.padded(b, rows=ALIGN)  # type: ignore[arg-type]
-    out = build(LIBRARY_MM, a, left, b, right, _format(a_spec), _format(b_spec), dtype)
+    product = Product.of(gemm)
+    left, right = _scales(build, product.a, rows=1), _scales(build, product.b, rows=ALIGN)
+    b = build.padded(product.b.codes, rows=ALIGN)
+    formats = [_format(operand.spec) for operand in product.operands]
+    out = build(LIBRARY_MM, product.a.codes, left, b, right, *formats, product.dtype)
     block_scaled.put(build, gemm, out)
 
 
-def _scales(build: Builder, scales: Any, text: Any, rows: int) -> Node:
+def _scales(build: Builder, operand: Operand, rows: int) -> Node:
     """Scales in the layout of ``block_scaled_ops``, of an operand padded to a multiple of ``rows``."""
-    if QuantSpec.parse(text).tile:
-        return build.padded(scales, cols=STRIP)
-    return build.contiguous(build.transpose(build.padded(scales, rows=rows)))
+    if operand.spec.tile:
+        return build.padded(operand.scales, cols=STRIP)
+    return build.contiguous(build.transpose(build.padded(operand.scales, rows=rows)))
 
 
-def _format(text: Any) -> str:
-    return "128x128" if QuantSpec.parse(text).tile else "1x128"
+def _format(spec: QuantSpec) -> str:
+    return "128x128" if spec.tile else "1x128"
 
 
 def _fp8_blocks(spec: QuantSpec) -> bool:

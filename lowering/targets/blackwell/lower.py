@@ -6,8 +6,6 @@ read. Both gains of a product are the factor that the kernel multiplies its resu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
@@ -16,7 +14,9 @@ from quartet.kernels.cutlass.gemm import OUTPUT_OF
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir import fused as cuda_ops
-from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.ir.graph import Builder, aten, hand_over, is_backward, keep_as, maker, results, shape, val
+from quartet.lowering.ir.operands import SCALED, Operand, Product
+from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.targets.blackwell import block_scaled_ops
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.lowering.targets.chains import (
@@ -119,28 +119,35 @@ def _quantize(graph: Graph, node: Node) -> list[Node]:
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
     source = ready(build, Source.of(node))
     stored = source.stored if source.encode is None else None
-    if stored is not None and QuantSpec.parse(stored.args[2]).gain == 1.0 and is_ours(stored.args[1]):  # type: ignore[arg-type]
-        op = build(blackwell_ops.REQUANTIZE, *stored.args[:3], *source.chain)
+    if stored is not None and stored.spec.gain == 1.0 and is_ours(stored.scales):
+        op = build(blackwell_ops.REQUANTIZE, *stored.stored, *source.chain)
         return [build.item(op, 0), build.item(op, 1)]
     op = build(blackwell_ops.QUANTIZE, source.x, *source.chain, *source.reuse)
     return [build.item(op, i) for i in range(3)]
 
 
-def _hand_over(quantizer: Node, results: list[Node]) -> None:
-    """Codes, scales and mask of a quantise are ``results`` from now on; the scales lie in another order."""
-    for item in list(quantizer.users):
-        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+def _hand_over(quantizer: Node, made: list[Node]) -> None:
+    """Codes, scales and mask of a quantise are ``made`` from now on. The scales lie in another order for products and
+    for what :func:`unswizzle` finds; whatever else reads them, such as a collective, gets them row by row."""
+    scales = results(quantizer).get(1)
+    others = [] if scales is None else [user for user in scales.users if user.target not in (*SCALED, ir.DEQUANTIZE)]
+    if scales is not None and others:
+        build = Builder(quantizer.graph, like=quantizer, before=quantizer, backward=is_backward(quantizer))
+        plain = _row_by_row(build, made[0], made[1], Quantize.of(quantizer).spec)
+        for user in others:
+            user.replace_input_with(scales, plain)
+    hand_over(quantizer, made)
 
 
 def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
-    a, a_scales, b, b_scales, a_spec, b_spec, dtype = gemm.args
-    gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
+    read = Product.of(gemm)
+    a, b, a_scales, b_scales = read.a.codes, read.b.codes, swizzled(build, read.a), swizzled(build, read.b)
     if product is block_scaled_ops.MM:
-        b = build.padded(b, rows=N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])  # type: ignore[arg-type]
-        made = build(product, a, a_scales, b, b_scales, "mxf4", gain, dtype)
+        b = build.padded(b, rows=N_MULTIPLE[OUTPUT_OF[val(gemm).dtype]])
+        made = build(product, a, a_scales, b, b_scales, "mxf4", read.gain, read.dtype)
     else:
-        made = build(product, a, a_scales, b, b_scales, gain, dtype)
+        made = build(product, a, a_scales, b, b_scales, read.gain, read.dtype)
     out = keep_as(made, gemm)
     follows, width = Epilogue.of(gemm), shape(out)[1]
     if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
@@ -148,20 +155,32 @@ def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
     finish(build, gemm, out, 1.0, cuda_ops.UNROTATE, follows)
 
 
-def is_ours(scales: Any) -> bool:
+def is_ours(scales: Node) -> bool:
     """Whether these are swizzled scales of a fused quantiser."""
-    made_by = scales.args[0] if isinstance(scales, Node) and scales.args else None
-    return isinstance(made_by, Node) and made_by.target in blackwell_ops.QUANTIZERS
+    made_by = maker(scales)
+    return made_by is not None and made_by.target in blackwell_ops.QUANTIZERS
+
+
+def swizzled(build: Builder, operand: Operand) -> Node:
+    """The scales of an operand in the layout of the tensor cores."""
+    if is_ours(operand.scales):
+        return operand.scales
+    return build(block_scaled_ops.SWIZZLE, operand.scales, int(operand.spec.block) if operand.spec.tile else 1)
 
 
 def unswizzle(graph: Graph) -> None:
     """Give what else reads our codes, such as a backward product of another recipe, their scales row by row."""
     for node in graph.find_nodes(op="call_function", target=ir.DEQUANTIZE):
-        codes, scales, text = node.args[:3]
-        if is_ours(scales) and node.users:
+        read = Dequantize.of(node)
+        if is_ours(read.scales) and node.users:
             build = Builder(graph, like=node, before=node, backward=is_backward(node))
-            (rows, half), spec = shape(codes), QuantSpec.parse(text)
-            plain = build(blackwell_ops.UNSWIZZLE, scales, build.size(rows), build.size(half * 2 // spec.block))
-            if spec.tile:
-                plain = build(aten.slice.Tensor, plain, 0, 0, build.size(rows), spec.block)
-            node.update_arg(1, build(aten.view.dtype, plain, torch.float8_e4m3fn) if spec.scale == "e4m3" else plain)
+            node.replace_input_with(read.scales, _row_by_row(build, read.codes, read.scales, read.spec))
+
+
+def _row_by_row(build: Builder, codes: Node, scales: Node, spec: QuantSpec) -> Node:
+    """Swizzled scales in the shape of :func:`quartet.lowering.ir.scale_layout`."""
+    rows, half = shape(codes)
+    plain = build(blackwell_ops.UNSWIZZLE, scales, build.size(rows), build.size(half * 2 // spec.block))
+    if spec.tile:
+        plain = build(aten.slice.Tensor, plain, 0, 0, build.size(rows), spec.block)
+    return build(aten.view.dtype, plain, torch.float8_e4m3fn) if spec.two_level else plain

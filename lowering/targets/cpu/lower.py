@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir.graph import Builder, is_backward, keep_as, val
-from quartet.lowering.ir.products import Kind, multiply
+from quartet.lowering.ir.graph import Builder, hand_over, is_backward, keep_as, val
+from quartet.lowering.ir.operands import Product
+from quartet.lowering.ir.products import multiply
 from quartet.lowering.targets.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
 from quartet.lowering.targets.cpu import ops as cpu_ops
 
@@ -25,8 +25,8 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """
     wanted: dict[Node, torch.dtype] = {}
     for gemm in gemms:
-        for codes in (gemm.args[0], gemm.args[2]):
-            quantizer = direct(codes, gemm)
+        for operand in Product.of(gemm).operands:
+            quantizer = direct(operand.codes, gemm)
             if quantizer is not None:
                 wanted[quantizer] = operand_dtype(gemm)
     chosen = set(gemms)
@@ -48,27 +48,24 @@ def _quantizer(graph: Graph, node: Node, values: torch.dtype | None, gemms: set[
     tail = (*source.tail, is_stored(node, gemms), values)
     stored = source.stored
     if stored is not None:
-        op = build(cpu_ops.REQUANTIZE, *stored.args[:3], *tail)
+        op = build(cpu_ops.REQUANTIZE, *stored.stored, *tail)
     else:
         op = build(cpu_ops.QUANTIZE, source.x, *tail, *source.reuse)
     results = [build.item(op, i) for i in range(4)]
-    for item in list(node.users):
-        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+    hand_over(node, results)
     return results
 
 
 def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
     results = {codes: items for items in fused.values() for codes in items[:1]}
-    a, a_scales, b, b_scales, a_spec, b_spec = gemm.args[:6]
-    operands, dtype = [], operand_dtype(gemm)
-    for codes, scales, spec in ((a, a_scales, a_spec), (b, b_scales, b_spec)):
-        made = results.get(codes)  # type: ignore[arg-type]
-        values = made[3] if made is not None and direct(codes, gemm) is not None else None
+    product, operands, dtype = Product.of(gemm), [], operand_dtype(gemm)
+    for operand in product.operands:
+        made = results.get(operand.codes)
+        values = made[3] if made is not None and direct(operand.codes, gemm) is not None else None
         if values is not None and val(values).dim() == 2 and val(values).dtype == dtype:
             operands.append(values)
         else:
-            operands.append(build(cpu_ops.DEQUANTIZE, codes, scales, spec, dtype))
-    out = keep_as(multiply(build, Kind.of(gemm), *operands), gemm)
-    gain = QuantSpec.parse(a_spec).gain * QuantSpec.parse(b_spec).gain  # type: ignore[arg-type]
-    finish(build, gemm, out, gain, cpu_ops.UNROTATE, Epilogue.of(gemm))
+            operands.append(build(cpu_ops.DEQUANTIZE, *operand.stored, dtype))
+    out = keep_as(multiply(build, product.kind, *operands), gemm)
+    finish(build, gemm, out, product.gain, cpu_ops.UNROTATE, Epilogue.of(gemm))

@@ -16,10 +16,10 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir import fp8 as fp8_ops
-from quartet.lowering.ir.graph import Builder, aten, inline, is_backward, keep_as, shape, val
-from quartet.lowering.ir.grouped import QUANTIZE_GROUPS
-from quartet.lowering.ir.products import Kind
-from quartet.lowering.targets.chains import Accepts, Source, accepted, read_by
+from quartet.lowering.ir.graph import Builder, aten, hand_over, inline, is_backward, keep_as, results, shape, val
+from quartet.lowering.ir.operands import Product, readers
+from quartet.lowering.ir.views import Quantize, QuantizeGroups
+from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.lowering.targets.inductor import store
 from quartet.runtime import compat
@@ -67,12 +67,12 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     copies: dict[Node, Node] = {}
     for quantizer in accepted(graph, gemms, accepts):
         source = Source.of(quantizer)
-        if QuantSpec.parse(source.spec).block == "tensor" or source.transposed is not None:
+        if source.spec.block == "tensor" or source.transposed is not None:
             _cast(graph, quantizer)
         else:
             _quantize(graph, quantizer)
-    for node in graph.find_nodes(op="call_function", target=QUANTIZE_GROUPS):
-        if read_by(node) <= set(gemms):
+    for node in graph.find_nodes(op="call_function", target=QuantizeGroups.op):
+        if readers(node) <= set(gemms):
             _cast_groups(graph, node)
     for gemm in gemms:
         _gemm(graph, gemm, copies)
@@ -80,23 +80,22 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 
 def _cast(graph: Graph, node: Node) -> None:
     """A quantise as its scale in aten ops, and one cast for the codes and for their transpose."""
-    x, text = node.args[:2]
-    assert isinstance(x, Node) and isinstance(text, str)
-    spec = QuantSpec.parse(text)
+    made = Quantize.of(node)
+    x, spec = made.x, made.spec
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
 
     def scales(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(store(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
 
-    inputs = [x, *node.args[4:]]
-    multiplier, scale = inline(build, compat.trace(scales, list(map(val, inputs))), inputs)  # type: ignore[arg-type]
-    items = {item.args[1]: item for item in node.users}
-    readers = list(items[0].users) if 0 in items else []
-    flipped = [user for user in readers if user.target is aten.permute.default]
-    plain = len(flipped) < len(readers)
+    inputs = [x] if made.amax is None else [x, made.amax]
+    multiplier, scale = inline(build, compat.trace(scales, list(map(val, inputs))), inputs)
+    items = results(node)
+    users = list(items[0].users) if 0 in items else []
+    flipped = [user for user in users if user.target is aten.permute.default]
+    plain = len(flipped) < len(users)
     both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
     if spec.block == "tensor":
-        both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (text, both.name)
+        both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
     codes, transposed = build.item(both, 0), build.item(both, 1)
     for user in flipped:
         user.replace_all_uses_with(transposed)
@@ -107,30 +106,25 @@ def _cast(graph: Graph, node: Node) -> None:
 
 def _quantize(graph: Graph, node: Node) -> None:
     """The reference's aten ops in place of a quantise node."""
-    x, spec = node.args[:2]
-    assert isinstance(x, Node) and isinstance(spec, str)
+    made = Quantize.of(node)
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
 
     def quantize(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return reference.quantize(t, QuantSpec.parse(spec), store=store)
+        return reference.quantize(t, made.spec, store=store)
 
-    results = inline(build, compat.trace(quantize, [val(x)]), [x])
-    for item in list(node.users):
-        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+    hand_over(node, inline(build, compat.trace(quantize, [val(made.x)]), [made.x]))
 
 
 def _cast_groups(graph: Graph, node: Node) -> None:
     """Scales of the rows in each group, and the cast, as one op."""
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-    both = build(fp8_ops.CAST_GROUPS, *node.args)
-    results = build.item(both, 0), build.item(both, 1)
-    for item in list(node.users):
-        item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+    made = QuantizeGroups.of(node)
+    both = build(fp8_ops.CAST_GROUPS, made.x, str(made.spec), made.ends)
+    hand_over(node, [build.item(both, 0), build.item(both, 1)])
 
 
 def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
-    build, kind = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm)), Kind.of(gemm)
-    a, a_scales, b, b_scales, _, _, dtype = gemm.args[:7]
-    a, b = row_major(build, a, copies), row_major(build, b, copies)
-    out = keep_as(multiply(build, kind, a, a_scales, b, b_scales, dtype), gemm)
+    build, product = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm)), Product.of(gemm)
+    a, b = (row_major(build, operand.codes, copies) for operand in product.operands)
+    out = keep_as(multiply(build, product.kind, a, product.a.scales, b, product.b.scales, product.dtype), gemm)
     gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, shape, val
+from quartet.lowering.ir.operands import Product
 from quartet.lowering.targets.chains import Accepts
 from quartet.lowering.targets.fp8_products import row_major
 from quartet.lowering.targets.int8.ops import ALIGN, FEWEST_ROWS, INT_MM, LONGEST
@@ -55,13 +56,13 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 
 def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
-    a, a_scales, b, b_scales, _, _, dtype = gemm.args
-    a, b = row_major(build, a, copies), row_major(build, b, copies)
+    product = Product.of(gemm)
+    a, b = (row_major(build, operand.codes, copies) for operand in product.operands)
     (m, k), n = shape(a), shape(b)[0]
     a, b = build.padded(a, cols=ALIGN), build.padded(b, rows=ALIGN, cols=ALIGN)
     known = isinstance(m, int) and isinstance(k, int) and m >= FEWEST_ROWS and k <= LONGEST
     made = build(aten._int_mm.default, a, build.transpose(b)) if known else build(INT_MM, a, b)
     out = keep_as(made, gemm)
     out = build.cast(build.columns(out, n), torch.float32)
-    out = build(aten.mul.Tensor, build(aten.mul.Tensor, out, a_scales), build.transpose(b_scales))  # type: ignore[arg-type]
+    out = build(aten.mul.Tensor, build(aten.mul.Tensor, out, product.a.scales), build.transpose(product.b.scales))
     gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))

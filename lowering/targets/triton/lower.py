@@ -7,16 +7,14 @@ backward is folded from its codes. A gradient that dgrad and wgrad quantise alon
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering.ir import fused as cuda_ops
 from quartet.lowering.ir import two_level
-from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, shape, val
-from quartet.lowering.ir.products import Kind, amaxes
+from quartet.lowering.ir.graph import Builder, aten, hand_over, is_backward, keep_as, results, shape, val
+from quartet.lowering.ir.operands import Operand, Product
 from quartet.lowering.ir.products import multiply as multiply_plain
 from quartet.lowering.targets.chains import (
     Accepts,
@@ -35,7 +33,7 @@ from quartet.lowering.targets.fp8 import lower as fp8
 from quartet.lowering.targets.fp8_products import multiply
 from quartet.runtime.devices import Target
 
-Operand = tuple[Node, Node]
+Folded = tuple[Node, Node]  # E4M3 values and row scales
 
 
 def unavailable(target: Target) -> str | None:
@@ -80,8 +78,9 @@ class Lowering:
 
     def __init__(self, graph: Graph, gemms: list[Node], accepts: Accepts, fold: bool) -> None:
         self.graph, self.gemms, self.fold = graph, set(gemms), fold
-        self.wanted = {direct(codes, gemm): _ends(gemm) for gemm in gemms for codes in (gemm.args[0], gemm.args[2])}
-        self.operands: dict[tuple[Node, bool], Operand] = {}  # (codes, backward) → E4M3 values and row scales
+        self.wanted = {direct(operand.codes, gemm): _ends(product) for gemm in gemms
+                       for product in [Product.of(gemm)] for operand in product.operands}
+        self.operands: dict[tuple[Node, bool], Folded] = {}  # by codes, and whether backward reads them
         quantizers = accepted(graph, gemms, accepts)
         alone = [node for node in quantizers if node in self.wanted and not is_stored(node, self.gemms)]
         pairs = both_axes(alone) if fold else []
@@ -97,8 +96,8 @@ class Lowering:
     def _quantize_both(self, rows: Node, columns: Node) -> None:
         build, op = quantize_both(self.graph, cuda_ops.QUANTIZE_BOTH, rows, columns, self.wanted[columns])
         for index, node in enumerate((rows, columns)):
-            codes = next(item for item in node.users if item.args[1] == 0)
-            self.operands[codes, is_backward(node)] = build.item(op, 2 * index), build.item(op, 2 * index + 1)
+            folded = build.item(op, 2 * index), build.item(op, 2 * index + 1)
+            self.operands[results(node)[0], is_backward(node)] = folded
 
     def _quantize(self, node: Node) -> None:
         """Replace hadamard → quantize by one fused op."""
@@ -108,53 +107,49 @@ class Lowering:
         tail = (*source.chain, not folded or is_stored(node, self.gemms), folded)
         stored, matrices = source.stack or (source.stored, 1)
         ends = self.wanted[node] if folded else None
-        if stored is not None and source.encode is None and QuantSpec.parse(stored.args[2]).gain == 1.0:  # type: ignore[arg-type]
-            op = build(cuda_ops.REQUANTIZE, *stored.args[:3], *tail, build.size(matrices), ends)
+        if stored is not None and source.encode is None and stored.spec.gain == 1.0:
+            op = build(cuda_ops.REQUANTIZE, *stored.stored, *tail, build.size(matrices), ends)
         else:
             op = build(cuda_ops.QUANTIZE, source.x, *tail, *source.reuse, ends)
-        results = [build.item(op, i) for i in range(5)]
+        made = [build.item(op, i) for i in range(5)]
         if folded:
-            self.operands[results[0], is_backward(node)] = results[3], results[4]
-        for item in list(node.users):
-            item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+            self.operands[made[0], is_backward(node)] = made[3], made[4]
+        hand_over(node, made)
 
     def _gemm(self, gemm: Node) -> None:
         build = Builder(self.graph, like=gemm, before=gemm, backward=is_backward(gemm))
-        a, a_scales, b, b_scales, a_spec, b_spec = gemm.args[:6]
-        sides, kind = ((a, a_scales, a_spec), (b, b_scales, b_spec)), Kind.of(gemm)
+        product = Product.of(gemm)
         if self.fold:
-            left, right = (self._operand(build, gemm, *side) for side in sides)
-            out = multiply(build, kind, *left, *right, val(gemm).dtype, aligned=True)
+            left, right = (self._operand(build, gemm, product, operand) for operand in product.operands)
+            out = multiply(build, product.kind, *left, *right, val(gemm).dtype, aligned=True)
         else:
-            values = [build(cuda_ops.DEQUANTIZE, *side, operand_dtype(gemm)) for side in sides]
-            out = multiply_plain(build, kind, *values)
+            values = [build(cuda_ops.DEQUANTIZE, *operand.stored, operand_dtype(gemm)) for operand in product.operands]
+            out = multiply_plain(build, product.kind, *values)
         out = keep_as(out, gemm)
-        specs = [QuantSpec.parse(spec) for spec in (a_spec, b_spec)]  # type: ignore[arg-type]
-        for spec, amax in zip(specs, amaxes(gemm), strict=False):
-            if amax is not None:
-                out = build(aten.mul.Tensor, build.cast(out, torch.float32), two_level.decode(build, amax, spec))
-        gain = specs[0].gain * specs[1].gain
+        for operand in product.operands:
+            if operand.amax is not None:
+                wide = build.cast(out, torch.float32)
+                out = build(aten.mul.Tensor, wide, two_level.decode(build, operand.amax, operand.spec))
         follows, width = Epilogue.of(gemm), shape(out)[1]
         if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
             follows = None
-        finish(build, gemm, out, gain, cuda_ops.UNROTATE, follows)
+        finish(build, gemm, out, product.gain, cuda_ops.UNROTATE, follows)
 
-    def _operand(self, build: Builder, gemm: Node, codes: Any, scales: Any, spec: Any) -> Operand:
-        """E4M3 values and row scales of a product's operand, folded at most once in each direction."""
-        key = codes, is_backward(gemm)
-        if key in self.operands and direct(codes, gemm) is not None:
+    def _operand(self, build: Builder, gemm: Node, product: Product, operand: Operand) -> Folded:
+        """A product's operand, folded at most once in each direction."""
+        key = operand.codes, is_backward(gemm)
+        if key in self.operands and direct(operand.codes, gemm) is not None:
             return self.operands[key]
-        folded = build(cuda_ops.FOLD, codes, scales, spec, _ends(gemm))
-        operand = build.item(folded, 0), build.item(folded, 1)
+        both = build(cuda_ops.FOLD, *operand.stored, _ends(product))
+        folded = build.item(both, 0), build.item(both, 1)
         if key[1]:
-            self.operands[key] = operand
-        return operand
+            self.operands[key] = folded
+        return folded
 
 
-def _ends(gemm: Node) -> Node | None:
+def _ends(product: Product) -> Node | None:
     """Where groups end along what a product contracts, if it contracts the tokens of groups."""
-    kind = Kind.of(gemm)
-    return kind.ends if kind.over_tokens else None
+    return product.kind.ends if product.kind.over_tokens else None
 
 
 def lower_fold(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
