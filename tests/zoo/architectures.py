@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,10 +76,15 @@ def pictures(model: str, config: str, size: int = 32, **sizes: Any) -> Callable[
 
 
 def timm(name: str, **sizes: Any) -> Callable[[], Specimen]:
+    """A model that timm registers, or one of its classes, where the registered ones fix the sizes."""
     size = sizes.pop("input", 32)
 
     def made() -> Specimen:
-        model = importlib.import_module("timm").create_model(name, num_classes=8, **sizes)
+        library = importlib.import_module("timm")
+        make = partial(library.create_model, name) if library.is_model(name) else getattr(library.models, name)
+        model = make(num_classes=8, **sizes)
+        for weight in (p for p in model.parameters() if p.dim() > 1 and not p.any()):
+            nn.init.normal_(weight, std=0.02)  # a head of zeros would leave the loss without a gradient
         return Specimen(model, [image(size, name="x")])
 
     return made
@@ -206,7 +212,7 @@ ARCHITECTURES: dict[str, Callable[[], Specimen]] = {
     "segformer": pictures("SegformerForImageClassification", "SegformerConfig", 64, hidden_sizes=[32, 64],
                           depths=[1, 1], num_encoder_blocks=2, num_attention_heads=[1, 2], sr_ratios=[2, 1],
                           patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], num_labels=8),
-    "timm mixer": timm("mixer_s16_224", img_size=64, num_blocks=2, embed_dim=64, input=64),
+    "timm mixer": timm("MlpMixer", img_size=64, patch_size=8, num_blocks=2, embed_dim=64, input=64),
     "timm resnet": timm("resnet18", channels=(32, 32, 64, 64), layers=(1, 1, 1, 1), input=64),
     "diffusers pixart": diffusers("PixArtTransformer2DModel", pixart_call, num_attention_heads=4, attention_head_dim=16,
                                   in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=64,
