@@ -23,12 +23,12 @@ from quartet.passes.classify.classify import activations_class_of, embeds, op_cl
 from quartet.passes.classify.masks import Masks
 from quartet.passes.classify.others import left_alone, plain, without_site
 from quartet.passes.find.gradients import attach, not_needed_in_forward
+from quartet.passes.find.values import Values
 from quartet.passes.flow import Flow
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, Found, Product
 from quartet.passes.state import State
-from quartet.passes.values import Values
 from quartet.passes.views import MATMULS, canonical, operands
 
 LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)

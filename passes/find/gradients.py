@@ -20,8 +20,8 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import BY_HAND, is_backward, shape, val
+from quartet.passes.find.values import Values
 from quartet.passes.sites import Found, Gradient
-from quartet.passes.values import Values
 from quartet.passes.views import Operand, canonical, operands
 from quartet.runtime.sizes import same_sizes
 
