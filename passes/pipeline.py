@@ -6,8 +6,9 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch.fx import Graph
 
 from quartet.kernels import extension
+from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.ir.graph import is_backward
@@ -27,7 +29,7 @@ from quartet.passes.find.find_grouped import find_grouped
 from quartet.passes.find.find_matmuls import find_matmuls
 from quartet.passes.find.tag import tag
 from quartet.passes.find.unfold import unfold
-from quartet.passes.graph_pass import in_order
+from quartet.passes.graph_pass import GraphPass, in_order
 from quartet.passes.lower import lower
 from quartet.passes.naming import name_modules
 from quartet.passes.plan.plan import plan
@@ -44,6 +46,7 @@ from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
 from quartet.passes.residuals.save import save
 from quartet.passes.residuals.unchanged import unchanged
 from quartet.passes.sites import Decided, Planned, Quantized
+from quartet.passes.stage import Stage, pass_of
 from quartet.passes.state import State
 from quartet.passes.verify import verify
 from quartet.runtime.compat import CustomGraphPass
@@ -57,6 +60,51 @@ PASSES = in_order(
 )
 NAMES = tuple(p.name for p in PASSES)
 OPTIONAL = tuple(p.name for p in PASSES if p.optional)
+_KIND = "pass"
+_registered: dict[str, tuple[Callable[[Stage], Any], str]] = {}  # name → function, the pass that it comes after
+
+
+def register(function: Callable[[Stage], Any], after: str = "quantize") -> Callable[[Stage], Any]:
+    """Run a function of one's own on every graph, after a pass, and return it; the same again changes nothing.
+
+    It is called what the function is, may be named by ``disable_passes`` and shows in dumps. Of several after one pass,
+    the first registered is the first to run. A graph in which nothing is planned goes no further than ``plan``.
+
+    Args:
+        function: gets a :class:`quartet.extend.Stage`.
+        after: name of a pass, such as ``"plan"``, ``"rotate"``, ``"quantize"`` or ``"lower"``.
+
+    Raises:
+        ExtensionError: a name that is taken, or no pass called ``after``.
+    """
+    name = getattr(function, "__name__", "")
+    if _registered.get(name) == (function, after):
+        return function
+    extension.check_name(_KIND, name, NAMES)
+    if after not in NAMES:
+        near = get_close_matches(after, NAMES, n=1)
+        raise ExtensionError(f"pass {name!r}: no pass {after!r} to come after; "
+                             f"{f'did you mean {near[0]!r}? ' if near else ''}possible: {', '.join(NAMES)}")
+    at = NAMES.index(after) + 1
+    while at < len(NAMES) and NAMES[at] in _registered:
+        at += 1
+    _registered[name] = function, after
+    _set(*PASSES[:at], pass_of(function), *PASSES[at:])
+    extension.add(_KIND, name, (after, NAMES.index(name)), function)
+    return function
+
+
+def unregister(name: str) -> None:
+    """Forget a registered pass. Raises ExtensionError where there is none of that name."""
+    extension.remove(_KIND, name)
+    del _registered[name]
+    _set(*(one for one in PASSES if one.name != name))
+
+
+def _set(*passes: GraphPass) -> None:
+    global PASSES, NAMES, OPTIONAL
+    PASSES = passes
+    NAMES, OPTIONAL = tuple(p.name for p in passes), tuple(p.name for p in passes if p.optional)
 
 
 def signature(values: Iterable[Any]) -> Signature:

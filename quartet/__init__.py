@@ -1,6 +1,7 @@
 """Low-precision training as a compiler pass: ``torch.compile(model, backend="quartet")``."""
 
 from quartet.explain import explain
+from quartet.extend import register_pass, unregister_pass
 from quartet.kernels.spec import QuantSpec, SpecError
 from quartet.lowering.recipe.types import Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.policy import Policy, Rule
@@ -10,4 +11,5 @@ from quartet.statistics import statistics
 
 __version__ = "0.1.0"
 __all__ = ["Delayed", "Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "Saved",
-           "SpecError", "explain", "load_state_dict", "recipes", "register", "state_dict", "statistics"]
+           "SpecError", "explain", "load_state_dict", "recipes", "register", "register_pass", "state_dict",
+           "statistics", "unregister_pass"]

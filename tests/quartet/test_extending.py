@@ -1,4 +1,4 @@
-"""docs/extending.md, run: a recipe, a format, an op class and a kernel from files of a user's own."""
+"""docs/extending.md, run: a recipe, a format, an op class, a kernel and a pass from files of a user's own."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import quartet
-from quartet import Policy, PolicyError, QuantSpec, SpecError
+from quartet import Policy, PolicyError, QuantSpec, SpecError, register_pass
 from quartet.backend import compile_graph
 from quartet.extend import (
     Element,
@@ -25,23 +25,26 @@ from quartet.extend import (
     unregister_element,
     unregister_kernel,
     unregister_op_class,
+    unregister_pass,
 )
 from quartet.kernels import extension, reference
 from quartet.kernels.element import ELEMENTS, decode, encode
-from quartet.lowering import registry
-from quartet.lowering.ir.graph import shape
+from quartet.lowering import ir, registry
+from quartet.lowering.ir.graph import aten, shape
 from quartet.lowering.recipe.op_classes import op_classes
 from quartet.lowering.recipe.types import ROLES
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
 from quartet.passes.compilation import Compilation
+from quartet.passes.sites import Decided, Found, Planned, Quantized
 from quartet.runtime.capture import Capture
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 FILES = {re.match(r"# (\w+)\.py", block)[1]: block for block in PYTHON if block.startswith("# ")}
 USES = [block for block in PYTHON if not block.startswith("# ")]
-UNREGISTER = {"element": unregister_element, "op class": unregister_op_class, "kernel": unregister_kernel}
+UNREGISTER = {"element": unregister_element, "op class": unregister_op_class, "kernel": unregister_kernel,
+              "pass": unregister_pass}
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +109,8 @@ def train(policy, steps=60):
     return losses, records
 
 
-def test_the_page_has_the_four_files():
-    assert list(FILES) == ["hybrid", "mxfp6", "adapters", "mine"] and len(USES) == 3
+def test_the_page_has_the_five_files():
+    assert list(FILES) == ["hybrid", "mxfp6", "adapters", "mine", "probe"] and len(USES) == 4
 
 
 # --- a recipe --------------------------------------------------------------------------------------------------------
@@ -364,13 +367,128 @@ def test_kernels_that_are_refused():
         register_kernel(Kernel("mine", "another", lambda *a: "never"))
 
 
+# --- a pass ----------------------------------------------------------------------------------------------------------
+
+def test_pass(load, tmp_path, monkeypatch):
+    probe = load("probe")
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.NAMES.index("probe_gradients") == pipeline.NAMES.index("plan") + 1
+    names = execute(USES[3])
+    kernels = [classes_and_kernels(names[report]) for report in ("probed", "without")]
+    assert kernels[0] == kernels[1] and all(kernel for _, kernel in kernels[0].values())
+    assert list((tmp_path / "graphs").rglob("*probe_gradients*"))
+    with pytest.raises(OptionError, match="unknown pass 'probe_gradient'; did you mean 'probe_gradients'"):
+        compile_eager(nn.Linear(8, 8), disable_passes="probe_gradient")
+    probe.LARGEST.clear()
+    train("mxfp8", steps=1)
+    assert set(probe.LARGEST) == {"0", "2"} and all(0 < largest < 1 for largest in probe.LARGEST.values())
+
+
+@pytest.mark.parametrize("policy", ["mxfp8", "quartet", "fp8"])
+def test_a_probe_changes_no_number(load, policy):
+    plain, _ = train(policy, steps=3)
+    load("probe")
+    assert train(policy, steps=3)[0] == plain
+
+
+def clip(stage):
+    """What quantisers of E read, clamped to eight times its mean magnitude."""
+    for site in stage.at(Quantized):
+        for e in [stage.current(gemm.a) for role, gemm in site.gemms.items() if role != "fprop"]:
+            for quantizer in [user for user in e.users if user.target is ir.QUANTIZE]:
+                build = stage.build(before=quantizer)
+                limit = build(aten.mul.Tensor, build(aten.mean.default, build(aten.abs.default, e)), 8.0)
+                clipped = build(aten.maximum.default, e, build(aten.neg.default, limit))
+                quantizer.replace_input_with(e, build(aten.minimum.default, clipped, limit))
+
+
+def test_pass_in_the_quantised_graph():
+    register_pass(clip)
+    x, results = torch.randn(32, 64), []
+    e = torch.randn(32, 64)
+    e[3, 5] = 1e4
+    for disabled in ((), ("clip",)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64)
+        compiled, records, capture = compile_eager(model, policy="mxfp8", disable_passes=disabled)
+        compiled(x).backward(e)
+        ops = [str(n.target) for gm in capture.graphs for n in gm.graph.nodes]
+        assert ("aten.minimum.default" in ops) == (not disabled) and all(r.lowered for r in records)
+        results.append((model.weight.grad, model.bias.grad))
+    (clipped, bias), (whole, same) = results
+    others = torch.arange(64) != 5
+    assert torch.equal(bias, same) and torch.equal(clipped[others], whole[others])
+    assert clipped[5].abs().max() < whole[5].abs().max() / 2
+
+
+def test_passes_see_sites_in_the_phase_of_their_place():
+    seen = {}
+
+    def before(stage):
+        seen["plan"] = [type(site) for site in stage.sites]
+
+    def later(stage):
+        seen["lower"] = [type(site) for site in stage.at(Found)]
+        seen["products"] = len(stage.graph.find_nodes(op="call_function", target=ir.SCALED_MM))
+
+    register_pass(later, after="lower")
+    register_pass(before, after="plan")
+    run, _, _ = compile_eager(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), policy=Policy("fp8").on("1", None))
+    run(torch.randn(32, 64))
+    assert seen["plan"] == [Planned, Decided]
+    assert seen["lower"] == [Quantized, Decided] and seen["products"] == 2
+
+
+def test_passes_run_in_the_order_in_which_they_were_registered():
+    def first(stage): ...
+    def second(stage): ...
+    def third(stage): ...
+
+    before = pipeline.PASSES
+    for function in (first, second):
+        assert register_pass(function, after="share") is register_pass(function, after="share") is function
+    register_pass(third, after="first")
+    at = pipeline.NAMES.index("share")
+    assert pipeline.NAMES[at:at + 4] == ("share", "first", "second", "third")
+    assert set(pipeline.OPTIONAL) > {"first", "second", "third"}
+    with pytest.raises(ExtensionError, match=r"registered already.*unregister_pass\('first'\)"):
+        register_pass(first, after="save")
+    for name in ("first", "second", "third"):
+        unregister_pass(name)
+    assert pipeline.PASSES == before and "first" not in pipeline.OPTIONAL
+
+
+def test_passes_that_are_refused():
+    def share(stage): ...
+    def mine(stage): ...
+
+    for function, after, message in ((share, "quantize", "pass 'share' is built in"),
+                                     (lambda stage: None, "quantize", "'<lambda>' is not possible"),
+                                     (mine, "quantise", "no pass 'quantise' to come after; did you mean 'quantize'")):
+        with pytest.raises(ExtensionError, match=message):
+            register_pass(function, after=after)
+    assert not extension._added
+
+
+@pytest.mark.parametrize("fail", [lambda stage: stage.nothing,
+                                  lambda stage: stage.graph.erase_node(next(iter(stage.graph.nodes)))])
+def test_a_failing_pass_says_whose_it_is(fail):
+    def odd(stage):
+        fail(stage)
+
+    register_pass(odd, after="plan")
+    with pytest.raises(Exception, match="pass 'odd' failed: (AttributeError|RuntimeError): "):
+        compile_eager(nn.Linear(64, 64), policy="fp8")[0](torch.randn(32, 64))
+
+
 # --- the key of the caches -------------------------------------------------------------------------------------------
 
 def key():
     return pipeline.Pipeline(Compilation(Policy("fp8"))).uuid()
 
 
-@pytest.mark.parametrize("name", ["mxfp6", "adapters", "mine"])
+@pytest.mark.parametrize("name", ["mxfp6", "adapters", "mine", "probe"])
 def test_what_is_registered_is_in_the_key(load, name):
     before = key()
     load(name)
