@@ -25,28 +25,28 @@ class Pair(nn.Module):
 def test_two_layers_read_one_quantised_x():
     with torch.no_grad():
         assert_expected_inline(around("share", Pair(), matrix(8, 32), policy=BOTH).text, """\
-  %3 = %2[0] : f8e4m3[8, 32]
-  %4 = %2[1] : u8[8, 1]
-  %15 = %14[0] : f8e4m3[64, 32]
-  %16 = %14[1] : u8[64, 1]
-- %11 = quantize(x, 'e4m3/32 e8m0 ceil nearest', None, 0) : (f8e4m3[8, 32], u8[8, 1], u8[0])
-- %12 = %11[0] : f8e4m3[8, 32]
-- %13 = %11[1] : u8[8, 1]
-- %17 = scaled_mm(%12, %13, %15, %16, 'e4m3/32 e8m0 ceil nearest', 'e4m3/32 e8m0 ceil nearest', bf16) : bf16[8, 64]
-+ %17 = scaled_mm(%3, %4, %15, %16, 'e4m3/32 e8m0 ceil nearest', 'e4m3/32 e8m0 ceil nearest', bf16) : bf16[8, 64]""")
+  %0 = %1[0] : f8e4m3[8, 32]
+  %2 = %1[1] : u8[8, 1]
+  %3 = %4[0] : f8e4m3[64, 32]
+  %5 = %4[1] : u8[64, 1]
+- %6 = quantize(x, 'e4m3/32 e8m0 ceil nearest', None, 0) : (f8e4m3[8, 32], u8[8, 1], u8[0])
+- %7 = %6[0] : f8e4m3[8, 32]
+- %8 = %6[1] : u8[8, 1]
+- %9 = scaled_mm(%7, %8, %3, %5, 'e4m3/32 e8m0 ceil nearest', 'e4m3/32 e8m0 ceil nearest', bf16) : bf16[8, 64]
++ %9 = scaled_mm(%0, %2, %3, %5, 'e4m3/32 e8m0 ceil nearest', 'e4m3/32 e8m0 ceil nearest', bf16) : bf16[8, 64]""")
 
 
 def test_both_gradients_read_one_quantised_e():
     assert_expected_inline(around("share", linear(), matrix(8, 32), policy="fp8").text, """\
-  %5 = %3[1] : f32[1, 1]
-  %9 = %8[0] : f8e4m3[8, 64] | bwd!
-  %10 = %8[1] : f32[1, 1] | bwd!
-  %15 = permute(%4, [1, 0]) : f8e4m3[32, 64] | bwd!
-- %16 = quantize(g, 'e4m3/tensor fp32 amax nearest', None, 0) : (f8e4m3[8, 64], f32[1, 1], u8[0]) | bwd!
-- %17 = %16[0] : f8e4m3[8, 64] | bwd!
-- %18 = %16[1] : f32[1, 1] | bwd!
-- %19 = scaled_mm(%17, %18, %15, %5, 'e4m3/tensor fp32 amax nearest', 'e4m3/tensor fp32 amax nearest', bf16) : bf16[8, 32] | bwd!
-+ %19 = scaled_mm(%9, %10, %15, %5, 'e4m3/tensor fp32 amax nearest', 'e4m3/tensor fp32 amax nearest', bf16) : bf16[8, 32] | bwd!""")
+  %0 = %1[1] : f32[1, 1]
+  %2 = %3[0] : f8e4m3[8, 64] | bwd!
+  %4 = %3[1] : f32[1, 1] | bwd!
+  %5 = permute(%6, [1, 0]) : f8e4m3[32, 64] | bwd!
+- %7 = quantize(g, 'e4m3/tensor fp32 amax nearest', None, 0) : (f8e4m3[8, 64], f32[1, 1], u8[0]) | bwd!
+- %8 = %7[0] : f8e4m3[8, 64] | bwd!
+- %9 = %7[1] : f32[1, 1] | bwd!
+- %10 = scaled_mm(%8, %9, %5, %0, 'e4m3/tensor fp32 amax nearest', 'e4m3/tensor fp32 amax nearest', bf16) : bf16[8, 32] | bwd!
++ %10 = scaled_mm(%2, %4, %5, %0, 'e4m3/tensor fp32 amax nearest', 'e4m3/tensor fp32 amax nearest', bf16) : bf16[8, 32] | bwd!""")
 
 
 def test_nothing_where_both_draw_bits_of_their_own():

@@ -21,24 +21,24 @@ def test_a_kernel_of_one_is_a_product_as_it_lies():
 - %2 = %1[1] : bf16[48, 32, 1] | bwd
 - %3 = %1[2] : bf16[48] | bwd
 - return [%0, %2, %3, None]
-+ %5 = permute(x, [0, 2, 1]) : bf16[2, 8, 32]
-+ %6 = clone(%5, memory_format=torch.contiguous_format) : bf16[2, 8, 32]
-+ %7 = view(%6, [-1, 32]) : bf16[16, 32]
-+ %8 = view(weight, [48, 32]) : bf16[48, 32]
-+ %9 = permute(%8, [1, 0]) : bf16[32, 48]
-+ %10 = mm(%7, %9) : bf16[16, 48]
-+ %11 = add(%10, bias) : bf16[16, 48]
-+ %12 = view(%11, [-1, 8, 48]) : bf16[2, 8, 48]
-+ %13 = permute(%12, [0, 2, 1]) : bf16[2, 48, 8]
-+ %14 = clone(%13, memory_format=torch.contiguous_format) : bf16[2, 48, 8]
-+ %15 = permute(g, [0, 2, 1]) : bf16[2, 8, 48] | bwd!
-+ %16 = clone(%15, memory_format=torch.contiguous_format) : bf16[2, 8, 48] | bwd!
-+ %17 = view(%16, [-1, 48]) : bf16[16, 48] | bwd!
-+ %18 = permute(%17, [1, 0]) : bf16[48, 16] | bwd!
-+ %19 = mm(%18, %7) : bf16[48, 32] | bwd!
-+ %20 = view(%19, [48, 32, 1]) : bf16[48, 32, 1] | bwd!
-+ %21 = sum(%17, [0]) : bf16[48] | bwd!
-+ return [%14, %20, %21, None]""")
++ %4 = permute(x, [0, 2, 1]) : bf16[2, 8, 32]
++ %5 = clone(%4, memory_format=torch.contiguous_format) : bf16[2, 8, 32]
++ %6 = view(%5, [-1, 32]) : bf16[16, 32]
++ %7 = view(weight, [48, 32]) : bf16[48, 32]
++ %8 = permute(%7, [1, 0]) : bf16[32, 48]
++ %9 = mm(%6, %8) : bf16[16, 48]
++ %10 = add(%9, bias) : bf16[16, 48]
++ %11 = view(%10, [-1, 8, 48]) : bf16[2, 8, 48]
++ %12 = permute(%11, [0, 2, 1]) : bf16[2, 48, 8]
++ %13 = clone(%12, memory_format=torch.contiguous_format) : bf16[2, 48, 8]
++ %14 = permute(g, [0, 2, 1]) : bf16[2, 8, 48] | bwd!
++ %15 = clone(%14, memory_format=torch.contiguous_format) : bf16[2, 8, 48] | bwd!
++ %16 = view(%15, [-1, 48]) : bf16[16, 48] | bwd!
++ %17 = permute(%16, [1, 0]) : bf16[48, 16] | bwd!
++ %18 = mm(%17, %6) : bf16[48, 32] | bwd!
++ %19 = view(%18, [48, 32, 1]) : bf16[48, 32, 1] | bwd!
++ %20 = sum(%16, [0]) : bf16[48] | bwd!
++ return [%13, %19, %20, None]""")
 
 
 def test_taps_are_unfolded_and_the_gradient_is_folded():
@@ -48,30 +48,30 @@ def test_taps_are_unfolded_and_the_gradient_is_folded():
 - %1 = convolution_backward(g, x, weight, [0], [1], [0], [1], False, [0], 1, [True, False, False]) : (bf16[2, 16, 9], None, None) | bwd
 - %2 = %1[0] : bf16[2, 16, 9] | bwd
 - return [%0, None, %2]
-+ %4 = unfold(x, 2, 2, 1) : bf16[2, 16, 8, 2] | prefer_recompute
-+ %5 = permute(%4, [0, 2, 1, 3]) : bf16[2, 8, 16, 2] | prefer_recompute
-+ %6 = clone(%5, memory_format=torch.contiguous_format) : bf16[2, 8, 16, 2] | prefer_recompute
-+ %7 = view(%6, [-1, 32]) : bf16[16, 32] | prefer_recompute
-+ %8 = view(weight, [48, 32]) : bf16[48, 32]
-+ %9 = permute(%8, [1, 0]) : bf16[32, 48]
-+ %10 = mm(%7, %9) : bf16[16, 48]
-+ %11 = view(%10, [-1, 8, 48]) : bf16[2, 8, 48]
-+ %12 = permute(%11, [0, 2, 1]) : bf16[2, 48, 8]
-+ %13 = clone(%12, memory_format=torch.contiguous_format) : bf16[2, 48, 8]
-+ %14 = permute(g, [0, 2, 1]) : bf16[2, 8, 48] | bwd!
-+ %15 = clone(%14, memory_format=torch.contiguous_format) : bf16[2, 8, 48] | bwd!
-+ %16 = view(%15, [-1, 48]) : bf16[16, 48] | bwd!
-+ %17 = mm(%16, %8) : bf16[16, 32] | bwd!
-+ %18 = view(%17, [-1, 8, 16, 2]) : bf16[2, 8, 16, 2] | bwd!
-+ %19 = permute(%18, [0, 2, 1, 3]) : bf16[2, 16, 8, 2] | bwd!
-+ %20 = convert_element_type(%19, f32) : f32[2, 16, 8, 2] | bwd!
-+ %21 = select(%20, -1, 0) : f32[2, 16, 8] | bwd!
-+ %22 = constant_pad_nd(%21, [0, 1]) : f32[2, 16, 9] | bwd!
-+ %23 = select(%20, -1, 1) : f32[2, 16, 8] | bwd!
-+ %24 = constant_pad_nd(%23, [1, 0]) : f32[2, 16, 9] | bwd!
-+ %25 = add(%22, %24) : f32[2, 16, 9] | bwd!
-+ %26 = convert_element_type(%25, bf16) : bf16[2, 16, 9] | bwd!
-+ return [%13, None, %26]""")
++ %3 = unfold(x, 2, 2, 1) : bf16[2, 16, 8, 2] | prefer_recompute
++ %4 = permute(%3, [0, 2, 1, 3]) : bf16[2, 8, 16, 2] | prefer_recompute
++ %5 = clone(%4, memory_format=torch.contiguous_format) : bf16[2, 8, 16, 2] | prefer_recompute
++ %6 = view(%5, [-1, 32]) : bf16[16, 32] | prefer_recompute
++ %7 = view(weight, [48, 32]) : bf16[48, 32]
++ %8 = permute(%7, [1, 0]) : bf16[32, 48]
++ %9 = mm(%6, %8) : bf16[16, 48]
++ %10 = view(%9, [-1, 8, 48]) : bf16[2, 8, 48]
++ %11 = permute(%10, [0, 2, 1]) : bf16[2, 48, 8]
++ %12 = clone(%11, memory_format=torch.contiguous_format) : bf16[2, 48, 8]
++ %13 = permute(g, [0, 2, 1]) : bf16[2, 8, 48] | bwd!
++ %14 = clone(%13, memory_format=torch.contiguous_format) : bf16[2, 8, 48] | bwd!
++ %15 = view(%14, [-1, 48]) : bf16[16, 48] | bwd!
++ %16 = mm(%15, %7) : bf16[16, 32] | bwd!
++ %17 = view(%16, [-1, 8, 16, 2]) : bf16[2, 8, 16, 2] | bwd!
++ %18 = permute(%17, [0, 2, 1, 3]) : bf16[2, 16, 8, 2] | bwd!
++ %19 = convert_element_type(%18, f32) : f32[2, 16, 8, 2] | bwd!
++ %20 = select(%19, -1, 0) : f32[2, 16, 8] | bwd!
++ %21 = constant_pad_nd(%20, [0, 1]) : f32[2, 16, 9] | bwd!
++ %22 = select(%19, -1, 1) : f32[2, 16, 8] | bwd!
++ %23 = constant_pad_nd(%22, [1, 0]) : f32[2, 16, 9] | bwd!
++ %24 = add(%21, %23) : f32[2, 16, 9] | bwd!
++ %25 = convert_element_type(%24, bf16) : bf16[2, 16, 9] | bwd!
++ return [%12, None, %25]""")
 
 
 def test_nothing_where_no_rule_names_it():

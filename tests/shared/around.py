@@ -2,11 +2,11 @@
 
     change = around("share", model, x, policy="fp8")
 
-compiles the model through the real dynamo, AOTAutograd and passes and keeps the graph before and after the named pass,
-a line a node. Nodes are numbered and keep their number. Inputs are called by the parameter they are, or ``x``, ``x1``,
-… what the model is called with, ``g`` the gradient of its result, ``anchor`` what delayed scaling finds its histories
-by. After the bar stands ``bwd`` for a node of backward, ``!`` where a node is pinned to its direction, ``?`` where it
-has none, and what activation checkpointing is told.
+compiles the model through dynamo, AOTAutograd and the passes and keeps the graph before and after the named pass,
+a line a node. Nodes are numbered in the order in which the text names them. Inputs are called by the parameter they
+are, or ``x``, ``x1``, … what the model is called with, ``g`` the gradient of its result, ``anchor`` what delayed
+scaling finds its histories by. After the bar stands ``bwd`` for a node of backward, ``!`` where a node is pinned to its
+direction, ``?`` where it has none, and what activation checkpointing is told.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Change:
                 changed += [f"- {line}" for line in self.before[i:j]] + [f"+ {line}" for line in self.after[k:m]]
         made = {line.split()[1] for line in changed}
         read = set(re.findall(r"%\d+", "\n".join(changed))) - made
-        return "\n".join([f"  {line}" for line in self.before if line.split()[0] in read] + changed)
+        text = "\n".join([f"  {line}" for line in self.before if line.split()[0] in read] + changed)
+        numbers: dict[str, str] = {}
+        return re.sub(r"%\d+", lambda found: numbers.setdefault(found[0], f"%{len(numbers)}"), text)
 
     @property
     def decisions(self) -> str:
