@@ -17,9 +17,9 @@ from typing import Any
 
 import sympy
 
+from quartet.lowering.ir.decompositions import RADICES
 from quartet.lowering.rates import Rates
 from quartet.lowering.recipe.types import Gemm, Recipe
-from quartet.lowering.targets.inductor import RADICES
 
 FP8_KERNELS = ("triton-fp8", "cublaslt")
 M, N, K = sympy.symbols("m n k", positive=True)

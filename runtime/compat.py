@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -79,7 +79,10 @@ try:
     CustomPartitionerFn: Any = _load("torch._inductor.custom_graph_pass", "CustomPartitionerFn")
 except ImportError:  # only policies about saved activations need it
     CustomPartitionerFn = object
-OpOverload: Any = _load("torch._ops", "OpOverload")
+if TYPE_CHECKING:
+    from torch._ops import OpOverload as OpOverload
+else:
+    OpOverload = _load("torch._ops", "OpOverload")
 OperatorBase: Any = _load("torch._ops", "OperatorBase")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")

@@ -13,10 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx.node import has_side_effect
-
-library = torch.library.Library("quartet", "FRAGMENT")
-library.define("seed(Device device, bool moves=False) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
 def draw(device: torch.device, moves: bool = False) -> torch.Tensor:
@@ -40,14 +36,6 @@ def _state(device: torch.device) -> torch.Tensor | None:
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         return torch.cuda.get_rng_state(device)
     return None
-
-
-library.impl("seed", draw, "CompositeExplicitAutograd")
-torch.library.register_fake("quartet::seed",
-                            lambda device, moves=False: torch.empty(1, dtype=torch.int64, device=device), lib=library)
-# Drawing is a side effect of the forward. The partitioner would otherwise move it into backward, where the bits
-# would depend on what else drew in between and a retained graph would not replay them.
-SEED = has_side_effect(torch.ops.quartet.seed.default)
 
 
 def data_parallel_stream(inputs: Sequence[Any]) -> int:

@@ -24,22 +24,15 @@ from quartet.lowering.ir.core import (
     APPLY_MASK,
     DEQUANTIZE,
     FIXED_SIGNS,
-    FLOAT8,
     HADAMARD,
     PRODUCTS,
     QUANTIZE,
     SCALED_BMM,
     SCALED_MM,
-    SEMANTIC,
     SIGNS,
-    Three,
-    ceil_to,
-    code_layout,
-    fixed_signs,
-    library,
-    scale_layout,
 )
+from quartet.lowering.ir.decompositions import STORE, Three, store
+from quartet.lowering.ir.layout import FLOAT8, ceil_to, code_layout, scale_layout
 
 __all__ = ["AMAX", "APPLY_MASK", "DEQUANTIZE", "FIXED_SIGNS", "FLOAT8", "HADAMARD", "PRODUCTS", "QUANTIZE",
-           "SCALED_BMM", "SCALED_MM", "SEMANTIC", "SIGNS", "Three", "ceil_to", "code_layout", "fixed_signs", "library",
-           "scale_layout"]
+           "SCALED_BMM", "SCALED_MM", "SIGNS", "STORE", "Three", "ceil_to", "code_layout", "scale_layout", "store"]

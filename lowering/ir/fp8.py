@@ -19,33 +19,13 @@ from torch import Tensor
 from quartet.kernels.reference.formats.elements import fp8_encode
 from quartet.kernels.reference.products import grouped
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import FLOAT8, library
+from quartet.lowering.ir import FLOAT8
+from quartet.lowering.ir.op import op
 
 MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
+CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
-library.define("fp8_cast(Tensor x, Tensor multiplier, str element, bool plain, bool transposed) -> (Tensor, Tensor)")
-library.define("fp8_cast_groups(Tensor x, str spec, Tensor ends) -> (Tensor, Tensor)")
-library.define("fp8_mm(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, ScalarType dtype, bool fast) -> Tensor")
-library.define("fp8_bmm(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, ScalarType dtype, bool fast) -> Tensor")
-library.define("fp8_row_major(Tensor codes) -> Tensor")
-
-
-def _cast(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    scaled = torch.where(x.isfinite(), x.to(torch.float32) * multiplier, float("nan"))
-    codes = fp8_encode(scaled, element)
-    none = codes.new_empty(0)
-    return codes.contiguous() if plain else none, codes.t().contiguous() if transposed else none
-
-
-def _cast_cuda(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    from quartet.kernels.triton.quantize import cast
-
-    if multiplier.numel() == 1:
-        return cast.cast(x, multiplier, FLOAT8[element], plain=plain, transposed=transposed)
-    if x.stride(0) != 1 or x.dtype is torch.float32:
-        return _cast(x, multiplier, element, plain, transposed)
-    transposed_codes, codes = cast.cast(x.t(), multiplier, FLOAT8[element], plain=False, transposed=True)
-    return codes, codes.t().contiguous() if transposed else transposed_codes
+Two = tuple[Tensor, Tensor]
 
 
 def _cast_fake(x, multiplier, element, plain, transposed):
@@ -55,15 +35,24 @@ def _cast_fake(x, multiplier, element, plain, transposed):
             x.new_empty((cols, rows) if transposed else 0, dtype=dtype))
 
 
-def _cast_groups(x: Tensor, spec: str, ends: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scales = grouped.quantize_groups(x, QuantSpec.parse(spec), ends)
-    return codes.contiguous(), scales.contiguous()
+@op(fake=_cast_fake)
+def fp8_cast(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> Two:
+    scaled = torch.where(x.isfinite(), x.to(torch.float32) * multiplier, float("nan"))
+    codes = fp8_encode(scaled, element)
+    none = codes.new_empty(0)
+    return codes.contiguous() if plain else none, codes.t().contiguous() if transposed else none
 
 
-def _cast_groups_cuda(x: Tensor, spec: str, ends: Tensor) -> tuple[Tensor, Tensor]:
-    from quartet.kernels.triton.quantize import groups
+@fp8_cast.provider("triton", "cuda")
+def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> Two:
+    from quartet.kernels.triton.quantize import cast
 
-    return groups.quantize_groups(x, QuantSpec.parse(spec), ends)
+    if multiplier.numel() == 1:
+        return cast.cast(x, multiplier, FLOAT8[element], plain=plain, transposed=transposed)
+    if x.stride(0) != 1 or x.dtype is torch.float32:
+        return fp8_cast.reference(x, multiplier, element, plain, transposed)
+    transposed_codes, codes = cast.cast(x.t(), multiplier, FLOAT8[element], plain=False, transposed=True)
+    return codes, codes.t().contiguous() if transposed else transposed_codes
 
 
 def _cast_groups_fake(x, spec, ends):
@@ -71,51 +60,53 @@ def _cast_groups_fake(x, spec, ends):
     return codes, x.new_empty(x.shape[0], ends.shape[0], dtype=torch.float32)
 
 
-def _mm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+@op(fake=_cast_groups_fake)
+def fp8_cast_groups(x: Tensor, spec: str, ends: Tensor) -> Two:
+    codes, scales = grouped.quantize_groups(x, QuantSpec.parse(spec), ends)
+    return codes.contiguous(), scales.contiguous()
+
+
+@fp8_cast_groups.provider("triton", "cuda")
+def _cast_groups_triton(x: Tensor, spec: str, ends: Tensor) -> Two:
+    from quartet.kernels.triton.quantize import groups
+
+    return groups.quantize_groups(x, QuantSpec.parse(spec), ends)
+
+
+def _mm_fake(a, b, a_scales, b_scales, dtype, fast):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@op(fake=_mm_fake)
+def fp8_mm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     return torch.ops.aten._scaled_mm.default(a, b.t(), a_scales, b_scales, out_dtype=dtype, use_fast_accum=fast)
-
-
-def _bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
-    multiply = torch.ops.aten._scaled_grouped_mm.default
-    made = [multiply(*part, out_dtype=dtype, use_fast_accum=fast) for part in parts]
-    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def _bmm_fake(a, b, a_scales, b_scales, dtype, fast):
     return a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=dtype)
 
 
-def _row_major(codes: Tensor) -> Tensor:
+@op(fake=_bmm_fake)
+def fp8_bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
+    multiply = torch.ops.aten._scaled_grouped_mm.default
+    made = [multiply(*part, out_dtype=dtype, use_fast_accum=fast) for part in parts]
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+@op(fake=lambda codes: codes.new_empty(codes.shape))
+def fp8_row_major(codes: Tensor) -> Tensor:
     return codes.clone(memory_format=torch.contiguous_format)
 
 
-def _row_major_cuda(codes: Tensor) -> Tensor:
+@fp8_row_major.provider("triton", "cuda")
+def _row_major_triton(codes: Tensor) -> Tensor:
     if codes.dim() in (2, 3) and codes.stride(-2) == 1 and codes.element_size() == 1:
         from quartet.kernels.triton.quantize import cast
 
         return cast.transpose(codes.mT)
-    return _row_major(codes)
+    return fp8_row_major.reference(codes)
 
 
-library.impl("fp8_cast", _cast, "CompositeExplicitAutograd")
-library.impl("fp8_cast", _cast_cuda, "CUDA")
-torch.library.register_fake("quartet::fp8_cast", _cast_fake, lib=library)
-library.impl("fp8_cast_groups", _cast_groups, "CompositeExplicitAutograd")
-library.impl("fp8_cast_groups", _cast_groups_cuda, "CUDA")
-torch.library.register_fake("quartet::fp8_cast_groups", _cast_groups_fake, lib=library)
-library.impl("fp8_mm", _mm, "CompositeExplicitAutograd")
-torch.library.register_fake("quartet::fp8_mm", lambda a, b, a_scales, b_scales, dtype, fast: (
-    a.new_empty(a.shape[0], b.shape[0], dtype=dtype)), lib=library)
-library.impl("fp8_bmm", _bmm, "CompositeExplicitAutograd")
-torch.library.register_fake("quartet::fp8_bmm", _bmm_fake, lib=library)
-library.impl("fp8_row_major", _row_major, "CompositeExplicitAutograd")
-library.impl("fp8_row_major", _row_major_cuda, "CUDA")
-torch.library.register_fake("quartet::fp8_row_major", lambda codes: codes.new_empty(codes.shape), lib=library)
-
-CAST = torch.ops.quartet.fp8_cast.default
-CAST_GROUPS = torch.ops.quartet.fp8_cast_groups.default
-MM = torch.ops.quartet.fp8_mm.default
-BMM = torch.ops.quartet.fp8_bmm.default
-ROW_MAJOR = torch.ops.quartet.fp8_row_major.default
-CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
+CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
+MM, BMM = fp8_mm.overload, fp8_bmm.overload

@@ -25,29 +25,15 @@ import torch
 from torch import Tensor
 
 from quartet.kernels import reference
+from quartet.kernels.reference import chains
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec, chain_multiple
-from quartet.lowering.ir import ceil_to, library
+from quartet.lowering.ir import ceil_to, core
+from quartet.lowering.ir.op import Size, op
 from quartet.runtime.slots.weights import REUSED, described
 
 if TYPE_CHECKING:
     from quartet.kernels.triton.quantize.ops import Chain
-
-CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, Tensor? encode"
-OTHER = "int t_rotation, Tensor? t_signs, str t_spec, Tensor? t_seed, int t_site, Tensor? t_encode"
-library.define(f"cuda_quantize(Tensor x, {CHAIN}, bool packed, bool folded, Tensor? parameter=None, "
-               "int[]? fixed=None, Tensor? ends=None) "
-               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cuda_quantize_both(Tensor x, {CHAIN}, {OTHER}, Tensor? t_ends=None) "
-               "-> (Tensor, Tensor, Tensor, Tensor)")
-library.define(f"cuda_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, bool packed, bool folded, "
-               "SymInt matrices=1, Tensor? ends=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-library.define("cuda_fold(Tensor codes, Tensor scales, str spec, Tensor? ends=None) -> (Tensor, Tensor)")
-library.define("cuda_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
-library.define("cuda_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
-               "ScalarType dtype) -> Tensor")
-library.define("cuda_rotated_amax(Tensor x, int rotation, Tensor? signs) -> Tensor")
-library.define("cuda_rotate(Tensor x, int rotation, Tensor? signs) -> (Tensor, Tensor)")
 
 Two = tuple[Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,84 +61,17 @@ def _draws() -> ModuleType:
 
 def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
              encode: Tensor | None) -> Chain:
-    """The arguments ``CHAIN`` of an op as what the kernels take."""
+    """A chain's arguments of an op as what the kernels take."""
     return _kernels().Chain(QuantSpec.parse(spec), rotation, signs, seed, site, encode)
 
 
-def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None,
-              fixed: list[int] | None = None, ends: Tensor | None = None) -> Five:
-    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
-    if ends is not None:
-        codes, scales, mask, *_ = ops.quantize(x, chain, packed=True, folded=False)
-        kept = (codes, scales, mask) if packed else (t.new_empty(0) for t in (codes, scales, mask))
-        return *kept, *ops.fold(codes, scales, chain.spec, ends)
-
-    def make(packed: bool) -> Five:
-        return ops.quantize(x, chain, packed=packed, folded=folded)
-
-    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Five:
-        return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else _operand(codes))
-
-    if parameter is None:
-        return make(packed)
-    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
-
-
-def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-                   encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
-                   t_site: int, t_encode: Tensor | None, t_ends: Tensor | None = None) -> Four:
-    ops, rows = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
-    columns = chain_of(t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)
-    codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
-    return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec, t_ends)
-
-
-def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
-                seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
-                matrices: int = 1, ends: Tensor | None = None) -> Five:
-    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
-    codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices=matrices)
-    operand = ops.fold(codes, scales, chain.spec, ends) if folded else _operand(codes)
-    codes, scales = (codes, scales) if packed else (codes.new_empty(0), codes.new_empty(0))
-    return codes, scales, codes.new_empty(0), *operand
-
-
-def _fold(codes: Tensor, scales: Tensor, spec: str, ends: Tensor | None = None) -> Two:
-    return _kernels().fold(codes, scales, QuantSpec.parse(spec), ends)
-
-
-def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return _kernels().dequantize(codes, scales, QuantSpec.parse(spec), dtype)
-
-
-def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
-              dtype: torch.dtype) -> Tensor:
-    return _rotations().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
-
-
-def _rotated_amax(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
-    return _rotations().rotated_amax(x, rotation, signs)
-
-
-def _rotated_amax_cpu(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
-    return largest_magnitude(reference.hadamard(x, rotation, signs))
-
-
-def _rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
-    return _rotations().rotate(x, rotation, signs)
-
-
-def _rotate_cpu(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
-    rotated = reference.hadamard(x, rotation, signs)
-    return rotated, largest_magnitude(rotated)
-
-
-def _signs(seed: Tensor, site: int, n: int) -> Tensor:
+@core.signs.provider("triton", "cuda")  # 130 launches otherwise
+def _signs_triton(seed: Tensor, site: int, n: int) -> Tensor:
     return _draws().random_signs(seed, site, n)
 
 
-def _random_bits(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
+@core.random_bits.provider("triton", "cuda")  # as many, of int64 tensors
+def _random_bits_triton(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
     return _draws().random_bits(seed, site, rows, cols)
 
 
@@ -184,9 +103,46 @@ def _operand(like: Tensor, *size, ends: Tensor | None = None) -> Two:
             like.new_empty((size[0], groups) if size else 0, dtype=torch.float32))
 
 
+def _made(codes: Tensor, scales: Tensor, mask: Tensor, spec: str, packed: bool, folded: bool,
+          ends: Tensor | None) -> Five:
+    """What is asked for of a quantised tensor: packed results and the FP8 operand of a product."""
+    none = codes.new_empty(0)
+    operand = chains.fold(codes, scales, QuantSpec.parse(spec), ends) if folded else _operand(codes)
+    return (codes, scales, mask, *operand) if packed else (none, none, none, *operand)
+
+
 def _quantize_fake(x, rotation, signs, spec, seed, site, encode, packed, folded, parameter=None, fixed=None,
                    ends=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, folded, ends)
+
+
+@op(fake=_quantize_fake)
+def cuda_quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                  encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None,
+                  fixed: list[int] | None = None, ends: Tensor | None = None) -> Five:
+    made = chains.rotate_quantize(x, rotation, signs, QuantSpec.parse(spec), seed, site, encode)
+    return _made(*made, spec, packed, folded or ends is not None, ends)
+
+
+@cuda_quantize.provider("triton", "cuda")
+def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+              encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None,
+              fixed: list[int] | None = None, ends: Tensor | None = None) -> Five:
+    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    if ends is not None:
+        codes, scales, mask, *_ = ops.quantize(x, chain, packed=True, folded=False)
+        kept = (codes, scales, mask) if packed else (t.new_empty(0) for t in (codes, scales, mask))
+        return *kept, *ops.fold(codes, scales, chain.spec, ends)
+
+    def make(packed: bool) -> Five:
+        return ops.quantize(x, chain, packed=packed, folded=folded)
+
+    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Five:
+        return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else _operand(codes))
+
+    if parameter is None:
+        return make(packed)
+    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
 
 
 def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
@@ -196,6 +152,27 @@ def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation
             *_outputs(x, cols, rows, t_rotation, t_spec, False, True, t_ends)[3:])
 
 
+@op(fake=_quantize_both_fake)
+def cuda_quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                       encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str,
+                       t_seed: Tensor | None, t_site: int, t_encode: Tensor | None,
+                       t_ends: Tensor | None = None) -> Four:
+    rows, columns = QuantSpec.parse(spec), QuantSpec.parse(t_spec)
+    codes, scales, _ = chains.rotate_quantize(x, rotation, signs, rows, seed, site, encode)
+    t_codes, t_scales, _ = chains.rotate_quantize(x.t(), t_rotation, t_signs, columns, t_seed, t_site, t_encode)
+    return *chains.fold(codes, scales, rows), *chains.fold(t_codes, t_scales, columns, t_ends)
+
+
+@cuda_quantize_both.provider("triton", "cuda")
+def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                   encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
+                   t_site: int, t_encode: Tensor | None, t_ends: Tensor | None = None) -> Four:
+    ops, rows = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    columns = chain_of(t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)
+    codes, scales, t_codes, t_scales = ops.quantize_both(x, rows, columns)
+    return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec, t_ends)
+
+
 def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices=1,
                      ends=None):
     made = _outputs(codes, matrices * codes.shape[1] * 2, codes.shape[0] // matrices, rotation, spec, packed, folded,
@@ -203,20 +180,78 @@ def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, 
     return *made[:2], made[2].new_empty(0), *made[3:]
 
 
+@op(fake=_requantize_fake)
+def cuda_requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                    seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
+                    matrices: Size = 1, ends: Tensor | None = None) -> Five:
+    made, scales, _ = chains.requantize(codes, scales, QuantSpec.parse(in_spec), rotation, signs,
+                                        QuantSpec.parse(spec), seed, site, matrices)
+    return _made(made, scales, codes.new_empty(0), spec, packed, folded, ends)
+
+
+@cuda_requantize.provider("triton", "cuda")
+def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
+                matrices: int = 1, ends: Tensor | None = None) -> Five:
+    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices=matrices)
+    operand = ops.fold(codes, scales, chain.spec, ends) if folded else _operand(codes)
+    codes, scales = (codes, scales) if packed else (codes.new_empty(0), codes.new_empty(0))
+    return codes, scales, codes.new_empty(0), *operand
+
+
 def _fold_fake(codes, scales, spec, ends=None):
     return _operand(codes, codes.shape[0], codes.shape[1] * 2, ends=ends)
+
+
+@op(fake=_fold_fake)
+def cuda_fold(codes: Tensor, scales: Tensor, spec: str, ends: Tensor | None = None) -> Two:
+    return chains.fold(codes, scales, QuantSpec.parse(spec), ends)
+
+
+@cuda_fold.provider("triton", "cuda")
+def _fold(codes: Tensor, scales: Tensor, spec: str, ends: Tensor | None = None) -> Two:
+    return _kernels().fold(codes, scales, QuantSpec.parse(spec), ends)
 
 
 def _dequantize_fake(codes, scales, spec, dtype):
     return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
 
 
+@op(fake=_dequantize_fake)
+def cuda_dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    return chains.unscaled(codes, scales, QuantSpec.parse(spec), dtype)
+
+
+@cuda_dequantize.provider("triton", "cuda")
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    return _kernels().dequantize(codes, scales, QuantSpec.parse(spec), dtype)
+
+
 def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
     return x.new_empty(x.shape[0], cols, dtype=dtype)
 
 
-def _rotated_amax_fake(x, rotation, signs):
-    return x.new_empty(1, 1, dtype=torch.float32)
+@op(fake=_unrotate_fake)
+def cuda_unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: Size,
+                  dtype: torch.dtype) -> Tensor:
+    return chains.unrotate(x, mask, rotation, signs, gain, cols, dtype)
+
+
+@cuda_unrotate.provider("triton", "cuda")
+def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
+              dtype: torch.dtype) -> Tensor:
+    return _rotations().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+
+
+@op(fake=lambda x, rotation, signs: x.new_empty(1, 1, dtype=torch.float32))
+def cuda_rotated_amax(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
+    return largest_magnitude(reference.hadamard(x, rotation, signs))
+
+
+@cuda_rotated_amax.provider("triton", "cuda")
+def _rotated_amax(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
+    return _rotations().rotated_amax(x, rotation, signs)
 
 
 def _rotate_fake(x, rotation, signs):
@@ -224,29 +259,17 @@ def _rotate_fake(x, rotation, signs):
             x.new_empty(1, 1, dtype=torch.float32))
 
 
-for _name, _impl, _fake in (
-    ("cuda_quantize", _quantize, _quantize_fake),
-    ("cuda_quantize_both", _quantize_both, _quantize_both_fake),
-    ("cuda_requantize", _requantize, _requantize_fake),
-    ("cuda_fold", _fold, _fold_fake),
-    ("cuda_dequantize", _dequantize, _dequantize_fake),
-    ("cuda_unrotate", _unrotate, _unrotate_fake),
-    ("cuda_rotated_amax", _rotated_amax, _rotated_amax_fake),
-    ("cuda_rotate", _rotate, _rotate_fake),
-):
-    library.impl(_name, _impl, "CUDA")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+@op(fake=_rotate_fake)
+def cuda_rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
+    rotated = reference.hadamard(x, rotation, signs)
+    return rotated, largest_magnitude(rotated)
 
-library.impl("cuda_rotated_amax", _rotated_amax_cpu, "CPU")
-library.impl("cuda_rotate", _rotate_cpu, "CPU")
-library.impl("signs", _signs, "CUDA")  # 130 launches otherwise
-library.impl("random_bits", _random_bits, "CUDA")  # as many, of int64 tensors
 
-QUANTIZE = torch.ops.quartet.cuda_quantize.default
-QUANTIZE_BOTH = torch.ops.quartet.cuda_quantize_both.default
-REQUANTIZE = torch.ops.quartet.cuda_requantize.default
-FOLD = torch.ops.quartet.cuda_fold.default
-DEQUANTIZE = torch.ops.quartet.cuda_dequantize.default
-UNROTATE = torch.ops.quartet.cuda_unrotate.default
-ROTATED_AMAX = torch.ops.quartet.cuda_rotated_amax.default
-ROTATE = torch.ops.quartet.cuda_rotate.default
+@cuda_rotate.provider("triton", "cuda")
+def _rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
+    return _rotations().rotate(x, rotation, signs)
+
+
+QUANTIZE, QUANTIZE_BOTH, REQUANTIZE = cuda_quantize.overload, cuda_quantize_both.overload, cuda_requantize.overload
+FOLD, DEQUANTIZE, UNROTATE = cuda_fold.overload, cuda_dequantize.overload, cuda_unrotate.overload
+ROTATED_AMAX, ROTATE = cuda_rotated_amax.overload, cuda_rotate.overload

@@ -10,37 +10,32 @@ are loops that it does not write.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from quartet.kernels.reference.products import outliers
-from quartet.lowering import ir
-
-_ANY_STRIDES = (torch.Tag.flexible_layout,)
-
-ir.library.define("split_outliers(Tensor x, float quantile) -> (Tensor, Tensor, Tensor, Tensor)", tags=_ANY_STRIDES)
-ir.library.define("sparse_mm(Tensor values, Tensor columns, Tensor starts, Tensor dense, SymInt cols, bool transposed) "
-                  "-> Tensor", tags=_ANY_STRIDES)
+from quartet.lowering.ir.op import Size, op
 
 
-def _split_fake(x: Tensor, quantile: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _split_fake(x, quantile):
     rows, cols = x.shape
     size = outliers.room(rows, cols, quantile)
     return (x.new_empty(rows, cols), x.new_empty(size), x.new_empty(size, dtype=torch.int32),
             x.new_empty(rows + 1, dtype=torch.int32))
 
 
-def _sparse_mm_fake(values: Tensor, columns: Tensor, starts: Tensor, dense: Tensor, cols: Any,
-                    transposed: bool) -> Tensor:
+@op(fake=_split_fake, strides="any")
+def split_outliers(x: Tensor, quantile: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return outliers.split_outliers(x, quantile)
+
+
+def _sparse_mm_fake(values, columns, starts, dense, cols, transposed):
     return dense.new_empty(cols if transposed else starts.shape[0] - 1, dense.shape[1])
 
 
-for _name, _impl, _fake in (("split_outliers", outliers.split_outliers, _split_fake),
-                            ("sparse_mm", outliers.sparse_mm, _sparse_mm_fake)):
-    ir.library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=ir.library)
+@op(fake=_sparse_mm_fake, strides="any")
+def sparse_mm(values: Tensor, columns: Tensor, starts: Tensor, dense: Tensor, cols: Size, transposed: bool) -> Tensor:
+    return outliers.sparse_mm(values, columns, starts, dense, cols, transposed)
 
-SPLIT_OUTLIERS = torch.ops.quartet.split_outliers.default
-SPARSE_MM = torch.ops.quartet.sparse_mm.default
+
+SPLIT_OUTLIERS, SPARSE_MM = split_outliers.overload, sparse_mm.overload

@@ -9,49 +9,32 @@ with what it multiplies, and calls the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from quartet.kernels.reference import q_ema
 from quartet.kernels.reference.estimator import dge_slope
-from quartet.kernels.reference.q_ema import toward
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir
-
-_ANY_STRIDES = (torch.Tag.flexible_layout,)
-
-ir.library.define("dge(Tensor w, str spec) -> Tensor", tags=_ANY_STRIDES)
-ir.library.define("toward(Tensor x, Tensor reference, str spec) -> Tensor", tags=_ANY_STRIDES)
-
-
-def _dge(w: Tensor, spec: str) -> Tensor:
-    return dge_slope(w, QuantSpec.parse(spec)).contiguous()
-
-
-def _dge_fake(w: Tensor, spec: str) -> Tensor:
-    return w.new_empty(w.shape, dtype=torch.float32)
-
-
-def _toward(x: Tensor, reference: Tensor, spec: str) -> Tensor:
-    return toward(x, reference, QuantSpec.parse(spec)).contiguous()
-
-
-def _toward_fake(x: Tensor, reference: Tensor, spec: str) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.float32 if x.dtype is torch.float16 else x.dtype)
-
-
-for _name, _impl, _fake in (("dge", _dge, _dge_fake), ("toward", _toward, _toward_fake)):
-    ir.library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=ir.library)
-
-DGE = torch.ops.quartet.dge.default
-TOWARD = torch.ops.quartet.toward.default
+from quartet.lowering.ir import store
+from quartet.lowering.ir.op import op
 
 
 def _dge_inlined(w: Tensor, spec: str) -> Tensor:
-    return dge_slope(w, QuantSpec.parse(spec), torch.ops.quartet.store)
+    return dge_slope(w, QuantSpec.parse(spec), store)
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {DGE: _dge_inlined}
+@op(fake=lambda w, spec: w.new_empty(w.shape, dtype=torch.float32), decompose=_dge_inlined, strides="any")
+def dge(w: Tensor, spec: str) -> Tensor:
+    return dge_slope(w, QuantSpec.parse(spec)).contiguous()
+
+
+def _toward_fake(x, reference, spec):
+    return x.new_empty(x.shape, dtype=torch.float32 if x.dtype is torch.float16 else x.dtype)
+
+
+@op(fake=_toward_fake, strides="any")
+def toward(x: Tensor, reference: Tensor, spec: str) -> Tensor:
+    return q_ema.toward(x, reference, QuantSpec.parse(spec)).contiguous()
+
+
+DGE, TOWARD = dge.overload, toward.overload

@@ -19,11 +19,12 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, editing, is_backward, val
+from quartet.lowering.ir.state import AMAX_BEGIN, AMAX_READ, AMAX_RECORD
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import MADE_KEY, Found, Planned, Quantized
 from quartet.passes.state import State
-from quartet.runtime.slots.amax import AMAX_BEGIN, AMAX_READ, AMAX_RECORD, Entry
+from quartet.runtime.slots.amax import Entry
 
 MUST_BE_IN_FORWARD = "must_be_in_forward"
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,

@@ -7,9 +7,9 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering.ir.graph import FORWARD, Builder, aten, is_backward
+from quartet.lowering.ir.state import SEED
 from quartet.passes.state import STREAM_STRIDE, State
 from quartet.runtime.compat import OpOverload
-from quartet.runtime.streams import SEED
 
 _DRAWS = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "bernoulli", "uniform",
           "normal_functional", "exponential", "native_dropout", "inductor_seed", "inductor_seeds"}

@@ -13,15 +13,14 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quartet.lowering.ir import SEMANTIC
-from quartet.lowering.ir import grouped as grouped_ops
 from quartet.lowering.ir.graph import aten, editing, is_backward
+from quartet.lowering.ir.op import op_of
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
 from quartet.runtime.view_ops import PASSED_ON
 
-MERGED = PASSED_ON - {aten.reshape.default} | {*SEMANTIC, *grouped_ops.SEMANTIC}  # a reshape may be a copy
+MERGED_VIEWS = PASSED_ON - {aten.reshape.default}  # a reshape may be a copy
 
 
 @graph_pass(reads=Quantized, optional=True, summary="equal nodes become one")
@@ -30,13 +29,18 @@ def share(state: State) -> None:
     seen: dict[Any, Node] = {}
     with editing(state.gm) as graph:
         for node in graph.nodes:
-            if node.op != "call_function" or node.target not in MERGED:
+            if node.op != "call_function" or not _merges(node):
                 continue
             key = (node.target, _freeze(node.args), _freeze(node.kwargs), is_backward(node),
                    str(node.meta.get("recompute")), node.meta.get("ac_graph_id"))
             first = seen.setdefault(key, node)
             if first is not node:
                 node.replace_all_uses_with(first)
+
+
+def _merges(node: Node) -> bool:
+    op = op_of(node.target)
+    return node.target in MERGED_VIEWS if op is None else op.mergeable
 
 
 def _freeze(value: Any) -> Any:

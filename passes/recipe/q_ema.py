@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, editing, is_backward, val
+from quartet.lowering.ir.state import AVERAGE_ADVANCE, AVERAGE_READ
 from quartet.lowering.ir.weights import TOWARD
 from quartet.passes.find.find_matmuls import canonical, input_indices, parameter_origins
 from quartet.passes.graph_pass import graph_pass
@@ -24,7 +25,6 @@ from quartet.passes.quantize.delayed import MUST_BE_IN_FORWARD, weight_index
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned
 from quartet.passes.state import State
-from quartet.runtime.slots.averages import AVERAGE_ADVANCE, AVERAGE_READ
 
 CASTS = (torch.ops.prims.convert_element_type.default,)
 

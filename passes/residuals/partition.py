@@ -23,6 +23,7 @@ from quartet.lowering import ir, registry
 from quartet.lowering.ir.fp8 import CAST, CODES_KEY
 from quartet.lowering.ir.graph import Builder, aten, editing, shape, val
 from quartet.lowering.ir.saved import DECODE, ENCODE
+from quartet.lowering.ir.state import SEED
 from quartet.lowering.recipe.records import SavedRecord
 from quartet.lowering.recipe.resolution import SavedChoice
 from quartet.lowering.recipe.types import Saved
@@ -46,7 +47,6 @@ from quartet.passes.residuals.lossless import Backward, maker_name, why_exact
 from quartet.passes.state import STREAM_STRIDE, State
 from quartet.runtime.compat import CustomPartitionerFn
 from quartet.runtime.devices import Target
-from quartet.runtime.streams import SEED
 
 log = logging.getLogger("quartet")
 

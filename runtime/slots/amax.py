@@ -1,12 +1,12 @@
-"""Delayed scaling: the largest magnitudes that an operand had in the last steps, and the ops that read and write them.
+"""Delayed scaling: the largest magnitudes that an operand had in the last steps, and what reads and writes them.
 
 A *slot* is one operand (``x``, ``w``, ``e``) of the products of one weight. It holds fp32 ``[1 + length]``: the largest
 magnitude seen since the history last advanced (pending), then the history, newest first, 0 where there is none yet.
 
-    amax_begin(anchor, table, device)        fp32 [slots]: largest entry of each history, 0 when empty. Before that the
+    begin(anchor, table, device)             fp32 [slots]: largest entry of each history, 0 when empty. Before that the
                                              slots that are due advance by their pending value, maximised over the ranks
-    amax_read(anchor, table, device)         the same without advancing, for graphs that have no backward
-    amax_record(anchor, table, slots, amax)  pending = max(pending, amax): doing it twice changes nothing
+    read(anchor, table, device)              the same without advancing, for graphs that have no backward
+    record(anchor, table, slots, amax)       pending = max(pending, amax): doing it twice changes nothing
 
 A graph does not own its slots: several graphs read the same ones, and one graph serves several modules. So it has an
 input more, the ``anchor``, whose value is a number that stands for the weights of the call (int64 [1] on the CPU), and
@@ -30,12 +30,6 @@ import torch
 from torch import Tensor
 
 from quartet.runtime.slots.remembered import WEIGHTS, Counted, Weight
-
-library = torch.library.Library("quartet", "FRAGMENT")
-_TAGS = (torch.Tag.cudagraph_unsafe,)  # a replayed graph would not ask which slots are due
-library.define("amax_begin(Tensor(a!) anchor, str table, Device device) -> Tensor", tags=_TAGS)
-library.define("amax_read(Tensor anchor, str table, Device device) -> Tensor", tags=_TAGS)
-library.define("amax_record(Tensor(a!) anchor, str table, int[] slots, Tensor[] amax) -> ()", tags=_TAGS)
 
 
 @dataclass(eq=False)
@@ -303,11 +297,11 @@ def _largest_of_all_ranks(seen: Tensor) -> Tensor:
     return seen
 
 
-def _read(anchor: Tensor, table: str, device: torch.device) -> Tensor:
+def read(anchor: Tensor, table: str, device: torch.device) -> Tensor:
     return _largest(anchor, table, device, False)
 
 
-def _begin(anchor: Tensor, table: str, device: torch.device) -> Tensor:
+def begin(anchor: Tensor, table: str, device: torch.device) -> Tensor:
     return _largest(anchor, table, device, True)
 
 
@@ -327,24 +321,7 @@ def _largest(anchor: Tensor, text: str, device: torch.device, advance: bool) -> 
 
 
 @torch.no_grad()
-def _record(anchor: Tensor, text: str, slots: list[int], amax: list[Tensor]) -> None:
-    table = _table(anchor, text, amax[0].device)
-    if table is not None:
-        table.record(slots, torch.cat(amax).flatten())
-
-
-def _fake_amax(anchor: Tensor, table: str, device: torch.device) -> Tensor:
-    return anchor.new_empty(len(Entry.parse_all(table)), dtype=torch.float32, device=device)
-
-
-for _name, _impl, _fake in (
-    ("amax_begin", _begin, _fake_amax),
-    ("amax_read", _read, _fake_amax),
-    ("amax_record", _record, lambda anchor, table, slots, amax: None),
-):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
-
-AMAX_BEGIN = torch.ops.quartet.amax_begin.default
-AMAX_READ = torch.ops.quartet.amax_read.default
-AMAX_RECORD = torch.ops.quartet.amax_record.default
+def record(anchor: Tensor, table: str, slots: list[int], amax: list[Tensor]) -> None:
+    found = _table(anchor, table, amax[0].device)
+    if found is not None:
+        found.record(slots, torch.cat(amax).flatten())

@@ -1,7 +1,7 @@
-"""Moving averages of weights, and the ops that advance and read them.
+"""Moving averages of weights, and what advances and reads them: the ops ``average_advance`` and ``average_read``.
 
-    average_advance(anchor, w, weight, name, decay)    average ← decay·average + (1 − decay)·w, where it is due
-    average_read(anchor, w, weight, name, decay)       the average, fp32 and of the shape of w; advances nothing
+    advance(anchor, w, weight, name, decay)    average ← decay·average + (1 − decay)·w, where it is due
+    read(anchor, w, weight, name, decay)       the average, fp32 and of the shape of w; advances nothing
 
 The first of them starts an average at w. As with histories of magnitudes (``quartet.runtime.slots.amax``) a graph finds
 its state through its anchor: ``weight`` is the input of the graph that is the parameter, ``name`` tells apart what is
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quartet.runtime.slots.amax import library, weight_of
+from quartet.runtime.slots.amax import weight_of
 from quartet.runtime.slots.remembered import Counted, Weight
 
 
@@ -36,13 +36,8 @@ def average_of(weight: Weight, name: str, w: Tensor) -> Average | None:
     return found
 
 
-_TAGS = (torch.Tag.cudagraph_unsafe,)  # a replayed graph would not ask what is due
-library.define("average_advance(Tensor(a!) anchor, Tensor w, int weight, str name, float decay) -> ()", tags=_TAGS)
-library.define("average_read(Tensor anchor, Tensor w, int weight, str name, float decay) -> Tensor", tags=_TAGS)
-
-
 @torch.no_grad()
-def _advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> None:
+def advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> None:
     owner = weight_of(anchor, weight)
     if owner is None:
         return
@@ -56,21 +51,10 @@ def _advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) ->
 
 
 @torch.no_grad()
-def _read(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> Tensor:
+def read(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> Tensor:
     owner = weight_of(anchor, weight)
     average = None if owner is None else average_of(owner, name, w)
     current = w.to(torch.float32, copy=True).contiguous()
     if average is None:
         return current
     return average.value.lerp(current, 1.0 - decay) if average.counted and average.due else average.value.clone()
-
-
-for _name, _impl, _fake in (
-    ("average_advance", _advance, lambda anchor, w, weight, name, decay: None),
-    ("average_read", _read, lambda anchor, w, weight, name, decay: w.new_empty(w.shape, dtype=torch.float32)),
-):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
-
-AVERAGE_ADVANCE = torch.ops.quartet.average_advance.default
-AVERAGE_READ = torch.ops.quartet.average_read.default

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quartet.backend import compile_graph
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.targets import inductor
+from quartet.lowering.ir import decompositions
 from quartet.options import Options
 
 pytestmark = pytest.mark.usefixtures("inductor")
@@ -239,6 +239,6 @@ def test_one_training_step_equals_the_interpreted_graph():
 def test_on_a_gpu_unpacked_blocks_are_not_kept_in_memory(spec):
     with FakeTensorMode():
         x = torch.empty(256, 256, dtype=torch.bfloat16, device="cuda")
-        gm = make_fx(lambda t: inductor._quantize(t, spec, None, 0)[:2])(x)
-    stores = gm.graph.find_nodes(op="call_function", target=inductor.store)
+        gm = make_fx(lambda t: decompositions.quantize(t, spec, None, 0)[:2])(x)
+    stores = gm.graph.find_nodes(op="call_function", target=decompositions.STORE)
     assert {node.args[0].meta["val"].dim() for node in stores} == {2}

@@ -11,7 +11,7 @@ Codes are row-major, ``[M, …]`` and ``[N, …]``: uint8 with two E2M1 to a byt
     128x128            FP8 in tiles: fp32 ``[⌈R/128⌉, K/128 rounded up to 4]``
 
 ``alpha`` is fp32 with one element, the factor of both tensors; None is 1. ``tune`` lets the first call of a shape class
-measure which kernel is fastest. On a CPU both products are those of the dequantised operands in fp32.
+measure which kernel is fastest. On a CPU both products is that of the dequantised operands in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from quartet.kernels import reference
 from quartet.kernels.reference.formats.packing import unpack_nibbles
 from quartet.kernels.reference.quantize import inner
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import ceil_to, library
+from quartet.lowering.ir import ceil_to
+from quartet.lowering.ir.op import op
 
 SPECS = {
     "mxf4": QuantSpec(),
@@ -46,16 +47,14 @@ _LIBRARY = {  # ScalingType, and what scaled_mm calls the dtypes of codes and sc
     "128x128": (_SCALING.BlockWise128x128, None, torch.float32),
 }
 
-_EXACT = (torch.Tag.needs_exact_strides,)
-_OPERANDS = "Tensor a, Tensor a_scales, Tensor b, Tensor b_scales"
-library.define("swizzle_scales(Tensor scales, int tile) -> Tensor", tags=(torch.Tag.flexible_layout,))
-library.define(f"block_scaled_mm({_OPERANDS}, str kind, float gain, ScalarType dtype, Tensor? alpha=None, "
-               "bool tune=False) -> Tensor", tags=_EXACT)
-library.define(f"library_scaled_mm({_OPERANDS}, str a_format, str b_format, ScalarType dtype, Tensor? alpha=None) "
-               "-> Tensor", tags=_EXACT)
+
+def _swizzle_fake(scales, tile):
+    rows, cols = scales.shape
+    return scales.new_empty(ceil_to(rows * tile, 128) * ceil_to(cols, 4), dtype=torch.uint8)
 
 
-def swizzle(scales: Tensor, tile: int) -> Tensor:
+@op(fake=_swizzle_fake, decompose=True, strides="any")
+def swizzle_scales(scales: Tensor, tile: int) -> Tensor:
     """``[R, C]`` one-byte scales, each of ``tile`` rows, in the order of ``reference.swizzle_scales``: uint8."""
     scales = scales.view(torch.uint8)
     return reference.swizzle_scales(scales.repeat_interleave(tile, 0) if tile > 1 else scales)
@@ -80,11 +79,17 @@ def _product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format:
     return (product if alpha is None else product * alpha.reshape(())).to(dtype)
 
 
-def _cutlass_cpu(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, kind: str, gain: float, dtype: torch.dtype,
-                 alpha: Tensor | None = None, tune: bool = False) -> Tensor:
+def _cutlass_fake(a, a_scales, b, b_scales, kind, gain, dtype, alpha=None, tune=False):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@op(fake=_cutlass_fake, strides="exact")
+def block_scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, kind: str, gain: float,
+                    dtype: torch.dtype, alpha: Tensor | None = None, tune: bool = False) -> Tensor:
     return (_product(a, a_scales, b, b_scales, kind, kind, torch.float32, alpha) * gain).to(dtype)
 
 
+@block_scaled_mm.provider("cutlass", "cuda")
 def _cutlass(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, kind: str, gain: float, dtype: torch.dtype,
              alpha: Tensor | None = None, tune: bool = False) -> Tensor:
     from quartet.kernels.cutlass.gemm import gemm
@@ -129,6 +134,17 @@ def library_call(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_for
     return {**sides, "output_dtype": dtype}
 
 
+def _library_fake(a, a_scales, b, b_scales, a_format, b_format, dtype, alpha=None):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@op(fake=_library_fake, strides="exact")
+def library_scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format: str, b_format: str,
+                      dtype: torch.dtype, alpha: Tensor | None = None) -> Tensor:
+    return _product(a, a_scales, b, b_scales, a_format, b_format, dtype, alpha)
+
+
+@library_scaled_mm.provider("cublaslt", "cuda")
 def _library(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format: str, b_format: str,
              dtype: torch.dtype, alpha: Tensor | None = None) -> Tensor:
     rows = a.shape[0]
@@ -143,27 +159,4 @@ def _library(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_format:
     return out[:rows]
 
 
-def _swizzle_fake(scales, tile):
-    rows, cols = scales.shape
-    return scales.new_empty(ceil_to(rows * tile, 128) * ceil_to(cols, 4), dtype=torch.uint8)
-
-
-def _cutlass_fake(a, a_scales, b, b_scales, kind, gain, dtype, alpha=None, tune=False):
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-def _library_fake(a, a_scales, b, b_scales, a_format, b_format, dtype, alpha=None):
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-library.impl("swizzle_scales", swizzle, "CompositeExplicitAutograd")
-for _name, _cpu, _cuda in (("block_scaled_mm", _cutlass_cpu, _cutlass), ("library_scaled_mm", _product, _library)):
-    library.impl(_name, _cpu, "CPU")
-    library.impl(_name, _cuda, "CUDA")
-for _name, _fake in (("swizzle_scales", _swizzle_fake), ("block_scaled_mm", _cutlass_fake),
-                     ("library_scaled_mm", _library_fake)):
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
-
-SWIZZLE = torch.ops.quartet.swizzle_scales.default
-MM = torch.ops.quartet.block_scaled_mm.default
-LIBRARY_MM = torch.ops.quartet.library_scaled_mm.default
+SWIZZLE, MM, LIBRARY_MM = swizzle_scales.overload, block_scaled_mm.overload, library_scaled_mm.overload

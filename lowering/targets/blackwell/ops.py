@@ -7,8 +7,8 @@
     fp4_unswizzle      swizzled scales → [R, K/block], for what is not of this family
 
 Codes are uint8 ``[R, K/2]``, K a multiple of the block. Scales are uint8 ``[swizzled_size(R, K/block)]`` in the layout
-of ``quartet.kernels.reference.swizzle_scales``: what these ops make, only these ops and the products read. On a CPU the
-reference computes what has been lowered for such a GPU.
+of ``quartet.kernels.reference.swizzle_scales``: what these ops make, only these ops and the products read.
+Elsewhere the reference computes what has been lowered for such a GPU.
 """
 
 from __future__ import annotations
@@ -18,24 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from quartet.kernels import reference
-from quartet.kernels.reference.formats.nvfp4 import quantize_encoded
+from quartet.kernels.reference import chains
 from quartet.kernels.reference.formats.packing import swizzle_scales, unswizzle_scales
-from quartet.kernels.reference.philox import random_bits
-from quartet.kernels.reference.quantize import random_shape
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import ceil_to, library
-from quartet.lowering.ir.fused import CHAIN, OTHER, chain_of, padded_to
+from quartet.lowering.ir import ceil_to
+from quartet.lowering.ir.fused import chain_of, padded_to
+from quartet.lowering.ir.op import Size, op
 from quartet.runtime.slots.weights import REUSED, described
-
-_HOW = "bool hardware=True"
-library.define(f"fp4_quantize(Tensor x, {CHAIN}, Tensor? parameter=None, int[]? fixed=None, {_HOW}) "
-               "-> (Tensor, Tensor, Tensor)")
-library.define(f"fp4_quantize_both(Tensor x, {CHAIN}, {OTHER}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define(f"fp4_requantize(Tensor codes, Tensor scales, str in_spec, {CHAIN}, {_HOW}) "
-               "-> (Tensor, Tensor)")
-library.define("fp4_dot(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, float gain, ScalarType dtype) -> Tensor")
-library.define("fp4_unswizzle(Tensor scales, SymInt rows, SymInt cols) -> Tensor")
 
 Two = tuple[Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -49,6 +38,34 @@ def _kernels() -> ModuleType:
     return blackwell
 
 
+def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:
+    q = QuantSpec.parse(spec)
+    padded = padded_to(cols, rotation, q)
+    return (like.new_empty(rows, padded // 2, dtype=torch.uint8),
+            like.new_empty(ceil_to(rows, 128) * ceil_to(padded // q.block, 4), dtype=torch.uint8))
+
+
+def _swizzled(codes: Tensor, scales: Tensor, mask: Tensor, spec: QuantSpec) -> Three:
+    scales = scales.view(torch.uint8)
+    scales = scales.repeat_interleave(int(spec.block), 0)[: codes.shape[0]] if spec.tile else scales
+    return codes, swizzle_scales(scales), mask if spec.mask else codes.new_empty(codes.shape[0], 0)
+
+
+def _quantize_fake(x, rotation, signs, spec, seed, site, encode, parameter=None, fixed=None, hardware=True):
+    codes, scales = _packed(x, x.shape[0], x.shape[1], rotation, spec)
+    mask = x.new_empty(x.shape[0], codes.shape[1] // 4 if QuantSpec.parse(spec).mask else 0, dtype=torch.uint8)
+    return codes, scales, mask
+
+
+@op(fake=_quantize_fake)
+def fp4_quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                 encode: Tensor | None, parameter: Tensor | None = None, fixed: list[int] | None = None,
+                 hardware: bool = True) -> Three:
+    q = QuantSpec.parse(spec)
+    return _swizzled(*chains.rotate_quantize(x, rotation, signs, q, seed, site, encode), q)
+
+
+@fp4_quantize.provider("triton", "cuda")
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               encode: Tensor | None, parameter: Tensor | None = None, fixed: list[int] | None = None,
               hardware: bool = True) -> Three:
@@ -63,22 +80,21 @@ def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: T
     return REUSED.serve(parameter, described(x, rotation, fixed, spec, "swizzled", hardware), True, make, finish)
 
 
-def _quantize_cpu(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-                  encode: Tensor | None, parameter: Tensor | None = None, fixed: list[int] | None = None,
-                  hardware: bool = True) -> Three:
-    q = QuantSpec.parse(spec)
-    values = reference.hadamard(x, rotation, signs) if rotation else x.to(torch.float32)
-    if encode is None:
-        codes, scales, mask = reference.quantize(values, q, seed, site)
-        return codes, swizzle_scales(scales), mask if q.mask else mask.new_empty(x.shape[0], 0)
-    values = reference.pad_last(values, q.multiple)
-    random = None if seed is None or not q.stochastic else random_bits(seed, site, *random_shape(q, *values.shape))
-    codes, scales = quantize_encoded(values, q, encode, random, lambda kept: kept)
-    scales = scales.view(torch.uint8)
-    scales = scales.repeat_interleave(int(q.block), 0)[: x.shape[0]] if q.tile else scales
-    return codes.contiguous(), swizzle_scales(scales), codes.new_empty(x.shape[0], 0)
+def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
+                        t_encode, hardware=True):
+    rows, cols = x.shape
+    return *_packed(x, rows, cols, rotation, spec), *_packed(x, cols, rows, t_rotation, t_spec)
 
 
+@op(fake=_quantize_both_fake)
+def fp4_quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                      encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str,
+                      t_seed: Tensor | None, t_site: int, t_encode: Tensor | None, hardware: bool = True) -> Four:
+    return (*fp4_quantize.reference(x, rotation, signs, spec, seed, site, encode)[:2],
+            *fp4_quantize.reference(x.t(), t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)[:2])
+
+
+@fp4_quantize_both.provider("triton", "cuda")
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
                    t_site: int, t_encode: Tensor | None, hardware: bool = True) -> Four:
@@ -87,75 +103,53 @@ def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, se
     return _kernels().quantize_both(x, rows, columns, hardware=hardware)
 
 
-def _quantize_both_cpu(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-                       encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str,
-                       t_seed: Tensor | None, t_site: int, t_encode: Tensor | None, hardware: bool = True) -> Four:
-    return (*_quantize_cpu(x, rotation, signs, spec, seed, site, encode)[:2],
-            *_quantize_cpu(x.t(), t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)[:2])
+def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, hardware=True):
+    return _packed(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec)
 
 
+@op(fake=_requantize_fake)
+def fp4_requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                   seed: Tensor | None, site: int, encode: Tensor | None, hardware: bool = True) -> Two:
+    before, q = QuantSpec.parse(in_spec), QuantSpec.parse(spec)
+    scales = unswizzle_scales(scales, codes.shape[0], codes.shape[1] * 2 // before.block)
+    return _swizzled(*chains.requantize(codes, scales, before, rotation, signs, q, seed, site), q)[:2]
+
+
+@fp4_requantize.provider("triton", "cuda")
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, encode: Tensor | None, hardware: bool = True) -> Two:
     chain = chain_of(rotation, signs, spec, seed, site, encode)
     return _kernels().requantize(codes, scales, QuantSpec.parse(in_spec), chain, hardware=hardware)
 
 
+def _dot_fake(a, a_scales, b, b_scales, gain, dtype):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@op(fake=_dot_fake)
+def fp4_dot(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
+    left, right = (chains.unscaled(codes, unswizzle_scales(scales, *_blocks(codes)), QuantSpec())
+                   for codes, scales in ((a, a_scales), (b, b_scales)))
+    return (left @ right.t() * gain).to(dtype)
+
+
+def _blocks(codes: Tensor) -> tuple[int, int]:
+    """Rows and blocks of 32 of packed codes."""
+    return codes.shape[0], codes.shape[1] // 16
+
+
+@fp4_dot.provider("triton", "cuda")
 def _dot(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
     from quartet.kernels.triton.gemm.scaled_gemm import gemm
 
     return gemm(a, a_scales, b, b_scales, gain, dtype)
 
 
-def _unswizzle(scales: Tensor, rows: int, cols: int) -> Tensor:
+@op(fake=lambda scales, rows, cols: scales.new_empty(rows, cols))
+def fp4_unswizzle(scales: Tensor, rows: Size, cols: Size) -> Tensor:
     return unswizzle_scales(scales, rows, cols)
 
 
-def _packed(like: Tensor, rows, cols, rotation: int, spec: str) -> Two:
-    q = QuantSpec.parse(spec)
-    padded = padded_to(cols, rotation, q)
-    return (like.new_empty(rows, padded // 2, dtype=torch.uint8),
-            like.new_empty(ceil_to(rows, 128) * ceil_to(padded // q.block, 4), dtype=torch.uint8))
-
-
-def _quantize_fake(x, rotation, signs, spec, seed, site, encode, parameter=None, fixed=None, hardware=True):
-    codes, scales = _packed(x, x.shape[0], x.shape[1], rotation, spec)
-    mask = x.new_empty(x.shape[0], codes.shape[1] // 4 if QuantSpec.parse(spec).mask else 0, dtype=torch.uint8)
-    return codes, scales, mask
-
-
-def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
-                        t_encode, hardware=True):
-    rows, cols = x.shape
-    return *_packed(x, rows, cols, rotation, spec), *_packed(x, cols, rows, t_rotation, t_spec)
-
-
-def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, hardware=True):
-    return _packed(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec)
-
-
-def _unswizzle_fake(scales, rows, cols):
-    return scales.new_empty(rows, cols)
-
-
-def _dot_fake(a, a_scales, b, b_scales, gain, dtype):
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-for _name, _impl, _cpu, _fake in (
-    ("fp4_quantize", _quantize, _quantize_cpu, _quantize_fake),
-    ("fp4_quantize_both", _quantize_both, _quantize_both_cpu, _quantize_both_fake),
-    ("fp4_requantize", _requantize, None, _requantize_fake),
-    ("fp4_dot", _dot, None, _dot_fake),
-    ("fp4_unswizzle", _unswizzle, _unswizzle, _unswizzle_fake),
-):
-    library.impl(_name, _impl, "CUDA")
-    if _cpu is not None:
-        library.impl(_name, _cpu, "CPU")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
-
-QUANTIZE = torch.ops.quartet.fp4_quantize.default
-QUANTIZE_BOTH = torch.ops.quartet.fp4_quantize_both.default
-REQUANTIZE = torch.ops.quartet.fp4_requantize.default
-DOT = torch.ops.quartet.fp4_dot.default
-UNSWIZZLE = torch.ops.quartet.fp4_unswizzle.default
+QUANTIZE, QUANTIZE_BOTH, REQUANTIZE = fp4_quantize.overload, fp4_quantize_both.overload, fp4_requantize.overload
+DOT, UNSWIZZLE = fp4_dot.overload, fp4_unswizzle.overload
 QUANTIZERS = (QUANTIZE, QUANTIZE_BOTH, REQUANTIZE)

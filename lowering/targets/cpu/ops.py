@@ -14,45 +14,19 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.cpu import ops as cpu
+from quartet.kernels.reference import chains
 from quartet.kernels.reference.philox import random_signs_of_int
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import ceil_to, code_layout, library
+from quartet.lowering.ir import ceil_to, code_layout, core
+from quartet.lowering.ir.op import Size, op
 from quartet.runtime.slots.weights import REUSED, described
-
-_CHAIN = "int rotation, Tensor? signs, str spec, Tensor? seed, int site, bool packed, ScalarType? values"
-_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-library.define(f"cpu_quantize(Tensor x, {_CHAIN}, Tensor? parameter=None, int[]? fixed=None) -> {_FOUR}")
-library.define(f"cpu_requantize(Tensor codes, Tensor scales, str in_spec, {_CHAIN}) -> {_FOUR}")
-library.define("cpu_dequantize(Tensor codes, Tensor scales, str spec, ScalarType dtype) -> Tensor")
-library.define("cpu_unrotate(Tensor x, Tensor? mask, int rotation, Tensor? signs, float gain, SymInt cols, "
-               "ScalarType dtype) -> Tensor")
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _signs(seed: Tensor, site: int, n: int) -> Tensor:
+@core.signs.provider("scalar", "cpu")  # 130 one-element tensor ops otherwise
+def _signs_of_int(seed: Tensor, site: int, n: int) -> Tensor:
     return random_signs_of_int(int(seed), site, n)
-
-
-def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
-              packed: bool, values: torch.dtype | None, parameter: Tensor | None = None,
-              fixed: list[int] | None = None) -> Four:
-    def make(packed: bool) -> Four:
-        return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
-                                   packed=packed, values=values)
-
-    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Four:
-        return codes, scales, mask, x.new_empty(0) if values is None else _dequantize(codes, scales, spec, values)
-
-    if parameter is None:
-        return make(packed)
-    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
-
-
-def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
-                seed: Tensor | None, site: int, packed: bool, values: torch.dtype | None) -> Four:
-    return cpu.requantize(codes, scales, QuantSpec.parse(in_spec), transpose=True, rotation=rotation, signs=signs,
-                          spec=QuantSpec.parse(spec), seed=seed, site=site, packed=packed, values=values)
 
 
 def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, values: torch.dtype | None) -> Four:
@@ -69,43 +43,89 @@ def _outputs(like: Tensor, rows, cols, rotation: int, spec: str, packed: bool, v
     )
 
 
+def _made(codes: Tensor, scales: Tensor, mask: Tensor, spec: str, packed: bool, values: torch.dtype | None) -> Four:
+    """What is asked for of a quantised tensor: packed results and the operand of the product."""
+    q, none = QuantSpec.parse(spec), codes.new_empty(0)
+    operand = none.to(torch.float32) if values is None else chains.unscaled(codes, scales, q, values)
+    return (codes, scales, mask, operand) if packed else (none, none, none, operand)
+
+
 def _quantize_fake(x, rotation, signs, spec, seed, site, packed, values, parameter=None, fixed=None):
     return _outputs(x, x.shape[0], x.shape[1], rotation, spec, packed, values)
+
+
+@op(fake=_quantize_fake)
+def cpu_quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                 packed: bool, values: torch.dtype | None, parameter: Tensor | None = None,
+                 fixed: list[int] | None = None) -> Four:
+    made = chains.rotate_quantize(x, rotation, signs, QuantSpec.parse(spec), seed, site)
+    return _made(*made, spec, packed, values)
+
+
+@cpu_quantize.provider("cpp", "cpu")
+def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+              packed: bool, values: torch.dtype | None, parameter: Tensor | None = None,
+              fixed: list[int] | None = None) -> Four:
+    def make(packed: bool) -> Four:
+        return cpu.rotate_quantize(x, rotation=rotation, signs=signs, spec=QuantSpec.parse(spec), seed=seed, site=site,
+                                   packed=packed, values=values)
+
+    def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Four:
+        return codes, scales, mask, x.new_empty(0) if values is None else _dequantize(codes, scales, spec, values)
+
+    if parameter is None:
+        return make(packed)
+    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
 
 
 def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, packed, values):
     return _outputs(codes, codes.shape[1] * 2, codes.shape[0], rotation, spec, packed, values)
 
 
-def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return cpu.dequantize(codes, scales, QuantSpec.parse(spec), dtype, gain=False)
+@op(fake=_requantize_fake)
+def cpu_requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                   seed: Tensor | None, site: int, packed: bool, values: torch.dtype | None) -> Four:
+    q = QuantSpec.parse(in_spec)
+    x = (chains.unscaled(codes, scales, q) * q.gain).t()
+    return _made(*chains.rotate_quantize(x, rotation, signs, QuantSpec.parse(spec), seed, site), spec, packed, values)
+
+
+@cpu_requantize.provider("cpp", "cpu")
+def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                seed: Tensor | None, site: int, packed: bool, values: torch.dtype | None) -> Four:
+    return cpu.requantize(codes, scales, QuantSpec.parse(in_spec), transpose=True, rotation=rotation, signs=signs,
+                          spec=QuantSpec.parse(spec), seed=seed, site=site, packed=packed, values=values)
 
 
 def _dequantize_fake(codes, scales, spec, dtype):
     return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
 
 
-def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
-              dtype: torch.dtype) -> Tensor:
-    return cpu.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+@op(fake=_dequantize_fake)
+def cpu_dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    return chains.unscaled(codes, scales, QuantSpec.parse(spec), dtype)
+
+
+@cpu_dequantize.provider("cpp", "cpu")
+def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+    return cpu.dequantize(codes, scales, QuantSpec.parse(spec), dtype, gain=False)
 
 
 def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
     return x.new_empty(x.shape[0], cols, dtype=dtype)
 
 
-for _name, _impl, _fake in (
-    ("cpu_quantize", _quantize, _quantize_fake),
-    ("cpu_requantize", _requantize, _requantize_fake),
-    ("cpu_dequantize", _dequantize, _dequantize_fake),
-    ("cpu_unrotate", _unrotate, _unrotate_fake),
-):
-    library.impl(_name, _impl, "CPU")
-    torch.library.register_fake(f"quartet::{_name}", _fake, lib=library)
+@op(fake=_unrotate_fake)
+def cpu_unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: Size,
+                 dtype: torch.dtype) -> Tensor:
+    return chains.unrotate(x, mask, rotation, signs, gain, cols, dtype)
 
-library.impl("signs", _signs, "CPU")  # 130 one-element tensor ops otherwise
 
-QUANTIZE = torch.ops.quartet.cpu_quantize.default
-REQUANTIZE = torch.ops.quartet.cpu_requantize.default
-DEQUANTIZE = torch.ops.quartet.cpu_dequantize.default
-UNROTATE = torch.ops.quartet.cpu_unrotate.default
+@cpu_unrotate.provider("cpp", "cpu")
+def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
+              dtype: torch.dtype) -> Tensor:
+    return cpu.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
+
+
+QUANTIZE, REQUANTIZE = cpu_quantize.overload, cpu_requantize.overload
+DEQUANTIZE, UNROTATE = cpu_dequantize.overload, cpu_unrotate.overload

@@ -21,7 +21,6 @@ from quartet.lowering.ir.operands import Product, readers
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8_products import multiply, row_major
-from quartet.lowering.targets.inductor import store
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
 
@@ -85,7 +84,7 @@ def _cast(graph: Graph, node: Node) -> None:
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
 
     def scales(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(store(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
+        return tuple(ir.STORE(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
 
     inputs = [x] if made.amax is None else [x, made.amax]
     multiplier, scale = inline(build, compat.trace(scales, list(map(val, inputs))), inputs)
@@ -110,7 +109,7 @@ def _quantize(graph: Graph, node: Node) -> None:
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
 
     def quantize(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return reference.quantize(t, made.spec, store=store)
+        return reference.quantize(t, made.spec, store=ir.STORE)
 
     hand_over(node, inline(build, compat.trace(quantize, [val(made.x)]), [made.x]))
 

@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quartet.lowering.ir import library
+from quartet.lowering.ir.op import op
 
 ALIGN = 16
 FEWEST_ROWS = 17  # that _int_mm takes on a GPU
 LONGEST = 2**17  # of K: 127² · 2^17 < 2^31
 
-library.define("int_mm(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 
-
-def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+@op(fake=lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32), strides="exact")
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
     rows = a.shape[0]
     if rows < FEWEST_ROWS:
         a = F.pad(a, (0, 0, 0, 2 * ALIGN - rows))
@@ -29,8 +28,4 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     return sum(parts[1:], parts[0])[:rows]
 
 
-library.impl("int_mm", _int_mm, "CompositeExplicitAutograd")
-torch.library.register_fake("quartet::int_mm", lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32),
-                            lib=library)
-
-INT_MM = torch.ops.quartet.int_mm.default
+INT_MM = int_mm.overload
