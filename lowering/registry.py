@@ -18,7 +18,7 @@ from quartet.kernels import extension
 from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import ELEMENTS, QuantSpec, dtype_name
-from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM
+from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM, providers
 from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.targets import fp8_products
@@ -180,6 +180,11 @@ def _set(*kernels: Kernel) -> None:
     KERNELS, NAMES = kernels, tuple(kernel.name for kernel in kernels)
 
 
+def disableable() -> tuple[str, ...]:
+    """What ``disable_kernels`` takes: families, and single providers of ops."""
+    return (*NAMES, *providers.names())
+
+
 def choose(device: torch.device | Target, dtype: torch.dtype,
            specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
            disabled: tuple[str, ...] = (), product: OpOverload = SCALED_MM) -> tuple[Kernel | None, dict[str, str]]:
@@ -217,7 +222,7 @@ def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[st
                        for n in _hadamards(gemm)}, key=str)
     found: list[tuple[str, ...]] = []
     for target in sorted(set(targets), key=str) if operands else ():
-        found.append((str(target), target.missing or ""))
+        found.append((str(target), target.missing or "", providers.answers(target)))
         for kernel in () if target.missing else KERNELS:
             if kernel.name not in disabled:
                 found.append((kernel.name, *_answers(kernel, target, operands)))

@@ -1,6 +1,7 @@
 """Give every quantised GEMM the best kernel that takes it; what none takes keeps its semantic ops.
 
-Semantic ops that remain run as the reference in eager execution, and Inductor inlines their decomposition.
+Semantic ops that remain run as the reference in eager execution, and Inductor inlines their decomposition. Last, every
+op is given a provider that runs on its device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
+from quartet.lowering.ir import providers
 from quartet.lowering.ir.graph import editing, val
 from quartet.lowering.ir.operands import SCALED, Operand, Product
 from quartet.lowering.targets import fp8_products
@@ -52,6 +54,7 @@ def lower(state: State) -> None:
         blackwell.use_integers(state.gm.graph)
     if state.config.autotune:
         block_scaled.autotune(state.gm.graph)
+    providers.settle(state.gm.graph, state.config.target_of, state.config.disable_kernels)
 
 
 def _accepts(target: Target, kernel: registry.Kernel, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:

@@ -52,7 +52,7 @@ def quartet(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
         OptionError, PolicyError: an option or policy that does not exist; the message names the nearest.
         UnsupportedMatmul: under ``strict=True``, a matmul that the policy quantises and that cannot be.
     """
-    parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.disableable())
     return compile_graph(gm, example_inputs, parsed)
 
 

@@ -39,7 +39,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     inner, own_mode, own_options = settings_of(model)
     if options is None and mode is None:
         options, mode = own_options, own_mode
-    parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.disableable())
     judge, graphs = Judge(parsed.policy), []
     records: list[MatmulRecord] = []
     saved: list[SavedRecord] = []

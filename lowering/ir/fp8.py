@@ -21,9 +21,12 @@ from quartet.kernels.reference.products import grouped
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import FLOAT8
 from quartet.lowering.ir.op import op
+from quartet.runtime.devices import Target
 
 MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
+
+CAPABILITY = (8, 9)  # of GPUs that have FP8 tensor cores
 
 Two = tuple[Tensor, Tensor]
 
@@ -73,11 +76,19 @@ def _cast_groups_triton(x: Tensor, spec: str, ends: Tensor) -> Two:
     return groups.quantize_groups(x, QuantSpec.parse(spec), ends)
 
 
+def _multiplies(target: Target) -> str | None:
+    """The reference is PyTorch's own product."""
+    if target.capability is None or target.capability >= CAPABILITY:
+        return None
+    return "PyTorch multiplies FP8 from compute capability {}.{} on, this device has {}.{}".format(
+        *CAPABILITY, *target.capability)
+
+
 def _mm_fake(a, b, a_scales, b_scales, dtype, fast):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@op(fake=_mm_fake)
+@op(fake=_mm_fake, supports=_multiplies)
 def fp8_mm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     return torch.ops.aten._scaled_mm.default(a, b.t(), a_scales, b_scales, out_dtype=dtype, use_fast_accum=fast)
 
@@ -86,7 +97,7 @@ def _bmm_fake(a, b, a_scales, b_scales, dtype, fast):
     return a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=dtype)
 
 
-@op(fake=_bmm_fake)
+@op(fake=_bmm_fake, supports=_multiplies)
 def fp8_bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
     multiply = torch.ops.aten._scaled_grouped_mm.default

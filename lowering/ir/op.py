@@ -36,7 +36,7 @@ Implementation = Callable[..., Any]
 Supports = Callable[[Target], str | None]
 
 NAMESPACE, REFERENCE = "quartet", "reference"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 _TYPES: dict[Any, str] = {Tensor: "Tensor", int: "int", Size: "SymInt", float: "float", bool: "bool", str: "str",
                           torch.dtype: "ScalarType", torch.device: "Device"}
 _STRIDES = {  # what Inductor may do to the layout of arguments
@@ -89,15 +89,16 @@ class Op:
     """
 
     def __init__(self, reference: Implementation, name: str, schema: str, fake: Implementation,
-                 decompose: Implementation | None, tags: Sequence[torch.Tag], mergeable: bool) -> None:
+                 decompose: Implementation | None, tags: Sequence[torch.Tag], mergeable: bool,
+                 supports: Supports = everywhere) -> None:
         self.reference, self.name, self.schema, self.fake = reference, name, schema, fake
         self.decompose, self.mergeable = decompose, mergeable
         self._tags = tuple(tags)
-        self.providers: tuple[Provider, ...] = (Provider(REFERENCE, None, reference),)
+        self.providers: tuple[Provider, ...] = (Provider(REFERENCE, None, reference, supports),)
         self._overloads: dict[str, OpOverload] = {}
         self._registrations: list[torch.library.Library] = []  # each lasts as long as its object
         self.overload = self._define("default")
-        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        _library.impl(name, reference, "CompositeExplicitAutograd")
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
@@ -152,8 +153,8 @@ class Op:
 
     def _define(self, overload: str) -> OpOverload:
         name = self.name if overload == "default" else f"{self.name}.{overload}"
-        _LIBRARY.define(name + self.schema, tags=self._tags)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", self.fake, lib=_LIBRARY)
+        _library.define(name + self.schema, tags=self._tags)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self.fake, lib=_library)
         defined = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload)
         _OPS[defined] = self
         return defined
@@ -195,7 +196,8 @@ _OPS: dict[OpOverload, Op] = {}  # by every overload
 
 def op(*, fake: Implementation, decompose: Implementation | bool = False, name: str | None = None,
        strides: Literal["any", "exact"] | None = None, mergeable: bool = False, random: bool = False,
-       cudagraph_safe: bool = True, mutates: Collection[str] = ()) -> Callable[[Implementation], Op]:
+       cudagraph_safe: bool = True, mutates: Collection[str] = (),
+       supports: Supports = everywhere) -> Callable[[Implementation], Op]:
     """Declare the decorated function the reference of an op.
 
     Args:
@@ -206,6 +208,7 @@ def op(*, fake: Implementation, decompose: Implementation | bool = False, name: 
         random: draws from PyTorch's generator.
         cudagraph_safe: a CUDA graph can hold it.
         mutates: arguments that it writes to.
+        supports: see :class:`Provider`, of the reference.
 
     Raises:
         DeclarationError: an annotation that no schema has, or an argument to write to that there is not.
@@ -219,7 +222,8 @@ def op(*, fake: Implementation, decompose: Implementation | bool = False, name: 
     def declare(reference: Implementation) -> Op:
         called = name or reference.__name__
         inlined = reference if decompose is True else decompose or None
-        return Op(reference, called, schema_of(reference, mutates), fake, inlined, tags, mergeable)
+        return Op(reference, called, schema_of(reference, mutates), fake, inlined, tags, mergeable,
+                  supports)
 
     return declare
 

@@ -91,6 +91,7 @@ def doctor(target: str | None = None) -> tuple[str, bool]:
     ``target``: of such a device, ``"sm_100a"``, as if it were here, and not of those that are. Raises ValueError where
     there is no such.
     """
+    from quartet.lowering.ir.providers import listing
     from quartet.lowering.registry import probe
 
     shown: Iterable[tuple[torch.device | Target, str]] = devices()
@@ -110,12 +111,16 @@ def doctor(target: str | None = None) -> tuple[str, bool]:
         for format, group in groupby(probed, key=lambda row: row[0]):
             rows += _order(format, [(kernel, reason) for _, kernel, reason in group])
         out.append(table(rows))
+        rows = [("op", "provider", "")]
+        for op, group in groupby(listing(Target.of(device)), key=lambda row: row[0]):
+            rows += _order(op, [(provider, reason) for _, provider, reason in group])
+        out.append(table(rows))
         healthy = healthy and any(reason is None for _, _, reason in probed)
     return "\n".join(out), healthy
 
 
 def _order(format: str, kernels: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, str, str]]:
-    """The rows of a format: the first kernel that takes it is what it gets."""
+    """The rows of a format or an op: the first that takes it is what it gets."""
     chosen = next((kernel for kernel, reason in kernels if reason is None), None)
     for i, (kernel, reason) in enumerate(kernels):
         said = f"no: {reason}" if reason is not None else "yes, chosen" if kernel == chosen else "yes"

@@ -109,8 +109,8 @@ def train(policy, steps=60):
     return losses, records
 
 
-def test_the_page_has_the_five_files():
-    assert list(FILES) == ["hybrid", "mxfp6", "adapters", "mine", "probe"] and len(USES) == 4
+def test_the_page_has_its_files():
+    assert list(FILES) == ["hybrid", "mxfp6", "adapters", "mine", "unrotate", "probe"] and len(USES) == 4
 
 
 # --- a recipe --------------------------------------------------------------------------------------------------------
@@ -510,3 +510,18 @@ def test_functions_that_hold_values_keep_graphs_out_of_the_caches():
         unregister_op_class("narrow")
     register_op_class("narrow", lambda site: site.n < 16)
     assert key() is not None
+
+
+def test_a_provider_of_an_op(load):
+    from quartet.lowering.targets.cpu.ops import cpu_unrotate
+
+    module = load("unrotate")
+    try:
+        assert [provider.name for provider in cpu_unrotate.providers] == ["plain", "cpp", "reference"]
+        x = torch.randn(8, 64)
+        found = cpu_unrotate(x, None, 32, None, 0.5, 60, torch.float32)
+        assert torch.equal(found, module.unrotate(x, None, 32, None, 0.5, 60, torch.float32))
+        assert "cpu_unrotate.plain" in registry.disableable()
+    finally:
+        cpu_unrotate.withdraw("plain")
+    assert [provider.name for provider in cpu_unrotate.providers] == ["cpp", "reference"]

@@ -73,7 +73,8 @@ def options_for(target: str | None, policy: Any, **options: Any) -> Options:
     """The options of a compilation; the recipe that ``policy`` names is also a rule on linear layers of any size."""
     if isinstance(policy, str) and policy in quartet.recipes():
         policy = quartet.Policy(policy).on("linear", policy)
-    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+    parsed = Options.parse(None, {"policy": policy, **options}, passes=pipeline.OPTIONAL,
+                           kernels=registry.disableable())
     return parsed if target is None else replace(parsed, target=Target.named(target))
 
 

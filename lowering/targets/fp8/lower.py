@@ -16,6 +16,7 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.ir.fp8 import CAPABILITY
 from quartet.lowering.ir.graph import Builder, aten, hand_over, inline, is_backward, keep_as, results, shape, val
 from quartet.lowering.ir.operands import Product, readers
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
@@ -23,8 +24,6 @@ from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
-
-CAPABILITY = (8, 9)  # the first with FP8
 
 
 def unavailable(device: torch.device | Target) -> str | None:

@@ -1,0 +1,72 @@
+"""Which provider of an op runs: what a graph calls, what a user may disable, what reports list."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from quartet.lowering.ir.op import REFERENCE, Op, everywhere, op_of, ops
+from quartet.runtime.devices import Target
+
+log = logging.getLogger("quartet")
+
+
+class NoProvider(AssertionError):
+    """A lowered graph calls an op that nothing computes on its device."""
+
+
+def names() -> tuple[str, ...]:
+    """What ``disable_kernels`` takes besides families of kernels: ``"cuda_quantize.triton"``, not references."""
+    return tuple(f"{op.name}.{provider.name}" for op in ops() for provider in op.providers
+                 if provider.name != REFERENCE)
+
+
+def listing(target: Target) -> list[tuple[str, str, str | None]]:
+    """(op, provider, None or why not) of the ops that have a provider for this type of device, the preferred first."""
+    return [(op.name, provider.name, target.missing or provider.declines(target))
+            for op in ops() if any(provider.device == target.type for provider in op.providers)
+            for provider in op.providers if provider.device in (None, target.type)]
+
+
+def answers(target: Target) -> str:
+    """What providers say that take some devices of their type only, for the key of graphs that :func:`settle` made."""
+    return " ".join(f"{op.name}.{provider.name}={'01'[provider.declines(target) is None]}"
+                    for op in ops() for provider in op.providers if provider.supports is not everywhere)
+
+
+def settle(graph: Graph, target_of: Callable[[torch.device], Target], disabled: Collection[str] = ()) -> None:
+    """Have every op of a graph call its first provider that supports its device and is not disabled.
+
+    Nodes that call the preferred one stay as they are.
+
+    Raises:
+        NoProvider: there is none; the message names the node, and why each declines.
+    """
+    for node in graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is not None and node.target is op.overload:
+            _settle(node, op, target_of(_device(node)), disabled)
+
+
+def _settle(node: Node, op: Op, target: Target, disabled: Collection[str]) -> None:
+    provider, reasons = op.choose(target, disabled)
+    if provider is None:
+        raise NoProvider(f"node {node.format_node()}: nothing computes op {op.name!r} on {target}: "
+                         + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    if provider != op.choose(target)[0]:
+        node.target = op.overload_of(provider)
+        log.info("%s runs %s of %s: %s", node.name, provider.name, op.name,
+                 "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def _device(node: Node) -> torch.device:
+    """That of the tensors that a node gives, or reads where it gives none."""
+    for value in (of.meta.get("val") for of in (node, *node.all_input_nodes)):
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, Tensor):
+                return tensor.device
+    raise NoProvider(f"node {node.format_node()} gives and reads no tensor: it is on no device")

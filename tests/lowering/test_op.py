@@ -1,0 +1,228 @@
+"""Every op of the IR is one object: what it declares is true, and a provider more is one declaration more."""
+
+from __future__ import annotations
+
+import inspect
+from typing import get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+from traced import linear, targets, trace
+
+from quartet.lowering import registry
+from quartet.lowering.ir import fused, providers
+from quartet.lowering.ir.op import REFERENCE, DeclarationError, Size, op_of, ops, schema_of
+from quartet.lowering.targets.cpu import ops as cpu_ops
+from quartet.options import OptionError, Options
+from quartet.passes import pipeline
+from quartet.recipes import recipes
+from quartet.runtime.devices import Target
+
+SM_80, SM_90, CPU = Target.named("sm_80"), Target.named("sm_90"), Target.named("cpu")
+SPEC, SEED = "e2m1/32 e8m0 headroom stochastic", torch.tensor(7)
+every_op = pytest.mark.parametrize("op", ops(), ids=str)
+
+
+@every_op
+def test_an_op_is_what_its_reference_says(op):
+    schema = op.overload._schema
+    assert str(schema) == f"quartet::{op.name}{op.schema}"
+    names = [argument.name for argument in schema.arguments]
+    assert names == list(inspect.signature(op.reference).parameters)
+    assert len(inspect.signature(op.fake).parameters) in (len(names), 1)  # one: *args
+    assert op.name in {"fixed_signs", "seed"} or any("Tensor" in str(argument.type) for argument in schema.arguments)
+
+
+@every_op
+def test_pytorch_infers_the_same_schema_but_for_which_ints_are_symbolic(op):
+    mutated = [argument.name for argument in op.overload._schema.arguments
+               if argument.alias_info is not None and argument.alias_info.is_write]
+    plain = {name: int if hint == Size else hint
+             for name, hint in get_type_hints(op.reference, include_extras=True).items()}
+
+    def stand_in():
+        raise AssertionError
+
+    parameters = inspect.signature(op.reference).parameters.values()
+    stand_in.__signature__ = inspect.Signature(
+        [parameter.replace(annotation=plain[parameter.name]) for parameter in parameters],
+        return_annotation=None if plain["return"] is type(None) else plain["return"])
+    inferred = torch.library.infer_schema(stand_in, mutates_args=mutated).replace("SymInt", "int").replace("a0!", "a!")
+    assert inferred == op.schema.replace("SymInt", "int")
+
+
+@every_op
+def test_the_reference_is_the_last_provider(op):
+    *others, last = op.providers
+    assert last.name == REFERENCE and last.run is op.reference and last.device is None
+    assert all(provider.device in ("cpu", "cuda") for provider in others)
+    for provider in op.providers if others else ():
+        named = op.overload_of(provider)
+        assert str(named._schema) == f"quartet::{op.name}.{provider.name}{op.schema}"
+        assert op_of(named) is op and named.tags == op.overload.tags
+
+
+def test_all_ops_are_declared_here():
+    known = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("quartet::")}
+    assert {op.name for op in ops()} == known
+    assert op_of(torch.ops.aten.mm.default) is None
+
+
+@pytest.mark.parametrize("given", [
+    lambda x: x,
+    lambda x, n: x,
+])
+def test_what_is_not_annotated_is_refused(given):
+    with pytest.raises(DeclarationError, match="no annotation of 'x'"):
+        schema_of(given)
+
+
+def test_what_no_schema_has_is_refused():
+    def takes_a_set(x: Tensor, names: set) -> Tensor: ...
+
+    with pytest.raises(DeclarationError, match="takes_a_set: no schema has <class 'set'>"):
+        schema_of(takes_a_set)
+    with pytest.raises(DeclarationError, match="no argument 'y'"):
+        schema_of(ops()[0].reference, mutates=("y",))
+
+
+CHAIN = (32, None, SPEC, SEED, 3)
+
+
+@pytest.mark.parametrize(("op", "arguments"), [
+    (cpu_ops.cpu_quantize, (*CHAIN, True, torch.bfloat16)),
+    (cpu_ops.cpu_quantize, (*CHAIN, False, torch.float32)),
+    (cpu_ops.cpu_quantize, (32, None, "e2m1/32 e8m0 quest(rms,nearest) nearest mask", None, 3, True, None)),
+], ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize("shape", [(33, 71), (64, 128)], ids=str)
+def test_providers_of_a_fused_op_agree_to_the_bit(op, arguments, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    same(op, x, *arguments)
+
+
+def test_providers_of_what_reads_codes_agree_to_the_bit():
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    spec = "e2m1/32 e8m0 quest(rms,nearest) nearest mask"
+    codes, scales, mask, _ = cpu_ops.cpu_quantize(x, 0, None, spec, None, 0, True, None)
+    same(cpu_ops.cpu_dequantize, codes, scales, spec, torch.float32)
+    same(cpu_ops.cpu_requantize, codes, scales, spec, *CHAIN, True, torch.bfloat16)
+    same(cpu_ops.cpu_unrotate, x, mask, 32, None, 0.75, 90, torch.bfloat16)
+
+
+def same(op, *arguments):
+    """All providers for a CPU give the same, and the fake its shapes and dtypes."""
+    wanted = results(op.reference(*arguments))
+    shapes = [(t.shape, t.dtype) for t in results(op.fake(*arguments))]
+    for provider in op.providers:
+        found = results(op.overload_of(provider)(*arguments))
+        assert [(t.shape, t.dtype) for t in found] == shapes, provider.name
+        assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), provider.name
+
+
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.fixture
+def second():
+    """A second provider for a CPU, of which the tests say what it supports."""
+    state = {"reason": None, "asked": 0, "ran": 0}
+
+    def supports(target):
+        state["asked"] += 1
+        return state["reason"]
+
+    @cpu_ops.cpu_dequantize.provider("mine", "cpu", supports, before="cpp")
+    def mine(codes, scales, spec, dtype):
+        state["ran"] += 1
+        return cpu_ops.cpu_dequantize.reference(codes, scales, spec, dtype)
+
+    yield state
+    cpu_ops.cpu_dequantize.withdraw("mine")
+
+
+def dequantized():
+    codes = torch.full((4, 16), 0x21, dtype=torch.uint8)
+    return torch.ops.quartet.cpu_dequantize.default(codes, torch.full((4, 1), 127, dtype=torch.uint8),
+                                                    "e2m1/32 e8m0 ceil nearest", torch.float32)
+
+
+def test_a_second_provider_is_chosen_once(second):
+    wanted = dequantized()
+    assert (second["ran"], second["asked"]) == (1, 1)
+    assert torch.equal(dequantized(), wanted) and (second["ran"], second["asked"]) == (2, 1)
+    assert cpu_ops.cpu_dequantize.choose(CPU)[0].name == "mine"
+
+
+def test_a_provider_that_declines_is_passed_over(second):
+    second["reason"] = "needs a processor with a beak"
+    dequantized()
+    assert second["ran"] == 0
+    provider, reasons = cpu_ops.cpu_dequantize.choose(CPU)
+    assert provider.name == "cpp" and reasons == {"mine": "needs a processor with a beak"}
+    assert ("cpu_dequantize", "mine", "needs a processor with a beak") in providers.listing(CPU)
+    assert "cpu_dequantize.mine=0" in registry.answers([CPU], quantized_gemms())
+
+
+def test_a_provider_is_withdrawn_without_a_trace():
+    op = cpu_ops.cpu_dequantize
+    before = op.providers
+    op.provider("mine", "cpu")(lambda codes, scales, spec, dtype: codes.new_ones(1))
+    assert dequantized().numel() == 128  # those that stand before it are preferred
+    op.withdraw("mine")
+    assert op.providers == before and dequantized().numel() == 128
+    with pytest.raises(DeclarationError, match="no provider 'mine' to withdraw"):
+        op.withdraw("mine")
+
+
+@pytest.mark.parametrize(("name", "before", "said"), [
+    ("cpp", "reference", "'cpp' is taken"), ("default", "reference", "no name"), ("c++", "reference", "no name"),
+    ("mine", "cuda", "no provider 'cuda'; possible: cpp, reference")])
+def test_a_provider_that_cannot_be_is_refused(name, before, said):
+    with pytest.raises(DeclarationError, match=said):
+        cpu_ops.cpu_dequantize.provider(name, "cpu", before=before)
+
+
+def quantized_gemms():
+    return [recipes()["quartet"].fprop]
+
+
+def options(*disabled):
+    return Options.parse(None, {"disable_kernels": list(disabled)}, passes=pipeline.OPTIONAL,
+                         kernels=registry.disableable())
+
+
+def test_a_provider_is_disabled_by_its_name():
+    assert options("cuda_quantize.triton", "cpp").disable_kernels == ("cpp", "cuda_quantize.triton")
+    with pytest.raises(OptionError, match=r"did you mean 'cuda_quantize\.triton'"):
+        options("cuda_quantize.tritn")
+    with pytest.raises(OptionError, match="unknown kernel"):
+        options("cuda_quantize.reference")
+
+
+def test_a_graph_calls_the_provider_that_is_left():
+    model, x = linear()
+    usual = trace("sm_90", model, x)
+    graphs = trace("sm_90", model, x, disable_kernels=["cuda_unrotate.triton"])
+    reference = torch.ops.quartet.cuda_unrotate.reference
+    for before, after in zip(usual, graphs, strict=True):
+        wanted = targets(before)
+        assert wanted[reference] == 0
+        wanted[reference] = wanted.pop(fused.UNROTATE, 0)
+        assert +targets(after) == +wanted
+    assert targets(graphs[1])[reference] == 2
+
+
+def test_an_op_that_nothing_computes_is_an_error():
+    graph = torch.fx.Graph()
+    a = graph.placeholder("a")
+    a.meta["val"] = torch.empty(1, 2, device="meta")
+    product = graph.call_function(torch.ops.quartet.fp8_mm.default, (a, a, a, a, torch.bfloat16, True))
+    product.meta["val"] = a.meta["val"]
+    providers.settle(graph, lambda device: SM_90)
+    assert product.target is torch.ops.quartet.fp8_mm.default
+    with pytest.raises(providers.NoProvider, match=r"fp8_mm.*nothing computes op 'fp8_mm' on sm_80: reference: PyTorch "
+                                                   r"multiplies FP8 from compute capability 8\.9"):
+        providers.settle(graph, lambda device: SM_80)
