@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, val
+from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, source_of, val
 from quartet.passes.sites import Planned
 from quartet.passes.state import State
 from quartet.passes.views import ADDS, Operand
@@ -53,5 +53,6 @@ def added(build: Builder, out: Node, old: Node) -> Node:
     out = out if alpha == 1 else build(aten.mul.Tensor, out, alpha)
     if beta == 0:
         return out
-    c = old.args[0] if beta == 1 else build(aten.mul.Tensor, old.args[0], beta)
+    c = source_of(old)
+    c = c if beta == 1 else build(aten.mul.Tensor, c, beta)
     return build(aten.add.Tensor, out, c)

@@ -6,38 +6,34 @@ from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import aten, shape
+from quartet.lowering.ir.graph import argument, arguments, aten, shape, source
 from quartet.runtime.sizes import same_sizes
+from quartet.runtime.view_ops import RESHAPES, SAME
 
 Operand = tuple[Node, bool]  # and whether it is stored transposed
 ADDS = (aten.addmm.default, aten.baddbmm.default)
 MATMULS = (aten.mm.default, aten.bmm.default, *ADDS)
-_SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 
 
 def canonical(node: Node) -> tuple[Node, bool]:
     """Walk up through views that keep a matrix a matrix, or a batch of them one: (origin, whether ``node`` is its
     transpose)."""
     flipped = False
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        source = node.args[0]
-        if "val" not in source.meta or not hasattr(source.meta["val"], "shape"):
-            break
-        before, after = shape(source), shape(node)
-        if node.target in _SAME:
+    while (above := source(node)) is not None and hasattr(above.meta.get("val"), "shape"):
+        before, after = shape(above), shape(node)
+        if node.target in SAME:
             pass
         elif node.target is aten.t.default:
             flipped = not flipped
-        elif node.target is aten.permute.default and _swaps(node.args[1]):
+        elif node.target is aten.permute.default and _swaps(argument(node, "dims")):
             flipped = not flipped
         elif node.target is aten.transpose.int and _matrix(before) == 2:
             flipped = not flipped
-        elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
-                             aten.unsqueeze.default) and _same_matrix(before, after):
+        elif node.target in RESHAPES and _same_matrix(before, after):
             pass
         else:
             break
-        node = source
+        node = above
     return node, flipped
 
 
@@ -56,6 +52,5 @@ def _same_matrix(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 def operands(node: Node) -> tuple[Node, Node]:
     """A and B of a product A·B."""
-    a, b = node.args[1:3] if node.target in ADDS else node.args[:2]
-    assert isinstance(a, Node) and isinstance(b, Node)
-    return a, b
+    given, names = arguments(node), ("mat1", "mat2") if node.target is aten.addmm.default else ("batch1", "batch2")
+    return (given[names[0]], given[names[1]]) if node.target in ADDS else (given["self"], given["mat2"])

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from quartet.runtime.compat import any_number_of_compilations, compiled_settings
 from quartet.runtime.sizes import hint
 from quartet.runtime.slots.amax import frozen
+from quartet.runtime.view_ops import ORDERS, RESHAPES, aten
 
 
 class Capture:
@@ -76,15 +77,13 @@ def saved_bytes(forward: GraphModule) -> int:
     return total
 
 
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.permute.default, torch.ops.aten.alias.default,
-          torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.unsqueeze.default,
-          torch.ops.aten.squeeze.dim, torch.ops.aten.expand.default, torch.ops.aten._unsafe_view.default}
+_SHARING = RESHAPES | ORDERS | {aten.alias.default, aten.expand.default}
 
 
 def storage_origin(node: Node) -> Node:
     """The node that allocates what ``node`` views."""
-    while node.op == "call_function" and node.target in _VIEWS and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while node.target in _SHARING:
+        node = node.all_input_nodes[0]
     return node
 
 

@@ -11,6 +11,12 @@ ROOMS = ("kernels", "runtime", "lowering", "passes", "quartet")
 SHARES_PRIVATE_NAMES = "runtime/compat.py"
 MOST_LINES = 400
 
+KNOWS_POSITIONS = "lowering/ir/"  # of arguments in a node
+WHOLE_CALLS = {  # files elsewhere that take a call with all its arguments, whatever they are
+    "lowering/targets/inductor.py", "passes/quantize/share.py", "passes/find/values.py",
+    "passes/residuals/partition.py", "runtime/capture.py",  # what a graph returns
+}
+
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -96,6 +102,33 @@ def test_private_torch_names_stay_in_compat(path):
     chains = (attribute_chain(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     used |= {chain for chain in chains if chain.startswith("torch._") and is_private(chain)}
     assert not used, f"{name_of(path)} uses {', '.join(sorted(used))}; take it from {SHARES_PRIVATE_NAMES}"
+
+
+def positions_of(tree: ast.AST) -> list[int]:
+    """Lines in which the arguments of a node are read or set by their position."""
+    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and node.attr in ("args", "update_arg", "insert_arg")]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p).startswith(("runtime/", "lowering/", "passes/"))
+                                  and not name_of(p).startswith(KNOWS_POSITIONS) and name_of(p) not in WHOLE_CALLS],
+                         ids=name_of)
+def test_arguments_of_nodes_have_names(path):
+    lines = positions_of(ast.parse(path.read_text(encoding="utf-8")))
+    assert not lines, (f"{name_of(path)} knows positions of arguments, lines {lines}; read our own ops by the views of "
+                       "quartet.lowering.ir, others by argument() and source() in its graph.py")
+
+
+def test_files_that_take_whole_calls_are_there():
+    assert WHOLE_CALLS <= set(map(name_of, SOURCES))
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ("x = node.args[0]", True), ("a, b = node.args[:2]", True), ("a, b, *rest = gemm.args", True),
+    ("node.update_arg(1, x)", True), ("build(op, *node.args)", True), ("x = argument(node, 'dim')", False),
+])
+def test_every_way_to_a_position_is_seen(source, found):
+    assert bool(positions_of(ast.parse(source))) == found
 
 
 @pytest.mark.parametrize("path", SOURCES + PROGRAMS, ids=name_of)

@@ -82,6 +82,20 @@ def argument(node: Node, name: str) -> Any:
     return arguments(node)[name]
 
 
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Give an argument, by name, another value than a node or a list of them."""
+    names = [known for known, _ in parameters(node.target)]
+    if name in node.kwargs or names.index(name) >= len(node.args):
+        node.update_kwarg(name, value)
+    else:
+        node.update_arg(names.index(name), value)
+
+
+def remaining(node: Node) -> tuple[Any, ...]:
+    """What a call takes by position behind its first argument."""
+    return node.args[1:]
+
+
 def source(node: Node) -> Node | None:
     """The first argument of a call, where it is a node: what a view shows, what a cast or a sum is made of."""
     first = node.args[0] if node.op == "call_function" and node.args else None
@@ -121,7 +135,7 @@ def hand_over(node: Node, to: Sequence[Node]) -> None:
         item.replace_all_uses_with(to[index_of(item)])
 
 
-def returned(graph: Graph) -> Any:
+def outputs(graph: Graph) -> Any:
     """What a graph returns."""
     return graph.output_node().args[0]
 
@@ -255,7 +269,7 @@ def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list
         if node.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), copied.__getitem__)
             copied[node] = build(node.target, *args, **kwargs)
-    return [copied[node] for node in returned(gm.graph)]
+    return [copied[node] for node in outputs(gm.graph)]
 
 
 @contextmanager

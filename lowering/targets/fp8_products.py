@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from quartet.lowering import ir
 from quartet.lowering.ir import fp8 as fp8_ops
-from quartet.lowering.ir.graph import BACKWARD, Builder, aten, shape, val
+from quartet.lowering.ir.graph import BACKWARD, Builder, aten, set_argument, shape, val
 from quartet.lowering.ir.operands import Kind
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned_stack, unturned
 from quartet.runtime.compat import OpOverload
@@ -25,8 +25,8 @@ from quartet.runtime.sizes import same, same_sizes, unbacked
 ALIGN = 16
 GROUPED_ON = 9  # major compute capability: PyTorch has the grouped product for Hopper alone
 _OURS = "quartet_product"  # marks a product that is not the user's own
-# where the argument use_fast_accum is
-_FAST = {aten._scaled_mm.default: 7, aten._scaled_grouped_mm.default: 8, fp8_ops.MM: 5, fp8_ops.BMM: 5}
+_FAST = {aten._scaled_mm.default: "use_fast_accum", aten._scaled_grouped_mm.default: "use_fast_accum",
+         fp8_ops.MM: "fast", fp8_ops.BMM: "fast"}
 
 
 def supports_kind(target: Target, product: OpOverload) -> str | None:
@@ -74,10 +74,10 @@ def promote(graph: Graph) -> None:
     Relative error of a product of exact operands on an H200: 2.1e-3 (K = 4096) to 3.5e-3 (16384) fast, 1.7e-3
     promoted, which is the rounding of a bf16 output; the promoted product takes 10 to 15 % longer.
     """
-    for target, argument in _FAST.items():
+    for target, name in _FAST.items():
         for node in graph.find_nodes(op="call_function", target=target):
             if _OURS in node.meta:
-                node.update_arg(argument, False)
+                set_argument(node, name, False)
 
 
 def row_major(build: Builder, codes: Node, copies: dict[Node, Node]) -> Node:

@@ -7,18 +7,15 @@ from collections.abc import Collection
 
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import aten, is_backward, shape
+from quartet.lowering.ir.graph import aten, is_backward, shape, source
 from quartet.passes.classify.gates import is_gate
 from quartet.passes.classify.heads import is_head
 from quartet.passes.flow import Flow
 from quartet.passes.sites import Found
+from quartet.runtime.view_ops import VIEWS
 
-_PASS = (
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
-    aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default,
-    aten.expand.default, aten.clone.default, aten.alias.default, aten.constant_pad_nd.default,
-    aten._to_copy.default, aten.index.Tensor, aten.tanh.default,
-)
+_PASS = VIEWS | {aten.expand.default, aten.clone.default, aten.constant_pad_nd.default, aten._to_copy.default,
+                 aten.index.Tensor, aten.tanh.default}
 _PASS_NAMES = ("prims.convert_element_type", "aten.mul", "aten.div", "aten.add", "aten.addmm")
 _VOCABULARY = {"lm_head", "embed_out", "unembed", "logits", "to_logits"}
 _CHOICES = ("aten.topk", "aten.sort")
@@ -125,7 +122,7 @@ def embeds(weight: Node) -> bool:
     root = weight
     while root.op == "call_function" and root.all_input_nodes:
         root = root.all_input_nodes[0]
-    return any(user.target is aten.embedding.default and user.args[0] is root for user in root.users)
+    return any(user.target is aten.embedding.default and source(user) is root for user in root.users)
 
 
 def op_class_of(site: Found, module: str, flow: Flow, read: Collection[int]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import is_backward, shape, val
+from quartet.lowering.ir.graph import is_backward, shape, source, val
 from quartet.passes.flow import Flow, contracted
 from quartet.passes.views import MATMULS, operands
 
@@ -74,7 +74,7 @@ def _chooses(scores: Node, user: Node, own: dict[Node, None], flow: Flow) -> boo
         return True
     if not str(user.target).startswith(_CHOICES) or val(scores).is_floating_point():
         return False
-    chosen = user.args[0]
-    if not isinstance(chosen, Node) or chosen in own:
+    chosen = source(user)
+    if chosen is None or chosen in own:
         return False
     return chosen not in flow.origin or len(shape(chosen)) > 2

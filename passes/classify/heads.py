@@ -17,12 +17,9 @@ from quartet.lowering.ir.graph import aten, shape
 from quartet.passes.flow import Flow
 from quartet.passes.views import MATMULS, operands
 from quartet.runtime.sizes import hint
+from quartet.runtime.view_ops import VIEWS
 
-_PIECES = (
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.transpose.int,
-    aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.clone.default,
-    aten.alias.default, aten._to_copy.default,
-)
+_PIECES = VIEWS | {aten.clone.default, aten._to_copy.default}
 _CASTS_AND_SPLITS = ("prims.convert_element_type", "aten.split", "aten.unbind", "<built-in function getitem")
 
 

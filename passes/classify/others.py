@@ -10,7 +10,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from quartet.kernels.spec import dtype_name
-from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.lowering.ir.graph import argument, aten, is_backward, remaining, shape, source_of, val
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.passes.classify.already import CODED
 from quartet.passes.naming import module_name, module_of
@@ -38,14 +38,12 @@ def without_site(graph: Graph, origin: Mapping[Node, str]) -> Iterator[MatmulRec
             yield left_alone(node, "linear", "dgrad" if is_backward(node) else "fprop", (m, n, k), val(node).dtype,
                              f"{OF_CODES}, for {node.target}")
         elif node.target is aten.addbmm.default:
-            a, b = node.args[1:3]
-            assert isinstance(a, Node) and isinstance(b, Node)
+            a, b = argument(node, "batch1"), argument(node, "batch2")
             (batch, m, k), n = shape(a), shape(node)[-1]
             yield _of_weights(node, (a, b), (m, n, k), batch,
                               "adds up a batch; only mm, addmm, bmm and baddbmm are quantised", origin)
         elif node.target in _SUMS and str(node.meta.get("original_aten")) in _WRITTEN_AS_SUMS:
-            product = node.args[0]
-            assert isinstance(product, Node)
+            product = source_of(node)
             (*batch, m, n), k = (1, 1, *shape(node))[-max(2, len(shape(node))):], shape(product)[-1]
             yield _of_weights(node, product.all_input_nodes, (m, n, k), prod(batch),
                               "a product with a vector, which PyTorch writes as a multiplication and a sum", origin)
@@ -65,8 +63,7 @@ def _of_weights(node: Node, operands: Any, mnk: tuple[Any, Any, Any], batch: Any
 def _attention(node: Node, fused: str) -> list[MatmulRecord]:
     """Records of the products inside of a fused attention: of ``[batch, heads, length, width]`` q, k and v."""
     backward = is_backward(node)
-    q, k, v = node.args[int(backward and fused == _GRADIENT_FIRST):][:3]
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    q, k, v = (*([] if backward and fused == _GRADIENT_FIRST else [source_of(node)]), *remaining(node))[:3]
     (*batch, m, d), n, width = shape(q), shape(k)[-2], shape(v)[-1]
     each = {"attention_qk": {"fprop": (m, n, d), "dgrad": (m, d, n), "wgrad": (n, d, m)},
             "attention_pv": {"fprop": (m, width, n), "dgrad": (m, n, width), "wgrad": (width, n, m)}}

@@ -12,7 +12,7 @@ from quartet.lowering.ir.graph import BY_HAND, Builder, aten, editing, is_backwa
 from quartet.passes.find.values import Values
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.state import State
-from quartet.passes.views import MATMULS
+from quartet.passes.views import MATMULS, operands
 
 
 @graph_pass(optional=True,
@@ -33,8 +33,7 @@ def _to_mm(state: State, node: Node) -> None:
     build = Builder(state.gm.graph, like=node, before=node, backward=is_backward(node))
     if is_backward(node):  # keep autograd's own freedom to move it
         build.meta["partitioner_tag"] = node.meta["partitioner_tag"]
-    a, b = node.args[0], node.args[1]
-    assert isinstance(a, Node) and isinstance(b, Node)
+    a, b = operands(node)
     mm = keep_as(build(aten.mm.default, build(aten.squeeze.dim, a, 0), build(aten.squeeze.dim, b, 0)), node)
     node.replace_all_uses_with(build(aten.unsqueeze.default, mm, 0))
 

@@ -11,11 +11,21 @@ an op of its own where PyTorch's does not do, with one op for both gradients.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import BY_HAND, aten, is_backward, shape, val
+from quartet.lowering.ir.graph import (
+    BY_HAND,
+    argument,
+    arguments,
+    aten,
+    is_backward,
+    remaining,
+    results,
+    shape,
+    source,
+    val,
+)
 from quartet.lowering.recipe.op_classes import own_class
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.passes.classify.already import quantised_before
@@ -27,10 +37,10 @@ from quartet.passes.plan.plan import UnsupportedMatmul
 from quartet.passes.sites import Found, Gradient, Groups, Product
 from quartet.passes.state import State
 from quartet.passes.views import canonical
+from quartet.runtime.view_ops import COPIES
 
 GROUPED_MM = aten._grouped_mm.default
 _FALLBACK, _FALLBACK_BACKWARD = "transformers.grouped_mm_fallback", "transformers.grouped_mm_fallback_backward"
-_SAME = (aten.alias.default, aten.detach.default, aten.clone.default)
 _ROLES_OF_RESULTS = {0: "dgrad", 1: "wgrad"}  # of the fallback's backward
 
 
@@ -68,10 +78,6 @@ def find_grouped(state: State) -> None:
             state.alone += _left(node, "belongs to no grouped product that is planned")
 
 
-def _argument(node: Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
 def _obstacle(node: Node, origin: dict[Node, str]) -> str | None:
     """Why a forward node is no product of tokens with expert weights."""
     if not str(node.target).startswith((_FALLBACK, "aten._grouped_mm")):
@@ -80,9 +86,9 @@ def _obstacle(node: Node, origin: dict[Node, str]) -> str | None:
     if len(shape(x)) != 2 or len(shape(w)) != 3:
         return (f"multiplies {len(shape(x))}-D with {len(shape(w))}-D operands; only tokens [tokens, in] with weights "
                 "[experts, in, out] are quantised")
-    if _argument(node, 2, "offs") is None:
+    if arguments(node).get("offs") is None:
         return "has no offsets of groups"
-    if _argument(node, 3, "bias") is not None or _argument(node, 4, "out_dtype") not in (None, val(x).dtype):
+    if arguments(node).get("bias") is not None or arguments(node).get("out_dtype") not in (None, val(x).dtype):
         return "adds a bias or changes the dtype; only plain products are quantised"
     if x in origin or w not in origin:
         return "multiplies activations with activations; only expert weights are quantised"
@@ -101,13 +107,13 @@ def _refuse(state: State, node: Node, obstacle: str) -> None:
 def stack(node: Node) -> tuple[Node, bool]:
     """Walk up through transposes of each matrix of a stack: (origin, whether ``node`` is its transpose)."""
     flipped = False
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        swaps = ((node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1])  # type: ignore[arg-type]
-                 or (node.target is aten.transpose.int and {int(d) % 3 for d in node.args[1:]} == {1, 2}))  # type: ignore
-        if not swaps and node.target not in _SAME:
+    while (above := source(node)) is not None:
+        swaps = ((node.target is aten.permute.default and list(argument(node, "dims")) == [0, 2, 1])
+                 or (node.target is aten.transpose.int and {int(d) % 3 for d in remaining(node)} == {1, 2}))
+        if not swaps and node.target not in COPIES:
             break
         flipped = flipped != swaps
-        node = node.args[0]
+        node = above
     return node, flipped
 
 
@@ -116,7 +122,7 @@ def _site(state: State, node: Node, origin: dict[Node, str]) -> Found:
     (tokens, width), (count, _, out) = shape(x), shape(w)
     return Found(index=len(state.sites), fqn=module_name(origin[w]), op_class="grouped", x=(x, False), w=(w, True),
                  m=tokens, n=out, k=width, dtype=val(node).dtype, forward=Product(node, flipped=False),
-                 groups=Groups(_argument(node, 2, "offs"), count))
+                 groups=Groups(argument(node, "offs"), count))
 
 
 def _gradients(site: Found, node: Node) -> dict[str, Gradient]:
@@ -126,7 +132,7 @@ def _gradients(site: Found, node: Node) -> dict[str, Gradient]:
     if str(node.target).startswith(_FALLBACK_BACKWARD):
         if operands[0] is not x or operands[1] is not w:
             return {}
-        roles = {_ROLES_OF_RESULTS[int(user.args[1])]: user for user in node.users}  # type: ignore[arg-type]
+        roles = {_ROLES_OF_RESULTS[index]: user for index, user in results(node).items()}
         return {role: Gradient(user, role == "wgrad", (operands[3], False), site.dtype) for role, user in roles.items()}
     left, right = operands[:2]
     if len(shape(node)) == 2 and "dgrad" not in site.gradients and stack(right)[0] is stack(w)[0]:

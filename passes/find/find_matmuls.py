@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.lowering.ir.graph import argument, aten, is_backward, shape, source_of, val
 from quartet.lowering.recipe.op_classes import own_class
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import ROLES
@@ -81,10 +81,10 @@ def parameter_origins(state: State) -> dict[Node, str]:
 
 def _chosen(node: Node) -> bool:
     """Whether the node picks matrices from a stack ``[E, rows, cols]``: the weights of the experts of each token."""
-    if node.target is not aten.index.Tensor or len(node.args[1]) != 1:  # type: ignore[arg-type]
+    if node.target is not aten.index.Tensor or len(argument(node, "indices")) != 1:
         return False
-    stack, chooser = node.args[0], node.args[1][0]  # type: ignore[index]
-    return isinstance(stack, Node) and isinstance(chooser, Node) and len(shape(stack)) == 3 and (
+    (chooser,) = argument(node, "indices")
+    return isinstance(chooser, Node) and len(shape(source_of(node))) == 3 and (
         not val(chooser).dtype.is_floating_point)
 
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from quartet.lowering.ir.graph import BY_HAND, is_backward, shape, val
+from quartet.lowering.ir.graph import BY_HAND, is_backward, outputs, shape, source_of, val
 from quartet.passes.find.values import Values
 from quartet.passes.sites import Found, Gradient
 from quartet.passes.views import Operand, canonical, operands
 from quartet.runtime.sizes import same_sizes
+from quartet.runtime.view_ops import CAST
 
 ROLES = ("dgrad", "wgrad")
 
@@ -104,7 +104,7 @@ class _Readings:
             if not _widens(base):
                 number, turned = self.values.matrix(base)
                 return number, flipped != turned
-            node = base.args[0]  # type: ignore[assignment]
+            node = source_of(base)
 
     def of(self, node: Node) -> list[Reading]:
         u, v = operands(node)
@@ -118,9 +118,9 @@ class _Readings:
 
 
 def _widens(node: Node) -> bool:
-    if node.target is not torch.ops.prims.convert_element_type.default:
+    if node.target is not CAST:
         return False
-    before, after = val(node.args[0]).dtype, val(node).dtype  # type: ignore[arg-type]
+    before, after = val(source_of(node)).dtype, val(node).dtype
     return before.is_floating_point and after.is_floating_point and before.itemsize < after.itemsize
 
 
@@ -199,7 +199,7 @@ def parameters_of_gradients(graph: Graph) -> Callable[[Node], set[Node]]:
     """A function: node of backward → the inputs whose gradient it is a part of."""
     output = graph.output_node()
     named = {str(node.meta["desc"]): node for node in graph.find_nodes(op="placeholder") if "desc" in node.meta}
-    results = zip(output.args[0], output.meta.get("desc") or (), strict=False)  # type: ignore[arg-type]
+    results = zip(outputs(graph), output.meta.get("desc") or (), strict=False)
     owner = {node: named[str(of)] for node, desc in results
              if isinstance(node, Node) and str(of := getattr(desc, "grad_of", None)) in named}
     return partial(_reached, owner)
@@ -217,7 +217,7 @@ def _reached(owner: dict[Node, Node], node: Node) -> set[Node]:
 def not_needed_in_forward(graph: Graph) -> set[Node]:
     """Operators of forward that none of its results is computed of: what is made for backward alone."""
     output = graph.output_node()
-    results: Any = output.args[0]
+    results = outputs(graph)
     descs = output.meta.get("desc") or [None] * len(results)
     frontier = [node for node, desc in zip(results, descs, strict=True)
                 if isinstance(node, Node) and not is_backward(node) and not _of_gradient(desc)]

@@ -20,7 +20,20 @@ import torch
 from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.lowering.ir.graph import BY_HAND, Builder, aten, editing, is_backward, keep_as, shape, val
+from quartet.lowering.ir.graph import (
+    BY_HAND,
+    Builder,
+    argument,
+    arguments,
+    aten,
+    editing,
+    is_backward,
+    keep_as,
+    results,
+    shape,
+    source_of,
+    val,
+)
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
@@ -55,26 +68,25 @@ class Convolution:
 
     @staticmethod
     def of(node: Node, backward: Node | None, fqn: str) -> Convolution:
-        _, weight, _, stride, padding, dilation, transposed, _, groups = node.args
-        assert isinstance(weight, Node) and isinstance(groups, int)
-        kernel, out = shape(weight)[2:], shape(node)
+        given = arguments(node)
+        weight, out = shape(given["weight"]), shape(node)
+        kernel = weight[2:]
 
-        def each(values: Any) -> tuple[int, ...]:
-            return tuple(values) if len(values) == len(kernel) else tuple(values) * len(kernel)
+        def each(name: str) -> tuple[int, ...]:
+            values = tuple(given[name])
+            return values if len(values) == len(kernel) else values * len(kernel)
 
-        mnk = out[0] * prod(out[2:]), out[1], prod(shape(weight)[1:])
-        return Convolution(node, backward, fqn, kernel, each(stride), each(padding), each(dilation), bool(transposed),
-                           groups, mnk)
+        mnk = out[0] * prod(out[2:]), out[1], prod(weight[1:])
+        return Convolution(node, backward, fqn, kernel, each("stride"), each("padding"), each("dilation"),
+                           bool(given["transposed"]), given["groups"], mnk)
 
     @property
     def x(self) -> Node:
-        assert isinstance(self.node.args[0], Node)
-        return self.node.args[0]
+        return source_of(self.node)
 
     @property
     def weight(self) -> Node:
-        assert isinstance(self.node.args[1], Node)
-        return self.node.args[1]
+        return _weight(self.node)
 
     @property
     def plain(self) -> bool:
@@ -122,13 +134,18 @@ def unfold(state: State) -> None:
 def _belongs(backward: Node, forward: Node) -> bool:
     same = "seq_nr" not in forward.meta or backward.meta.get("seq_nr") == forward.meta["seq_nr"] or (
         BY_HAND in backward.meta)
-    return same and list(backward.args[1:3]) == list(forward.args[:2])
+    return same and (argument(backward, "input"), _weight(backward)) == (source_of(forward), _weight(forward))
+
+
+def _weight(node: Node) -> Node:
+    found: Node = argument(node, "weight")
+    return found
 
 
 def _convolution(state: State, node: Node, backward: Node | None, origin: dict[Node, str]) -> None:
-    x, weight = node.args[0], node.args[1]
+    x, weight = source_of(node), _weight(node)
     weighted = weight in origin and x not in origin
-    fqn = module_name(origin[weight]) if weighted else module_of(node)  # type: ignore[index]
+    fqn = module_name(origin[weight]) if weighted else module_of(node)
     conv = Convolution.of(node, backward, fqn)
     if not weighted:
         _leave(state, conv, "its kernel is no parameter, or its input is one")
@@ -157,7 +174,7 @@ def _wanted(state: State, resolution: Resolution) -> bool:
 def _leave(state: State, conv: Convolution, why: Resolution | str) -> None:
     """A record for each product of a convolution that stays."""
     m, n, k = conv.mnk
-    mask: Any = conv.backward.args[-1] if conv.backward is not None else (False, False)
+    mask = argument(conv.backward, "output_mask") if conv.backward is not None else (False, False)
     for role, mnk in (("fprop", (m, n, k)), ("dgrad", (m, k, n)), ("wgrad", (n, k, m))):
         if role == "fprop" or mask[GRADIENTS[role]]:
             reason = why if isinstance(why, str) else why.choice(role).reason
@@ -174,8 +191,9 @@ def _rewrite(conv: Convolution) -> None:
     out.meta[OP_CLASS_KEY] = "conv"
     if not conv.plain:
         out.meta[NOTES_KEY] = (f"unfolded: {conv.repeats:.3g}× the input",)
-    if conv.node.args[2] is not None:
-        out = build(aten.add.Tensor, out, conv.node.args[2])
+    bias = argument(conv.node, "bias")
+    if bias is not None:
+        out = build(aten.add.Tensor, out, bias)
     conv.node.replace_all_uses_with(_image(build, out, conv.node))
     if conv.backward is not None:
         _rewrite_gradients(conv, conv.backward, columns, weight)
@@ -183,20 +201,17 @@ def _rewrite(conv: Convolution) -> None:
 
 def _rewrite_gradients(conv: Convolution, node: Node, columns: Node, weight: Node) -> None:
     build = Builder(node.graph, like=node, before=node, backward=is_backward(node))
-    results = {int(user.args[1]): user for user in node.users}  # type: ignore[arg-type]
-    given = node.args[0]
-    assert isinstance(given, Node)
-    rank = len(conv.kernel)
-    e = _matrix(build, build(aten.permute.default, given, [0, *range(2, 2 + rank), 1]), [-1, conv.mnk[1]])
-    if 0 in results:
+    made, rank = results(node), len(conv.kernel)
+    e = _matrix(build, build(aten.permute.default, source_of(node), [0, *range(2, 2 + rank), 1]), [-1, conv.mnk[1]])
+    if 0 in made:
         folded = _fold(build, conv, build(aten.mm.default, e, weight))
-        results[0].replace_all_uses_with(_laid_out(build, folded, results[0]))
-    if 1 in results:
+        made[0].replace_all_uses_with(_laid_out(build, folded, made[0]))
+    if 1 in made:
         product = build(aten.mm.default, build.transpose(e), columns)
         product = build(aten.view.default, product, list(shape(conv.weight)))
-        results[1].replace_all_uses_with(_laid_out(build, product, results[1]))
-    if 2 in results:
-        results[2].replace_all_uses_with(build(aten.sum.dim_IntList, e, [0]))
+        made[1].replace_all_uses_with(_laid_out(build, product, made[1]))
+    if 2 in made:
+        made[2].replace_all_uses_with(build(aten.sum.dim_IntList, e, [0]))
 
 
 def _columns(conv: Convolution) -> Node:

@@ -13,14 +13,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from quartet.lowering.ir.graph import aten, shape, val
+from quartet.lowering.ir.graph import arguments, aten, remaining, shape, source, val
 from quartet.runtime.compat import OpOverload
+from quartet.runtime.view_ops import CAST, COPIES, ORDERS, RESHAPES
 
-_SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.clone.default)
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
-             aten.unsqueeze.default)
-_ORDERS = (aten.permute.default, aten.t.default, aten.transpose.int)
-_CAST = torch.ops.prims.convert_element_type.default
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -45,17 +41,17 @@ class Values:
         return (base, True) if order in ((1, 0), (0, 2, 1)) else (self[node], False)
 
     def _number(self, node: Node) -> int:
-        source = node.args[0] if node.op == "call_function" and node.args else None
-        if not isinstance(source, Node) or not hasattr(node.meta.get("val"), "shape"):
+        above = source(node)
+        if above is None or not hasattr(node.meta.get("val"), "shape"):
             return self._named(node)
-        held = self._of[source]
-        if node.target in _SAME:
+        held = self._of[above]
+        if node.target in COPIES:
             return held
-        if node.target in _RESHAPES:
-            return self._reshaped(held, str(shape(source)), str(shape(node)))
-        if node.target in _ORDERS:
-            return self._permuted(held, _order(node, len(shape(source))))
-        if node.target is _CAST:
+        if node.target in RESHAPES:
+            return self._reshaped(held, str(shape(above)), str(shape(node)))
+        if node.target in ORDERS:
+            return self._permuted(held, _order(node, len(shape(above))))
+        if node.target is CAST:
             return self._cast(held, node)
         return self._named(node)
 
@@ -80,7 +76,7 @@ class Values:
         if held in self._shaped:
             base, first = self._shaped[held]
             return self._reshaped(self._cast(base, node), first, str(shape(node)))
-        return self._called(_CAST, (_Number(held), *node.args[1:]), val(node).dtype)
+        return self._called(CAST, (_Number(held), *remaining(node)), val(node).dtype)
 
     def _key(self, key: Any) -> int:
         if key not in self._known:
@@ -113,11 +109,11 @@ class _Number(int):
 
 
 def _order(node: Node, rank: int) -> tuple[int, ...]:
-    given: Any = node.args[1:]
+    given = arguments(node)
     if node.target is aten.permute.default:
-        return tuple(axis % rank for axis in given[0])
+        return tuple(axis % rank for axis in given["dims"])
     order = list(range(rank))
-    a, b = (0, rank - 1) if node.target is aten.t.default else (given[0] % rank, given[1] % rank)
+    a, b = (0, rank - 1) if node.target is aten.t.default else (given["dim0"] % rank, given["dim1"] % rank)
     order[a], order[b] = order[b], order[a]
     return tuple(order)
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
-from quartet.lowering.ir.graph import shape, source, val
+from quartet.lowering.ir.graph import remaining, shape, source, val
 from quartet.lowering.recipe.depth import Layer
 from quartet.lowering.recipe.resolution import Choice, Resolution
 from quartet.lowering.recipe.types import ROLES
@@ -133,7 +133,7 @@ def value_key(node: Node) -> Any:
     shown = source(node) if node.target in PASSED_ON else None
     if shown is not None:
         size = str(shape(node)) if _tensor(node) else ""
-        return (str(node.target), value_key(shown), str(node.args[1:]), size)
+        return (str(node.target), value_key(shown), str(remaining(node)), size)
     return node
 
 

@@ -18,18 +18,30 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import BACKWARD, Builder, aten, editing, is_backward, val
+from quartet.lowering.ir.graph import (
+    BACKWARD,
+    Builder,
+    argument,
+    aten,
+    editing,
+    is_backward,
+    set_argument,
+    source,
+    source_of,
+    val,
+)
 from quartet.lowering.ir.state import AMAX_BEGIN, AMAX_READ, AMAX_RECORD
+from quartet.lowering.ir.views import Hadamard
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import MADE_KEY, Found, Planned, Quantized
 from quartet.passes.state import State
 from quartet.runtime.slots.amax import Entry
+from quartet.runtime.view_ops import CAST, ORDERS, RESHAPES
 
 MUST_BE_IN_FORWARD = "must_be_in_forward"
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
-            aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.alias.default)
-SAME = (torch.ops.prims.convert_element_type.default, aten.constant_pad_nd.default, aten.clone.default)
+_SHOWN = RESHAPES | ORDERS | {aten.alias.default}
+_AS_LARGE = _SHOWN | {CAST, aten.constant_pad_nd.default, aten.clone.default}  # the largest magnitude is the same
 
 
 @dataclass
@@ -86,7 +98,7 @@ def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
     """The magnitude for a new slot, computed where ``x`` is: all that read it come later."""
     slot = len(held.entries)
     held.entries.append(entry)
-    held.begin.update_arg(1, " ".join(map(str, held.entries)))
+    set_argument(held.begin, "table", " ".join(map(str, held.entries)))
     build = Builder(x.graph, like=x, before=max(x, held.begin).next, backward=is_backward(x))
     with build.mode:
         held.begin.meta["val"] = val(held.begin).new_empty(len(held.entries))
@@ -98,8 +110,8 @@ def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
 
 def _origin(x: Node) -> Node:
     """What ``x`` shows in another shape."""
-    while x.op == "call_function" and x.target in RESHAPES and isinstance(x.args[0], Node):
-        x = x.args[0]
+    while x.target in _SHOWN:
+        x = source_of(x)
     return x
 
 
@@ -121,7 +133,7 @@ def _record(state: State, held: Histories, seen: dict[int, Node], backward: bool
     last = max(seen.values())
     build = Builder(state.gm.graph, like=held.begin, before=last.next, backward=backward)
     build.meta = {"partitioner_tag": BACKWARD if backward else MUST_BE_IN_FORWARD}
-    build(AMAX_RECORD, held.anchor, held.begin.args[1], list(seen), list(seen.values()))
+    build(AMAX_RECORD, held.anchor, argument(held.begin, "table"), list(seen), list(seen.values()))
 
 
 def _histories(state: State, device: torch.device) -> Histories | None:
@@ -169,18 +181,18 @@ def _made(x: Node) -> str:
     """What passes have done to an operand before it is measured, in a word; nothing of what leaves magnitudes alone."""
     found: list[str] = []
     turned = False
-    while x.op == "call_function" and isinstance(x.args[0], Node):
+    while (above := source(x)) is not None:
         if MADE_KEY in x.meta:
             found.insert(0, x.meta[MADE_KEY])
             break
         if x.target is ir.HADAMARD:
-            signs = x.args[2]
-            found.insert(0, f"H{x.args[1]}" + ("" if signs is None else "-signs"))
+            rotation = Hadamard.of(x)
+            found.insert(0, f"H{rotation.n}" + ("" if rotation.signs is None else "-signs"))
             turned = False
-        elif x.target not in RESHAPES and x.target not in SAME:
+        elif x.target not in _AS_LARGE:
             break
         turned ^= x.target in (aten.permute.default, aten.t.default)
-        x = x.args[0]
+        x = above
     if turned and found and found[-1].startswith("H"):
         found.append("turned")
     return "".join((":", "+".join(found))) if found else ""

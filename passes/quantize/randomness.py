@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.lowering.ir.graph import FORWARD, Builder, aten, is_backward
+from quartet.lowering.ir.graph import FORWARD, Builder, arguments, aten, is_backward
 from quartet.lowering.ir.state import SEED
 from quartet.passes.state import STREAM_STRIDE, State
 from quartet.runtime.compat import OpOverload
@@ -50,8 +50,7 @@ def _draws(node: Node) -> bool:
     if not isinstance(node.target, OpOverload) or is_backward(node):
         return False
     schema = node.target._schema
-    chances = [node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-               for i, argument in enumerate(schema.arguments) if argument.name in _PROBABILITIES]
+    chances = [value for name, value in arguments(node).items() if name in _PROBABILITIES]
     if "attention" in schema.name or schema.name.endswith("::native_dropout"):
         return any(isinstance(chance, float) and 0 < chance < 1 for chance in chances)
     if schema.name.split("::")[-1] not in _DRAWS:  # a size is no tensor

@@ -18,6 +18,7 @@ from torch.fx import Node
 from quartet.kernels.reference.philox import Draw
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, editing, is_backward, keep_as, val
+from quartet.lowering.ir.views import Hadamard
 from quartet.lowering.recipe.types import Gemm, Rotation
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize import batched
@@ -125,4 +126,4 @@ def undone(build: Builder, out: Node, forward: RotatedGemm, source: Node, dtype:
     """A gradient without the rotation of fprop, which ``source``, the operand that it was made from, still has."""
     if forward.gemm.rotation is None:
         return out
-    return build(ir.HADAMARD, out, forward.gemm.rotation.n, source.args[2], True, dtype)
+    return build(ir.HADAMARD, out, forward.gemm.rotation.n, Hadamard.of(source).signs, True, dtype)

@@ -20,7 +20,19 @@ from torch.fx import Node
 from quartet.kernels.reference.philox import MAX_SITE, Draw
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir, registry
-from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, replace_all, shape, val
+from quartet.lowering.ir.graph import (
+    Builder,
+    argument,
+    aten,
+    editing,
+    is_backward,
+    remaining,
+    replace_all,
+    shape,
+    source_of,
+    val,
+)
+from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.types import Rotation
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
 from quartet.passes.graph_pass import graph_pass
@@ -45,9 +57,8 @@ class Quantizer:
     @property
     def of_rows(self) -> bool:
         """Whether the rows alone, with at most the table's maximum, give what the quantised table would."""
-        if self.spec.takes_amax:
-            return not self.spec.tile and self.rotation is None
-        return not self.spec.tile and (self.spec.blocked or self.spec.block == "row")
+        whole = self.spec.takes_amax and not self.spec.tile and self.rotation is None
+        return self.spec.row_local or whole
 
 
 @graph_pass(optional=True, summary="rows that embeddings gather, quantised where the policy names them")
@@ -69,8 +80,7 @@ def embed(state: State) -> None:
 
 
 def _embedding(state: State, node: Node, origin: dict[Node, str], number: int) -> None:
-    table = node.args[0]
-    assert isinstance(table, Node)
+    table = source_of(node)
     vocabulary, width = shape(table)
     mnk = (val(node).numel() // width if width else 0, width, vocabulary)
     fqn = module_of(node) or module_name(origin.get(table, ""))
@@ -102,7 +112,7 @@ def _obstacle(state: State, node: Node, table: Node, origin: dict[Node, str],
         return "the recipe leaves weights in high precision"
     if table not in origin:
         return "its table is no parameter"
-    if len(node.args) > 4 and node.args[4]:
+    if argument(node, "sparse"):
         return "its gradient is sparse; only dense ones are supported: sparse=False"
     if val(table).dtype not in DTYPES:
         return f"its table is {dtype_name(val(table).dtype)}; quantisers take float32, bfloat16 or float16"
@@ -118,11 +128,11 @@ def _rewrite(state: State, node: Node, table: Node, quantizer: Quantizer) -> Non
     if not quantizer.of_rows:
         values, mask = _round_trip(state, build, table, quantizer, None)
         assert mask is None  # whatever has a clip mask has scales within its rows
-        state.replace(node, build(EMBEDDING, values, *node.args[1:]))
+        state.replace(node, build(EMBEDDING, values, *remaining(node)))
         return
     amax = build(ir.AMAX, table) if quantizer.spec.takes_amax else None
     size = shape(node)
-    rows = build(aten.view.default, build(EMBEDDING, *node.args), [-1, size[-1]])
+    rows = build(aten.view.default, build(EMBEDDING, table, *remaining(node)), [-1, size[-1]])
     values, mask = _round_trip(state, build, rows, quantizer, amax)
     state.replace(node, build(aten.view.default, values, [build.size(s) for s in size]))
     if mask is not None:
@@ -141,15 +151,11 @@ def _round_trip(state: State, build: Builder, x: Node, quantizer: Quantizer,
         amax = build(ir.AMAX, x)
     seed = draw_seed(state, val(x).device) if spec.stochastic else None
     bits = Draw.FPROP_B.of(quantizer.number) if spec.stochastic else 0
-    q = build(ir.QUANTIZE, x, str(spec), seed, bits, *_given(amax))
-    values = build(ir.DEQUANTIZE, build.item(q, 0), build.item(q, 1), str(spec), val(x).dtype, *_given(amax))
+    q = Quantize(x, spec, seed, bits, amax).emit(build)
+    values = Dequantize(build.item(q, 0), build.item(q, 1), spec, val(x).dtype, amax).emit(build)
     if rotation is not None:
         values = build(ir.HADAMARD, values, rotation.n, signs, True, dtype)
     return build.contiguous(build.columns(values, width)), (build.item(q, 2), signs) if spec.mask else None
-
-
-def _given(amax: Node | None) -> tuple[Node, ...]:
-    return () if amax is None else (amax,)
 
 
 def _signs(state: State, build: Builder, quantizer: Quantizer, device: torch.device) -> Node | None:

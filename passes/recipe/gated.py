@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.lowering.ir.graph import argument, arguments, aten, is_backward, shape, source, source_of, val
 from quartet.passes.plan.plan import value_key
 from quartet.passes.sites import Found
 from quartet.passes.views import canonical
 from quartet.runtime.sizes import same, same_sizes
+from quartet.runtime.view_ops import CAST, COPIES, RESHAPES
 
-_CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.alias.default,
-          aten.detach.default, aten.clone.default)
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim,
-             aten.unsqueeze.default)
+_CASTS = COPIES | {CAST, aten._to_copy.default}
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
-_ARITHMETIC = (*_CASTS, *_RESHAPES, *_PRODUCTS, *_QUOTIENTS, aten.neg.default, aten.exp.default, aten.add.Tensor,
+_ARITHMETIC = (*_CASTS, *RESHAPES, *_PRODUCTS, *_QUOTIENTS, aten.neg.default, aten.exp.default, aten.add.Tensor,
                aten.pow.Tensor_Scalar, aten.sigmoid.default, aten.erf.default, aten.tanh.default)
 _WHOLE: dict[Any, str] = {aten.silu.default: "silu", aten.gelu.default: "gelu", aten.relu.default: "relu"}
 _GATES: dict[Any, str] = {aten.erf.default: "gelu", aten.tanh.default: "gelu"}
@@ -63,17 +61,17 @@ def gated_activation(site: Found) -> Gated | None:
     for factor in factors:
         rest = [f for f in factors if f is not factor]
         if factor.inverse:
-            name, argument = ("silu", factor.bare) if _is_one_plus_exp(factor.bare) else (None, factor.bare)
+            name, inner = ("silu", factor.bare) if _is_one_plus_exp(factor.bare) else (None, factor.bare)
         else:
             name = _activation(factor.bare)
             if name is not None:
                 return _linear(name, rest, site)
-            name, argument = _gate(factor.bare)
+            name, inner = _gate(factor.bare)
         if name is None:
             continue
-        for source in rest:
-            if not source.inverse and _reaches(argument, source.bare):
-                return _linear(name, [f for f in rest if f is not source], site)
+        for other in rest:
+            if not other.inverse and _reaches(inner, other.bare):
+                return _linear(name, [f for f in rest if f is not other], site)
     return None
 
 
@@ -87,12 +85,11 @@ def _linear(name: str, rest: list[_Factor], site: Found) -> Gated | None:
 
 def _bare(node: Node) -> Node:
     """The node behind casts, copies and views that keep the rows and their order."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        source = node.args[0]
-        rows = node.target in _RESHAPES and same_sizes(shape(source)[-1:], shape(node)[-1:])
+    while (above := source(node)) is not None:
+        rows = node.target in RESHAPES and same_sizes(shape(above)[-1:], shape(node)[-1:])
         if not (node.target in _CASTS or rows):
             break
-        node = source
+        node = above
     return node
 
 
@@ -102,13 +99,14 @@ def _factors(node: Node, inverse: bool) -> list[_Factor]:
         return []
     if bare.target in (*_PRODUCTS, *_QUOTIENTS):
         found = []
-        for position, arg in enumerate(bare.args[:2]):
+        for name in ("self", "other"):
+            arg = argument(bare, name)
             if _like(arg, bare):  # not a scalar, not a gain per channel
-                divides = bare.target in _QUOTIENTS and position == 1
-                found += _factors(arg, inverse != divides)  # type: ignore[arg-type]
+                divides = bare.target in _QUOTIENTS and name == "other"
+                found += _factors(arg, inverse != divides)
         return found
     if bare.target is aten.reciprocal.default:
-        return _factors(bare.args[0], not inverse)  # type: ignore[arg-type]
+        return _factors(source_of(bare), not inverse)
     return [_Factor(node, bare, inverse)]
 
 
@@ -120,7 +118,7 @@ def _like(arg: Any, product: Node) -> bool:
 def _activation(node: Node) -> str | None:
     """Name of an activation that is one node."""
     clamped = (aten.clamp_min.default, aten.clamp.default)
-    if node.target in clamped and len(node.args) == 2 and node.args[1] == 0:
+    if node.target in clamped and argument(node, "min") == 0 and arguments(node).get("max") is None:
         return "relu"
     return _WHOLE.get(node.target)
 
@@ -129,17 +127,21 @@ def _gate(node: Node) -> tuple[str | None, Node]:
     """(activation, argument) where ``node`` times that argument is an activation."""
     if node.target is aten.sigmoid.default:
         return "silu", node
-    if node.target is aten.add.Tensor and node.args[1] == 1:
-        inner = _bare(node.args[0])  # type: ignore[arg-type]
+    if _is_one_plus(node):
+        inner = _bare(source_of(node))
         return _GATES.get(inner.target), inner
     return None, node
 
 
 def _is_one_plus_exp(node: Node) -> bool:
-    if node.target is not aten.add.Tensor or node.args[1] != 1:
+    if not _is_one_plus(node):
         return False
-    exp = _bare(node.args[0])  # type: ignore[arg-type]
-    return exp.target is aten.exp.default and _bare(exp.args[0]).target is aten.neg.default  # type: ignore[arg-type]
+    exp = _bare(source_of(node))
+    return exp.target is aten.exp.default and _bare(source_of(exp)).target is aten.neg.default
+
+
+def _is_one_plus(node: Node) -> bool:
+    return node.target is aten.add.Tensor and argument(node, "other") == 1
 
 
 def _reaches(node: Node, source: Node) -> bool:

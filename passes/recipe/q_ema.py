@@ -13,10 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import Builder, editing, is_backward, val
+from quartet.lowering.ir.graph import Builder, editing, is_backward, source_of, val
 from quartet.lowering.ir.state import AVERAGE_ADVANCE, AVERAGE_READ
 from quartet.lowering.ir.weights import TOWARD
 from quartet.passes.find.find_matmuls import canonical, input_indices, parameter_origins
@@ -25,8 +24,7 @@ from quartet.passes.quantize.delayed import MUST_BE_IN_FORWARD, weight_index
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned
 from quartet.passes.state import State
-
-CASTS = (torch.ops.prims.convert_element_type.default,)
+from quartet.runtime.view_ops import CAST
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def _weight_itself(operand: tuple[Node, bool]) -> tuple[Node, bool]:
     node, flipped = operand
     while True:
         source, turned = canonical(node)
-        if source.target in CASTS and isinstance(source.args[0], Node) and val(source.args[0]).is_floating_point():
-            source = source.args[0]
+        if source.target is CAST and val(source_of(source)).is_floating_point():
+            source = source_of(source)
         if source is node or val(source).dim() != 2:
             return node, flipped
         node, flipped = source, flipped != turned

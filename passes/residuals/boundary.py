@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.lowering.ir.graph import aten, shape, val
+from quartet.lowering.ir.graph import aten, maker, outputs, shape, source, source_of, val
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.sizes import hint, same, same_sizes
+from quartet.runtime.view_ops import CAST
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-CAST = torch.ops.prims.convert_element_type.default
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Storage:
 
 
 def returned(gm: GraphModule) -> Sequence[Any]:
-    values = gm.graph.output_node().args[0]
+    values = outputs(gm.graph)
     assert isinstance(values, (list, tuple))
     return values
 
@@ -78,8 +77,8 @@ def storages(kept: Sequence[Kept]) -> list[Storage]:
     for one in kept:
         found.setdefault(root := origin(one.made), Storage(root)).parts.append(one)
     for root in list(found):
-        if root.target is CAST and isinstance(root.args[0], Node):
-            wider = origin(root.args[0])
+        if root.target is CAST:
+            wider = origin(source_of(root))
             if wider in found and wider is not root and val(wider).dtype in FLOATS and val(root).dtype in FLOATS:
                 found[wider].parts += found.pop(root).parts
     return list(found.values())
@@ -100,11 +99,8 @@ def origin(node: Node) -> Node:
 
 def above_view(node: Node) -> Node | None:
     """What ``node`` is a view of; None when it is none."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
-        return None
-    if node.target is operator.getitem:
-        return node.args[0] if is_view_op(node.args[0].target) else None
-    return node.args[0] if is_view_op(node.target) else None
+    by = maker(node)
+    return source(node) if is_view_op(node.target if by is None else by.target) else None
 
 
 def is_view_op(target: Any) -> bool:
@@ -117,9 +113,9 @@ def is_view_op(target: Any) -> bool:
 
 def widens(node: Node) -> bool:
     """Whether a node is a cast that loses nothing."""
-    if node.op != "call_function" or node.target is not CAST:
+    if node.target is not CAST:
         return False
-    before, after = val(node.args[0]).dtype, val(node).dtype  # type: ignore[arg-type]
+    before, after = val(source_of(node)).dtype, val(node).dtype
     return before in FLOATS and after in FLOATS and before.itemsize < after.itemsize
 
 
@@ -128,9 +124,7 @@ def chain(made: Node, source: Node) -> Iterator[Node]:
     links = []
     while made is not source:
         links.append(made)
-        above = made.args[0]
-        assert isinstance(above, Node)
-        made = above
+        made = source_of(made)
     return reversed(links)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.reference.formats.saved import saved_bytes_per_element
-from quartet.lowering.ir.graph import shape, val
+from quartet.lowering.ir.graph import argument, index_of, maker, shape, source, source_of, val
 from quartet.lowering.recipe.types import Saved
-from quartet.passes.residuals.boundary import CAST, FLOATS, Storage, above_view, dense_order
+from quartet.passes.residuals.boundary import FLOATS, Storage, above_view, dense_order
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.sizes import hint, same, same_sizes
+from quartet.runtime.view_ops import CAST
 
 SMALLEST = 4096  # elements below which encoding does not pay
 WORTH = 0.7  # of the bytes, at most
@@ -93,7 +93,7 @@ def _what_it_is(storage: Storage, outputs: set[Node]) -> str | None:
     root, value = storage.root, val(storage.root)
     if value.dtype not in FLOATS:
         return "codes of a quantiser" if namespace(_maker(root)) == "quartet" else "indices, masks or random state"
-    if namespace(_maker(root)) == "quartet" and _maker(root) is not root and root.args[1] != 0:
+    if namespace(_maker(root)) == "quartet" and maker(root) is not None and index_of(root) != 0:
         return "scales of a quantiser"
     if "invoke_subgraph" in str(_maker(root).target):
         return "kept by a compiled region, where it was decided"
@@ -101,7 +101,7 @@ def _what_it_is(storage: Storage, outputs: set[Node]) -> str | None:
         return f"fewer than {SMALLEST} elements"
     if root in outputs:
         return "an output of the model"
-    if _is_attention(_maker(root)) and root.args[1] != 0:
+    if _is_attention(_maker(root)) and (maker(root) is None or index_of(root) != 0):
         return "statistics of attention"
     if _is_statistic(root, {}):
         return "statistics"
@@ -130,22 +130,22 @@ def _what_follows(storage: Storage, backward: Backward) -> str | None:
         integer = node.target is CAST and val(node).dtype not in (*FLOATS, torch.bool, torch.float64)
         if discrete or integer:
             return f"backward decides by it ({name})"
-        if name in ("exp", "exp2") and _is_shifted(node.args[0]):
+        if name in ("exp", "exp2") and _is_shifted(source(node)):
             return "backward exponentiates it: an error would grow with its largest values"
     return None
 
 
-def _is_shifted(node: Any) -> bool:
+def _is_shifted(node: Node | None) -> bool:
     """x − statistic, as softmax has it."""
-    if not isinstance(node, Node) or op_name(node) != "sub":
-        return isinstance(node, Node) and node.target is CAST and _is_shifted(node.args[0])
-    b = node.args[1]
+    if node is None or op_name(node) != "sub":
+        return node is not None and node.target is CAST and _is_shifted(source(node))
+    b = argument(node, "other")
     return isinstance(b, Node) and isinstance(b.meta.get("val"), torch.Tensor) and not same_sizes(shape(b), shape(node))
 
 
 def _maker(node: Node) -> Node:
     """The operator behind one of several results."""
-    return node.args[0] if node.target is operator.getitem and isinstance(node.args[0], Node) else node
+    return maker(node) or node
 
 
 def _is_attention(node: Node) -> bool:
@@ -158,9 +158,9 @@ def _is_statistic(node: Node, known: dict[Node, bool]) -> bool:
         known[node] = False
         if node.op != "call_function":
             return False
-        maker = _maker(node)
-        if op_name(maker) in REDUCTIONS:
-            known[node] = maker is node or maker.args[0] is not node and not _whole(node, maker)
+        by = _maker(node)
+        if op_name(by) in REDUCTIONS:
+            known[node] = by is node or not _whole(node, by)
         elif _keeps_elements(node):
             inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)
                       and same(n.meta["val"].numel(), val(node).numel())]
@@ -168,9 +168,9 @@ def _is_statistic(node: Node, known: dict[Node, bool]) -> bool:
     return known[node]
 
 
-def _whole(node: Node, maker: Node) -> bool:
+def _whole(node: Node, by: Node) -> bool:
     """Whether one of several results is as large as the operand: the normalised tensor beside its statistics."""
-    return same(val(node).numel(), val(maker.args[0]).numel())  # type: ignore[arg-type]
+    return same(val(node).numel(), val(source_of(by)).numel())
 
 
 def _keeps_elements(node: Node) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +20,21 @@ from torch.fx.node import map_arg
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir, registry
 from quartet.lowering.ir.fp8 import CAST, CODES_KEY
-from quartet.lowering.ir.graph import Builder, aten, editing, shape, val
+from quartet.lowering.ir.graph import (
+    Builder,
+    argument,
+    aten,
+    editing,
+    remaining,
+    results,
+    shape,
+    source,
+    source_of,
+    val,
+)
 from quartet.lowering.ir.saved import DECODE, ENCODE
 from quartet.lowering.ir.state import SEED
+from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.records import SavedRecord
 from quartet.lowering.recipe.resolution import SavedChoice
 from quartet.lowering.recipe.types import Saved
@@ -110,7 +121,7 @@ class _Codes:
 
     def values(self, build: Builder, root: Node) -> Node:
         """The tensor that they stand for, in the shape and dtype of ``root``."""
-        values = build(ir.DEQUANTIZE, self.codes, self.scales, self.spec, val(root).dtype)
+        values = Dequantize(self.codes, self.scales, QuantSpec.parse(self.spec), val(root).dtype).emit(build)
         values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
         return build(aten.reshape.default, values, [build.size(size) for size in shape(root)])
 
@@ -209,7 +220,7 @@ class _Rewriting:
 
     def _arguments(self, build: Builder, link: Node, value: Node) -> tuple[Any, ...]:
         """The arguments of a view or cast of forward, in backward: sizes are found or computed there."""
-        rest = map_arg(link.args[1:], lambda n: build.size(n.meta["val"]))
+        rest = map_arg(remaining(link), lambda n: build.size(n.meta["val"]))
         return (value, *rest)
 
     def _codes_already(self, storage: Storage) -> _Codes | None:
@@ -219,25 +230,25 @@ class _Rewriting:
             node = todo.pop()
             todo += [u for u in node.users if u.target in (aten.view.default, aten._unsafe_view.default)]
             for user in node.users:
-                found = self._codes_of(user) if user.args[:1] == (node,) else None
+                found = self._codes_of(user) if source(user) is node else None
                 if found is not None and found.usable:
                     return found
         return None
 
     def _codes_of(self, user: Node) -> _Codes | None:
         """What is kept of the results of a quantiser or of a cast to FP8, None where codes or scales are not."""
-        items = {n.args[1]: self.read[n] for n in user.users if n in self.read and n.target is operator.getitem}
+        items = {index: self.read[n] for index, n in results(user).items() if n in self.read}
         if user.target is ir.QUANTIZE:
-            spec, codes, scales, flipped = str(user.args[1]), items.get(0), items.get(1), False
+            spec, codes, scales, flipped = str(Quantize.of(user).spec), items.get(0), items.get(1), False
         elif user.target is CAST and CODES_KEY in user.meta:
             spec, scales = user.meta[CODES_KEY][0], self.scales.get(user.meta[CODES_KEY])
             flipped = 0 not in items
             codes = items.get(int(flipped))
         else:
             return None
-        x = user.args[0]
-        assert isinstance(x, Node)
-        return None if codes is None or scales is None else _Codes(spec, codes, scales, shape(x)[1], flipped)
+        if codes is None or scales is None:
+            return None
+        return _Codes(spec, codes, scales, shape(source_of(user))[1], flipped)
 
     def _return(self) -> None:
         """Write forward's results anew, with their descriptions."""
@@ -264,7 +275,7 @@ def _seeds(forward: GraphModule, config: Compilation) -> dict[torch.device, Node
     found = {}
     for node in forward.graph.find_nodes(op="call_function", target=SEED):
         offset = config.stream * STREAM_STRIDE % 2**62
-        added = [u for u in node.users if u.target is aten.add.Tensor and u.args[1] == offset]
+        added = [u for u in node.users if u.target is aten.add.Tensor and argument(u, "other") == offset]
         if added or not config.stream:
             found[val(node).device] = added[0] if added else node
     return found
