@@ -76,11 +76,11 @@ def _cast_groups_triton(x: Tensor, spec: str, ends: Tensor) -> Two:
     return groups.quantize_groups(x, QuantSpec.parse(spec), ends)
 
 
-def _multiplies(target: Target) -> str | None:
-    """The reference is PyTorch's own product."""
+def unavailable(target: Target) -> str | None:
+    """Why a device has no FP8, which the products and Triton's conversions need; None where it has."""
     if target.capability is None or target.capability >= CAPABILITY:
         return None
-    return "PyTorch multiplies FP8 from compute capability {}.{} on, this device has {}.{}".format(
+    return "there is FP8 from compute capability {}.{} on, this device has {}.{}".format(
         *CAPABILITY, *target.capability)
 
 
@@ -88,7 +88,7 @@ def _mm_fake(a, b, a_scales, b_scales, dtype, fast):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@op(fake=_mm_fake, supports=_multiplies)
+@op(fake=_mm_fake, supports=unavailable)
 def fp8_mm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     return torch.ops.aten._scaled_mm.default(a, b.t(), a_scales, b_scales, out_dtype=dtype, use_fast_accum=fast)
 
@@ -97,7 +97,7 @@ def _bmm_fake(a, b, a_scales, b_scales, dtype, fast):
     return a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=dtype)
 
 
-@op(fake=_bmm_fake, supports=_multiplies)
+@op(fake=_bmm_fake, supports=unavailable)
 def fp8_bmm(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
     parts = zip(*(t.split(MOST_GROUPS) for t in (a, b.mT, a_scales, b_scales)), strict=True)
     multiply = torch.ops.aten._scaled_grouped_mm.default

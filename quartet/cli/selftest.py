@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from quartet.cli.doctor import table
+from quartet.cli.selftest_ops import provided, results
 from quartet.cli.selftest_products import NVFP4, NVFP4_TILE, PRODUCTS, Operand, Product, exact
 from quartet.kernels import reference
 from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir.op import Op, Provider
 from quartet.lowering.recipe.types import Gemm, Rotation
 from quartet.recipes import recipes
 from quartet.runtime.devices import Target
@@ -142,6 +144,7 @@ def checks_of(device: torch.device) -> Iterator[Check]:
         hardware = blackwell.unavailable(target)
         if hardware is not None:
             yield Check("conversions by hardware", "-", _nothing, hardware)
+        yield from op_checks(device)
     yield from product_checks(target, device)
 
 
@@ -173,6 +176,14 @@ def quantizer_checks(device: torch.device, sizes: Sequence[tuple[int, int]], man
         if not hardware or "stochastic" in blackwell.conversions(device):
             yield Check(f"fairness of stochastic, {name}", "{}×{}".format(*many),
                         partial(_fair, device, *many, hardware))
+
+
+def op_checks(device: torch.device) -> Iterator[Check]:
+    """Of every provider of an op that gives the bits of its reference."""
+    for op, provider, arguments, declined in provided(device):
+        shape = "×".join(map(str, arguments[0].shape)) if declined is None else "-"
+        yield Check(f"{op.name}.{provider.name}", shape,
+                    partial(_provided, op, provider, arguments), declined)
 
 
 def product_checks(target: Target, device: torch.device) -> Iterator[Check]:
@@ -240,6 +251,10 @@ def _differing(pairs: Iterable[tuple[Tensor, Tensor]]) -> Verdict:
         wrong += int((got.view(torch.uint8) != wanted.view(torch.uint8)).sum())
         total += got.numel() * got.element_size()
     return wrong == 0, f"{wrong} of {total} bytes differ"
+
+
+def _provided(op: Op, provider: Provider, arguments: tuple[Any, ...]) -> Verdict:
+    return _differing(results(op, provider, arguments))
 
 
 def _row_major(device: torch.device, rows: int, cols: int, q: Quantizer) -> Verdict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from traced import linear, targets, trace
 
+from quartet.cli.selftest_ops import examples
 from quartet.lowering import registry
 from quartet.lowering.ir import fused, providers
 from quartet.lowering.ir.op import REFERENCE, DeclarationError, Size, op_of, ops, schema_of
@@ -21,6 +22,7 @@ from quartet.runtime.devices import Target
 
 SM_80, SM_90, CPU = Target.named("sm_80"), Target.named("sm_90"), Target.named("cpu")
 SPEC, SEED = "e2m1/32 e8m0 headroom stochastic", torch.tensor(7)
+EXAMPLES = tuple(examples(torch.device("cpu")))
 every_op = pytest.mark.parametrize("op", ops(), ids=str)
 
 
@@ -61,6 +63,13 @@ def test_the_reference_is_the_last_provider(op):
         named = op.overload_of(provider)
         assert str(named._schema) == f"quartet::{op.name}.{provider.name}{op.schema}"
         assert op_of(named) is op and named.tags == op.overload.tags
+
+
+@pytest.mark.parametrize("op", dict.fromkeys(op for op, _ in EXAMPLES), ids=str)
+def test_the_fake_of_what_kernels_compute_has_the_shapes_of_its_reference(op):
+    for arguments in (arguments for of, arguments in EXAMPLES if of is op):
+        torch.library.opcheck(op.overload, arguments, test_utils="test_faketensor")
+        torch.library.opcheck(op.overload_of(op.providers[-1]), arguments, test_utils="test_faketensor")
 
 
 def test_all_ops_are_declared_here():
@@ -223,6 +232,6 @@ def test_an_op_that_nothing_computes_is_an_error():
     product.meta["val"] = a.meta["val"]
     providers.settle(graph, lambda device: SM_90)
     assert product.target is torch.ops.quartet.fp8_mm.default
-    with pytest.raises(providers.NoProvider, match=r"fp8_mm.*nothing computes op 'fp8_mm' on sm_80: reference: PyTorch "
-                                                   r"multiplies FP8 from compute capability 8\.9"):
+    with pytest.raises(providers.NoProvider, match=r"fp8_mm.*nothing computes op 'fp8_mm' on sm_80: reference: "
+                                                   r"there is FP8 from compute capability 8\.9 on"):
         providers.settle(graph, lambda device: SM_80)

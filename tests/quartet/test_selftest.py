@@ -47,6 +47,31 @@ print("right")
 """
 
 
+PROVIDERS = """
+import torch
+from quartet.cli import selftest as st
+from quartet.cli.selftest_ops import examples
+from quartet.lowering.ir import fused
+cpu, seen = torch.device("cpu"), set()
+for op, arguments in examples(cpu):
+    if op.name == "fp8_cast":  # Triton's interpreter rounds to FP8 in its own way
+        continue
+    for provider in op.providers[:-1]:
+        verdict = st._provided(op, provider, arguments)
+        assert verdict[0], (op, provider.name, verdict)
+        seen.add(f"{op.name}.{provider.name}")
+print(len(seen), sorted(seen))
+"""
+
+
+def test_providers_give_the_bits_of_the_reference():
+    """Those of all devices, the Triton ones in its interpreter."""
+    done = subprocess.run([sys.executable, "-c", PROVIDERS], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) >= 19, done.stdout
+
+
 def test_the_table():
     text, healthy = st.selftest([CPU], lambda device: [RIGHT, ABSENT])
     assert healthy and text.splitlines() == [

@@ -1,0 +1,83 @@
+"""Arguments of the ops that have providers, and the comparison of each provider with the op's reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir import core, fp8, fused
+from quartet.lowering.ir.op import REFERENCE, Op, Provider
+from quartet.lowering.targets.blackwell import ops as blackwell
+from quartet.lowering.targets.cpu import ops as cpu
+from quartet.runtime.devices import Target
+
+NEAREST, MASKED, STOCHASTIC = "e2m1/32 e8m0 quest(rms,nearest) nearest", \
+    "e2m1/32 e8m0 quest(rms,nearest) nearest mask", "e2m1/32 e8m0 headroom stochastic"
+ROTATION, SITE = 32, 5
+Example = tuple[Op, tuple[Any, ...]]
+
+
+def examples(device: torch.device) -> Iterator[Example]:
+    """(op, arguments) on a device, of ops whose providers give the same bits."""
+    seed = torch.tensor(-8_765_432_109_876, device=device)
+    yield core.signs, (seed, SITE, 64)
+    yield core.random_bits, (seed, SITE, 33, 96)
+    for rows, cols in ((64, 160), (33, 96)):
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, cols, generator=generator).to(device, torch.bfloat16)
+        yield from _of_matrix(x, seed)
+        if fp8.unavailable(Target.of(device)) is None:
+            yield from _of_fp8(x.to(torch.float32))
+
+
+def _of_matrix(x: Tensor, seed: Tensor) -> Iterator[Example]:
+    rows, cols = x.shape
+    signs = reference.random_signs(seed, SITE, ROTATION)
+    packed = reference.quantize(x.to(torch.float32), QuantSpec.parse(MASKED))
+    codes, scales, mask = (tensor.contiguous() for tensor in packed)
+    for spec in (NEAREST, MASKED, STOCHASTIC):
+        chain = ROTATION, signs, spec, seed if spec == STOCHASTIC else None, SITE
+        yield cpu.cpu_quantize, (x, *chain, True, torch.bfloat16)
+        yield fused.cuda_quantize, (x, *chain, None, True, True)
+    yield blackwell.fp4_quantize, (x, ROTATION, signs, MASKED, None, SITE, None, None, None, False)
+    chain = ROTATION, signs, STOCHASTIC, seed, SITE
+    yield cpu.cpu_requantize, (codes, scales, NEAREST, *chain, True, torch.bfloat16)
+    yield cpu.cpu_dequantize, (codes, scales, NEAREST, torch.bfloat16)
+    yield cpu.cpu_unrotate, (x.to(torch.float32), mask, ROTATION, signs, 0.75, cols - 5, torch.float32)
+    yield fused.cuda_quantize_both, (x, *chain, None, *chain, None)
+    yield fused.cuda_requantize, (codes, scales, NEAREST, *chain, None, True, True)
+    yield fused.cuda_fold, (codes, scales, NEAREST)
+    yield fused.cuda_fold, (codes, scales, NEAREST, torch.tensor([32, cols], dtype=torch.int32, device=x.device))
+    yield fused.cuda_dequantize, (codes, scales, NEAREST, torch.bfloat16)
+    yield fused.cuda_unrotate, (x.to(torch.float32), mask, ROTATION, signs, 0.75, cols - 5, torch.float32)
+    yield fused.cuda_rotated_amax, (x, ROTATION, signs)
+    yield fused.cuda_rotate, (x, ROTATION, signs)
+    yield blackwell.fp4_quantize_both, (x, *chain, None, *chain, None, False)
+    yield blackwell.fp4_requantize, (codes, reference.swizzle_scales(scales), NEAREST, *chain, None, False)
+
+
+def _of_fp8(x: Tensor) -> Iterator[Example]:
+    multiplier = 448.0 / reference.largest_magnitude(x)
+    codes, _ = fp8.fp8_cast.reference(x, multiplier, "e4m3", True, False)
+    yield fp8.fp8_cast, (x, multiplier, "e4m3", True, True)
+    yield fp8.fp8_row_major, (codes.t(),)
+
+
+def provided(device: torch.device) -> Iterator[tuple[Op, Provider, tuple[Any, ...], str | None]]:
+    """Each example with each provider for that type of device, and why it does not run there, or None."""
+    target = Target.of(device)
+    for op, arguments in examples(device):
+        for provider in op.providers:
+            if provider.name != REFERENCE and provider.device == device.type:
+                yield op, provider, arguments, provider.declines(target)
+
+
+def results(op: Op, provider: Provider, arguments: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
+    """What a provider gives and what it should, tensor by tensor."""
+    got, wanted = provider.run(*arguments), op.reference(*arguments)
+    return list(zip(got, wanted, strict=True)) if isinstance(got, tuple) else [(got, wanted)]
