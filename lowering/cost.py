@@ -5,26 +5,24 @@ Every kernel's time is a line in what it works on, with constants measured on th
     product    2·m·n·k / flops + m·n·element + launch
     a pass     elements·element + launch
 
-The three products and the passes around them are added up. What several layers make of the same X is divided among
-them. Sizes may be symbols of sympy's: so is the result then, and ``break_even`` solves it.
+A kernel that has been measured brings the price of its products with the passes around them (``Kernel.price``); here
+the three products of a layer are added up. What several layers make of the same X is divided among them. Sizes may be
+symbols of sympy's: so is the result then, and ``break_even`` solves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 
-from quartet.lowering.ir.decompositions import RADICES
 from quartet.lowering.rates import Rates
-from quartet.lowering.recipe.types import Gemm, Recipe
+from quartet.lowering.recipe.types import Recipe
 
-FP8_KERNELS = ("triton-fp8", "cublaslt")
 M, N, K = sympy.symbols("m n k", positive=True)
 Size = Any  # int or sympy expression
-Pass = tuple[str, Size]  # name in Rates.passes, elements
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,13 @@ class Layer:
     """What has to be known of one layer ``[m, k] · [n, k]ᵀ`` to tell its cost.
 
     Args:
-        kernels: role → the kernel that its product gets, "" for none of ours; a role that is missing has no product.
+        kernels: role → the kernel that its product gets, None for none of ours; a role that is missing has no product.
         m, n, k: tokens, out, in.
         sharing: how many layers quantise the same X.
         recompute: backward runs the product of forward again, whose result it needs.
     """
 
-    kernels: dict[str, str]
+    kernels: Mapping[str, Priced | None]
     m: Size = M
     n: Size = N
     k: Size = K
@@ -48,6 +46,40 @@ class Layer:
     def dims(self, role: str) -> tuple[Size, Size, Size]:
         return {"fprop": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n),
                 "wgrad": (self.n, self.k, self.m)}[role]
+
+    def price(self, rates: Rates, recipe: Recipe, role: str) -> Size | None:
+        """Seconds of a quantised product with the passes around it, or None where they are not known."""
+        kernel = self.kernels[role]
+        return None if kernel is None else kernel.price(rates, recipe, self, role)
+
+    def operands(self, role: str) -> tuple[Size, Size]:
+        """Elements that are quantised for a product: of A and of B; of an X its share."""
+        x, w, e = self.m * self.k / sympy.Integer(self.sharing), self.n * self.k, self.m * self.n
+        return {"fprop": (x, w), "dgrad": (e, w), "wgrad": (e, x)}[role]
+
+    def result(self, role: str) -> Size:
+        """Elements of a product's result."""
+        rows, columns, _ = self.dims(role)
+        return rows * columns
+
+
+Price = Callable[[Rates, Recipe, Layer, str], Size | None]
+"""(rates of the device, recipe, layer, role) → seconds that a kernel takes for the product of that role, whose GEMM the
+recipe quantises, and for the passes around it that are not another product's; None where it has not been measured."""
+
+
+class Priced(Protocol):
+    """A kernel, as the cost model sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def price(self) -> Price: ...
+
+
+def unmeasured(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> None:
+    """The price of a kernel that computes the numbers only."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +98,14 @@ class Cost:
 
 
 def predict(recipe: Recipe, layer: Layer, rates: Rates) -> Cost | None:
-    """Cost of a layer under a recipe, or None where one of its kernels is not in ``FP8_KERNELS``: those compute the
-    numbers only, and no rates of them are measured."""
-    gemms = {role: gemm for role in layer.kernels if (gemm := getattr(recipe, role)) is not None}
-    if not gemms or any(layer.kernels[role] not in FP8_KERNELS for role in gemms):
+    """Cost of a layer under a recipe, or None where one of the kernels that it takes has no price."""
+    roles = {role for role in layer.kernels if getattr(recipe, role) is not None}
+    recipe = recipe.only(roles)
+    plain = {role: rates.product("bf16", *layer.dims(role)) for role in layer.kernels}
+    prices = [layer.price(rates, recipe, role) if role in roles else plain[role] for role in layer.kernels]
+    if not roles or any(price is None for price in prices):
         return None
-    plain = sum(rates.product("bf16", *layer.dims(role)) for role in layer.kernels)
-    total = sum(rates.product("fp8" if role in gemms else "bf16", *layer.dims(role)) for role in layer.kernels)
-    total += sum(rates.of_pass(name, elements) for name, elements in _passes(recipe, gemms, layer))
-    if layer.recompute and "fprop" in gemms:
-        total += rates.product("fp8", *layer.dims("fprop"))
-    return Cost(total, plain)
+    return Cost(sum(prices), sum(plain.values()))
 
 
 def break_even(recipe: Recipe, layer: Layer, rates: Rates) -> float:
@@ -88,51 +117,3 @@ def break_even(recipe: Recipe, layer: Layer, rates: Rates) -> float:
     roots = sympy.Poly(gain, K).nroots(n=8)
     real = [float(r) for r in roots if r.is_real and r > 0]
     return max(real) if real and gain.subs(K, 2 * max(real)) > 0 else float("inf")
-
-
-def _passes(recipe: Recipe, gemms: dict[str, Gemm], layer: Layer) -> Iterator[Pass]:
-    x, w, e = layer.m * layer.k, layer.n * layer.k, layer.m * layer.n
-    shared = x / sympy.Integer(layer.sharing)
-    for role, gemm in gemms.items():
-        fused = layer.kernels[role] == "triton-fp8"
-        operands = {"fprop": (shared, w), "dgrad": (e, w), "wgrad": (e, shared)}[role]
-        saved = gemm.b.source == "saved"
-        if not fused:
-            yield from _rotations(recipe, role, gemm, operands, {"fprop": e, "dgrad": x, "wgrad": w}[role])
-            yield from _casts(role, gemm, gemms, operands)
-        elif role == "fprop":
-            yield from (("rows", elements) for elements in operands)
-            if layer.recompute:
-                yield from (("fold", elements) for elements in operands)
-        else:
-            if not {"dgrad", "wgrad"} <= gemms.keys():
-                yield "one axis", e
-            elif role == "dgrad":
-                yield "both axes", e
-            yield "fold", e
-            yield "requantise" if saved else "one axis", operands[1]
-            yield "fold", operands[1]
-            if saved and recipe.fprop is not None and recipe.fprop.rotation is not None:
-                yield "unrotate", {"dgrad": x, "wgrad": w}[role]
-
-
-def _casts(role: str, gemm: Gemm, gemms: dict[str, Gemm], operands: tuple[Size, Size]) -> Iterator[Pass]:
-    """FP8 with a scale a tensor or a row: the largest magnitude is a reading of its own before each cast."""
-    whole = gemm.a.spec is not None and gemm.a.spec.block == "tensor"
-    other = gemms.get("dgrad")
-    again = (whole and role == "wgrad" and other is not None  # one cast of E writes its transpose too
-             and (other.rotation, other.outer) == (gemm.rotation, gemm.outer))
-    fresh = operands if role == "fprop" or not whole else () if again else operands[:1]
-    for elements in fresh:
-        yield "amax", elements
-        yield "cast", elements
-
-
-def _rotations(recipe: Recipe, role: str, gemm: Gemm, operands: tuple[Size, Size], result: Size) -> Iterator[Pass]:
-    """Hadamard transforms in generated code: to fp32, then a loop for each stage, of twice a fused one's traffic."""
-    turned = [(gemm.rotation, elements) for elements in operands] + [(gemm.outer, operands[0]), (gemm.outer, result)]
-    if gemm.b.source == "saved" and recipe.fprop is not None:
-        turned.append((recipe.fprop.rotation, result))
-    for rotation, elements in turned:
-        if rotation is not None:
-            yield from [("unrotate", 2 * elements)] * (1 + len(RADICES[rotation.n]))

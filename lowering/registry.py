@@ -1,8 +1,8 @@
 """Which kernel computes which piece of the quantised IR, and why another one does not.
 
-A kernel registers for a chain of semantic ops. ``supports`` gives None or the reason it declines; the
-first in ``KERNELS`` that accepts is taken. The reference stands last: it takes everything. :func:`register` puts a
-program's own among them.
+A kernel registers for a chain of semantic ops. ``supports`` gives None or the reason it declines, ``price`` what it
+takes; the first in ``KERNELS`` that accepts is taken. The reference stands last: it takes everything. :func:`register`
+puts a program's own among them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels import extension
-from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.extension import ExtensionError
-from quartet.kernels.spec import ELEMENTS, QuantSpec, dtype_name
+from quartet.kernels.spec import ELEMENTS, QuantSpec
+from quartet.lowering.cost import Price, unmeasured
 from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM, providers
 from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.types import Gemm
@@ -26,10 +27,12 @@ from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell import library as scaled_mm
 from quartet.lowering.targets.blackwell import lower as blackwell
 from quartet.lowering.targets.chains import Accepts
-from quartet.lowering.targets.cpu import lower as cpu_lowering
+from quartet.lowering.targets.cpu import lower as cpu
 from quartet.lowering.targets.fp8 import lower as fp8
+from quartet.lowering.targets.fp8 import price as fp8_price
 from quartet.lowering.targets.int8 import lower as int8
 from quartet.lowering.targets.triton import lower as cuda
+from quartet.lowering.targets.triton import price as cuda_price
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
@@ -37,6 +40,7 @@ Supports = Callable[[Target, torch.dtype, QuantSpec, int], str | None]
 SupportsPair = Callable[[QuantSpec, QuantSpec], str | None]
 SupportsKind = Callable[[Target, OpOverload], str | None]
 Lower = Callable[[Graph, list[Node], Accepts], None]
+Operands = tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]]  # A and B: quantiser, Hadamard size before it or 0
 
 
 QUANTIZED = (torch.float32, torch.bfloat16, torch.float16)  # what quantisers take
@@ -52,6 +56,19 @@ def matrices(target: Target, product: OpOverload) -> str | None:
     return _among(product, SCALED_MM)
 
 
+class Variant(NamedTuple):
+    """What a family does otherwise under an option of the compilation.
+
+    Attributes:
+        option, value: a field of ``quartet.passes.compilation.Compilation``, and what it is then.
+        rewrite: of a graph in which the family has lowered its products.
+    """
+
+    option: str
+    value: Any
+    rewrite: Callable[[Graph], None]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A family of kernels that runs a GEMM's chains on one kind of device.
@@ -64,6 +81,8 @@ class Kernel:
         supports_kind: (target, ``scaled_mm``, ``scaled_bmm`` or ``scaled_grouped_mm`` of the IR) → None, or why not.
         reads: the question of ``supports`` with the dtype of what is quantised, where the product's is another matter.
         align: what the kernel pads the contraction axis to a multiple of.
+        price: what ``quartet.lowering.cost`` adds up, see there; without it the kernel is not measured.
+        variants: what options change about it.
     """
 
     name: str
@@ -74,25 +93,19 @@ class Kernel:
     align: int = 1
     reads: Supports | None = None
     supports_kind: SupportsKind = matrices
+    price: Price = unmeasured
+    variants: tuple[Variant, ...] = ()
 
+    def refuses(self, target: Target, dtype: torch.dtype, operands: Operands, product: OpOverload) -> str | None:
+        """None where the kernel computes a product of these operands into ``dtype``, else why not."""
+        reasons = (self.supports(target, dtype, spec, rotation) for spec, rotation in operands)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        return (reason or self.supports_pair(*(spec for spec, _ in operands))
+                or self.supports_kind(target, product))
 
-def _cpp(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    if target.type != "cpu":
-        return f"runs on a CPU, not on {target.type}"
-    return cpu.supports(spec, rotation, dtype) or cpu.unavailable()
-
-
-def _cublaslt(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    return fp8.unavailable(target) or fp8.supports(spec, dtype)
-
-
-def _fp8_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    reason = _cublaslt(target, dtype, spec, rotation)
-    if reason is None and spec.element == "e5m2":
-        return "multiplies groups and batches of e4m3, not e5m2"
-    if reason is None and dtype is not torch.bfloat16:
-        return f"the product of groups and batches is bfloat16, not {dtype_name(dtype)}"
-    return reason
+    def takes(self, target: Target, spec: QuantSpec, rotation: int, dtype: torch.dtype) -> bool:
+        """Whether the kernel quantises a tensor of this dtype in such a chain."""
+        return (self.reads or self.supports)(target, dtype, spec, rotation) is None
 
 
 def _every(target: Target, product: OpOverload) -> str | None:
@@ -119,21 +132,28 @@ def not_generated(target: Target, *specs: QuantSpec) -> str | None:
     return None
 
 
+_PROMOTED = Variant("accumulation", "promoted", fp8_products.promote)
+_PORTABLE = Variant("portable_rounding", True, blackwell.use_integers)
+_TUNED = Variant("autotune", True, block_scaled.autotune)
+
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", _cpp, cpu_lowering.lower,
+    Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", cpu.supports, cpu.lower,
            supports_kind=_every),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
-           block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports),
+           block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports,
+           variants=(_PORTABLE, _TUNED)),
     Kernel("scaled-mm", "block-scaled tensor cores through torch.nn.functional.scaled_mm", scaled_mm.supports,
-           scaled_mm.lower, scaled_mm.supports_pair, reads=cuda.supports),
+           scaled_mm.lower, scaled_mm.supports_pair, reads=cuda.supports, variants=(_PORTABLE,)),
     Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
-           blackwell.lower_dot, reads=cuda.supports),
+           blackwell.lower_dot, reads=cuda.supports, variants=(_PORTABLE,)),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
-           cuda.lower_fold, reads=cuda.supports, supports_kind=fp8_products.supports_kind),
-    Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", _cublaslt, fp8.lower, fp8.supports_pair,
-           fp8_products.ALIGN),
-    Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches", _fp8_grouped,
-           fp8.lower, fp8.supports_pair, fp8_products.ALIGN, supports_kind=_groups_and_batches),
+           cuda.lower_fold, reads=cuda.supports, supports_kind=fp8_products.supports_kind, price=cuda_price.folded,
+           variants=(_PROMOTED,)),
+    Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", fp8.supports, fp8.lower, fp8.supports_pair,
+           fp8_products.ALIGN, price=fp8_price.cast, variants=(_PROMOTED,)),
+    Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches",
+           fp8.supports_grouped, fp8.lower, fp8.supports_pair, fp8_products.ALIGN, supports_kind=_groups_and_batches,
+           variants=(_PROMOTED,)),
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
            align=int8.ALIGN),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
@@ -163,9 +183,9 @@ def register(kernel: Kernel, before: str = "inductor") -> Kernel:
                              f"{f'did you mean {near[0]!r}? ' if near else ''}possible: {', '.join(NAMES)}")
     at = NAMES.index(before)
     _set(*KERNELS[:at], kernel, *KERNELS[at:])
-    facts = kernel.align, before
+    facts = kernel.align, before, [(option, value) for option, value, _ in kernel.variants]
     extension.add(_KIND, kernel.name, facts, kernel.supports, kernel.lower, kernel.supports_pair, kernel.reads,
-                  kernel.supports_kind)
+                  kernel.supports_kind, kernel.price, *(rewrite for _, _, rewrite in kernel.variants))
     return kernel
 
 
@@ -185,9 +205,8 @@ def disableable() -> tuple[str, ...]:
     return (*NAMES, *providers.names())
 
 
-def choose(device: torch.device | Target, dtype: torch.dtype,
-           specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]],
-           disabled: tuple[str, ...] = (), product: OpOverload = SCALED_MM) -> tuple[Kernel | None, dict[str, str]]:
+def choose(device: torch.device | Target, dtype: torch.dtype, operands: Operands, disabled: tuple[str, ...] = (),
+           product: OpOverload = SCALED_MM) -> tuple[Kernel | None, dict[str, str]]:
     """The first kernel that takes every (quantiser, Hadamard size) of a product, and why others did not."""
     target = Target.of(device)
     if target.missing is not None:
@@ -195,20 +214,11 @@ def choose(device: torch.device | Target, dtype: torch.dtype,
     reasons: dict[str, str] = {}
     for kernel in KERNELS:
         reason = (f"disabled: disable_kernels names {kernel.name!r}" if kernel.name in disabled else
-                  _why_not(kernel, target, dtype, specs, product))
+                  kernel.refuses(target, dtype, operands, product))
         if reason is None:
             return kernel, reasons
         reasons[kernel.name] = reason
     return None, reasons
-
-
-def _why_not(kernel: Kernel, target: Target, dtype: torch.dtype,
-             specs: tuple[tuple[QuantSpec, int], tuple[QuantSpec, int]], product: OpOverload) -> str | None:
-    for spec, rotation in specs:
-        reason = kernel.supports(target, dtype, spec, rotation)
-        if reason is not None:
-            return reason
-    return kernel.supports_pair(*(spec for spec, _ in specs)) or kernel.supports_kind(target, product)
 
 
 def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[str, ...] = ()) -> str:

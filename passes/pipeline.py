@@ -45,7 +45,7 @@ from quartet.passes.recipe.q_ema import toward
 from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
 from quartet.passes.residuals.save import save
 from quartet.passes.residuals.unchanged import unchanged
-from quartet.passes.sites import Decided, Planned, Quantized
+from quartet.passes.sites import Decided, Decision, Planned, Quantized
 from quartet.passes.stage import Stage, pass_of
 from quartet.passes.state import State
 from quartet.passes.verify import verify
@@ -220,14 +220,13 @@ def _records(state: State) -> list[MatmulRecord]:
     return rows + state.alone
 
 
-def _multiple(site: Decided, role: str, kernel: str | None) -> int:
+def _multiple(site: Decided, role: str, kernel: registry.Kernel | None) -> int:
     """What the contraction axis of a GEMM is padded to a multiple of; all candidates are powers of two."""
     gemm = site.active(role) if isinstance(site, Planned) else None
     if gemm is None or gemm.specs is None:
         return 1
     rotation = gemm.rotation.n if gemm.rotation is not None else 1
-    align = next((k.align for k in registry.KERNELS if k.name == kernel), 1)
-    return max(*(spec.multiple for spec in gemm.specs), rotation, align)
+    return max(*(spec.multiple for spec in gemm.specs), rotation, 1 if kernel is None else kernel.align)
 
 
 def _record(state: State, site: Decided, role: str) -> MatmulRecord:
@@ -235,12 +234,13 @@ def _record(state: State, site: Decided, role: str) -> MatmulRecord:
     kernel = state.kernels.get((site.index, role))
     recipe = site.resolution.recipe_for(role)
     saved_bytes = site.saved_bytes if isinstance(site, Quantized) and role == "fprop" else None
-    depth, multiple = site.dims(role)[2], _multiple(site, role, kernel)
+    decision = site.decisions[role] if isinstance(site, Planned) else Decision()
+    depth, multiple = site.dims(role)[2], _multiple(site, role, decision.kernel)
     notes = site.notes
     if kernel and isinstance(depth, int) and depth % multiple and (site.groups is None or role != "wgrad"):
         notes += (f"k padded to {-(-depth // multiple) * multiple}",)
-    if (site.index, role) in state.declined:
-        notes += (f"no kernel took it ({state.declined[site.index, role]})",)
+    if kernel and decision.reason:
+        notes += (f"no kernel took it ({decision.reason})",)
     if kernel and role in site.remarks:
         notes += (site.remarks[role],)
     return MatmulRecord(

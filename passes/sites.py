@@ -15,9 +15,11 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
+from quartet.lowering.cost import Cost
 from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
+from quartet.lowering.registry import Kernel
 from quartet.passes.views import Operand
 from quartet.runtime.compat import OpOverload
 
@@ -152,16 +154,33 @@ class Decided(Found):
         return replace(self, remarks={**self.remarks, role: told})
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What computes one GEMM.
+
+    Attributes:
+        kernel: the family that does; None where none takes it, or it stays in the model's dtype.
+        reason: why no kernel takes it, one after the other; else empty.
+        price: what the whole layer was predicted to cost as it is planned; None where that did not decide.
+    """
+
+    kernel: Kernel | None = None
+    reason: str = ""
+    price: Cost | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Planned(Decided):
     """A site with at least one GEMM to quantise.
 
     Attributes:
         recipe: the three decisions in one.
+        decisions: role → the kernel of its GEMM, also where the graph has none of that role.
         x_group: first site that quantises the same X; the group shares the bits of wgrad's operand b.
     """
 
     recipe: Recipe
+    decisions: Mapping[str, Decision]
     x_group: int
 
     def active(self, role: str) -> Gemm | None:
@@ -173,7 +192,14 @@ class Planned(Decided):
         recipe = self.recipe.only({role for role in ROLES if role not in reasons})
         known = {**{f.name: getattr(self, f.name) for f in fields(Decided)}, "reasons": {**self.reasons, **reasons},
                  "remarks": {role: text for role, text in self.remarks.items() if role not in reasons}}
-        return Planned(**known, recipe=recipe, x_group=self.x_group) if recipe.quantizes else Decided(**known)
+        if not recipe.quantizes:
+            return Decided(**known)
+        return Planned(**known, recipe=recipe, decisions=self.decisions, x_group=self.x_group)
+
+    def at_price(self, cost: Cost) -> Self:
+        """The site with what it is predicted to cost."""
+        decisions = {role: replace(decision, price=cost) for role, decision in self.decisions.items()}
+        return replace(self, decisions=decisions)
 
 
 @dataclass(frozen=True)

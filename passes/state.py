@@ -30,7 +30,6 @@ class State:
     alone: list[MatmulRecord] = field(default_factory=list)
     seeds: dict[torch.device, Node] = field(default_factory=dict)
     kernels: dict[tuple[int, str], str] = field(default_factory=dict)
-    declined: dict[tuple[int, str], str] = field(default_factory=dict)
     histories: dict[torch.device, Any] = field(default_factory=dict)
     _sites: dict[int, Found] = field(default_factory=dict)
     _replaced: dict[Node, Node] = field(default_factory=dict)

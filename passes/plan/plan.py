@@ -17,7 +17,8 @@ from quartet.passes.classify.aside import quantised_all_the_same
 from quartet.passes.classify.layers import layers_of
 from quartet.passes.classify.others import OF_CODES
 from quartet.passes.graph_pass import graph_pass
-from quartet.passes.plan.profitability import kernel_of, leave_slower
+from quartet.passes.plan.decision import decide
+from quartet.passes.plan.profitability import leave_slower
 from quartet.passes.sites import Decided, Found, Planned
 from quartet.passes.state import State
 from quartet.runtime.view_ops import PASSED_ON
@@ -30,9 +31,11 @@ class UnsupportedMatmul(ValueError):
 
 
 @graph_pass(reads=Found, writes=Planned,
-            summary="the policy's decision for each of the three GEMMs, or the reason to leave it alone")
+            summary="the policy's decision for each of the three GEMMs and the kernel that takes it, or the reason to "
+                    "leave it alone")
 def plan(state: State) -> None:
-    """Decide every site, and plan those that the policy quantises. Raises UnsupportedMatmul when strict."""
+    """Decide every site, and plan those that the policy quantises, with the kernel of each GEMM. Raises
+    UnsupportedMatmul when strict."""
     layers = layers_of(site.fqn for site in state.sites)
     for site in state.sites:
         layer = layers.get(site.fqn)
@@ -65,7 +68,9 @@ def _decided(state: State, site: Found, resolution: Resolution, layer: Layer | N
         decided = decided.remark("wgrad", why)
     if not resolution.quantizes:
         return decided
-    planned = Planned(**vars(decided), recipe=resolution.effective, x_group=site.index)
+    recipe = resolution.effective
+    decisions = {role: decide(state.config, site, role, recipe) for role in ROLES}
+    planned = Planned(**vars(decided), recipe=recipe, decisions=decisions, x_group=site.index)
     if planned.recipe.keep and layer is None:
         return planned.note(f"which layer this is does not show in its name, so the {planned.recipe.keep[0]} are not "
                             "left alone")
@@ -123,7 +128,7 @@ def _ungenerated(state: State, site: Found, resolution: Resolution) -> str | Non
         if gemm is None or gemm.specs is None:
             continue
         reason = registry.not_generated(target, *gemm.specs)
-        if reason is not None and not kernel_of(gemm, site, target, ()):
+        if reason is not None and decide(state.config, site, role, resolution.effective, ()).kernel is None:
             return reason
     return None
 

@@ -17,17 +17,16 @@ from itertools import combinations
 
 from torch.fx import Node
 
-from quartet.lowering import ir, registry
-from quartet.lowering.cost import FP8_KERNELS, Cost, Layer, predict
+from quartet.lowering import ir
+from quartet.lowering.cost import Cost, Layer, predict
 from quartet.lowering.ir.graph import val
 from quartet.lowering.rates import Rates, rates_of
-from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
+from quartet.lowering.recipe.types import ROLES, Recipe
 from quartet.passes.classify.aside import tokens
 from quartet.passes.compilation import Compilation
 from quartet.passes.flow import Flow
 from quartet.passes.sites import Found, Planned
 from quartet.passes.state import State
-from quartet.runtime.devices import Target
 from quartet.runtime.sizes import hint
 from quartet.runtime.view_ops import PASSED_ON
 
@@ -48,7 +47,8 @@ def leave_slower(state: State) -> None:
         pass
     for site in state.at(Planned):
         if site.index in costs:
-            state.advance(site.note(f"predicted {costs[site.index]}, {_basis(site, state.config)}"))
+            note = f"predicted {costs[site.index]}, {_basis(site, state.config)}"
+            state.advance(site.at_price(costs[site.index]).note(note))
     _warn_changed(state, before)
 
 
@@ -105,13 +105,13 @@ def _slower(site: Planned, layer: Layer, rates: Rates, costs: dict[int, Cost], b
     whole = frozenset[str]().union(*parts)
     if not best:
         shown = prices.get(whole, min(prices.values(), key=lambda cost: float(cost.quantized), default=None))
-        return dict.fromkeys(ROLES, _unmeasured(layer, whole) if shown is None else
+        return dict.fromkeys(ROLES, _unmeasured(layer, site.recipe, rates, whole) if shown is None else
                              f"would not pay: predicted {shown}, {basis}")
     costs[site.index] = prices[best]
     reasons: dict[str, str] = {}
     for part in parts:
         if not part <= best:
-            reasons |= dict.fromkeys(part, _unmeasured(layer, part) or (
+            reasons |= dict.fromkeys(part, _unmeasured(layer, site.recipe, rates, part) or (
                 f"would not pay: predicted {_time(prices[best | part])} for the layer with it quantised, "
                 f"{_time(prices[best])} without, {basis}"))
     return reasons
@@ -137,10 +137,10 @@ def _time(cost: Cost) -> str:
     return f"{1e6 * float(cost.quantized):.0f} µs"
 
 
-def _unmeasured(layer: Layer, roles: Iterable[str]) -> str:
+def _unmeasured(layer: Layer, recipe: Recipe, rates: Rates, roles: Iterable[str]) -> str:
     """Why there is no prediction; empty where there is one."""
-    unknown = [layer.kernels[role] for role in ROLES if role in roles and layer.kernels[role] not in FP8_KERNELS]
-    names = " and ".join(repr(kernel) if kernel else "a dequantised operand" for kernel in dict.fromkeys(unknown))
+    unknown = [layer.kernels[role] for role in ROLES if role in roles and layer.price(rates, recipe, role) is None]
+    names = " and ".join(repr(kernel.name) if kernel else "a dequantised operand" for kernel in dict.fromkeys(unknown))
     return f"no measured rates for kernel {names}: name it in a rule" if names else ""
 
 
@@ -153,10 +153,10 @@ def _basis(site: Found, config: Compilation) -> str:
 
 def _layer(state: State, site: Planned, sharing: int) -> Layer:
     """The layer of a site with the three products that it has in training."""
-    config, target = state.config, state.config.target_of(val(site.x[0]).device)
+    config = state.config
     recompute = (config.recompute or site.recipe.recompute) == "gemm" and is_read_in_backward(
         site.forward.node, state.flow)
-    kernels = {role: _kernel(getattr(site.recipe, role), site, target, config.disable_kernels) for role in ROLES}
+    kernels = {role: decision.kernel for role, decision in site.decisions.items()}
     return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute)
 
 
@@ -174,18 +174,3 @@ def is_read_in_backward(y: Node, flow: Flow) -> bool:
         if not (scaled or user.target in PASSED_ON) or is_read_in_backward(user, flow):
             return True
     return False
-
-
-def _kernel(gemm: Gemm | None, site: Found, target: Target, disabled: tuple[str, ...]) -> str:
-    """The kernel that a product would get; "" where it is in the model's dtype."""
-    return "" if gemm is None else kernel_of(gemm, site, target, disabled)
-
-
-def kernel_of(gemm: Gemm, site: Found, target: Target, disabled: tuple[str, ...]) -> str:
-    """Name of the kernel that takes a product of a layer, "" for none and for one in the model's dtype."""
-    if gemm.specs is None:
-        return ""
-    a, b = gemm.specs
-    rotation = gemm.rotation.n if gemm.rotation is not None else 0
-    kernel, _ = registry.choose(target, site.dtype, ((a, rotation), (b, rotation)), disabled, site.scaled)
-    return "" if kernel is None else kernel.name

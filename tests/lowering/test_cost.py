@@ -7,6 +7,7 @@ import pytest
 import sympy
 import torch
 
+from quartet.lowering import registry
 from quartet.lowering.cost import Cost, K, Layer, M, N, break_even, predict
 from quartet.lowering.rates import MEASURED, PASSES, Rates, rates_of
 from quartet.passes.plan import profitability as pays
@@ -24,7 +25,7 @@ ALL = ("fprop", "dgrad", "wgrad")
 
 
 def kernels(name, roles=ALL):
-    return dict.fromkeys(roles, name)
+    return dict.fromkeys(roles, next((kernel for kernel in registry.KERNELS if kernel.name == name), None))
 
 
 def seconds(counts, products, flops, output):

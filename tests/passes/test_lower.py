@@ -1,10 +1,15 @@
 """``lower``: each product and the chain around it, as the first kernel that takes it writes them."""
 
+from dataclasses import fields
+
+import pytest
 import torch
 from around import around, linear, matrix
 from expecttest import assert_expected_inline
 
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
+from quartet.passes.compilation import Compilation
 
 
 def lowered(target, recipe, **options):
@@ -76,3 +81,36 @@ def test_nothing_to_what_inductor_inlines():
 def test_nothing_where_no_kernel_is_left():
     change = lowered("sm_90", "mxfp8", disable_kernels=registry.NAMES)
     assert not change.text and "no kernel took it (cpp: disabled" in change.decisions
+
+
+def test_a_kernel_that_cannot_take_what_it_was_planned_for_is_an_error(monkeypatch):
+    other = QuantSpec.parse("e4m3/row fp32 amax nearest")
+    monkeypatch.setattr("quartet.passes.lower._chain", lambda operand: (other, 0))
+    with pytest.raises(Exception, match=r"kernel 'triton-fp8' was planned for .*scaled_mm.* and does not take it: the "
+                                        "Triton quantisers write e2m1"):
+        lowered("sm_90", "quartet")
+
+
+def family(*variants):
+    """A device family of one's own, in one value: what it takes, what it costs, and what an option changes about it."""
+    return registry.Kernel("own", "", lambda target, *question: None if target.type == "cpu" else "runs on a CPU",
+                           price=lambda rates, recipe, layer, role: 1e-6, variants=variants)
+
+
+def test_what_options_change_about_a_family_is_its_own():
+    seen = []
+    registry.register(family(("accumulation", "promoted", lambda graph: seen.append("promoted")),
+                             ("portable_rounding", True, lambda graph: seen.append("portable"))), before="cpp")
+    try:
+        assert {r.kernel for r in lowered("cpu", "mxfp8").records} == {"own"} and not seen
+        lowered("cpu", "mxfp8", accumulation="promoted")
+        assert seen == ["promoted"]
+        assert {r.kernel for r in lowered("sm_90", "quartet", portable_rounding=True).records} == {"triton-fp8"}
+        assert seen == ["promoted"]
+    finally:
+        registry.unregister("own")
+
+
+def test_variants_name_what_a_compilation_is_told():
+    told = {f.name for f in fields(Compilation)}
+    assert {option for kernel in registry.KERNELS for option, _, _ in kernel.variants} <= told

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import quartet
 from quartet import Policy, explain, recipes
 from quartet.backend import compile_graph
+from quartet.lowering import registry
 from quartet.lowering.rates import PASSES, Rates
 from quartet.lowering.recipe.types import ROLES
 from quartet.model import trained
@@ -58,6 +59,40 @@ def test_a_kernel_without_measurements_is_not_chosen_where_others_have_some(rate
     for r in found.records:
         assert r.reason.startswith(f"no measured rates for kernel {kernels}")
         assert r.reason.endswith(": name it in a rule")
+
+
+@pytest.fixture
+def own():
+    """A kernel of one's own for every product, of which one costs ``price`` times one in the model's dtype."""
+    def add(price, **more):
+        def cost(rates, recipe, layer, role):
+            return None if price is None else price * rates.product("bf16", *layer.dims(role))
+
+        registry.register(registry.Kernel("own", "", lambda *question: None, price=cost, **more), before="cpp")
+    yield add
+    registry.unregister("own")
+
+
+def test_a_registered_kernel_is_chosen_by_its_own_price(rates, own):
+    own(0.25)
+    found = report(Policy("int8-all", where_it_pays=True), 512, 1024, 1024)
+    assert {r.kernel for r in found.records} == {"own"}
+    assert {r.notes for r in found.records} == {
+        ("predicted 805 µs quantised, 3221 µs in the model's dtype, forward and backward",)}
+
+
+def test_a_registered_kernel_that_is_dearer_than_the_models_dtype_is_left_by_its_own_price(rates, own):
+    own(2)
+    found = report(Policy("int8-all", where_it_pays=True), 512, 1024, 1024)
+    assert {(r.kernel, r.reason) for r in found.records} == {
+        (None, "would not pay: predicted 6442 µs quantised, 3221 µs in the model's dtype, forward and backward")}
+
+
+def test_a_registered_kernel_without_a_price_is_named(rates, own):
+    own(None)
+    found = report(Policy("int8-all", where_it_pays=True))
+    assert {(r.kernel, r.reason) for r in found.records} == {
+        (None, "no measured rates for kernel 'own': name it in a rule")}
 
 
 def test_a_rule_still_takes_it(rates):

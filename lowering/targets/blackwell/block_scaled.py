@@ -35,8 +35,8 @@ def kind_of(spec: QuantSpec) -> str | None:
     return KINDS.get((spec.element, spec.block, spec.scale))
 
 
-def supports(target: Target, dtype: torch.dtype) -> str | None:
-    """None when block-scaled tensor cores multiply NVFP4 and MXFP8 operands into ``dtype``, else why not."""
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when block-scaled tensor cores multiply operands of NVFP4 or MXFP8 into ``dtype``, else why not."""
     reason = blackwell.unavailable(target)
     if reason is not None and target.type == "cuda" and dtype is torch.bfloat16:
         return f"{reason}; what is dequantised instead is exact in bfloat16"
@@ -50,7 +50,7 @@ def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotati
     kind = kind_of(spec)
     if kind not in ("nvf4", "mxf8"):
         return blackwell.supports_cutlass(target, dtype, spec, rotation)
-    return supports(target, dtype) or blackwell.unbuildable(target, kind, dtype)
+    return supports(target, dtype, spec, rotation) or blackwell.unbuildable(target, kind, dtype)
 
 
 def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:

@@ -30,7 +30,7 @@ def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int)
     if target.type != "cuda" or target.capability is None:
         return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
     if block_scaled.kind_of(spec) in ("nvf4", "mxf8"):
-        return block_scaled.supports(target, dtype)
+        return block_scaled.supports(target, dtype, spec, rotation)
     if not _fp8_blocks(spec):
         return f"multiplies NVFP4, MXFP8, and FP8 with a scale every 128 elements, not {spec}"
     if target.capability[0] != 9:

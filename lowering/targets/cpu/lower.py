@@ -9,11 +9,21 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from quartet.kernels.cpu import ops as kernels
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, hand_over, is_backward, keep_as, val
 from quartet.lowering.ir.operands import Product
 from quartet.lowering.ir.products import multiply
 from quartet.lowering.targets.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
 from quartet.lowering.targets.cpu import ops as cpu_ops
+from quartet.runtime.devices import Target
+
+
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """None when the fused CPU kernels take the chain and are built, else why not."""
+    if target.type != "cpu":
+        return f"runs on a CPU, not on {target.type}"
+    return kernels.supports(spec, rotation, dtype) or kernels.unavailable()
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:

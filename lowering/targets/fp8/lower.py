@@ -40,8 +40,10 @@ def unavailable(device: torch.device | Target) -> str | None:
     return None
 
 
-def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
+def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when PyTorch's scaled products multiply operands of this format into ``dtype``, else why not."""
+    if (reason := unavailable(target)) is not None:
+        return reason
     if spec.element not in ir.FLOAT8:
         return f"multiplies FP8 operands, not {spec.element}"
     if spec.blocked:
@@ -51,6 +53,16 @@ def supports(spec: QuantSpec, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the product is bfloat16, float16 or float32, not {dtype_name(dtype)}"
     return None
+
+
+def supports_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
+    """The same of the products of groups and batches."""
+    reason = supports(target, dtype, spec, rotation)
+    if reason is None and spec.element == "e5m2":
+        return "multiplies groups and batches of e4m3, not e5m2"
+    if reason is None and dtype is not torch.bfloat16:
+        return f"the product of groups and batches is bfloat16, not {dtype_name(dtype)}"
+    return reason
 
 
 def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
