@@ -36,7 +36,6 @@ from quartet.passes.plan.plan import plan
 from quartet.passes.quantize.delayed import delayed
 from quartet.passes.quantize.quantize import quantize
 from quartet.passes.quantize.rotate import rotate
-from quartet.passes.quantize.rotate_grouped import rotate_grouped
 from quartet.passes.quantize.share import share
 from quartet.passes.recipe.embed import embed
 from quartet.passes.recipe.estimator import estimator
@@ -56,7 +55,7 @@ log = logging.getLogger("quartet")
 Signature = tuple[str, ...]
 PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
-    estimator, toward, rotate, rotate_grouped, quantize, delayed, share, save, lower,
+    estimator, toward, rotate, quantize, delayed, share, save, lower,
 )
 NAMES = tuple(p.name for p in PASSES)
 OPTIONAL = tuple(p.name for p in PASSES if p.optional)

@@ -17,6 +17,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.cost import Cost
 from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
+from quartet.lowering.ir.operands import Kind
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.lowering.registry import Kernel
@@ -216,7 +217,7 @@ class RotatedGemm:
 
     Attributes:
         gemm: how it is to be quantised.
-        a, b: 2-D operands with the contraction axis last. mm: their product in the model's dtype.
+        a, b: 2-D operands with the contraction axis last. mm: their product in the model's dtype. kind: what it is.
         start: where b starts from what fprop quantises.
     """
 
@@ -224,6 +225,7 @@ class RotatedGemm:
     a: Node
     b: Node
     mm: Node
+    kind: Kind
     start: Start | None = None
 
 
@@ -232,11 +234,10 @@ class Rotated(Planned):
     """A site whose planned GEMMs are written as ``A · Bᵀ``.
 
     Attributes:
-        gemms: role → GEMM. ends: of groups, where each ends in the padded layout.
+        gemms: role → GEMM.
     """
 
     gemms: Mapping[str, RotatedGemm]
-    ends: Node | None = None
 
 
 @dataclass(frozen=True)

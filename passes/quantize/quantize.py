@@ -35,7 +35,7 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.ir.operands import ROWS, Kind, Operand, Product, Quantizer
+from quartet.lowering.ir.operands import ROWS, Operand, Product, Quantizer
 from quartet.lowering.ir.products import SWAP, turned
 from quartet.lowering.ir.views import Dequantize, Hadamard, Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import REUSABLE, Source
@@ -99,14 +99,13 @@ def _product(state: State, site: Quantized, role: str, rotated: RotatedGemm, a_s
     if a_spec.multiple != b_spec.multiple:
         multiple = max(a_spec.multiple, b_spec.multiple)
         a, b = build.padded(a, cols=multiple), build.padded(b, cols=multiple)
-    ends = site.ends if role == "wgrad" else None
+    ends = rotated.kind.ends if rotated.kind.over_tokens else None
     qa = quantize_node(state, build, a, a_spec, bits[0], (site, names[0]), ends)
     qb = saved or quantize_node(state, build, b, b_spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not gradient and len(site.products) > 1:
         _mark_reusable(state, qb)
-    kind = Kind(site.batch) if site.groups is None else Kind(None, site.ends, role == "wgrad")
     left, right = (Operand.quantized(q.codes, q.scales, q.amax) for q in (qa, qb))
-    out = keep_as(Product(left, right, val(mm).dtype, kind).emit(build), site.products[role].node)
+    out = keep_as(Product(left, right, val(mm).dtype, rotated.kind).emit(build), site.products[role].node)
     out.meta[SITE_KEY] = (site.index, role)
     state.kernels[site.index, role] = "reference"  # until lowering finds better
     if rotated.start is not None:

@@ -1,4 +1,4 @@
-"""``rotate`` and ``rotate_grouped``: every planned product as A * B^T in the rotated basis."""
+"""``rotate``: every planned product as A * B^T in the rotated basis."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class Experts(nn.Module):
 
 
 def grouped(recipe, trained, grad):
-    return around("rotate_grouped", Experts(trained), matrix(16, 32, grad=grad), ENDS,
+    return around("rotate", Experts(trained), matrix(16, 32, grad=grad), ENDS,
                   policy=quartet.Policy(None).on("grouped", recipe))
 
 
@@ -149,12 +149,6 @@ def test_gradients_of_groups():
 + %17 = permute(%16, [0, 2, 1]) : bf16[4, 32, 64] | bwd!
 + %18 = clone(%17, memory_format=torch.contiguous_format) : bf16[4, 32, 64] | bwd!
 + return [%11, %18, None, None]""")
-
-
-def test_each_leaves_the_others_products():
-    assert not around("rotate_grouped", linear(), matrix(8, 32)).text
-    assert not around("rotate", Experts(True), matrix(16, 32), ENDS,
-                      policy=quartet.Policy(None).on("grouped", "mxfp8")).text
 
 
 def test_nothing_to_what_is_not_planned():
