@@ -216,7 +216,7 @@ def _difference(before: Counter[str], after: Counter[str]) -> str:
 
 def _records(state: State) -> list[MatmulRecord]:
     rows = [_record(state, site, role) for site in state.at(Decided) for role in ROLES if role in site.products]
-    return rows + state.alone
+    return [*rows, *state.alone]
 
 
 def _multiple(site: Decided, role: str, kernel: registry.Kernel | None) -> int:

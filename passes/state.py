@@ -27,10 +27,10 @@ class State:
     gm: GraphModule
     config: Compilation
     flow: Flow = Flow()
-    alone: list[MatmulRecord] = field(default_factory=list)
     seeds: dict[torch.device, Node] = field(default_factory=dict)
     kernels: dict[tuple[int, str], str] = field(default_factory=dict)
     histories: dict[torch.device, Any] = field(default_factory=dict)
+    _alone: list[MatmulRecord] = field(default_factory=list)
     _sites: dict[int, Found] = field(default_factory=dict)
     _replaced: dict[Node, Node] = field(default_factory=dict)
 
@@ -51,6 +51,15 @@ class State:
         """Put sites in place of what was known of them. A new one has the next index."""
         for site in sites:
             self._sites[site.index] = site
+
+    @property
+    def alone(self) -> tuple[MatmulRecord, ...]:
+        """The products that are no site of ours."""
+        return tuple(self._alone)
+
+    def leave(self, *records: MatmulRecord) -> None:
+        """Note products that are no site, and why."""
+        self._alone += records
 
     def replace(self, old: Node, new: Node) -> None:
         """Every user of ``old`` reads ``new`` instead, and so does who asks for :meth:`current`."""

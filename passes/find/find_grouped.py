@@ -61,7 +61,7 @@ def find_grouped(state: State) -> None:
         obstacle = _obstacle(node, origin)
         if obstacle is not None:
             _refuse(state, node, obstacle)
-            state.alone += _left(node, obstacle)
+            state.leave(*_left(node, obstacle))
             continue
         site = _site(state, node, origin)
         for other in nodes:
@@ -75,7 +75,7 @@ def find_grouped(state: State) -> None:
         state.advance(replace(site, aside=small(site, state.config) | quantised_before(site)))
     for node in nodes:
         if is_backward(node) and node not in claimed:
-            state.alone += _left(node, "belongs to no grouped product that is planned")
+            state.leave(*_left(node, "belongs to no grouped product that is planned"))
 
 
 def _obstacle(node: Node, origin: dict[Node, str]) -> str | None:

@@ -110,7 +110,7 @@ def find_matmuls(state: State) -> None:
     products = [node for node in graph.nodes if node.op == "call_function" and node.target in MATMULS]
     backward = [node for node in products if is_backward(node)]
     spare = not_needed_in_forward(graph) if any(is_backward(node) for node in graph.nodes) else set()
-    state.alone.extend(without_site(graph, flow.origin))
+    state.leave(*without_site(graph, flow.origin))
     for node in products:
         if not is_backward(node) and node not in spare:
             _find(state, node, flow, masks)
@@ -124,14 +124,14 @@ def find_matmuls(state: State) -> None:
     for site in state.sites:
         site = replace(site, op_class=own_class(site) or site.op_class)
         state.advance(replace(site, aside=_aside(state, site, flow) | quantised_before(site)))
-    state.alone.extend(_unplanned(n, "dgrad") for n in backward if n not in gradients)
+    state.leave(*(_unplanned(n, "dgrad") for n in backward if n not in gradients))
 
 
 def _find(state: State, node: Node, flow: Flow, masks: Masks) -> None:
     """A site for a forward product, or the record of one that multiplies weights alone."""
     site = _site(state, node, flow, masks)
     if site is None:
-        state.alone.append(_unplanned(node, "fprop"))
+        state.leave(_unplanned(node, "fprop"))
     else:
         state.advance(site)
 

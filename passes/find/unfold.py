@@ -180,7 +180,7 @@ def _leave(state: State, conv: Convolution, why: Resolution | str) -> None:
             reason = why if isinstance(why, str) else why.choice(role).reason
             if not isinstance(why, str) and why.choice(role).gemm is not None:
                 reason = "it is not known to pay: name it in a rule"
-            state.alone.append(left_alone(conv.node, "conv", role, mnk, val(conv.node).dtype, reason, conv.fqn))
+            state.leave(left_alone(conv.node, "conv", role, mnk, val(conv.node).dtype, reason, conv.fqn))
 
 
 def _rewrite(conv: Convolution) -> None:

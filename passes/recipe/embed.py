@@ -75,8 +75,8 @@ def embed(state: State) -> None:
     for node in bags:
         (vocabulary, width), rows = shape(node.all_input_nodes[0]), node.meta["val"][0].shape[0]
         reason = "a bag sums rows as it gathers them; only single rows are quantised"
-        state.alone.append(left_alone(node, "embedding", "fprop", (rows, width, vocabulary),
-                                      val(node.all_input_nodes[0]).dtype, reason))
+        state.leave(left_alone(node, "embedding", "fprop", (rows, width, vocabulary),
+                               val(node.all_input_nodes[0]).dtype, reason))
 
 
 def _embedding(state: State, node: Node, origin: dict[Node, str], number: int) -> None:
@@ -90,7 +90,7 @@ def _embedding(state: State, node: Node, origin: dict[Node, str], number: int) -
     gemm = choice.gemm
     if gemm is None or (state.config.where_it_pays and choice.rule is None):
         reason = choice.reason if gemm is None else "it is not known to pay: name it in a rule"
-        state.alone.append(replace(record, reason=reason))
+        state.leave(replace(record, reason=reason))
         return
     quantizer = None if gemm.b.spec is None else Quantizer(gemm.b.spec, gemm.rotation, number)
     obstacle = _obstacle(state, node, table, origin, quantizer)
@@ -98,12 +98,12 @@ def _embedding(state: State, node: Node, origin: dict[Node, str], number: int) -
         _rewrite(state, node, table, quantizer)
         notes = () if quantizer.of_rows else ("the whole table is quantised in each forward: its scales ask for it",)
         recipe = choice.recipe.name if choice.recipe is not None else None
-        state.alone.append(replace(record, recipe=recipe, kernel="reference", reason="", notes=notes))
+        state.leave(replace(record, recipe=recipe, kernel="reference", reason="", notes=notes))
         return
     if state.config.strict:
         raise UnsupportedMatmul(f"strict=True, and the embedding {fqn or node.name} ({vocabulary} rows of {width}, "
                                 f"{val(node).dtype}) cannot be quantised: {obstacle}")
-    state.alone.append(replace(record, reason=str(obstacle)))
+    state.leave(replace(record, reason=str(obstacle)))
 
 
 def _obstacle(state: State, node: Node, table: Node, origin: dict[Node, str],
