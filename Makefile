@@ -1,4 +1,5 @@
 # make demo                 train a small Llama with backend="quartet" beside plain Inductor (a few minutes on two cores)
+# make check                before each commit: ruff, mypy, and the tests that find most a second (four minutes at most)
 # make test                 the test suite
 # make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
 # make fuzz N=1000          so many random models through the passes, and calls through the optimizers
@@ -15,7 +16,14 @@ COMMA  := ,
 EXTRAS := test,demo$(if $(TORCH),,$(COMMA)zoo)# a torchvision, which timm needs, is made for one PyTorch only
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
-.PHONY: install demo test fuzz zoo test-cutlass lint bench docs clean
+named  = $(patsubst %,tests/$1/test_%.py,$2)
+QUICK  := tests/passes tests/quartet tests/runtime $(filter-out tests/test_packaging.py,$(wildcard tests/test_*.py)) \
+          $(filter-out $(call named,kernels,build_% cpu_% cutlass_% triton_%),$(wildcard $(call named,kernels,*))) \
+          $(call named,lowering,blackwell blackwell_library cost fp8 grouped_products int8 op opcheck operands triton) \
+          $(call named,scenarios,cells layers masks recipe_formulas strict) $(call named,caches,cache_key) \
+          $(call named,optim,state_format optimizers) $(call named,direct,weights derivatives)
+
+.PHONY: install demo check test fuzz zoo test-cutlass lint bench docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -29,6 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_llama.py --out demo-out $(ARGS)
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK) $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)

@@ -191,6 +191,7 @@ def test_without_mask_the_gradient_is_not_masked(gen):
     assert relative(gx, e.double() @ w.double()) < 0.35 and relative(gw, e.double().t() @ x.double()) < 0.35
 
 
+@pytest.mark.slow
 def test_gradient_is_unbiased_for_the_quantised_forward(gen):
     """The error of the mean of K passes halves when K grows by 4: one bit, until the bias of 9 bits would show."""
     x, w, e = problem(gen, 32, 64, 32)

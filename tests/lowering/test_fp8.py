@@ -265,6 +265,7 @@ def fresh(tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_semantic_ops_inside_inductor_are_the_reference(fresh, dtype):
     def run(x, w):

@@ -228,6 +228,7 @@ def test_describe_names_dtypes_and_structure():
 
 # ── the folder ──
 
+@pytest.mark.slow
 def test_dumped_files_run_as_programs(tmp_path):
     dump = GraphDump(tmp_path)
     observe(dump, traced())

@@ -165,6 +165,7 @@ def test_bytes_and_shapes_are_compared():
     assert st._differing([(x, x[1:])]) == (False, "[6] instead of [5]")
 
 
+@pytest.mark.slow
 def test_the_quantisers_pass_in_the_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
