@@ -56,6 +56,14 @@ def call(build: Builder, op: OpOverload, given: Mapping[str, Any]) -> Node:
 
 
 @dataclass(frozen=True)
+class Signs(View):
+    op = ir.SIGNS
+    seed: Node
+    site: int
+    n: int
+
+
+@dataclass(frozen=True)
 class FixedSigns(View):
     op = ir.FIXED_SIGNS
     signs: list[int]
@@ -114,4 +122,4 @@ class ApplyMask(View):
     mask: Node
 
 
-VIEWS: tuple[type[View], ...] = (FixedSigns, Hadamard, Quantize, QuantizeGroups, Dequantize, ApplyMask)
+VIEWS: tuple[type[View], ...] = (Signs, FixedSigns, Hadamard, Quantize, QuantizeGroups, Dequantize, ApplyMask)

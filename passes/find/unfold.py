@@ -13,6 +13,7 @@ kernel size times over: then neither they nor their codes are kept, backward unf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -253,16 +254,14 @@ def _fold(build: Builder, conv: Convolution, g: Node) -> Node:
 def _fold_axis(build: Builder, g: Node, axis: int, length: int, padding: int, stride: int, dilation: int) -> Node:
     """Add the taps, the last axis of ``g``, up along ``axis``, which gets ``length``."""
     taps, behind = shape(g)[-1], val(g).dim() - 2 - axis  # axes after `axis` once the taps are gone
-    total: Node | None = None
-    for tap in range(taps):
-        part = build(aten.select.int, g, -1, tap)
-        part = _spread(build, part, axis, stride)
+
+    def placed(tap: int) -> Node:
+        part = _spread(build, build(aten.select.int, g, -1, tap), axis, stride)
         start = tap * dilation - padding
         end = length - start - shape(part)[axis]
-        part = build(aten.constant_pad_nd.default, part, [0, 0] * behind + [start, end])
-        total = part if total is None else build(aten.add.Tensor, total, part)
-    assert total is not None
-    return total
+        return build(aten.constant_pad_nd.default, part, [0, 0] * behind + [start, end])
+
+    return reduce(partial(build, aten.add.Tensor), map(placed, range(taps)))
 
 
 def _spread(build: Builder, x: Node, axis: int, stride: int) -> Node:

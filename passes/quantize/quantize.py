@@ -37,7 +37,7 @@ from quartet.lowering.ir.graph import (
 )
 from quartet.lowering.ir.operands import ROWS, Operand, Product, Quantizer
 from quartet.lowering.ir.products import SWAP, turned
-from quartet.lowering.ir.views import Dequantize, Hadamard, Quantize, QuantizeGroups
+from quartet.lowering.ir.views import ApplyMask, Dequantize, Hadamard, Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import REUSABLE, Source
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
@@ -129,7 +129,7 @@ def _straight_through(state: State, site: Quantized, role: str, mm: Node, start:
 def _masked(build: Builder, site: Quantized, role: str, out: Node) -> Node:
     """A gradient without the elements that fprop clipped, where its quantiser tells them."""
     mask = site.operands["x" if role == "dgrad" else "w"].mask
-    return out if mask is None else build(ir.APPLY_MASK, out, mask)
+    return out if mask is None else ApplyMask(out, mask).emit(build)
 
 
 def _mark_reusable(state: State, weight: QuantizedOperand) -> None:

@@ -32,7 +32,7 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.ir.views import Dequantize, Quantize
+from quartet.lowering.ir.views import ApplyMask, Dequantize, FixedSigns, Hadamard, Quantize, Signs
 from quartet.lowering.recipe.types import Rotation
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
 from quartet.passes.graph_pass import graph_pass
@@ -145,8 +145,8 @@ def _round_trip(state: State, build: Builder, x: Node, quantizer: Quantizer,
     spec, rotation, width, dtype = quantizer.spec, quantizer.rotation, shape(x)[1], val(x).dtype
     signs = None
     if rotation is not None:
-        signs = _signs(state, build, quantizer, val(x).device)
-        x = build(ir.HADAMARD, x, rotation.n, signs, False, torch.float32)
+        signs = _signs(state, build, rotation, quantizer.number, val(x).device)
+        x = Hadamard(x, rotation.n, signs, False, torch.float32).emit(build)
     if spec.takes_amax and amax is None:
         amax = build(ir.AMAX, x)
     seed = draw_seed(state, val(x).device) if spec.stochastic else None
@@ -154,16 +154,16 @@ def _round_trip(state: State, build: Builder, x: Node, quantizer: Quantizer,
     q = Quantize(x, spec, seed, bits, amax).emit(build)
     values = Dequantize(build.item(q, 0), build.item(q, 1), spec, val(x).dtype, amax).emit(build)
     if rotation is not None:
-        values = build(ir.HADAMARD, values, rotation.n, signs, True, dtype)
+        values = Hadamard(values, rotation.n, signs, True, dtype).emit(build)
     return build.contiguous(build.columns(values, width)), (build.item(q, 2), signs) if spec.mask else None
 
 
-def _signs(state: State, build: Builder, quantizer: Quantizer, device: torch.device) -> Node | None:
-    assert quantizer.rotation is not None
-    signs, n = quantizer.rotation.signs, quantizer.rotation.n
-    if signs == "random":
-        return build(ir.SIGNS, draw_seed(state, device), Draw.FPROP_SIGNS.of(quantizer.number), n)
-    return None if signs == "none" else build(ir.FIXED_SIGNS, list(signs), device)
+def _signs(state: State, build: Builder, rotation: Rotation, number: int, device: torch.device) -> Node | None:
+    if isinstance(rotation.signs, tuple):
+        return FixedSigns(list(rotation.signs), device).emit(build)
+    if rotation.signs == "none":
+        return None
+    return Signs(draw_seed(state, device), Draw.FPROP_SIGNS.of(number), rotation.n).emit(build)
 
 
 def _mask_gradient(forward: Builder, node: Node, rotation: Rotation | None, mask: Node, signs: Node | None) -> None:
@@ -179,10 +179,10 @@ def _mask_gradient(forward: Builder, node: Node, rotation: Rotation | None, mask
     width = shape(node)[-1]
     x = build(aten.view.default, build.contiguous(gradient), [-1, width])
     if rotation is not None:
-        x = build(ir.HADAMARD, x, rotation.n, signs, False, torch.float32)
-    x = build(ir.APPLY_MASK, x, mask)
+        x = Hadamard(x, rotation.n, signs, False, torch.float32).emit(build)
+    x = ApplyMask(x, mask).emit(build)
     if rotation is not None:
-        x = build(ir.HADAMARD, x, rotation.n, signs, True, val(gradient).dtype)
+        x = Hadamard(x, rotation.n, signs, True, val(gradient).dtype).emit(build)
     x = build(aten.view.default, build.contiguous(build.columns(x, width)), [build.size(s) for s in shape(node)])
     replace_all(gradient, x, keep=tuple(u for u in gradient.users if u not in makers))
 
