@@ -161,7 +161,8 @@ class Quantizer:
     @property
     def rotation(self) -> int:
         """Size of the Hadamard transform before it, 0 for none."""
-        return Hadamard.of(self.view.x).n if self.view.x.target is ir.HADAMARD else 0
+        rotation = Hadamard.into(self.view.x)
+        return 0 if rotation is None else rotation.n
 
 
 def quantizer_of(operand: Node) -> Quantizer | None:

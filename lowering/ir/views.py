@@ -79,6 +79,14 @@ class Hadamard(View):
     inverse: bool
     dtype: torch.dtype
 
+    @staticmethod
+    def into(x: Node) -> Hadamard | None:
+        """The transform into a rotated basis whose result ``x`` is; None where it is none, or the way back from one."""
+        if x.target is not ir.HADAMARD:
+            return None
+        found = Hadamard.of(x)
+        return None if found.inverse else found
+
 
 @dataclass(frozen=True)
 class Quantize(View):

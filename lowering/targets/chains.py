@@ -61,8 +61,7 @@ class Source:
         made = Quantize.of(quantizer)
         x, rotation, signs = made.x, 0, None
         # the rule eden sums over groups that several threads have: a Hadamard before it is a kernel of its own
-        if x.target is ir.HADAMARD and made.spec.rule != "eden":
-            rotated = Hadamard.of(x)
+        if (rotated := Hadamard.into(x)) is not None and made.spec.rule != "eden":
             x, rotation, signs = rotated.x, rotated.n, rotated.signs
         return Source(x, rotation, signs, made.spec, made.seed, made.site, made.amax if made.spec.two_level else None,
                       parameter=quantizer.meta.get(REUSABLE))
@@ -184,8 +183,7 @@ def ready(build: Builder, chain: Source) -> Source:
         pull(chain.x, build.before)
         old, amax = amax, build(cuda_ops.ROTATED_AMAX, chain.x, chain.rotation, chain.signs)
         _replace(old, amax)
-    if chain.x.target is ir.HADAMARD and amax.target is ir.AMAX:
-        rotation = Hadamard.of(chain.x)
+    if (rotation := Hadamard.into(chain.x)) is not None and amax.target is ir.AMAX:
         for node in filter(None, (rotation.x, rotation.signs)):
             pull(node, build.before)
         rotated = build(cuda_ops.ROTATE, rotation.x, rotation.n, rotation.signs)

@@ -7,6 +7,7 @@ from models import MLP, data
 from torch import nn
 from torch.nn import functional as F
 
+from quartet import Gemm, Operand, Policy, QuantSpec, Recipe
 from quartet.kernels.reference.hadamard import FLAT_SIGNS, hadamard
 from quartet.kernels.reference.products.linear import FORWARD, QuartetLinear, linear_forward
 from quartet.kernels.reference.quantize import dequantize
@@ -55,6 +56,23 @@ def test_compiled_linear_is_the_reference_bit_for_bit(recipe, rows, width, out, 
     assert torch.equal(y, expected + layer.bias)
     expected.backward(grad)
     assert torch.equal(gx, xr.grad) and torch.equal(gw, wr.grad)
+
+
+def test_a_gradient_that_comes_back_from_a_rotated_basis_is_quantised_as_it_is():
+    """What dgrad of the second layer turns back is E of the first, which another recipe does not rotate."""
+    operand = Operand(QuantSpec.parse("e2m1/32 e8m0 even nearest"))
+    plain = Recipe("unrotated", fprop=Gemm(operand, operand), dgrad=Gemm(operand, operand))
+    policy = Policy("quartet").on("0", plain).on("1", "quartet")
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 128, bias=False))
+    (x,) = data(64, 64, grad=True)()
+    gradients = []
+    for kernels in ((), ("cpp",)):
+        torch._dynamo.reset()
+        compiled, backend = compile_eager(model, policy, disable_kernels=kernels)
+        torch.manual_seed(3)
+        gradients.append(torch.autograd.grad(compiled(x).square().sum(), x)[0])
+        assert ("cpp" in {r.kernel for r in backend.records}) != bool(kernels)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-3)
 
 
 def test_mean_of_stochastic_gradients_approaches_the_exact_one():
