@@ -175,6 +175,24 @@ def test_a_provider_that_declines_is_passed_over(second):
     assert "cpu_dequantize.mine=0" in registry.answers([CPU], quantized_gemms())
 
 
+def test_a_second_provider_is_disabled_by_its_name(second):
+    assert "cpu_dequantize.mine" in options("cpu_dequantize.mine").disable_kernels
+    _, reasons = cpu_ops.cpu_dequantize.choose(CPU, ("cpu_dequantize.mine",))
+    assert reasons == {"mine": "disabled: disable_kernels names 'cpu_dequantize.mine'"}
+    graph = torch.fx.Graph()
+    codes, scales = graph.placeholder("codes"), graph.placeholder("scales")
+    given = torch.full((4, 16), 0x21, dtype=torch.uint8), torch.full((4, 1), 127, dtype=torch.uint8)
+    node = graph.call_function(cpu_ops.DEQUANTIZE, (codes, scales, "e2m1/32 e8m0 ceil nearest", torch.float32))
+    node.meta["val"] = dequantized()
+    providers.settle(graph, lambda device: CPU)
+    assert node.target is cpu_ops.DEQUANTIZE and second["ran"] == 1
+    providers.settle(graph, lambda device: CPU, ("cpu_dequantize.mine",))
+    assert node.target is torch.ops.quartet.cpu_dequantize.cpp
+    graph.output(node)
+    made = torch.fx.GraphModule(torch.nn.Module(), graph)(*given)
+    assert torch.equal(made, node.meta["val"]) and second["ran"] == 1
+
+
 def test_a_provider_is_withdrawn_without_a_trace():
     op = cpu_ops.cpu_dequantize
     before = op.providers
