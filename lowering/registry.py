@@ -125,11 +125,8 @@ def _inductor(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int
 def not_generated(target: Target, *specs: QuantSpec) -> str | None:
     """Why code that Inductor generates for a GPU cannot make or read one of these formats; None where it can."""
     formats = [name for spec in specs for name in (spec.element, spec.scale) if name in FLOAT8]
-    if formats and target.capability is not None and target.capability < fp8.CAPABILITY:
-        return ("generated code has no {} here: Triton converts to both FP8 formats from compute capability {}.{} on, "
-                "this device has {}.{}; take a recipe in INT8 or MXFP4, or bf16").format(
-                    min(formats), *fp8.CAPABILITY, *target.capability)
-    return None
+    reason = target.lacks("fp8 conversions") if formats else None
+    return reason and f"generated code has no {min(formats)} here: {reason}; take a recipe in INT8 or MXFP4, or bf16"
 
 
 _PROMOTED = Variant("accumulation", "promoted", fp8_products.promote)

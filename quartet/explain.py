@@ -13,7 +13,7 @@ from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.policy import Policy
 from quartet.report.table import Report
-from quartet.runtime.devices import Target
+from quartet.runtime.devices import FEATURES, Target
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, mode: str | None = None,
@@ -26,7 +26,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     Args:
         model: the module, compiled or not. args, kwargs: inputs of its forward.
         options, mode: as for ``torch.compile(model, backend="quartet")``.
-        target: ``"sm_100a"``, ``"sm_90"``, …: as if the tensors were on such a GPU. Nothing runs then.
+        target: ``"sm_100a"``, ``"sm_90"``, ``"gfx950"``, …: as if the tensors were on such a GPU. Nothing runs then.
     Returns:
         A :class:`quartet.report.table.Report`; print it, ``to_dict()``, ``to_html()``.
     """
@@ -62,7 +62,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     for text in judge.unmatched(graphs[-1], known=True) if graphs else ():
         warnings.warn(text, stacklevel=2)
     device = next((t.device for t in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
-    notes = (*capture.notes, *_unpriced(parsed.policy, parsed.target or Target.of(device)))
+    chosen_for = parsed.target or Target.of(device)
+    notes = (*capture.notes, *_unpriced(parsed.policy, chosen_for), *_foreign(chosen_for))
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved)
 
@@ -73,3 +74,11 @@ def _unpriced(policy: Policy, target: Target) -> Iterator[str]:
 
     if policy.where_it_pays and rates_of(target) is None:
         yield f"no measured rates for {target}: everything is quantised, whether it pays or not"
+
+
+def _foreign(target: Target) -> Iterator[str]:
+    """A note of what is missing for a GPU that is not NVIDIA's."""
+    if target.foreign is not None:
+        lacking = sorted(FEATURES.keys() - target.features - {"nvidia instructions"})
+        yield (f"{target.foreign}: what is quantised runs as code that Inductor generates; missing are fused "
+               f"quantisers, and products with {', '.join(lacking)}")

@@ -26,8 +26,6 @@ from quartet.runtime.devices import Target
 MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
-CAPABILITY = (8, 9)  # of GPUs that have FP8 tensor cores
-
 Two = tuple[Tensor, Tensor]
 
 
@@ -78,10 +76,7 @@ def _cast_groups_triton(x: Tensor, spec: str, ends: Tensor) -> Two:
 
 def unavailable(target: Target) -> str | None:
     """Why a device has no FP8, which the products and Triton's conversions need; None where it has."""
-    if target.capability is None or target.capability >= CAPABILITY:
-        return None
-    return "there is FP8 from compute capability {}.{} on, this device has {}.{}".format(
-        *CAPABILITY, *target.capability)
+    return None if target.capability is None else target.lacks("fp8 tensor cores")
 
 
 def _mm_fake(a, b, a_scales, b_scales, dtype, fast):

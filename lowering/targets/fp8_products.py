@@ -23,7 +23,6 @@ from quartet.runtime.devices import Target
 from quartet.runtime.sizes import same, same_sizes, unbacked
 
 ALIGN = 16
-GROUPED_ON = 9  # major compute capability: PyTorch has the grouped product for Hopper alone
 _OURS = "quartet_product"  # marks a product that is not the user's own
 _FAST = {aten._scaled_mm.default: "use_fast_accum", aten._scaled_grouped_mm.default: "use_fast_accum",
          fp8_ops.MM: "fast", fp8_ops.BMM: "fast"}
@@ -31,10 +30,7 @@ _FAST = {aten._scaled_mm.default: "use_fast_accum", aten._scaled_grouped_mm.defa
 
 def supports_kind(target: Target, product: OpOverload) -> str | None:
     """None where the device has FP8 products of this kind, one of ``operands.SCALED``, else why not."""
-    if product is ir.SCALED_MM or (target.capability is not None and target.capability[0] == GROUPED_ON):
-        return None
-    return "PyTorch has FP8 products of batches and groups for compute capability 9.0 only, not {}".format(
-        "this device" if target.capability is None else "{}.{}".format(*target.capability))
+    return None if product is ir.SCALED_MM else target.lacks("fp8 grouped products")
 
 
 def multiply(build: Builder, kind: Kind, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,

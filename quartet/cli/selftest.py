@@ -132,7 +132,6 @@ def outcomes(checks: Iterable[Check]) -> tuple[list[tuple[str, str, str, str]], 
 
 def checks_of(device: torch.device) -> Iterator[Check]:
     """What there is to check on a device: quantisers, folds, products in the order in which they are chosen."""
-    from quartet.lowering.targets.blackwell import lower as blackwell
     from quartet.lowering.targets.triton import lower as cuda
 
     target = Target.of(device)
@@ -141,7 +140,7 @@ def checks_of(device: torch.device) -> Iterator[Check]:
         yield Check("Triton quantisers", "-", _nothing, declined)
     else:
         yield from quantizer_checks(device, QUANTIZED, MANY)
-        hardware = blackwell.unavailable(target)
+        hardware = target.lacks("block-scaled tensor cores")
         if hardware is not None:
             yield Check("conversions by hardware", "-", _nothing, hardware)
         yield from op_checks(device)

@@ -224,7 +224,7 @@ def kernels_and_key(recipe, kind="cpu"):
     gemms = [gemm for role in ROLES if (gemm := getattr(quartet.recipes()[recipe], role)) is not None]
     pairs = [tuple((side.spec, gemm.rotation.n if gemm.rotation else 0) for side in (gemm.a, gemm.b)) for gemm in gemms
              if gemm.a.spec is not None]
-    target = Target("cpu") if kind == "cpu" else Target("cuda", (10, 0))
+    target = Target("cpu") if kind == "cpu" else Target("cuda", "sm_100")
     kernels = [kernel and kernel.name for pair in pairs for dtype in registry.QUANTIZED
                for kernel in [registry.choose(target, dtype, pair)[0]]]
     return kernels, make_pipeline(gm, inputs, replace(options, target=None if kind == "cpu" else target)).uuid()
@@ -239,7 +239,7 @@ FACTS = {
     "no VNNI": ("cpu", "torch.cpu.get_capabilities", dict),
     "no nvcc, headers or objects": ("cuda", "quartet.kernels.cutlass.build.unready", no),
     "no Triton": ("cuda", "quartet.lowering.targets.triton.lower.unavailable", no),
-    "no GPU": ("cuda", "quartet.lowering.targets.blackwell.lower.unavailable", no),
+    "no GPU": ("cuda", "quartet.runtime.devices.Target.lacks", no),
 }
 
 

@@ -384,11 +384,11 @@ def test_objects_built_ahead_serve_where_no_compiler_is(log, monkeypatch):
     for configuration, path in paths.items():
         again = build(configuration)
         assert is_built(configuration) and (again.path, again.fresh, again.nvcc) == (path, False, "13.0.88")
-    assert compiled(log) == 3 and chosen((10, 0)) == ("cutlass", None)
-    name, reason = chosen((12, 0))
+    assert compiled(log) == 3 and chosen("sm_100") == ("cutlass", None)
+    name, reason = chosen("sm_120")
     assert name == "dot-scaled" and "headers are missing" in reason and "the cache" not in reason.split(";")[1]
-    assert chosen((10, 0), dtype=torch.float16)[0] == "dot-scaled"
-    assert chosen((10, 0), "e2m1/16 e4m3 amax nearest")[0] == "scaled-mm"
+    assert chosen("sm_100", dtype=torch.float16)[0] == "dot-scaled"
+    assert chosen("sm_100", "e2m1/16 e4m3 amax nearest")[0] == "scaled-mm"
 
 
 def test_one_kernel_that_is_missing_is_named(log, monkeypatch):

@@ -151,10 +151,10 @@ def test_without_the_compiler_triton_is_taken_and_the_reason_says_what_to_instal
     monkeypatch.setenv("QUARTET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("quartet.kernels.cutlass.toolchain.unavailable", lambda arch: f"nvcc is missing for {arch}")
     spec = quartet.recipes()["quartet"].fprop.a.spec
-    here = Target("cuda", (10, 0))
+    here = Target("cuda", "sm_100")
     kernel, reasons = registry.choose(here, torch.bfloat16, ((spec, 32), (spec, 32)))
     assert kernel.name == "dot-scaled" and reasons["cutlass"] == "nvcc is missing for sm_100a"
-    kernel, _ = registry.choose(Target("cuda", (10, 0), pretended=True), torch.bfloat16, ((spec, 32), (spec, 32)))
+    kernel, _ = registry.choose(Target("cuda", "sm_100", pretended=True), torch.bfloat16, ((spec, 32), (spec, 32)))
     assert kernel.name == "cutlass"
 
 

@@ -47,7 +47,7 @@ def test_what_is_declined(a, b, target, dtype, reason):
 @pytest.mark.parametrize("version, taken", [("12.8", False), ("12.9", True), ("13.0", True), (None, False)])
 def test_the_cuda_that_pytorch_is_built_for(monkeypatch, version, taken):
     monkeypatch.setattr(torch.version, "cuda", version)
-    name, why = choose(ROWS, TILES, Target("cuda", (9, 0)))
+    name, why = choose(ROWS, TILES, Target("cuda", "sm_90"))
     assert (name == "scaled-mm") is taken and (taken or "CUDA 12.9" in why)
 
 

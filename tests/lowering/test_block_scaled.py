@@ -89,7 +89,7 @@ def test_without_the_compiler_pytorchs_own_is_taken(monkeypatch, tmp_path):
     monkeypatch.setenv("QUARTET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("quartet.kernels.cutlass.toolchain.unavailable", lambda arch: f"nvcc is missing for {arch}")
     for spec in FORMATS.values():
-        kernel, reasons = registry.choose(Target("cuda", (12, 0)), torch.bfloat16, ((spec, 0), (spec, 0)))
+        kernel, reasons = registry.choose(Target("cuda", "sm_120"), torch.bfloat16, ((spec, 0), (spec, 0)))
         assert kernel.name == "scaled-mm" and reasons["cutlass"] == "nvcc is missing for sm_120a"
 
 

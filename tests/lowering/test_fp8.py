@@ -1,6 +1,7 @@
 """FP8 GEMMs on torch._scaled_mm: what is accepted, what the tensor cores are given, and the numbers."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_devices_without_fp8_are_refused_by_what_they_are(capability, monkeypatc
     assert "no e4m3 here: Triton converts to both FP8 formats from compute capability 8.9 on" in reasons["inductor"]
     capability(9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942"))
     assert "ROCm" in choose(TENSOR, TENSOR)[1]
 
 

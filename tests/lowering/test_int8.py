@@ -39,13 +39,16 @@ def test_what_is_declined(a, b, reason):
 
 
 def test_devices_without_it(monkeypatch):
-    assert "need compute capability 7.5 or more, this device has 7.0" in int8.unavailable(Target("cuda", (7, 0)))
-    assert "ROCm" in int8.unavailable(Target("cuda"))
-    assert "not on xpu" in int8.unavailable(Target("xpu"))
+    def why(*target):
+        return int8.supports(Target(*target), torch.bfloat16, ROW, 0)
+
+    assert "need compute capability 7.5 or more, this device has 7.0" in why("cuda", "sm_70")
+    assert "ROCm" in why("cuda", "gfx942")
+    assert "not on xpu" in why("xpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
-    assert "without VNNI" in int8.unavailable(Target("cpu"))
+    assert "without VNNI" in why("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
-    assert int8.unavailable(Target("cpu")) is None
+    assert why("cpu") is None
 
 
 # the graph

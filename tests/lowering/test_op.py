@@ -251,5 +251,5 @@ def test_an_op_that_nothing_computes_is_an_error():
     providers.settle(graph, lambda device: SM_90)
     assert product.target is torch.ops.quartet.fp8_mm.default
     with pytest.raises(providers.NoProvider, match=r"fp8_mm.*nothing computes op 'fp8_mm' on sm_80: reference: "
-                                                   r"there is FP8 from compute capability 8\.9 on"):
+                                                   r"FP8 tensor cores need compute capability 8\.9"):
         providers.settle(graph, lambda device: SM_80)

@@ -34,6 +34,19 @@ def test_kernels_are_those_of_the_target(target, policy, kernel):
     assert report.saved_bytes_total > 0
 
 
+@pytest.mark.parametrize("policy", ["quartet", "fp8", "int8-all"])
+def test_a_gpu_of_another_vendor_is_explained_with_what_it_would_need(policy):
+    module, x = model()
+    report = quartet.explain(module, x, options={"policy": policy}, target="gfx950")
+    assert {r.kernel for r in report.records} == {"inductor"}
+    (note,) = (note for note in report.notes if "AMD" in note)
+    assert note == (
+        "gfx950 is AMD's: what is quantised runs as code that Inductor generates; missing are fused quantisers, and "
+        "products with block-scaled tensor cores, fp8 block scales, fp8 grouped products, fp8 tensor cores, "
+        "int8 tensor cores")
+    assert note in str(report) and all("AMD" not in note for note in quartet.explain(module, x, target="sm_80").notes)
+
+
 AMPERE = ("generated code has no e4m3 here: Triton converts to both FP8 formats from compute capability 8.9 on, this "
           "device has 8.0")
 

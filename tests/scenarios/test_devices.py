@@ -12,7 +12,7 @@ import quartet
 from quartet.cli import doctor
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
-from quartet.lowering.targets.fp8 import lower as fp8
+from quartet.runtime.devices import Target
 
 
 class TwoDevices(nn.Module):
@@ -66,7 +66,7 @@ def test_a_missing_gpu_has_no_kernel_and_says_that_it_is_not_there(monkeypatch):
         specs = (gemm.a.spec, 0), (gemm.b.spec, 0)
         kernel, reasons = registry.choose(torch.device("cuda", 1), torch.bfloat16, specs)
         assert kernel is None and set(reasons) == set(registry.NAMES)
-    assert "no CUDA device is here" in fp8.unavailable(torch.device("cuda"))
+    assert "no CUDA device is here" in Target.of(torch.device("cuda")).lacks("fp8 tensor cores")
 
 
 def test_a_gpu_beyond_the_last_is_named_with_the_legal_ones(monkeypatch):

@@ -8,12 +8,12 @@ import torch
 from harness import ALL, assert_close, assert_same, compile_eager, cosine, count, step
 from models import CASES, MLP, Block, Twice, data
 from scaled_mm import rows_run_on_a_cpu
+from tensor_cores import with_fp8
 from torch import nn
 from torchao.float8 import CastConfig, Float8LinearConfig, convert_to_float8_training
 from torchao.float8.config import ScalingGranularity
 
 from quartet import Gemm, Operand, Policy, QuantSpec, Recipe, Rotation, recipes
-from quartet.lowering.targets.fp8 import lower as fp8
 
 RECIPES = ("fp8", "fp8-rowwise")
 TENSOR, TENSOR_E5M2 = map(QuantSpec.parse, ("e4m3/tensor fp32 amax nearest", "e5m2/tensor fp32 amax nearest"))
@@ -22,14 +22,13 @@ aten = torch.ops.aten
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """The CPU counts as a device with FP8 tensor cores: it runs ``_scaled_mm`` too."""
-    monkeypatch.setattr(fp8, "unavailable", lambda device: None)
+    with_fp8(monkeypatch)
 
 
 @pytest.fixture(params=("inductor", "cublaslt"))
 def kernel(request, monkeypatch):
     if request.param == "cublaslt":
-        monkeypatch.setattr(fp8, "unavailable", lambda device: None)
+        with_fp8(monkeypatch)
     return request.param
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from harness import Backend, assert_close, assert_same, compile_eager, cosine, count, step
 from models import Block, Llama, Residual, data, tokens
+from tensor_cores import with_fp8
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,6 @@ import quartet
 from quartet import Policy
 from quartet.backend import compile_graph, make_partitioner, make_pipeline
 from quartet.lowering.recipe.types import Recipe, Saved
-from quartet.lowering.targets.fp8 import lower as fp8
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.residuals.partition import SavedActivations
@@ -202,7 +202,7 @@ class Shared(nn.Module):
 def test_codes_of_a_product_serve_the_activation_too(kernel, rows, monkeypatch):
     """Also where a cast makes them for the FP8 tensor cores, which keep those of the transpose."""
     if kernel == "cublaslt":
-        monkeypatch.setattr(fp8, "unavailable", lambda device: None)
+        with_fp8(monkeypatch)
     model, inputs = Shared(), [torch.randn(rows, 128, requires_grad=True)]
     compiled, exact = compile_eager(model, Policy("fp8"))
     expected = step(compiled, model, inputs)

@@ -37,7 +37,7 @@ def kind_of(spec: QuantSpec) -> str | None:
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when block-scaled tensor cores multiply operands of NVFP4 or MXFP8 into ``dtype``, else why not."""
-    reason = blackwell.unavailable(target)
+    reason = target.lacks("block-scaled tensor cores")
     if reason is not None and target.type == "cuda" and dtype is torch.bfloat16:
         return f"{reason}; what is dequantised instead is exact in bfloat16"
     if reason is None and dtype not in OUTPUT_OF:

@@ -27,15 +27,15 @@ OUTPUTS = (torch.bfloat16, torch.float32)
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when cuBLASLt multiplies operands of this format into ``dtype``, else why not."""
-    if target.type != "cuda" or target.capability is None:
-        return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
+    reason = target.lacks("fp8 block scales")
+    if target.capability is None:
+        return reason
     if block_scaled.kind_of(spec) in ("nvf4", "mxf8"):
         return block_scaled.supports(target, dtype, spec, rotation)
     if not _fp8_blocks(spec):
         return f"multiplies NVFP4, MXFP8, and FP8 with a scale every 128 elements, not {spec}"
-    if target.capability[0] != 9:
-        return "cuBLASLt has FP8 products with fp32 scales of blocks for compute capability 9.0 only, not {}.{}".format(
-            *target.capability)
+    if reason is not None:
+        return reason
     if not target.pretended and _version(torch.version.cuda) < CUDA:
         return f"fp32 scales of blocks need PyTorch built for CUDA 12.9 or newer, this one is for {torch.version.cuda}"
     return None if dtype in OUTPUTS else f"the product is bfloat16 or float32, not {dtype_name(dtype)}"

@@ -37,17 +37,7 @@ from quartet.runtime.devices import Target
 
 def arch(target: Target) -> str | None:
     """What kernels for a target are compiled for, or None where it has no FP4 tensor cores."""
-    return None if target.type != "cuda" or target.capability is None else arch_of(target.capability)
-
-
-def unavailable(target: Target) -> str | None:
-    """None where there are block-scaled tensor cores, else why not."""
-    if target.type != "cuda" or target.capability is None:
-        return f"block-scaled tensor cores are on NVIDIA GPUs, not on {target.type}"
-    if arch(target) is None:
-        return "block-scaled tensor cores need compute capability 10.0, 10.3, 12.0 or 12.1, not {}.{}".format(
-            *target.capability)
-    return None
+    return None if target.capability is None else arch_of(target.capability)
 
 
 def supports_cutlass(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
@@ -67,7 +57,7 @@ def unbuildable(target: Target, kind: str, dtype: torch.dtype) -> str | None:
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the product runs on FP4 tensor cores, else why not."""
-    reason = unavailable(target) or cuda.supports(target, dtype, spec, rotation)
+    reason = target.lacks("block-scaled tensor cores") or cuda.supports(target, dtype, spec, rotation)
     if reason is None and spec.block != 32:
         return f"the FP4 tensor cores scale blocks of 32, not of {spec.block}"
     if reason is None and dtype not in OUTPUT_OF:

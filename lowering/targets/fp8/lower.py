@@ -16,7 +16,6 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir import fp8 as fp8_ops
-from quartet.lowering.ir.fp8 import CAPABILITY
 from quartet.lowering.ir.graph import Builder, aten, hand_over, inline, is_backward, keep_as, results, shape, val
 from quartet.lowering.ir.operands import Product, readers
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
@@ -26,23 +25,9 @@ from quartet.runtime import compat
 from quartet.runtime.devices import Target
 
 
-def unavailable(device: torch.device | Target) -> str | None:
-    """None where a device has FP8 tensor cores that PyTorch's scaled products drive, else why not."""
-    target = Target.of(device)
-    if target.type != "cuda":
-        return f"FP8 tensor cores are on NVIDIA GPUs, not on {target.type}"
-    if target.missing is not None:
-        return target.missing
-    if target.capability is None:
-        return "written for NVIDIA's FP8 formats; this PyTorch is built for ROCm"
-    if target.capability < CAPABILITY:
-        return "FP8 tensor cores need compute capability 8.9 or more, this device has {}.{}".format(*target.capability)
-    return None
-
-
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when PyTorch's scaled products multiply operands of this format into ``dtype``, else why not."""
-    if (reason := unavailable(target)) is not None:
+    if (reason := target.lacks("fp8 tensor cores")) is not None:
         return reason
     if spec.element not in ir.FLOAT8:
         return f"multiplies FP8 operands, not {spec.element}"

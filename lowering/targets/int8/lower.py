@@ -21,25 +21,9 @@ from quartet.runtime.devices import Target
 CODES = ("int8", "ternary")
 
 
-def unavailable(target: Target) -> str | None:
-    """None where a device multiplies integers faster than floats, else why not."""
-    if target.type == "cpu":
-        known = torch.cpu.get_capabilities()
-        if target.pretended or any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
-            return None
-        return "without VNNI or AMX this CPU multiplies integers no faster than floats"
-    if target.type != "cuda":
-        return f"multiplies INT8 on NVIDIA GPUs and CPUs, not on {target.type}"
-    if target.capability is None:
-        return "written for NVIDIA's INT8 tensor cores; this PyTorch is built for ROCm"
-    if target.capability < (7, 5):
-        return "INT8 tensor cores need compute capability 7.5 or more, this device has {}.{}".format(*target.capability)
-    return None
-
-
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when operands of this format are multiplied as integers, else why not."""
-    reason = unavailable(target)
+    reason = target.lacks("int8 tensor cores")
     if reason is None and spec.element not in CODES:
         return f"multiplies INT8 operands, not {spec.element}"
     if reason is None and spec.blocked:

@@ -29,7 +29,6 @@ from quartet.lowering.targets.chains import (
     ready,
 )
 from quartet.lowering.targets.cpu.lower import operand_dtype
-from quartet.lowering.targets.fp8 import lower as fp8
 from quartet.lowering.targets.fp8_products import multiply
 from quartet.runtime.devices import Target
 
@@ -38,10 +37,9 @@ Folded = tuple[Node, Node]  # E4M3 values and row scales
 
 def unavailable(target: Target) -> str | None:
     """None where the Triton kernels run, else why not."""
-    if target.type != "cuda":
-        return f"runs on a GPU, not on {target.type}"
-    if not target.pretended and torch.version.hip is not None:
-        return "the Triton quantisers hold NVIDIA instructions; this PyTorch is built for ROCm"
+    reason = target.lacks("nvidia instructions")
+    if reason is not None:
+        return reason
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -61,7 +59,7 @@ def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int)
 
 def supports_fold(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the product runs on FP8 tensor cores after an exact fold, else why not."""
-    reason = fp8.unavailable(target) or supports(target, dtype, spec, rotation)
+    reason = target.lacks("fp8 tensor cores") or supports(target, dtype, spec, rotation)
     if reason is None and spec.scale != "e8m0":
         return f"'{spec}' does not fold to E4M3 with a power-of-two scale a row; dequantised it is exact in bfloat16"
     if reason is None and dtype is not torch.bfloat16:
