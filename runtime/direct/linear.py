@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quartet.runtime.direct.once import once
-from quartet.runtime.direct.weight import LowBitWeight
 
 ACTIVATIONS = ("int8", None)
 _EPSILON = 1e-5  # of BitNet: the smallest magnitude that a token's scale is made of
+
+
+class Weight(Protocol):
+    """What a product asks of a low-bit weight ``[out, in]``; see :class:`.weight.LowBitWeight`."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    activations: str | None
+
+    def unpacked(self) -> Tensor: ...
+
+    def dequantize(self) -> Tensor: ...
+
+    def row_steps(self) -> Tensor: ...
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +59,7 @@ class _Int8Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: LowBitWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         codes, scale = quantize_tokens(flat)
         product = int_product(codes, weight.unpacked()).to(torch.float32)
@@ -84,7 +97,7 @@ class _FloatLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         out = x.reshape(-1, x.shape[-1]) @ weight.dequantize().to(x.dtype).t()
         if bias is not None:
             out = out + bias.to(x.dtype)
@@ -111,7 +124,7 @@ class _Transposed(torch.autograd.Function):
     """``E · W`` of ``E [..., out]``, in E's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, e: Tensor, weight: LowBitWeight) -> Tensor:
+    def forward(ctx: Any, e: Tensor, weight: Weight) -> Tensor:
         ctx.save_for_backward(e, weight)
         return _times(e, weight)
 
@@ -127,24 +140,22 @@ class _Transposed(torch.autograd.Function):
         return ge, gw
 
 
-def _transposed(e: Tensor, weight: LowBitWeight) -> Tensor:
+def _transposed(e: Tensor, weight: Weight) -> Tensor:
     """A compiled backward is a graph of plain operations: it is never differentiated again."""
     return _times(e, weight) if torch.compiler.is_compiling() else _Transposed.apply(e, weight)
 
 
-def _times(e: Tensor, weight: LowBitWeight) -> Tensor:
+def _times(e: Tensor, weight: Weight) -> Tensor:
     return (e.reshape(-1, e.shape[-1]) @ weight.dequantize().to(e.dtype)).reshape(*e.shape[:-1], weight.shape[1])
 
 
-def grad_input(e: Tensor, weight: LowBitWeight) -> Tensor:
+def grad_input(e: Tensor, weight: Weight) -> Tensor:
     """``E · W`` in E's dtype: codes are exact there, so only E times the row's step rounds."""
     return (e.to(torch.float32) * weight.row_steps()).to(e.dtype) @ weight.unpacked().to(e.dtype)
 
 
-def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """``input · Wᵀ + bias``, ``[..., in]`` → ``[..., out]`` in the input's dtype, or autocast's."""
-    if not isinstance(weight, LowBitWeight):
-        raise TypeError("a low-bit weight is the second argument of linear; the first and the bias are plain tensors")
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: the input {list(input.shape)} has {input.shape[-1]} features, the low-bit weight "
                          f"{list(weight.shape)} takes {weight.shape[1]}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quartet.kernels.reference.optim import lowbit
 from quartet.kernels.reference.optim.lowbit import Grid
+from quartet.runtime.direct.linear import linear
 from quartet.runtime.optim.layout import local
 
 aten = torch.ops.aten
@@ -120,9 +121,7 @@ class LowBitWeight(Tensor):
                            kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            from quartet.runtime.direct.linear import linear
-
-            return linear(*args, **kwargs)
+            return _linear(*args, **kwargs)
         if func == _SET_DATA:
             return _set_data(*args)
         if func is Tensor.share_memory_:
@@ -178,6 +177,12 @@ def rebuild(codes: Tensor, scale: Tensor, bits: str, cols: int, dtype: torch.dty
     """A pickled weight."""
     weight = LowBitWeight(codes, scale, bits, cols, dtype, paper, activations)
     return torch.nn.Parameter(weight, requires_grad) if parameter else weight.requires_grad_(requires_grad)
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, LowBitWeight):
+        raise TypeError("a low-bit weight is the second argument of linear; the first and the bias are plain tensors")
+    return linear(input, weight, bias)
 
 
 def _set_data(target: LowBitWeight, source: Tensor) -> None:
