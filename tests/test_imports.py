@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ WHOLE_CALLS = {  # files elsewhere that take a call with all its arguments, what
 }
 
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+TARGETS = "lowering/targets/"
 PROGRAMS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -52,6 +54,18 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
 
 def imports_of(path: Path) -> list[str]:
     return list(imported(ast.parse(path.read_text(encoding="utf-8")), module_of(path), path.name == "__init__.py"))
+
+
+def modules_of(path: Path, known: set[str]) -> set[str]:
+    """Which of some modules a file imports, or names of."""
+    names = {name if name in known else name.rpartition(".")[0] for name in imports_of(path)}
+    return names & known - {module_of(path)}
+
+
+def target_of(path: Path) -> str | None:
+    """The folder of ``lowering/targets`` that a file is in."""
+    name = name_of(path)
+    return name.removeprefix(TARGETS).partition("/")[0] if name.startswith(TARGETS) and name.count("/") > 2 else None
 
 
 def room_of(module: str) -> str | None:
@@ -93,6 +107,22 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] == "kernels"], ids=name_of)
 def test_kernels_know_only_themselves(path):
     assert {room_of(name) for name in imports_of(path)} <= {None, "kernels"}
+
+
+def test_imports_go_round_in_no_circle():
+    """Those inside of functions count too."""
+    known = {module_of(path) for path in SOURCES}
+    graph = networkx.DiGraph((module_of(path), name) for path in SOURCES for name in modules_of(path, known))
+    assert graph.number_of_edges() > len(SOURCES)
+    assert next(networkx.simple_cycles(graph), None) is None
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if target_of(p)], ids=name_of)
+def test_targets_do_not_import_each_other(path):
+    """What several need lies beside their folders."""
+    others = {module_of(p): p for p in SOURCES if target_of(p) not in (None, target_of(path))}
+    sideways = modules_of(path, set(others))
+    assert not sideways, f"{name_of(path)} imports {', '.join(sorted(sideways))} of another target"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p) != SHARES_PRIVATE_NAMES], ids=name_of)

@@ -139,6 +139,12 @@ def is_stored(quantizer: Node, gemms: set[Node]) -> bool:
     return any(direct(item, user) is None if user in gemms else True for item in quantizer.users for user in item.users)
 
 
+def operand_dtype(gemm: Node) -> torch.dtype:
+    """dtype of the dequantised operands: the model's, but fp32 for fp16, whose range is shorter than E8M0's."""
+    dtype = val(gemm).dtype
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def both_axes(quantizers: list[Node]) -> list[tuple[Node, Node]]:
     """Pairs of a quantiser of a tensor and one of its transpose, in the same direction; each is in one pair at most."""
     along_rows: dict[tuple[Node, bool], list[Node]] = {}

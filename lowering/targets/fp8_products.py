@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir import fp8 as fp8_ops
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, set_argument, shape, val
@@ -31,6 +32,13 @@ _FAST = {aten._scaled_mm.default: "use_fast_accum", aten._scaled_grouped_mm.defa
 def supports_kind(target: Target, product: OpOverload) -> str | None:
     """None where the device has FP8 products of this kind, one of ``operands.SCALED``, else why not."""
     return None if product is ir.SCALED_MM else target.lacks("fp8 grouped products")
+
+
+def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
+    """None when the tensor cores multiply the two formats, else why not."""
+    if a.element == b.element == "e5m2":
+        return "the tensor cores have no product of e5m2 and e5m2; make one operand e4m3"
+    return None
 
 
 def multiply(build: Builder, kind: Kind, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any,

@@ -14,11 +14,10 @@ from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, is_backward
 from quartet.lowering.ir.operands import Operand, Product
+from quartet.lowering.targets import fp8_products
 from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell.block_scaled_ops import LIBRARY_MM, STRIP
 from quartet.lowering.targets.chains import Accepts
-from quartet.lowering.targets.fp8 import lower as fp8
-from quartet.lowering.targets.fp8_products import ALIGN
 from quartet.runtime.devices import Target
 
 CUDA = (12, 9)  # the first whose cuBLASLt has fp32 scales of blocks
@@ -47,7 +46,7 @@ def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
         return block_scaled.supports_pair(a, b)
     if a.tile and b.tile:
         return "cuBLASLt has no product of 128x128 and 128x128; give one operand a scale every 128 elements of a row"
-    return fp8.supports_pair(a, b)
+    return fp8_products.supports_pair(a, b)
 
 
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
@@ -61,8 +60,8 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 def _blocks(graph: Graph, gemm: Node) -> None:
     build = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm))
     product = Product.of(gemm)
-    left, right = _scales(build, product.a, rows=1), _scales(build, product.b, rows=ALIGN)
-    b = build.padded(product.b.codes, rows=ALIGN)
+    left, right = _scales(build, product.a, rows=1), _scales(build, product.b, rows=fp8_products.ALIGN)
+    b = build.padded(product.b.codes, rows=fp8_products.ALIGN)
     formats = [_format(operand.spec) for operand in product.operands]
     out = build(LIBRARY_MM, product.a.codes, left, b, right, *formats, product.dtype)
     block_scaled.put(build, gemm, out)

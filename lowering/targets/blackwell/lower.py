@@ -17,6 +17,7 @@ from quartet.lowering.ir import fused as cuda_ops
 from quartet.lowering.ir.graph import Builder, aten, hand_over, is_backward, keep_as, maker, results, shape, val
 from quartet.lowering.ir.operands import SCALED, Operand, Product
 from quartet.lowering.ir.views import Dequantize, Quantize
+from quartet.lowering.targets import triton_quantizers
 from quartet.lowering.targets.blackwell import block_scaled_ops
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.lowering.targets.chains import (
@@ -30,7 +31,6 @@ from quartet.lowering.targets.chains import (
     quantize_both,
     ready,
 )
-from quartet.lowering.targets.triton import lower as cuda
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
@@ -57,7 +57,7 @@ def unbuildable(target: Target, kind: str, dtype: torch.dtype) -> str | None:
 
 def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
     """None when the product runs on FP4 tensor cores, else why not."""
-    reason = target.lacks("block-scaled tensor cores") or cuda.supports(target, dtype, spec, rotation)
+    reason = target.lacks("block-scaled tensor cores") or triton_quantizers.supports(target, dtype, spec, rotation)
     if reason is None and spec.block != 32:
         return f"the FP4 tensor cores scale blocks of 32, not of {spec.block}"
     if reason is None and dtype not in OUTPUT_OF:

@@ -14,7 +14,16 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, hand_over, is_backward, keep_as, val
 from quartet.lowering.ir.operands import Product
 from quartet.lowering.ir.products import multiply
-from quartet.lowering.targets.chains import Accepts, Epilogue, Source, accepted, direct, finish, is_stored
+from quartet.lowering.targets.chains import (
+    Accepts,
+    Epilogue,
+    Source,
+    accepted,
+    direct,
+    finish,
+    is_stored,
+    operand_dtype,
+)
 from quartet.lowering.targets.cpu import ops as cpu_ops
 from quartet.runtime.devices import Target
 
@@ -43,12 +52,6 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     fused = {node: _quantizer(graph, node, wanted.get(node), chosen) for node in accepted(graph, gemms, accepts)}
     for gemm in gemms:
         _gemm(graph, gemm, fused)
-
-
-def operand_dtype(gemm: Node) -> torch.dtype:
-    """dtype of the dequantised operands: the model's, but fp32 for fp16, whose range is shorter than E8M0's."""
-    dtype = val(gemm).dtype
-    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def _quantizer(graph: Graph, node: Node, values: torch.dtype | None, gemms: set[Node]) -> list[Node]:

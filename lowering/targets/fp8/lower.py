@@ -50,13 +50,6 @@ def supports_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotati
     return reason
 
 
-def supports_pair(a: QuantSpec, b: QuantSpec) -> str | None:
-    """None when the two formats multiply, else why not."""
-    if a.element == b.element == "e5m2":
-        return "the tensor cores have no product of e5m2 and e5m2; make one operand e4m3"
-    return None
-
-
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen products, and the quantise nodes that no other family's product reads."""
     copies: dict[Node, Node] = {}

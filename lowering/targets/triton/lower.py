@@ -25,36 +25,15 @@ from quartet.lowering.targets.chains import (
     direct,
     finish,
     is_stored,
+    operand_dtype,
     quantize_both,
     ready,
 )
-from quartet.lowering.targets.cpu.lower import operand_dtype
 from quartet.lowering.targets.fp8_products import multiply
+from quartet.lowering.targets.triton_quantizers import supports
 from quartet.runtime.devices import Target
 
 Folded = tuple[Node, Node]  # E4M3 values and row scales
-
-
-def unavailable(target: Target) -> str | None:
-    """None where the Triton kernels run, else why not."""
-    reason = target.lacks("nvidia instructions")
-    if reason is not None:
-        return reason
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton is not installed ({error}); it comes with PyTorch's CUDA builds"
-    return None
-
-
-def supports(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
-    """None when the Triton quantisers take the chain, else why not."""
-    reason = unavailable(target)
-    if reason is None:
-        from quartet.kernels.triton.quantize import ops
-
-        reason = ops.supports(spec, rotation, dtype)
-    return reason
 
 
 def supports_fold(target: Target, dtype: torch.dtype, spec: QuantSpec, rotation: int) -> str | None:
