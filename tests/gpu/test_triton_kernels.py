@@ -11,7 +11,7 @@ from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import draws  # noqa: E402
 from quartet.kernels.triton.quantize import cast, ops, rotations
 from quartet.kernels.triton.quantize.chain import Chain  # noqa: E402
-from quartet.lowering import ir  # noqa: E402
+from quartet.lowering.ir.core import random_bits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -188,7 +188,7 @@ def test_random_bits(shape, device):
     seed = torch.tensor(SEED, device=device)
     for site in (0, 1, 77, 2**32 - 1):
         wanted = ref.random_bits(seed, site, *shape).to(torch.int16)
-        same(expected.difference("bits", ir.ops.random_bits(seed, site, *shape), wanted))
+        same(expected.difference("bits", random_bits(seed, site, *shape), wanted))
 
 
 @pytest.mark.parametrize(("rotation", "cols", "masked", "dtype"), (
