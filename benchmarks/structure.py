@@ -26,7 +26,7 @@ MOST_CIRCLES = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """One file of the package; ``name`` is its path from the root, ``lowering/ir/core.py``."""
+    """One file of the package; ``name`` is its path from the root, ``lowering/ir/ops/core.py``."""
 
     name: str
     text: str

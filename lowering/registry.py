@@ -20,7 +20,7 @@ from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import ELEMENTS, QuantSpec
 from quartet.lowering.cost import Price, unmeasured
 from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM, providers
-from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
+from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.targets import fp8_products
 from quartet.lowering.targets.blackwell import block_scaled

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import is_backward, shape
-from quartet.passes.views import MATMULS, operands
+from quartet.passes.matrices import MATMULS, operands
 
 _CONTRACTIONS = ("aten.convolution", "aten._convolution", "aten.embedding.", "aten._embedding_bag", "aten.mkldnn_rnn",
                  "aten._cudnn_rnn", "aten.miopen_rnn", "aten.lstm", "aten.gru", "aten._trilinear", "invoke_subgraph")

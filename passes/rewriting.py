@@ -8,9 +8,9 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, is_backward, keep_as, source_of, val
+from quartet.passes.matrices import ADDS, Operand
 from quartet.passes.sites import Planned
 from quartet.passes.state import State
-from quartet.passes.views import ADDS, Operand
 
 
 def normal(state: State, build: Builder, operand: Operand, flip: bool = False) -> Node:

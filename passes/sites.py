@@ -16,12 +16,12 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.cost import Cost
-from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
 from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.lowering.registry import Kernel
-from quartet.passes.views import Operand
+from quartet.passes.matrices import Operand
 from quartet.runtime.compat import OpOverload
 
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)

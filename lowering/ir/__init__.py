@@ -19,7 +19,8 @@ The codes that a product reads are those of a quantize or, where one scale is th
 ``amax`` is given where the spec takes one (``QuantSpec.takes_amax``), else it is None.
 """
 
-from quartet.lowering.ir.core import (
+from quartet.lowering.ir.layout import FLOAT8, ceil_to, code_layout, scale_layout
+from quartet.lowering.ir.ops.core import (
     AMAX,
     APPLY_MASK,
     DEQUANTIZE,
@@ -31,8 +32,7 @@ from quartet.lowering.ir.core import (
     SCALED_MM,
     SIGNS,
 )
-from quartet.lowering.ir.decompositions import STORE, Three, store
-from quartet.lowering.ir.layout import FLOAT8, ceil_to, code_layout, scale_layout
+from quartet.lowering.ir.ops.decompositions import STORE, Three, store
 
 __all__ = ["AMAX", "APPLY_MASK", "DEQUANTIZE", "FIXED_SIGNS", "FLOAT8", "HADAMARD", "PRODUCTS", "QUANTIZE",
            "SCALED_BMM", "SCALED_MM", "SIGNS", "STORE", "Three", "ceil_to", "code_layout", "scale_layout", "store"]

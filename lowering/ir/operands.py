@@ -16,7 +16,7 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, arguments, maker, source_of, val
-from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
+from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
 from quartet.lowering.ir.views import Hadamard, Quantize, QuantizeGroups, call
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.view_ops import COPIES, ORDERS, aten

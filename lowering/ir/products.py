@@ -11,8 +11,8 @@ from typing import Any
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, argument, aten, shape, source, source_of
-from quartet.lowering.ir.grouped import GROUPED_MM
 from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.ops.grouped import GROUPED_MM
 
 SWAP = [0, 2, 1]
 

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.ir import grouped
 from quartet.lowering.ir.graph import Builder, arguments, parameters
+from quartet.lowering.ir.ops import grouped
 from quartet.runtime.compat import OpOverload
 
 

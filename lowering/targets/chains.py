@@ -11,7 +11,6 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.ir import fused as cuda_ops
 from quartet.lowering.ir import two_level
 from quartet.lowering.ir.graph import (
     RECOMPUTED,
@@ -26,6 +25,7 @@ from quartet.lowering.ir.graph import (
     val,
 )
 from quartet.lowering.ir.operands import Product, readers
+from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.products import unturned
 from quartet.lowering.ir.views import ApplyMask, Dequantize, FixedSigns, Hadamard, Quantize
 from quartet.runtime.compat import OpOverload

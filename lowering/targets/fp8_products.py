@@ -15,9 +15,9 @@ from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.ir import fp8 as fp8_ops
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, set_argument, shape, val
 from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned_stack, unturned
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target

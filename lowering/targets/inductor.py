@@ -15,9 +15,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quartet.kernels import extension
-from quartet.lowering.ir import STORE, grouped, saved, weights  # noqa: F401  declare ops that are inlined
+from quartet.lowering.ir import STORE
 from quartet.lowering.ir.graph import Builder, aten, shape, val
 from quartet.lowering.ir.op import ops
+from quartet.lowering.ir.ops import grouped, saved, weights  # noqa: F401  declare ops that are inlined
 from quartet.lowering.targets.blackwell import block_scaled_ops  # noqa: F401  declares one that is inlined
 from quartet.runtime import compat
 from quartet.runtime.sizes import unbacked

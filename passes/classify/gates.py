@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import is_backward, shape, source, val
 from quartet.passes.flow import Flow, contracted
-from quartet.passes.views import MATMULS, operands
+from quartet.passes.matrices import MATMULS, operands
 
 _SCORES = ("aten.exp.", "aten._softmax", "aten._safe_softmax", "aten.sigmoid", "aten.hardsigmoid", "aten.argmax",
            "aten.argmin", "aten.max.", "aten.min.", "aten.gt.", "aten.ge.", "aten.lt.", "aten.le.", "aten.eq.")

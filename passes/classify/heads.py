@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import aten, shape
 from quartet.passes.flow import Flow
-from quartet.passes.views import MATMULS, operands
+from quartet.passes.matrices import MATMULS, operands
 from quartet.runtime.sizes import hint
 from quartet.runtime.view_ops import VIEWS
 

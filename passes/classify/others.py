@@ -13,8 +13,8 @@ from quartet.kernels.spec import dtype_name
 from quartet.lowering.ir.graph import argument, aten, is_backward, remaining, shape, source_of, val
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.passes.classify.already import CODED
+from quartet.passes.matrices import canonical
 from quartet.passes.naming import module_name, module_of
-from quartet.passes.views import canonical
 
 _FUSED = {"aten._scaled_dot_product_":
           "inside of scaled_dot_product_attention; the option open_attention=True writes it as matmuls",

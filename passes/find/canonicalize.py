@@ -11,8 +11,8 @@ from torch.fx import Node
 from quartet.lowering.ir.graph import BY_HAND, Builder, aten, editing, is_backward, keep_as, shape
 from quartet.passes.find.values import Values
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.matrices import MATMULS, operands
 from quartet.passes.state import State
-from quartet.passes.views import MATMULS, operands
 
 
 @graph_pass(optional=True,

@@ -32,11 +32,11 @@ from quartet.passes.classify.already import quantised_before
 from quartet.passes.classify.aside import small
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.matrices import canonical
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.plan.plan import UnsupportedMatmul
 from quartet.passes.sites import Found, Gradient, Groups, Product
 from quartet.passes.state import State
-from quartet.passes.views import canonical
 from quartet.runtime.view_ops import COPIES
 
 GROUPED_MM = aten._grouped_mm.default

@@ -26,10 +26,10 @@ from quartet.passes.find.gradients import attach, not_needed_in_forward
 from quartet.passes.find.values import Values
 from quartet.passes.flow import Flow
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.matrices import MATMULS, canonical, operands
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, Found, Product
 from quartet.passes.state import State
-from quartet.passes.views import MATMULS, canonical, operands
 
 LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
 

@@ -20,8 +20,8 @@ from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import BY_HAND, is_backward, outputs, shape, source_of, val
 from quartet.passes.find.values import Values
+from quartet.passes.matrices import Operand, canonical, operands
 from quartet.passes.sites import Found, Gradient
-from quartet.passes.views import Operand, canonical, operands
 from quartet.runtime.sizes import same_sizes
 from quartet.runtime.view_ops import CAST
 

@@ -30,7 +30,7 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.ir.state import AMAX_BEGIN, AMAX_READ, AMAX_RECORD
+from quartet.lowering.ir.ops.state import AMAX_BEGIN, AMAX_READ, AMAX_RECORD
 from quartet.lowering.ir.views import Hadamard
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass

@@ -15,15 +15,15 @@ from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering.ir.graph import Builder, aten, shape
-from quartet.lowering.ir.grouped import GATHER_ROWS, GROUP_LAYOUT, PAD_GROUPS
 from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.ops.grouped import GATHER_ROWS, GROUP_LAYOUT, PAD_GROUPS
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned
 from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.targets.fp8_products import ALIGN
+from quartet.passes.matrices import Operand
 from quartet.passes.rewriting import normal
 from quartet.passes.sites import Groups, Planned
 from quartet.passes.state import State
-from quartet.passes.views import Operand
 
 
 class Layout:

@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering.ir.graph import FORWARD, Builder, arguments, aten, is_backward
-from quartet.lowering.ir.state import SEED
+from quartet.lowering.ir.ops.state import SEED
 from quartet.passes.state import STREAM_STRIDE, State
 from quartet.runtime.compat import OpOverload
 

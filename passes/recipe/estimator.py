@@ -14,13 +14,13 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, val
-from quartet.lowering.ir.weights import DGE
+from quartet.lowering.ir.ops.weights import DGE
 from quartet.lowering.recipe.types import Gemm
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.matrices import operands
 from quartet.passes.rewriting import added, normal, rewrite
 from quartet.passes.sites import Planned
 from quartet.passes.state import State
-from quartet.passes.views import operands
 
 
 @graph_pass(reads=Planned, writes=Planned, optional=True, summary="W's gradient by the slope of a softened quantiser")

@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, aten, editing, shape
-from quartet.lowering.ir.outliers import SPARSE_MM, SPLIT_OUTLIERS
+from quartet.lowering.ir.ops.outliers import SPARSE_MM, SPLIT_OUTLIERS
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned

@@ -16,8 +16,8 @@ from typing import Any
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, editing, is_backward, source_of, val
-from quartet.lowering.ir.state import AVERAGE_ADVANCE, AVERAGE_READ
-from quartet.lowering.ir.weights import TOWARD
+from quartet.lowering.ir.ops.state import AVERAGE_ADVANCE, AVERAGE_READ
+from quartet.lowering.ir.ops.weights import TOWARD
 from quartet.passes.find.find_matmuls import canonical, input_indices, parameter_origins
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.delayed import MUST_BE_IN_FORWARD, weight_index

@@ -23,11 +23,11 @@ from torch.fx import Node
 from quartet.kernels.reference.products.smooth import smooth_scale
 from quartet.lowering.ir.graph import Builder, aten, editing, inline, is_backward, val
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.matrices import Operand
 from quartet.passes.recipe.gated import Gated, gated_activation
 from quartet.passes.rewriting import normal, rewrite
 from quartet.passes.sites import MADE_KEY, Planned
 from quartet.passes.state import State
-from quartet.passes.views import Operand
 from quartet.runtime import compat
 
 

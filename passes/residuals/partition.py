@@ -19,7 +19,6 @@ from torch.fx.node import map_arg
 
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir, registry
-from quartet.lowering.ir.fp8 import CAST, CODES_KEY
 from quartet.lowering.ir.graph import (
     Builder,
     argument,
@@ -32,8 +31,9 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.ir.saved import DECODE, ENCODE
-from quartet.lowering.ir.state import SEED
+from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY
+from quartet.lowering.ir.ops.saved import DECODE, ENCODE
+from quartet.lowering.ir.ops.state import SEED
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.records import SavedRecord
 from quartet.lowering.recipe.resolution import SavedChoice

@@ -9,7 +9,7 @@ import torch
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
 from quartet.lowering.ir import SCALED_BMM, SCALED_MM
-from quartet.lowering.ir.grouped import SCALED_GROUPED_MM
+from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.types import OP_CLASSES, ROLES, Gemm, Recipe, Rotation
 from quartet.passes.residuals.partition import not_generated as saved_not_generated
 from quartet.policy.possible import obstacle

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import core, fp8, fused
 from quartet.lowering.ir.op import REFERENCE, Op, Provider
+from quartet.lowering.ir.ops import core, fp8, fused
 from quartet.lowering.targets.blackwell import ops as blackwell
 from quartet.lowering.targets.cpu import ops as cpu
 from quartet.runtime.devices import Target

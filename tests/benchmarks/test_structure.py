@@ -10,7 +10,7 @@ FILES = {
     "quartet/__init__.py": "",
     "passes/one.py": "from quartet.passes import two\nassert node.args[0]\nnode.args[1] = x  # type: ignore[index]\n",
     "passes/two.py": "from quartet.passes.one import f\nrest = node.args[2:]\n",
-    "lowering/ir/core.py": "library.define('f() -> ()')\na, b = node.args[0], node.args[1]\n",
+    "lowering/ir/ops/core.py": "library.define('f() -> ()')\na, b = node.args[0], node.args[1]\n",
     "lowering/targets/cpu/ops.py": "def f():\n    from quartet.lowering.targets.triton import ops\n",
     "lowering/targets/triton/ops.py": "ir.library.define('g() -> ()')\nfrom quartet.lowering.ir import core\n",
     "kernels/triton/quantize/rows.py": "@triton.jit\ndef small(x, N: tl.constexpr):\n    pass\n\n\n"

@@ -186,7 +186,7 @@ def test_a_users_own_pass_is_in_the_key():
 
 
 ROOT = Path(pipeline.__file__).parents[1]
-SOURCES = ["passes/quantize/share.py", "passes/pipeline.py", "lowering/ir/core.py", "lowering/targets/inductor.py",
+SOURCES = ["passes/quantize/share.py", "passes/pipeline.py", "lowering/ir/ops/core.py", "lowering/targets/inductor.py",
            "runtime/compat.py", "kernels/reference/quantize.py", "kernels/spec.py", *(
                str(path.relative_to(ROOT)) for path in sorted((ROOT / "kernels/cpu").glob("*.cpp")))]
 

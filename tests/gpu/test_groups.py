@@ -15,7 +15,7 @@ import triton_expected as expected  # noqa: E402
 from quartet.kernels import reference as ref  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton.quantize import groups, ops  # noqa: E402
-from quartet.lowering.ir import fp8 as fp8_ops  # noqa: E402
+from quartet.lowering.ir.ops import fp8 as fp8_ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -10,7 +10,7 @@ from quartet.kernels import reference as ref  # noqa: E402
 from quartet.kernels.reference.formats.nvfp4 import tensor_scales  # noqa: E402
 from quartet.kernels.reference.quantize import largest_magnitude  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.lowering.ir import fused as cuda_ops  # noqa: E402
+from quartet.lowering.ir.ops import fused as cuda_ops  # noqa: E402
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 
 pytestmark = pytest.mark.gpu

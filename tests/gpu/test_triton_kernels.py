@@ -11,7 +11,7 @@ from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import draws  # noqa: E402
 from quartet.kernels.triton.quantize import cast, ops, rotations
 from quartet.kernels.triton.quantize.chain import Chain  # noqa: E402
-from quartet.lowering.ir.core import random_bits  # noqa: E402
+from quartet.lowering.ir.ops.core import random_bits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

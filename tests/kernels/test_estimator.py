@@ -11,7 +11,7 @@ from quartet.kernels.reference.formats.elements import E2M1_VALUES
 from quartet.kernels.reference.formats.grid import grid_cell
 from quartet.kernels.reference.q_ema import toward
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import weights as weight_ops
+from quartet.lowering.ir.ops import weights as weight_ops
 
 ROW = QuantSpec.parse("e2m1/row fp32 amax nearest")
 SPECS = [QuantSpec.parse(text) for text in ("e2m1/32 e8m0 ceil nearest", "e2m1/16 e8m0 ceil nearest",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quartet.kernels.reference.products import outliers
-from quartet.lowering.ir import outliers as outlier_ops
+from quartet.lowering.ir.ops import outliers as outlier_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

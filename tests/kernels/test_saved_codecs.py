@@ -6,7 +6,7 @@ import ml_dtypes
 import pytest
 import torch
 
-import quartet.lowering.ir.saved as saved_ops
+import quartet.lowering.ir.ops.saved as saved_ops
 from quartet.kernels.reference import Draw
 from quartet.kernels.reference.formats.saved import decode_saved, encode_saved, saved_bytes_per_element
 from quartet.passes.residuals.partition import DRAW

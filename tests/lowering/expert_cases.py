@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from test_grouped_products import COUNTS, ENDS, TOKENS, Experts, on, scaled_grouped_mm  # noqa: E402
 from traced import carry_out  # noqa: E402
 
-from quartet.lowering.ir import fused as cuda_ops  # noqa: E402
+from quartet.lowering.ir.ops import fused as cuda_ops  # noqa: E402
 
 CASES = {"fourth expert 24 powers of two down": ("quartet", 24)}
 KERNELS = {"cuda_quantize": cuda_ops._quantize, "cuda_quantize_both": cuda_ops._quantize_both,

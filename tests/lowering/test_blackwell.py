@@ -12,7 +12,7 @@ from traced import assert_no_semantics, linear, targets, trace
 import quartet
 from quartet.kernels.reference.formats.packing import swizzle_scales, swizzled_size
 from quartet.lowering import ir, registry
-from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.targets.blackwell import block_scaled_ops
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.runtime.devices import Target

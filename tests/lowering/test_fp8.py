@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
-from quartet.lowering.ir import fp8 as fp8_ops
 from quartet.lowering.ir.operands import Product, Quantizer
+from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.targets import inductor
 from quartet.lowering.targets.fp8 import lower as fp8
 

@@ -11,9 +11,9 @@ from traced import assert_no_semantics, carry_out, targets, trace
 from quartet import Policy
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
-from quartet.lowering.ir import fp8 as fp8_ops
-from quartet.lowering.ir import fused as cuda_ops
-from quartet.lowering.ir import grouped as grouped_ops
+from quartet.lowering.ir.ops import fp8 as fp8_ops
+from quartet.lowering.ir.ops import fused as cuda_ops
+from quartet.lowering.ir.ops import grouped as grouped_ops
 from quartet.runtime.devices import Target
 
 aten = torch.ops.aten

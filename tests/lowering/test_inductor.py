@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quartet.backend import compile_graph
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import decompositions
+from quartet.lowering.ir.ops import decompositions
 from quartet.options import Options
 
 pytestmark = pytest.mark.usefixtures("inductor")

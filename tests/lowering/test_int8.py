@@ -6,7 +6,7 @@ from traced import carry_out, linear, targets, trace
 
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
-from quartet.lowering.ir import fp8 as fp8_ops
+from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.targets.int8 import lower as int8
 from quartet.lowering.targets.int8 import ops as int8_ops
 from quartet.runtime.devices import Target

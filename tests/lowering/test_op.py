@@ -12,8 +12,9 @@ from traced import linear, targets, trace
 
 from quartet.cli.selftest_ops import examples
 from quartet.lowering import registry
-from quartet.lowering.ir import fused, providers
+from quartet.lowering.ir import providers
 from quartet.lowering.ir.op import REFERENCE, DeclarationError, Size, op_of, ops, schema_of
+from quartet.lowering.ir.ops import fused
 from quartet.lowering.targets.cpu import ops as cpu_ops
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline

@@ -7,7 +7,7 @@ from quartet.cli.selftest_products import Operand
 from quartet.kernels import reference
 from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.targets.blackwell import block_scaled_ops as ops
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 

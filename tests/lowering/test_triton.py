@@ -7,7 +7,7 @@ import torch
 from traced import assert_no_semantics, linear, targets, trace
 
 from quartet.lowering import ir
-from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir.ops import fused as cuda_ops
 
 pytest.importorskip("triton")
 

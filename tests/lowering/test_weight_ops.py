@@ -9,8 +9,8 @@ from torch._inductor.utils import run_and_get_code
 
 import quartet
 from quartet.backend import compile_graph
-from quartet.lowering.ir import outliers as outlier_ops
-from quartet.lowering.ir import weights as weight_ops
+from quartet.lowering.ir.ops import outliers as outlier_ops
+from quartet.lowering.ir.ops import weights as weight_ops
 from quartet.options import Options
 from quartet.runtime.capture import Capture
 

@@ -16,7 +16,7 @@ import quartet
 from quartet.kernels import reference
 from quartet.kernels.reference.products import grouped
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import grouped as grouped_ops
+from quartet.lowering.ir.ops import grouped as grouped_ops
 from quartet.lowering.recipe.types import Gemm, Operand, Recipe, Rotation
 from quartet.policy import Policy
 from quartet.policy.possible import obstacle

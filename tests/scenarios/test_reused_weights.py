@@ -14,7 +14,7 @@ from models import MLP
 from torch.utils.checkpoint import checkpoint
 
 from quartet import Policy, Rotation, recipes
-from quartet.lowering.ir import fused as cuda_ops
+from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.lowering.targets.cpu import ops as cpu_ops
 from quartet.runtime.slots import weights

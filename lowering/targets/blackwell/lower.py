@@ -13,9 +13,9 @@ from quartet.kernels.cutlass.configuration import N_MULTIPLE, arch_of
 from quartet.kernels.cutlass.gemm import OUTPUT_OF
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
-from quartet.lowering.ir import fused as cuda_ops
 from quartet.lowering.ir.graph import Builder, aten, hand_over, is_backward, keep_as, maker, results, shape, val
 from quartet.lowering.ir.operands import SCALED, Operand, Product
+from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.targets import triton_quantizers
 from quartet.lowering.targets.blackwell import block_scaled_ops

@@ -22,8 +22,8 @@ from quartet.kernels.reference import chains
 from quartet.kernels.reference.formats.packing import swizzle_scales, unswizzle_scales
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to
-from quartet.lowering.ir.fused import chain_of, padded_to
 from quartet.lowering.ir.op import Size, op
+from quartet.lowering.ir.ops.fused import chain_of, padded_to
 from quartet.runtime.slots.weights import REUSED, described
 
 Two = tuple[Tensor, Tensor]

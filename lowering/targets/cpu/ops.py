@@ -17,8 +17,9 @@ from quartet.kernels.cpu import ops as cpu
 from quartet.kernels.reference import chains
 from quartet.kernels.reference.philox import random_signs_of_int
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import ceil_to, code_layout, core
+from quartet.lowering.ir import ceil_to, code_layout
 from quartet.lowering.ir.op import Size, op
+from quartet.lowering.ir.ops import core
 from quartet.runtime.slots.weights import REUSED, described
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -15,9 +15,9 @@ from torch.fx import Graph, Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
-from quartet.lowering.ir import fp8 as fp8_ops
 from quartet.lowering.ir.graph import Builder, aten, hand_over, inline, is_backward, keep_as, results, shape, val
 from quartet.lowering.ir.operands import Product, readers
+from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8_products import multiply, row_major

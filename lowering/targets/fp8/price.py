@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quartet.lowering.cost import Layer, Size
-from quartet.lowering.ir.decompositions import RADICES
+from quartet.lowering.ir.ops.decompositions import RADICES
 from quartet.lowering.rates import Rates
 from quartet.lowering.recipe.types import Recipe
 

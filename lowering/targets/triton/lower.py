@@ -11,10 +11,10 @@ import torch
 from torch.fx import Graph, Node
 
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering.ir import fused as cuda_ops
 from quartet.lowering.ir import two_level
 from quartet.lowering.ir.graph import Builder, aten, hand_over, is_backward, keep_as, results, shape, val
 from quartet.lowering.ir.operands import Operand, Product
+from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.products import multiply as multiply_plain
 from quartet.lowering.targets.chains import (
     Accepts,

@@ -28,8 +28,9 @@ from quartet.kernels import reference
 from quartet.kernels.reference import chains
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec, chain_multiple
-from quartet.lowering.ir import ceil_to, core
+from quartet.lowering.ir import ceil_to
 from quartet.lowering.ir.op import Size, op
+from quartet.lowering.ir.ops import core
 from quartet.runtime.slots.weights import REUSED, described
 
 if TYPE_CHECKING:

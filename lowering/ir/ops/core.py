@@ -7,10 +7,10 @@ from torch import Tensor
 
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import decompositions
-from quartet.lowering.ir.decompositions import Three
 from quartet.lowering.ir.layout import ceil_to, code_layout, scale_layout
 from quartet.lowering.ir.op import Size, op
+from quartet.lowering.ir.ops import decompositions
+from quartet.lowering.ir.ops.decompositions import Three
 
 _BITS = 32  # signs of a word
 
