@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,17 +56,47 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
-                             collect_saved=saved.extend, say=noted, remember=False)
+                             collect_saved=saved.extend, say=noted, remember=False, observers=(stand_ins,))
 
+    stand_ins = _StandIns(parsed)
     with unchanged(inner):
         torch.compile(inner, backend=backend)(*args, **kwargs)
     for text in judge.unmatched(graphs[-1], known=True) if graphs else ():
         warnings.warn(text, stacklevel=2)
     device = next((t.device for t in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
     chosen_for = parsed.target or Target.of(device)
-    notes = (*capture.notes, *_unpriced(parsed.policy, chosen_for), *_foreign(chosen_for))
+    notes = (*capture.notes, *_unpriced(parsed.policy, chosen_for), *_foreign(chosen_for), *stand_ins.notes())
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved)
+
+
+class _StandIns:
+    """Watches which ops run by another provider than the preferred one."""
+
+    def __init__(self, options: Options) -> None:
+        self._options, self._found = options, Counter[str]()
+
+    def before(self, index: int, name: str, gm: torch.fx.GraphModule) -> None:
+        """A pass begins."""
+
+    def after(self, index: int, name: str, gm: torch.fx.GraphModule, seconds: float) -> None:
+        """A pass has ended."""
+
+    def finish(self, records: Sequence[MatmulRecord], gm: torch.fx.GraphModule) -> None:
+        """All passes have."""
+        from quartet.lowering.ir import providers
+
+        target = self._options.target
+        self._found.update(providers.stand_ins(gm.graph, lambda device: target or Target.of(device),
+                                               self._options.disable_kernels))
+
+    def saved(self, records: Sequence[SavedRecord], forward: torch.fx.GraphModule,
+              backward: torch.fx.GraphModule) -> None:
+        """The graph has been parted."""
+
+    def notes(self) -> Iterator[str]:
+        """A line for each op and reason."""
+        return (f"{count} × {text}" for text, count in self._found.items())
 
 
 def _unpriced(policy: Policy, target: Target) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -36,6 +36,17 @@ def answers(target: Target) -> str:
     """What providers say that take some devices of their type only, for the key of graphs that :func:`settle` made."""
     return " ".join(f"{op.name}.{provider.name}={'01'[provider.declines(target) is None]}"
                     for op in ops() for provider in op.providers if provider.supports is not everywhere)
+
+
+def stand_ins(graph: Graph, target_of: Callable[[torch.device], Target],
+              disabled: Collection[str] = ()) -> Iterator[str]:
+    """A line for each node that another provider than the preferred one computes: op, provider, and why."""
+    for node in graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is not None and node.target is not op.overload:
+            _, reasons = op.choose(target_of(_device(node)), disabled)
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            yield f"{op.name} runs as {node.target}: {why}"
 
 
 def settle(graph: Graph, target_of: Callable[[torch.device], Target], disabled: Collection[str] = ()) -> None:

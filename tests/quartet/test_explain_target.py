@@ -51,6 +51,17 @@ AMPERE = ("generated code has no e4m3 here: Triton converts to both FP8 formats 
           "device has 8.0")
 
 
+def test_another_provider_than_the_preferred_one_is_named_with_the_reason():
+    def notes(*disabled):
+        x = torch.randn(64, 64, dtype=torch.bfloat16)
+        options = {"policy": quartet.Policy("quartet").on("*", "quartet"), "disable_kernels": disabled}
+        return quartet.explain(nn.Linear(64, 64, dtype=torch.bfloat16), x, options=options, target="sm_90").notes
+
+    assert not any("cuda_quantize" in note for note in notes())
+    (note,) = (note for note in notes("cuda_quantize.triton") if "cuda_quantize" in note)
+    assert "cuda_quantize runs as quartet.cuda_quantize.reference: triton: disabled" in note
+
+
 @pytest.mark.parametrize("policy", ["fp8", "fp8-rowwise", "fp8-block", "fp8-delayed", "fp4-dge", "mxfp8"])
 def test_ampere_leaves_alone_what_it_cannot_convert(policy):
     module, x = model()
