@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "runtime", "lowering", "passes", "quartet")
 SHARES_PRIVATE_NAMES = "runtime/compat.py"
 MOST_LINES = 400
+MOST_FILES = 12  # of a folder, besides its __init__.py
 
 KNOWS_POSITIONS = "lowering/ir/"  # of arguments in a node
 WHOLE_CALLS = {  # files elsewhere that take a call with all its arguments, whatever they are
@@ -165,6 +166,12 @@ def test_every_way_to_a_position_is_seen(source, found):
 def test_files_are_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MOST_LINES, f"{name_of(path)} has {lines} lines, {lines - MOST_LINES} too many; split it by purpose"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=name_of)
+def test_folders_are_small(folder):
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= MOST_FILES, f"{name_of(folder)} has {len(files)} files; part it by what they are about"
 
 
 @pytest.mark.parametrize(("source", "module", "is_package", "names"), [
