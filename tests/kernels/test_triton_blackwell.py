@@ -16,7 +16,7 @@ import triton_offline  # noqa: E402
 from quartet.kernels.reference import swizzled_size  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton.quantize import blackwell, ops  # noqa: E402
-from quartet.kernels.triton.quantize.chain import Chain  # noqa: E402
+from quartet.kernels.triton.quantize.chain import Chain, ChainConstants  # noqa: E402
 
 R, K = 64, 4096
 QUEST = QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True)
@@ -73,22 +73,27 @@ def test_conversions_are_fewer_instructions_and_can_be_declined(monkeypatch, rou
     assert len(by_hardware.instructions) < len(by_integers.instructions)
 
 
+def chains(launch):
+    """What a launch compiles its quantisers for."""
+    return [value for value in launch.keywords.values() if isinstance(value, ChainConstants)]
+
+
 def test_each_call_is_one_launch():
     """No pass swizzles: quantisers write and read that layout themselves."""
     for name, call in CALLS.items():
         (launch,) = triton_offline.launches(lambda call=call: call(STOCHASTIC, False))
-        assert launch.keywords["SWIZZLED"] is True and launch.keywords["HARDWARE"] is False, name
+        assert {(chain.swizzled, chain.hardware) for chain in chains(launch)} == {(True, False)}, name
     for call in (lambda: ops.quantize(X, NEAREST, packed=True, folded=True),
                  lambda: ops.requantize(CODES, torch.empty(R, K // 32, dtype=torch.uint8), QUEST, NEAREST)):
         (launch,) = triton_offline.launches(call)
-        assert launch.keywords["SWIZZLED"] is False and launch.keywords["HARDWARE"] is False
+        assert {(chain.swizzled, chain.hardware) for chain in chains(launch)} == {(False, False)}
 
 
 @pytest.mark.parametrize("chain", [NEAREST, STOCHASTIC])
 def test_a_device_without_conversions_rounds_in_integers(chain):
     assert blackwell.conversions(torch.device("cpu")) == ()
     (launch,) = triton_offline.launches(lambda: blackwell.quantize(X, chain, hardware=True))
-    assert launch.keywords["HARDWARE"] is False
+    assert [chain.hardware for chain in chains(launch)] == [False]
 
 
 @pytest.mark.parametrize("call, message", [

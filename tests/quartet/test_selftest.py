@@ -51,7 +51,7 @@ PROVIDERS = """
 import torch
 from quartet.cli import selftest as st
 from quartet.cli.selftest_ops import examples
-from quartet.lowering.ir import fused
+from quartet.lowering.ir.ops import fused
 cpu, seen = torch.device("cpu"), set()
 for op, arguments in examples(cpu):
     if op.name == "fp8_cast":  # Triton's interpreter rounds to FP8 in its own way
