@@ -4,251 +4,42 @@
     python benchmarks/bench_train.py --shapes 8b --columns bf16,quartet --together 2 --time-limit 400
     python benchmarks/bench_train.py --profile quartet --shapes 1b
 
-Each column runs in a process of its own with empty compile caches. Reported are the median time of a step (between
-events at its two ends, the steps following each other as in training), the largest memory allocated in the timed steps,
-and the seconds from ``torch.compile`` to the end of the first step. With ``--together N`` so many columns compile at
-the same time, which shortens the run and lengthens the compile times, and then take turns to be timed, each alone on
-the device. A column that fails says why, and the others go on. A run continues the file it finds at ``--out``.
+What is measured, how columns run and how a run continues: ``training_columns.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import os
-import statistics
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import gpu_common as common
 import torch
-from gpu_common import say
-from gpu_worker import Worker, WorkerError
+import training_columns
 from llama import Llama, LlamaConfig
-from output import check_folder, write_json
-
-WARM_UP_STEPS = 3
-BATCHES = 4
-GIB = 2**30
-COLUMNS = tuple(column for column in common.COLUMNS if column != "torchao-rowwise-gw-hp")
+from training_columns import Work
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model and the tokens of a step, ``batch`` sequences of ``length``."""
+def llama(config: LlamaConfig, batch: int = 8, length: int = 2048) -> Work:
+    """A model of ``examples/llama.py`` on random tokens, ``batch`` sequences of ``length``."""
 
-    config: LlamaConfig
-    batch: int = 8
-    length: int = 2048
+    def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        tokens = torch.randint(config.vocabulary, (count, batch, length + 1))
+        return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+
+    return Work(lambda: Llama(config, length).bfloat16(), batches, lambda model, batch: model(*batch))
 
 
-SHAPES = {
-    "1b": Shape(LlamaConfig(dim=2048, layers=16, heads=16, ffn=8192, vocabulary=32000)),
-    "8b": Shape(LlamaConfig(dim=4096, layers=8, heads=32, ffn=14336, vocabulary=32000)),
-    "tiny": Shape(LlamaConfig(dim=64, layers=1, heads=2, ffn=96), batch=2, length=32),
+WORKS = {
+    "1b": llama(LlamaConfig(dim=2048, layers=16, heads=16, ffn=8192, vocabulary=32000)),
+    "8b": llama(LlamaConfig(dim=4096, layers=8, heads=32, ffn=14336, vocabulary=32000)),
+    "tiny": llama(LlamaConfig(dim=64, layers=1, heads=2, ffn=96), batch=2, length=32),
 }
 
 
-class Trainer:
-    """One column in training on random tokens; a ``gpu_common.Case``."""
-
-    def __init__(self, column: str, shape: Shape, args: argparse.Namespace) -> None:
-        torch.manual_seed(args.seed)
-        self.device: torch.device = args.device
-        with torch.device(self.device):
-            model = Llama(shape.config, shape.length).bfloat16()
-            tokens = torch.randint(shape.config.vocabulary, (BATCHES, shape.batch, shape.length + 1))
-            common.synchronize(self.device)
-        self.batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
-        self.model = common.prepare(column, model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.losses: list[torch.Tensor] = []
-        start = time.perf_counter()
-        self.compiled = common.compiled(column, self.model, args.compiler, cuda_graphs=args.cuda_graphs)
-        self.step()
-        common.synchronize(self.device)
-        self.compile_s = time.perf_counter() - start
-        for _ in range(WARM_UP_STEPS - 1):
-            self.step()
-        common.synchronize(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def reset(self, i: int) -> None:
-        """Nothing: a step leaves no gradients."""
-
-    def run(self, i: int) -> None:
-        self.step()
-
-    def step(self) -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-        loss = self.compiled(*self.batches[len(self.losses) % BATCHES])
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(loss.detach().clone())
-
-    def timed(self, steps: int) -> list[float]:
-        """Milliseconds of each of ``steps`` steps; one before them is not counted."""
-        self.step()
-        if self.device.type != "cuda":
-            marks = [time.perf_counter()]
-            for _ in range(steps):
-                self.step()
-                marks.append(time.perf_counter())
-            return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            self.step()
-            event.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
-
-    def state(self) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() / GIB if self.device.type == "cuda" else None
-        losses = torch.stack(self.losses).float().tolist()
-        return {"peak_gib": peak, "losses": losses, "finite": all(math.isfinite(loss) for loss in losses),
-                "parameters": sum(p.numel() for p in self.model.parameters())}
-
-
-def work(column: str, args: argparse.Namespace) -> None:
-    """The process of one column: says that it is ready, then answers each line ``measure`` until its input ends."""
-    trainer = Trainer(column, SHAPES[args.shapes[0]], args)
-    say(json.dumps({"compile_s": trainer.compile_s}))
-    for _ in sys.stdin:
-        say(json.dumps({"all_ms": trainer.timed(args.steps), **trainer.state()}))
-
-
-def start(column: str, name: str, args: argparse.Namespace) -> Worker:
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", column, "--shapes", name, "--steps",
-               str(args.steps), "--seed", str(args.seed), "--device", str(args.device), "--compiler", args.compiler,
-               *(["--cuda-graphs"] if args.cuda_graphs else [])]
-    threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // args.together))}
-    return Worker(command, threads if args.together > 1 else {}, args.column_limit)
-
-
-def measure(columns: Sequence[str], name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Some columns of one shape: they compile at the same time and are timed in turns."""
-    workers = {column: start(column, name, args) for column in columns}
-    results: dict[str, dict[str, Any]] = {column: {"all_ms": []} for column in columns}
-
-    def attempt(column: str, ask: bool) -> None:
-        if "failed" in results[column]:
-            return
-        try:
-            answer = workers[column].ask("measure") if ask else workers[column].answer()
-            results[column] |= answer | {"all_ms": results[column]["all_ms"] + answer.get("all_ms", [])}
-            if not ask:
-                say(f"  {name} {column} compiled in {answer['compile_s']:.1f} s")
-        except WorkerError as error:
-            results[column] = {"failed": str(error)}
-            say(f"  {name} {column} failed: {error}")
-
-    try:
-        for column in columns:
-            attempt(column, ask=False)
-        for _ in range(args.rounds):
-            for column in columns:
-                attempt(column, ask=True)
-    finally:
-        for worker in workers.values():
-            worker.end()
-    for result in results.values():
-        if "failed" not in result:
-            result |= {"ms": statistics.median(result["all_ms"]), "compiled_together": len(columns)}
-    return results
-
-
-def report(record: common.Record, columns: Sequence[str]) -> None:
-    """Print a row a column, ratios against BF16 of the same shape."""
-    for name, shape in record.results.items():
-        baseline = shape.get(common.BASELINE, {})
-        rows = [[name, "step ms", "speed x", "peak GiB", "of bf16", "compile s", "of bf16", "last loss"]]
-        for column in columns:
-            if (data := shape.get(column)) is None:
-                continue
-            if "failed" in data:
-                rows.append([column, "failed", *[""] * 6])
-                continue
-
-            def ratio(key: str, data: dict[str, Any] = data, baseline: dict[str, Any] = baseline) -> str:
-                return f"{data[key] / baseline[key]:.2f}" if data.get(key) and baseline.get(key) else ""
-
-            speed = f"{baseline['ms'] / data['ms']:.3f}" if "ms" in baseline else ""
-            peak = f"{data['peak_gib']:.1f}" if data["peak_gib"] else ""
-            loss = f"{data['losses'][-1]:.3f}" if data["finite"] else "not finite"
-            rows.append([column, f"{data['ms']:.1f}", speed, peak, ratio("peak_gib"), f"{data['compile_s']:.1f}",
-                         ratio("compile_s"), loss])
-        say(common.table(rows))
-
-
-def profile(args: argparse.Namespace) -> None:
-    """The kernels of one training step of the asked column, for each shape."""
-    check_folder(args.out.parent, "--out")
-    for name in args.shapes:
-        trainer = Trainer(args.profile, SHAPES[name], args)
-        say(f"{args.profile} {name}, one step, {statistics.median(trainer.timed(3)):.1f} ms")
-        rows = common.top_kernels(trainer, args.device, 3, most=50)
-        common.show_kernels(rows)
-        path = args.out.with_name(f"{args.out.stem}-{args.profile}-{name}.json")
-        write_json(path, rows)
-        del trainer
-        common.release(args.device)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=common.names, default=["8b", "1b"], metavar="NAMES",
-                        help=f"of {', '.join(SHAPES)}; default 8b,1b")
-    parser.add_argument("--columns", type=common.names, default=list(COLUMNS), metavar="NAMES",
-                        help=f"of {', '.join(common.COLUMNS)}, or any policy of ours; default {','.join(COLUMNS)}")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps in a round (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of each column (default %(default)s)")
-    parser.add_argument("--together", type=int, default=1, metavar="N", help="columns that compile at the same time")
-    parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
-    parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
-    parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs, all columns")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--column-limit", type=float, default=300, metavar="SECONDS",
-                        help="longest wait for one answer of a column's process (default %(default)s)")
-    common.add_arguments(parser, "bench_train", "column")
-    parser.add_argument("--worker", metavar="COLUMN", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    for name in args.shapes:
-        if name not in SHAPES:
-            parser.error(f"shape {name!r} does not exist; possible: {', '.join(SHAPES)}")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    if args.worker:
-        work(args.worker, args)
-        return
-    deadline = common.Deadline(args.time_limit)
-    settings = common.environment(args.device) | {"seed": args.seed, "compiler": args.compiler, "steps": args.steps,
-                                                  "rounds": args.rounds, "cuda_graphs": args.cuda_graphs}
-    say(common.describe(settings))
-    if args.profile:
-        profile(args)
-        return
-    record = common.Record(args.out, "bench_train", settings, args.fresh)
-    for name in args.shapes:
-        todo = [c for c in args.columns if "ms" not in record.results.get(name, {}).get(c, {})]
-        for group in (todo[i:i + args.together] for i in range(0, len(todo), args.together)):
-            if deadline.passed:
-                say("time limit reached")
-                break
-            record.put(name, record.results.get(name, {}) | measure(group, name, args))
-    report(record, args.columns)
+    training_columns.main(Path(__file__).resolve(), WORKS, ("8b", "1b"), training_columns.COLUMNS, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def optimizer_of(column: str, model: Llama, states: str, seed: int) -> torch.opt
 def state_bytes(optimizer: torch.optim.Optimizer, model: Llama) -> float:
     """Bytes of optimizer states a parameter of the trained linear layers."""
     inside = {id(layer.weight): layer.weight for name, layer in model.named_modules()
-              if isinstance(layer, nn.Linear) and name != common.HEAD}
+              if isinstance(layer, nn.Linear) and name not in common.HEADS}
     stored = sum(x.nbytes for p, state in optimizer.state.items() if id(p) in inside
                  for x in state.values() if isinstance(x, Tensor) and x.dim())
     return stored / sum(p.numel() for p in inside.values())

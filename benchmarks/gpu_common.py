@@ -35,24 +35,24 @@ TORCHAO = {
 }
 OURS = ("fp8", "fp8-rowwise", "quartet")
 COLUMNS = (BASELINE, *TORCHAO, *OURS)
-HEAD = "lm_head"
+HEADS = ("lm_head", "classifier")
 FLUSH_BYTES = 256 << 20
 MOST_FLUSHES = 64
 
 
 def prepare(column: str, model: nn.Module) -> nn.Module:
-    """The model as the column trains it: torchao's columns swap its linear layers in place, all but the output head."""
+    """The model as the column trains it: torchao's columns swap its linear layers in place, all but output heads."""
     if column in TORCHAO:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = Float8LinearConfig.from_recipe_name(TORCHAO[column])
-        convert_to_float8_training(model, config=config, module_filter_fn=lambda module, fqn: fqn != HEAD)
+        convert_to_float8_training(model, config=config, module_filter_fn=lambda module, fqn: fqn not in HEADS)
     return model
 
 
 def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: Any = None,
-             cuda_graphs: bool = False) -> Callable[..., Any]:
-    """``torch.compile`` of a prepared model, static shapes, one graph.
+             cuda_graphs: bool = False, whole: bool = True) -> Callable[..., Any]:
+    """``torch.compile`` of a prepared model, static shapes.
 
     Args:
         column: ``bf16``, one of ``TORCHAO``, or else the name of a recipe or ``.toml`` file for our backend, with
@@ -60,14 +60,15 @@ def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: 
         compiler: the torch.compile backend of the peers.
         policy: for our backend instead of the name; anything that its option ``policy`` takes.
         cuda_graphs: record and replay CUDA graphs, as ``mode="reduce-overhead"`` does.
+        whole: refuse graph breaks.
     """
     allow_many_graphs()
     graphs = {"triton.cudagraphs": True} if cuda_graphs else {}
     if column == BASELINE or column in TORCHAO:
-        return torch.compile(model, backend=compiler, options=graphs or None, dynamic=False, fullgraph=True)
+        return torch.compile(model, backend=compiler, options=graphs or None, dynamic=False, fullgraph=whole)
     name, _, recompute = column.partition(":")
     options = {"policy": name if policy is None else policy, **graphs} | ({"recompute": recompute} if recompute else {})
-    return torch.compile(model, backend=our_backend(), options=options, dynamic=False, fullgraph=True)
+    return torch.compile(model, backend=our_backend(), options=options, dynamic=False, fullgraph=whole)
 
 
 def allow_many_graphs() -> None:

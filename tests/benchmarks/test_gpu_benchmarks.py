@@ -6,6 +6,7 @@ Peers are compiled with ``aot_eager``; our backend makes its graphs and runs the
 import importlib
 import io
 import json
+import math
 import sys
 import types
 from dataclasses import replace
@@ -33,7 +34,8 @@ def scripts():
         for folder in ("examples", "benchmarks"):
             patch.syspath_prepend(ROOT / folder)
         loaded = {name: importlib.import_module(name)
-                  for name in ("gpu_common", "gpu_worker", "bench_linear", "bench_train", "train_gap", "plot")}
+                  for name in ("gpu_common", "gpu_worker", "bench_linear", "bench_train", "bench_hf", "train_gap",
+                               "plot")}
         patch.setattr(loaded["gpu_common"], "our_backend", lambda: uncompiled)
         yield types.SimpleNamespace(**loaded)
 
@@ -122,8 +124,19 @@ def test_a_worker_trains_and_answers(scripts, monkeypatch, capsys):
     scripts.bench_train.main(["--worker", "quartet", "--shapes", "tiny", "--steps", "2", "--device", "cpu"])
     ready, first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert ready["compile_s"] > 0
-    assert len(first["all_ms"]) == 2 and len(second["losses"]) == 3 + 2 * 3
+    assert ready["launches"] > 20 and ready["host_ms"] > 0
+    assert len(first["all_ms"]) == 2 and len(second["losses"]) - len(first["losses"]) == 3
     assert second["finite"] and second["losses"][0] > 5 and second["peak_gib"] is None
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-vit"])
+def test_an_unmodified_hugging_face_model_trains(shape, scripts, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("measure\n"))
+    scripts.bench_hf.main(["--worker", "quartet", "--shapes", shape, "--steps", "1", "--device", "cpu"])
+    ready, answer = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ready["compile_s"] > 0 and answer["finite"]
+    assert answer["losses"][0] == pytest.approx(math.log(128 if shape == "tiny-llama" else 10), rel=0.2)
 
 
 def test_train_compares_processes_and_says_which_failed(scripts, tmp_path, capsys):
@@ -134,7 +147,7 @@ def test_train_compares_processes_and_says_which_failed(scripts, tmp_path, capsy
     assert f"PolicyError: unknown policy {MISSING!r}" in columns[MISSING]["failed"]
     assert columns["bf16"]["ms"] > 0 and columns["bf16"]["compile_s"] > 0 and columns["bf16"]["compiled_together"] == 2
     row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("bf16 "))
-    assert row[2] == "1.000"
+    assert row[2] == "1.000" and float(row[3]) > 0 and row[5] == "1.00"
 
 
 def test_a_worker_that_hangs_or_dies_says_so(scripts):
