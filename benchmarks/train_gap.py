@@ -15,8 +15,10 @@ Policies are ``bf16`` (plain Inductor), recipe names, and variants of ``quartet`
     even-sr                  forward scales by the rule ``even``, gradients straight through
     even-signed-sr           any of them with fixed signs before the rotation of forward
 
-``even-signed-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. Gaps are between runs of one seed, and
-have their standard deviation over the seeds beside them. A run continues the file at ``--out``.
+``even-signed-sr`` is ``quartet``, ``floor-centred-sr`` is ``quartet-paper``. After a recipe or ``bf16`` may stand how
+activations are saved, ``quartet+e4m3/16``, ``bf16+uint4/64 stochastic`` (``quartet.lowering.recipe.types.Saved``). Gaps
+are between runs of one seed, and have their standard deviation over the seeds beside them. A run continues the file at
+``--out``.
 """
 
 from __future__ import annotations
@@ -80,13 +82,25 @@ def variant(name: str) -> Any:
     return replace(recipe, **{role: _respecify(getattr(base, role), rounding=rounding) for role in ("dgrad", "wgrad")})
 
 
+def saving(name: str) -> Any:
+    """The policy that ``RECIPE+FORMAT`` describes, which is about saved activations; None for any other name."""
+    base, plus, form = name.partition("+")
+    if not plus:
+        return None
+    from quartet import Policy
+    from quartet.lowering.recipe.types import Recipe, Saved
+
+    policy = Policy(None if base == common.BASELINE else base)
+    return policy.on(op="saved", recipe=Recipe(f"saved-{form}".replace(" ", "-"), saved=Saved.parse(form)))
+
+
 def _respecify(gemm: Any, **fields: Any) -> Any:
     """A GEMM with some fields of both quantisers replaced."""
     return replace(gemm, **{side: replace(operand, spec=replace(operand.spec, **fields))
                             for side, operand in (("a", gemm.a), ("b", gemm.b))})
 
 
-Compile = Callable[[str, nn.Module, Any], Any]  # policy, model, the recipe of a variant
+Compile = Callable[[str, nn.Module, Any], Any]  # policy, model, the recipe or policy of a variant
 
 
 def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace,
@@ -98,9 +112,9 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace,
     if args.precision == "bf16":
         model = model.bfloat16()
     optimizer = adamw(model, args.lr)
-    recipe = variant(policy)
-    compiled = (common.compiled(policy, model, args.compiler, recipe, args.cuda_graphs) if compile is None else
-                compile(policy, model, recipe))
+    recipe, saved = variant(policy), saving(policy)
+    compiled = (common.compiled(policy, model, args.compiler, recipe or saved, args.cuda_graphs)
+                if compile is None else compile(policy, model, recipe or saved))
 
     def loss_of(*batch: Tensor) -> Tensor:
         if device.type == "cuda":  # from pinned memory the copy does not wait for the step before it
@@ -131,7 +145,7 @@ def train(policy: str, seed: int, corpus: Corpus, args: argparse.Namespace,
         "validation_tokens": len(validation) * args.batch * args.seq,
         "train_loss": [round(statistics.fmean(curve[i:i + each]), 5) for i in range(0, len(curve), each)],
         "step_ms": step_ms, "compile_s": compile_s, "parameters": sum(p.numel() for p in model.parameters()),
-        "recipe": asdict(recipe) if recipe is not None else policy,
+        "recipe": asdict(recipe) if recipe is not None else saved.to_dict() if saved is not None else policy,
     }
 
 

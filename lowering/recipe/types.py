@@ -139,12 +139,13 @@ class Delayed:
 
 @dataclass(frozen=True)
 class Saved:
-    """What autograd keeps for other purposes than products, in eight bits an element.
+    """What autograd keeps for other purposes than products, in eight bits an element or fewer.
 
     Args:
-        element: ``"e4m3"`` (symmetric, one bfloat16 scale a group) or ``"uint8"`` (asymmetric, fp32 scale and minimum).
+        element: ``"e4m3"`` (symmetric, one bfloat16 scale a group) or ``"uint8"``, ``"uint6"`` or ``"uint4"``
+            (asymmetric, fp32 scale and minimum).
         group: elements along the last axis that share a scale, a multiple of 16 up to 256.
-        rounding: ``"nearest"``; uint8 also ``"stochastic"``.
+        rounding: ``"nearest"``; integers also ``"stochastic"``.
         attention: also q, k, v and the output that a fused attention keeps; its statistics stay exact.
     """
 

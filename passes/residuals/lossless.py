@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import Graph, Node
 
-from quartet.kernels.reference.formats.saved import saved_bytes_per_element
+from quartet.kernels.reference.formats.saved import packed_together, saved_bytes_per_element
 from quartet.lowering.ir.graph import argument, index_of, maker, shape, source, source_of, val
 from quartet.lowering.recipe.types import Saved
 from quartet.passes.residuals.boundary import FLOATS, Storage, above_view, dense_order
@@ -83,7 +83,9 @@ def why_exact(storage: Storage, outputs: Iterable[Node], backward: Backward, sav
         order = dense_order(storage.source)
         if order is None:
             return "it has gaps or overlaps in memory"
-        last = hint(shape(storage.source)[order[-1]])
+        last, together = hint(shape(storage.source)[order[-1]]), packed_together(saved.element)
+        if not same(shape(storage.source)[order[-1]] % together, 0):
+            return f"a last axis of {last} is no multiple of {together}, which are packed together"
         if saved_bytes_per_element(saved.element, saved.group, last) > WORTH * val(storage.source).element_size():
             return f"groups along a last axis of {last} would take as much"
     return reason

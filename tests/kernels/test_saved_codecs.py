@@ -1,4 +1,4 @@
-"""The two codecs of saved activations: error bounds, edge cases, and the same numbers in the op as in the reference."""
+"""The codecs of saved activations: error bounds, edge cases, and the same numbers in the op as in the reference."""
 
 import math
 
@@ -8,10 +8,17 @@ import torch
 
 import quartet.lowering.ir.ops.saved as saved_ops
 from quartet.kernels.reference import Draw
-from quartet.kernels.reference.formats.saved import decode_saved, encode_saved, saved_bytes_per_element
+from quartet.kernels.reference.formats.saved import (
+    BITS,
+    decode_saved,
+    encode_saved,
+    pack,
+    saved_bytes_per_element,
+    unpack,
+)
 from quartet.passes.residuals.partition import DRAW
 
-CODECS = [("e4m3", 16), ("uint8", 64)]
+CODECS = [("e4m3", 16), ("uint8", 64), ("uint6", 128), ("uint4", 64)]
 SEED = torch.tensor([5])
 INFINITY = float("inf")
 
@@ -45,15 +52,35 @@ def test_e4m3_error_is_half_a_step(shape, dtype):
     assert error.isnan().sum() == groups(x, 16).isnan().sum()
 
 
+SHAPES = [(64, 64), (3, 5, 70), (7, 1), (1, 129), (200,)]
+PACKED = [(64, 64), (3, 5, 72), (7, 4), (1, 132), (200,)]
+
+
 @pytest.mark.parametrize("seed", [None, SEED])
-@pytest.mark.parametrize("shape", [(64, 64), (3, 5, 70), (7, 1), (1, 129), (200,)])
-def test_uint8_error_is_half_a_step_to_nearest_and_a_whole_one_at_random(shape, seed):
+@pytest.mark.parametrize("element, group, shape", [
+    *(("uint8", 64, shape) for shape in SHAPES),
+    *((element, group, shape) for element, group in CODECS[2:] for shape in PACKED)])
+def test_integers_err_by_half_a_step_to_nearest_and_a_whole_one_at_random(element, group, shape, seed):
     x = data(*shape)
-    error = groups(round_trip(x, "uint8", 64, seed), 64) - groups(x, 64)
-    given = groups(x, 64)
+    error = groups(round_trip(x, element, group, seed), group) - groups(x, group)
+    given = groups(x, group)
     span = given.nan_to_num(-INFINITY).amax(-1, keepdim=True) - given.nan_to_num(INFINITY).amin(-1, keepdim=True)
-    bound = span / 255 * (0.5 if seed is None else 1.0) * 1.01 + given.abs() * 1e-6
+    bound = span / (2 ** BITS[element] - 1) * (0.5 if seed is None else 1.0) * 1.01 + given.abs() * 1e-6
     assert (error.abs() <= bound)[~error.isnan()].all()
+
+
+@pytest.mark.parametrize("bits, shape", [(4, (16, 2)), (4, (3, 5, 6)), (6, (16, 4)), (6, (3, 5, 12)), (8, (7,))])
+def test_packed_codes_come_back_and_take_their_bits(bits, shape):
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    packed = pack(codes, bits)
+    assert packed.numel() * 8 == codes.numel() * bits and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_codes_lie_in_their_bytes_from_the_lowest_bit_on():
+    assert pack(torch.tensor([1, 2], dtype=torch.uint8), 4).tolist() == [0x21]
+    word = 1 | 2 << 6 | 3 << 12 | 4 << 18
+    assert pack(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 6).tolist() == list(word.to_bytes(3, "little"))
 
 
 def test_relative_error_of_gaussian_data():
@@ -61,6 +88,8 @@ def test_relative_error_of_gaussian_data():
     errors = [((round_trip(x, e, g) - x).square().mean() / x.square().mean()).item() for e, g in CODECS]
     assert errors[0] == pytest.approx(5.0e-4, rel=0.05)  # (1/8)²/12 over the mean square of a significand in 1…2
     assert errors[1] == pytest.approx((4.75 / 255) ** 2 / 12, rel=0.1)  # the range of 64 is 4.75 deviations
+    assert errors[2] == pytest.approx((5.4 / 63) ** 2 / 12, rel=0.1) and (
+        errors[3] == pytest.approx((4.75 / 15) ** 2 / 12, rel=0.1))
 
 
 def test_e4m3_codes_are_those_of_another_implementation():
@@ -87,7 +116,7 @@ def test_zeros_constants_and_extremes(element, group):
     for value in (0.0, -3.5, tiny, huge, 2.0**-140):
         x = torch.full((2, 96), value)
         torch.testing.assert_close(round_trip(x, element, group), x, rtol=4e-3, atol=2.0**-130)
-    assert torch.equal(encode_saved(torch.zeros(1, 64), element, group)[0].float(), torch.zeros(1, 64))
+    assert not encode_saved(torch.zeros(1, 64), element, group)[0].float().any()
 
 
 def test_zero_stays_zero_and_signs_stay_in_e4m3():
@@ -111,13 +140,13 @@ def test_nan_and_infinity_stay_visible_in_their_group_and_nowhere_else(element, 
 
 @pytest.mark.parametrize("element, group", CODECS)
 def test_layout_of_codes_and_scales(element, group):
-    x = data(3, 5, 70).transpose(0, 1)
+    x = data(3, 5, 72).transpose(0, 1)
     codes, scales = encode_saved(x, element, group)
-    wide = -(-70 // group)
-    assert codes.shape == x.shape and codes.is_contiguous() and codes.element_size() == 1
+    wide = -(-72 // group)
+    assert codes.shape == (5, 3, 72 * BITS[element] // 8) and codes.is_contiguous() and codes.element_size() == 1
     assert scales.shape == ((5, 3, wide) if element == "e4m3" else (5, 3, wide, 2))
     kept = codes.numel() + scales.numel() * scales.element_size()
-    assert kept / x.numel() == pytest.approx(saved_bytes_per_element(element, group, 70))
+    assert kept / x.numel() == pytest.approx(saved_bytes_per_element(element, group, 72))
     assert torch.equal(codes.view(torch.uint8), encode_saved(x.contiguous(), element, group)[0].view(torch.uint8))
 
 

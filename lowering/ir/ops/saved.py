@@ -21,7 +21,8 @@ def _encode_fake(x, element, group, seed, site):
     groups = (*x.shape[:-1], (x.shape[-1] + group - 1) // group)
     if element == "e4m3":
         return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(groups, dtype=torch.bfloat16)
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((*groups, 2), dtype=torch.float32)
+    packed = (*x.shape[:-1], x.shape[-1] * saved.BITS[element] // 8)
+    return x.new_empty(packed, dtype=torch.uint8), x.new_empty((*groups, 2), dtype=torch.float32)
 
 
 def encode_inlined(x: Tensor, element: str, group: int, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def encode_saved(x: Tensor, element: str, group: int, seed: Tensor | None, site:
 
 
 def _decode_fake(codes, scales, element, group, dtype):
-    return codes.new_empty(codes.shape, dtype=dtype)
+    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // saved.BITS[element]), dtype=dtype)
 
 
 @op(fake=_decode_fake, decompose=saved.decode_saved, strides="any")
