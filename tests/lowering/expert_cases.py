@@ -21,7 +21,7 @@ from quartet.lowering.ir.ops import fused as cuda_ops  # noqa: E402
 CASES = {"fourth expert 24 powers of two down": ("quartet", 24)}
 KERNELS = {"cuda_quantize": cuda_ops._quantize, "cuda_quantize_both": cuda_ops._quantize_both,
            "cuda_requantize": cuda_ops._requantize, "cuda_fold": cuda_ops._fold,
-           "cuda_dequantize": cuda_ops._dequantize, "cuda_unrotate": cuda_ops._unrotate}
+           "dequantize_operand": cuda_ops._dequantize, "unrotate": cuda_ops._unrotate}
 
 
 def gradients(recipe: str, down: int, **options: object) -> torch.Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from traced import linear, targets, trace
 
 from quartet.cli.selftest_ops import examples
+from quartet.kernels.reference import chains
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
 from quartet.lowering.ir import providers
 from quartet.lowering.ir.op import REFERENCE, DeclarationError, Size, op_of, ops, schema_of
@@ -23,6 +25,7 @@ from quartet.runtime.devices import Target
 
 SM_80, SM_90, CPU = Target.named("sm_80"), Target.named("sm_90"), Target.named("cpu")
 SPEC, SEED = "e2m1/32 e8m0 headroom stochastic", torch.tensor(7)
+ELSEWHERE = {"triton": "runs on cuda, not on cpu"}
 EXAMPLES = tuple(examples(torch.device("cpu")))
 every_op = pytest.mark.parametrize("op", ops(), ids=str)
 
@@ -116,16 +119,23 @@ def test_providers_of_what_reads_codes_agree_to_the_bit():
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     spec = "e2m1/32 e8m0 quest(rms,nearest) nearest mask"
     codes, scales, mask, _ = cpu_ops.cpu_quantize(x, 0, None, spec, None, 0, True, None)
-    same(cpu_ops.cpu_dequantize, codes, scales, spec, torch.float32)
+    same(fused.dequantize_operand, codes, scales, spec, torch.float32)
     same(cpu_ops.cpu_requantize, codes, scales, spec, *CHAIN, True, torch.bfloat16)
-    same(cpu_ops.cpu_unrotate, x, mask, 32, None, 0.75, 90, torch.bfloat16)
+    same(fused.unrotate, x, mask, 32, None, 0.75, 90, torch.bfloat16)
+
+
+def test_operands_that_only_gpus_multiply_are_read_on_a_cpu_too():
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    spec = QuantSpec.parse("e2m1/16 e4m3 amax nearest")
+    codes, scales, _ = chains.rotate_quantize(x, 0, None, spec, None, 0, torch.tensor([[100.0]]))
+    same(fused.dequantize_operand, codes, scales, str(spec), torch.bfloat16)
 
 
 def same(op, *arguments):
     """All providers for a CPU give the same, and the fake its shapes and dtypes."""
     wanted = results(op.reference(*arguments))
     shapes = [(t.shape, t.dtype) for t in results(op.fake(*arguments))]
-    for provider in op.providers:
+    for provider in (one for one in op.providers if one.device in (None, "cpu")):
         found = results(op.overload_of(provider)(*arguments))
         assert [(t.shape, t.dtype) for t in found] == shapes, provider.name
         assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), provider.name
@@ -144,58 +154,58 @@ def second():
         state["asked"] += 1
         return state["reason"]
 
-    @cpu_ops.cpu_dequantize.provider("mine", "cpu", supports, before="cpp")
+    @fused.dequantize_operand.provider("mine", "cpu", supports, before="cpp")
     def mine(codes, scales, spec, dtype):
         state["ran"] += 1
-        return cpu_ops.cpu_dequantize.reference(codes, scales, spec, dtype)
+        return fused.dequantize_operand.reference(codes, scales, spec, dtype)
 
     yield state
-    cpu_ops.cpu_dequantize.withdraw("mine")
+    fused.dequantize_operand.withdraw("mine")
 
 
 def dequantized():
     codes = torch.full((4, 16), 0x21, dtype=torch.uint8)
-    return torch.ops.quartet.cpu_dequantize.default(codes, torch.full((4, 1), 127, dtype=torch.uint8),
-                                                    "e2m1/32 e8m0 ceil nearest", torch.float32)
+    return torch.ops.quartet.dequantize_operand.default(codes, torch.full((4, 1), 127, dtype=torch.uint8),
+                                                        "e2m1/32 e8m0 ceil nearest", torch.float32)
 
 
 def test_a_second_provider_is_chosen_once(second):
     wanted = dequantized()
     assert (second["ran"], second["asked"]) == (1, 1)
     assert torch.equal(dequantized(), wanted) and (second["ran"], second["asked"]) == (2, 1)
-    assert cpu_ops.cpu_dequantize.choose(CPU)[0].name == "mine"
+    assert fused.dequantize_operand.choose(CPU)[0].name == "mine"
 
 
 def test_a_provider_that_declines_is_passed_over(second):
     second["reason"] = "needs a processor with a beak"
     dequantized()
     assert second["ran"] == 0
-    provider, reasons = cpu_ops.cpu_dequantize.choose(CPU)
-    assert provider.name == "cpp" and reasons == {"mine": "needs a processor with a beak"}
-    assert ("cpu_dequantize", "mine", "needs a processor with a beak") in providers.listing(CPU)
-    assert "cpu_dequantize.mine=0" in registry.answers([CPU], quantized_gemms())
+    provider, reasons = fused.dequantize_operand.choose(CPU)
+    assert provider.name == "cpp" and reasons == {**ELSEWHERE, "mine": "needs a processor with a beak"}
+    assert ("dequantize_operand", "mine", "needs a processor with a beak") in providers.listing(CPU)
+    assert "dequantize_operand.mine=0" in registry.answers([CPU], quantized_gemms())
 
 
 def test_a_second_provider_is_disabled_by_its_name(second):
-    assert "cpu_dequantize.mine" in options("cpu_dequantize.mine").disable_kernels
-    _, reasons = cpu_ops.cpu_dequantize.choose(CPU, ("cpu_dequantize.mine",))
-    assert reasons == {"mine": "disabled: disable_kernels names 'cpu_dequantize.mine'"}
+    assert "dequantize_operand.mine" in options("dequantize_operand.mine").disable_kernels
+    _, reasons = fused.dequantize_operand.choose(CPU, ("dequantize_operand.mine",))
+    assert reasons == {**ELSEWHERE, "mine": "disabled: disable_kernels names 'dequantize_operand.mine'"}
     graph = torch.fx.Graph()
     codes, scales = graph.placeholder("codes"), graph.placeholder("scales")
     given = torch.full((4, 16), 0x21, dtype=torch.uint8), torch.full((4, 1), 127, dtype=torch.uint8)
-    node = graph.call_function(cpu_ops.DEQUANTIZE, (codes, scales, "e2m1/32 e8m0 ceil nearest", torch.float32))
+    node = graph.call_function(fused.DEQUANTIZE, (codes, scales, "e2m1/32 e8m0 ceil nearest", torch.float32))
     node.meta["val"] = dequantized()
     providers.settle(graph, lambda device: CPU)
-    assert node.target is cpu_ops.DEQUANTIZE and second["ran"] == 1
-    providers.settle(graph, lambda device: CPU, ("cpu_dequantize.mine",))
-    assert node.target is torch.ops.quartet.cpu_dequantize.cpp
+    assert node.target is fused.DEQUANTIZE and second["ran"] == 1
+    providers.settle(graph, lambda device: CPU, ("dequantize_operand.mine",))
+    assert node.target is torch.ops.quartet.dequantize_operand.cpp
     graph.output(node)
     made = torch.fx.GraphModule(torch.nn.Module(), graph)(*given)
     assert torch.equal(made, node.meta["val"]) and second["ran"] == 1
 
 
 def test_a_provider_is_withdrawn_without_a_trace():
-    op = cpu_ops.cpu_dequantize
+    op = fused.dequantize_operand
     before = op.providers
     op.provider("mine", "cpu")(lambda codes, scales, spec, dtype: codes.new_ones(1))
     assert dequantized().numel() == 128  # those that stand before it are preferred
@@ -207,10 +217,10 @@ def test_a_provider_is_withdrawn_without_a_trace():
 
 @pytest.mark.parametrize(("name", "before", "said"), [
     ("cpp", "reference", "'cpp' is taken"), ("default", "reference", "no name"), ("c++", "reference", "no name"),
-    ("mine", "cuda", "no provider 'cuda'; possible: cpp, reference")])
+    ("mine", "cuda", "no provider 'cuda'; possible: triton, cpp, reference")])
 def test_a_provider_that_cannot_be_is_refused(name, before, said):
     with pytest.raises(DeclarationError, match=said):
-        cpu_ops.cpu_dequantize.provider(name, "cpu", before=before)
+        fused.dequantize_operand.provider(name, "cpu", before=before)
 
 
 def quantized_gemms():
@@ -233,8 +243,8 @@ def test_a_provider_is_disabled_by_its_name():
 def test_a_graph_calls_the_provider_that_is_left():
     model, x = linear()
     usual = trace("sm_90", model, x)
-    graphs = trace("sm_90", model, x, disable_kernels=["cuda_unrotate.triton"])
-    reference = torch.ops.quartet.cuda_unrotate.reference
+    graphs = trace("sm_90", model, x, disable_kernels=["unrotate.triton"])
+    reference = torch.ops.quartet.unrotate.reference
     for before, after in zip(usual, graphs, strict=True):
         wanted = targets(before)
         assert wanted[reference] == 0

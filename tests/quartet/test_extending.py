@@ -513,15 +513,15 @@ def test_functions_that_hold_values_keep_graphs_out_of_the_caches():
 
 
 def test_a_provider_of_an_op(load):
-    from quartet.lowering.targets.cpu.ops import cpu_unrotate
+    from quartet.lowering.ir.ops.fused import unrotate
 
     module = load("unrotate")
     try:
-        assert [provider.name for provider in cpu_unrotate.providers] == ["plain", "cpp", "reference"]
+        assert [provider.name for provider in unrotate.providers] == ["triton", "plain", "cpp", "reference"]
         x = torch.randn(8, 64)
-        found = cpu_unrotate(x, None, 32, None, 0.5, 60, torch.float32)
+        found = unrotate(x, None, 32, None, 0.5, 60, torch.float32)
         assert torch.equal(found, module.unrotate(x, None, 32, None, 0.5, 60, torch.float32))
-        assert "cpu_unrotate.plain" in registry.disableable()
+        assert "unrotate.plain" in registry.disableable()
     finally:
-        cpu_unrotate.withdraw("plain")
-    assert [provider.name for provider in cpu_unrotate.providers] == ["cpp", "reference"]
+        unrotate.withdraw("plain")
+    assert [provider.name for provider in unrotate.providers] == ["triton", "cpp", "reference"]

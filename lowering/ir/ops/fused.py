@@ -1,4 +1,4 @@
-"""Graph ops over the Triton kernels, one for each chain of the IR.
+"""Graph ops over fused kernels, one for each chain of the IR; ``cuda_…`` are those that a GPU's kernels take alone.
 
     cuda_quantize       hadamard → quantize: packed results, and the FP8 operand of the matmul; with ``parameter``,
                         what x was made from, the packed results serve all forwards of an optimizer step; ``fixed`` is
@@ -7,10 +7,10 @@
     cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand; of ``matrices``
                         below each other each is transposed
     cuda_fold           codes and scales → FP8 operand; with ``ends``, of groups along K
-    cuda_dequantize     codes and scales → operand in another dtype
-    cuda_unrotate       × gain → apply_mask → inverse hadamard → first columns
     cuda_rotated_amax   hadamard → amax
     cuda_rotate         hadamard, and its amax
+    dequantize_operand  codes and scales → operand in another dtype, without the gain
+    unrotate            × gain → apply_mask → inverse hadamard → first columns
 
 An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1]``, or of groups ``[R, E]``.
 ``encode`` is the multiplier of the tensor, for E4M3 scales.
@@ -220,11 +220,11 @@ def _dequantize_fake(codes, scales, spec, dtype):
 
 
 @op(fake=_dequantize_fake)
-def cuda_dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
+def dequantize_operand(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     return chains.unscaled(codes, scales, QuantSpec.parse(spec), dtype)
 
 
-@cuda_dequantize.provider("triton", "cuda")
+@dequantize_operand.provider("triton", "cuda")
 def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     return _kernels().dequantize(codes, scales, QuantSpec.parse(spec), dtype)
 
@@ -234,12 +234,12 @@ def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
 
 
 @op(fake=_unrotate_fake)
-def cuda_unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: Size,
-                  dtype: torch.dtype) -> Tensor:
+def unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: Size,
+             dtype: torch.dtype) -> Tensor:
     return chains.unrotate(x, mask, rotation, signs, gain, cols, dtype)
 
 
-@cuda_unrotate.provider("triton", "cuda")
+@unrotate.provider("triton", "cuda")
 def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
               dtype: torch.dtype) -> Tensor:
     return _rotations().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
@@ -272,5 +272,5 @@ def _rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
 
 
 QUANTIZE, QUANTIZE_BOTH, REQUANTIZE = cuda_quantize.overload, cuda_quantize_both.overload, cuda_requantize.overload
-FOLD, DEQUANTIZE, UNROTATE = cuda_fold.overload, cuda_dequantize.overload, cuda_unrotate.overload
+FOLD, DEQUANTIZE, UNROTATE = cuda_fold.overload, dequantize_operand.overload, unrotate.overload
 ROTATED_AMAX, ROTATE = cuda_rotated_amax.overload, cuda_rotate.overload

@@ -13,6 +13,7 @@ from quartet.kernels.cpu import ops as kernels
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, hand_over, is_backward, keep_as, val
 from quartet.lowering.ir.operands import Product
+from quartet.lowering.ir.ops.fused import DEQUANTIZE, UNROTATE
 from quartet.lowering.ir.products import multiply
 from quartet.lowering.targets.chains import (
     Accepts,
@@ -79,6 +80,6 @@ def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
         if values is not None and val(values).dim() == 2 and val(values).dtype == dtype:
             operands.append(values)
         else:
-            operands.append(build(cpu_ops.DEQUANTIZE, *operand.stored, dtype))
+            operands.append(build(DEQUANTIZE, *operand.stored, dtype))
     out = keep_as(multiply(build, product.kind, *operands), gemm)
-    finish(build, gemm, out, product.gain, cpu_ops.UNROTATE, Epilogue.of(gemm))
+    finish(build, gemm, out, product.gain, UNROTATE, Epilogue.of(gemm))

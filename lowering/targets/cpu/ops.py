@@ -4,8 +4,8 @@
                       what x was made from, the packed results serve all forwards of an optimizer step; ``fixed`` is
                       then what ``signs`` hold
     cpu_requantize    dequantize → transpose → hadamard → quantize, from packed codes
-    cpu_dequantize    codes and scales → operand of the matmul
-    cpu_unrotate      × gain → apply_mask → inverse hadamard → first columns
+
+and the providers for a CPU of the ops that kernels of GPUs share.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from quartet.kernels.reference import chains
 from quartet.kernels.reference.philox import random_signs_of_int
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import ceil_to, code_layout
-from quartet.lowering.ir.op import Size, op
-from quartet.lowering.ir.ops import core
+from quartet.lowering.ir.op import op
+from quartet.lowering.ir.ops import core, fused
 from quartet.runtime.slots.weights import REUSED, described
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -98,35 +98,18 @@ def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, sign
                           spec=QuantSpec.parse(spec), seed=seed, site=site, packed=packed, values=values)
 
 
-def _dequantize_fake(codes, scales, spec, dtype):
-    return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-
-
-@op(fake=_dequantize_fake)
-def cpu_dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return chains.unscaled(codes, scales, QuantSpec.parse(spec), dtype)
-
-
-@cpu_dequantize.provider("cpp", "cpu")
+@fused.dequantize_operand.provider("cpp", "cpu")
 def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
-    return cpu.dequantize(codes, scales, QuantSpec.parse(spec), dtype, gain=False)
+    q = QuantSpec.parse(spec)
+    if q.scale != "e8m0":  # of NVFP4, lowered for a GPU and run here
+        return chains.unscaled(codes, scales, q, dtype)
+    return cpu.dequantize(codes, scales, q, dtype, gain=False)
 
 
-def _unrotate_fake(x, mask, rotation, signs, gain, cols, dtype):
-    return x.new_empty(x.shape[0], cols, dtype=dtype)
-
-
-@op(fake=_unrotate_fake)
-def cpu_unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: Size,
-                 dtype: torch.dtype) -> Tensor:
-    return chains.unrotate(x, mask, rotation, signs, gain, cols, dtype)
-
-
-@cpu_unrotate.provider("cpp", "cpu")
+@fused.unrotate.provider("cpp", "cpu")
 def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
               dtype: torch.dtype) -> Tensor:
     return cpu.mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
 
 
 QUANTIZE, REQUANTIZE = cpu_quantize.overload, cpu_requantize.overload
-DEQUANTIZE, UNROTATE = cpu_dequantize.overload, cpu_unrotate.overload
