@@ -18,16 +18,20 @@ LEAST = 32  # elements: a block of the MX formats, and what an 8-bit tensor core
 UNKEYED: Mapping[str, Any] = {"key": None}  # metadata of a field that no key holds
 
 
-class Observer(Protocol):
-    """Watches the pipeline: dumps, logs, tests."""
+class Observer:
+    """Watches the pipeline: dumps, logs, tests. What a subclass does not define does nothing."""
 
-    def before(self, index: int, name: str, gm: GraphModule) -> None: ...
+    def before(self, index: int, name: str, gm: GraphModule) -> None:
+        """A pass is about to run."""
 
-    def after(self, index: int, name: str, gm: GraphModule, seconds: float) -> None: ...
+    def after(self, index: int, name: str, gm: GraphModule, seconds: float) -> None:
+        """A pass has run, in ``seconds``."""
 
-    def finish(self, records: Sequence[MatmulRecord], gm: GraphModule) -> None: ...
+    def finish(self, records: Sequence[MatmulRecord], gm: GraphModule) -> None:
+        """All passes have run."""
 
-    def saved(self, records: Sequence[SavedRecord], forward: GraphModule, backward: GraphModule) -> None: ...
+    def saved(self, records: Sequence[SavedRecord], forward: GraphModule, backward: GraphModule) -> None:
+        """The graph has been parted into forward and backward."""
 
 
 class Decides(Protocol):

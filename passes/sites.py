@@ -14,15 +14,12 @@ import torch
 from torch.fx import Node
 
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir
 from quartet.lowering.cost import Cost
 from quartet.lowering.ir.operands import Kind
-from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.lowering.registry import Kernel
 from quartet.passes.matrices import Operand
-from quartet.runtime.compat import OpOverload
 
 SITE_KEY = "quartet_site"  # node.meta key of a lowered GEMM: (site index, role)
 OP_CLASS_KEY = "quartet_op_class"  # of a forward product that a pass has written: its op class
@@ -102,9 +99,9 @@ class Found:
         return {"fprop": self.forward, **self.gradients}
 
     @property
-    def scaled(self) -> OpOverload:
-        """The op of the IR that a quantised product becomes."""
-        return SCALED_GROUPED_MM if self.groups is not None else ir.SCALED_MM if self.batch is None else ir.SCALED_BMM
+    def kind(self) -> Kind:
+        """What the forward product is."""
+        return Kind(self.batch, None if self.groups is None else self.groups.offs)
 
     @property
     def recomputes_x(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.options import Options
+from quartet.passes.compilation import Observer
 from quartet.policy import Policy
 from quartet.report.table import Report
 from quartet.runtime.devices import FEATURES, Target
@@ -70,29 +71,18 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
                   policy=str(parsed.policy), notes=notes, saved=saved)
 
 
-class _StandIns:
+class _StandIns(Observer):
     """Watches which ops run by another provider than the preferred one."""
 
     def __init__(self, options: Options) -> None:
         self._options, self._found = options, Counter[str]()
 
-    def before(self, index: int, name: str, gm: torch.fx.GraphModule) -> None:
-        """A pass begins."""
-
-    def after(self, index: int, name: str, gm: torch.fx.GraphModule, seconds: float) -> None:
-        """A pass has ended."""
-
     def finish(self, records: Sequence[MatmulRecord], gm: torch.fx.GraphModule) -> None:
-        """All passes have."""
         from quartet.lowering.ir import providers
 
         target = self._options.target
         self._found.update(providers.stand_ins(gm.graph, lambda device: target or Target.of(device),
                                                self._options.disable_kernels))
-
-    def saved(self, records: Sequence[SavedRecord], forward: torch.fx.GraphModule,
-              backward: torch.fx.GraphModule) -> None:
-        """The graph has been parted."""
 
     def notes(self) -> Iterator[str]:
         """A line for each op and reason."""

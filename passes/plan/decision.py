@@ -25,7 +25,7 @@ def decide(config: Compilation, site: Found, role: str, recipe: Recipe,
     (a, b), (before_a, before_b) = gemm.specs, _follows(site, role, recipe)
     kernel, reasons = registry.choose(
         config.target_of(val(site.x[0]).device), site.dtype_of(role), ((a, before_a), (b, before_b)),
-        config.disable_kernels if disabled is None else disabled, site.scaled)
+        config.disable_kernels if disabled is None else disabled, site.kind.op)
     return Decision(kernel, "" if kernel else "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 

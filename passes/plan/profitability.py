@@ -17,7 +17,6 @@ from itertools import combinations
 
 from torch.fx import Node
 
-from quartet.lowering import ir
 from quartet.lowering.cost import Cost, Layer, predict
 from quartet.lowering.ir.graph import val
 from quartet.lowering.rates import Rates, rates_of
@@ -82,7 +81,7 @@ def _once(state: State, costs: dict[int, Cost]) -> bool:
         rates = rates_of(state.config.target_of(val(site.x[0]).device))
         if rates is None or not _is_weighed(site):
             continue
-        if site.scaled is not ir.SCALED_MM:
+        if not site.kind.single:
             reasons = dict.fromkeys(ROLES, "the cost model knows neither groups nor batches: name it in a rule")
         else:
             layer = _layer(state, site, sharing[site.x_group])

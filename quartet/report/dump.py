@@ -19,6 +19,7 @@ from torch import fx
 
 from quartet.kernels.files import opener, write_text
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.passes.compilation import Observer
 from quartet.report.graph_code import op_name, print_graph
 from quartet.report.svg import dataflow, draw, kind_of
 from quartet.report.table import Report, page, saved_table
@@ -82,7 +83,7 @@ def _harmless(method: Callable[Concatenate[GraphDump, P], None]) -> Callable[Con
     return guarded
 
 
-class GraphDump:
+class GraphDump(Observer):
     """Observer of the pipeline that writes every graph before and after every pass.
 
     Each compiled graph gets a folder of its own under ``directory``: ``graph_000``, ``graph_001``, …

@@ -25,6 +25,7 @@ from traced import options_for
 
 from quartet.backend import compile_graph
 from quartet.lowering.recipe.records import MatmulRecord
+from quartet.passes.compilation import Observer
 from quartet.report.graph_code import DTYPE_NAMES, describe, op_name
 from quartet.runtime.capture import Pretence
 
@@ -85,7 +86,7 @@ def around(name: str, model: nn.Module, *inputs: Tensor, policy: Any = "quartet"
     return change
 
 
-class _Watch:
+class _Watch(Observer):
     """An observer of the passes that writes down the graph around one of them."""
 
     def __init__(self, name: str, change: Change, inputs: list[str]) -> None:
@@ -99,10 +100,6 @@ class _Watch:
     def after(self, index: int, name: str, gm: GraphModule, seconds: float) -> None:
         if name == self.name:
             self.change.after = self._lines(gm.graph)
-
-    def finish(self, records: Any, gm: GraphModule) -> None: ...
-
-    def saved(self, records: Any, forward: GraphModule, backward: GraphModule) -> None: ...
 
     def _lines(self, graph: Graph) -> list[str]:
         for node in graph.nodes:
