@@ -20,7 +20,7 @@ from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import ELEMENTS, QuantSpec
 from quartet.lowering.cost import Price, unmeasured
 from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM, providers
-from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
+from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM, TOKENS
 from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.targets import fp8_products
 from quartet.lowering.targets.blackwell import block_scaled
@@ -81,6 +81,7 @@ class Kernel:
         supports_kind: (target, ``scaled_mm``, ``scaled_bmm`` or ``scaled_grouped_mm`` of the IR) → None, or why not.
         reads: the question of ``supports`` with the dtype of what is quantised, where the product's is another matter.
         align: what the kernel pads the contraction axis to a multiple of.
+        group_align: what it needs the tokens of a group to be a multiple of where it contracts them.
         price: what ``quartet.lowering.cost`` adds up, see there; without it the kernel is not measured.
         variants: what options change about it.
     """
@@ -91,6 +92,7 @@ class Kernel:
     lower: Lower | None = None
     supports_pair: SupportsPair = lambda a, b: None
     align: int = 1
+    group_align: int = TOKENS
     reads: Supports | None = None
     supports_kind: SupportsKind = matrices
     price: Price = unmeasured
@@ -135,7 +137,7 @@ _TUNED = Variant("autotune", True, block_scaled.autotune)
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", cpu.supports, cpu.lower,
-           supports_kind=_every),
+           supports_kind=_every, group_align=1),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports,
            variants=(_PORTABLE, _TUNED)),
@@ -180,7 +182,7 @@ def register(kernel: Kernel, before: str = "inductor") -> Kernel:
                              f"{f'did you mean {near[0]!r}? ' if near else ''}possible: {', '.join(NAMES)}")
     at = NAMES.index(before)
     _set(*KERNELS[:at], kernel, *KERNELS[at:])
-    facts = kernel.align, before, [(option, value) for option, value, _ in kernel.variants]
+    facts = kernel.align, kernel.group_align, before, [(option, value) for option, value, _ in kernel.variants]
     extension.add(_KIND, kernel.name, facts, kernel.supports, kernel.lower, kernel.supports_pair, kernel.reads,
                   kernel.supports_kind, kernel.price, *(rewrite for _, _, rewrite in kernel.variants))
     return kernel

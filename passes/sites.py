@@ -16,6 +16,7 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.cost import Cost
 from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.ops.grouped import TOKENS
 from quartet.lowering.recipe.resolution import Resolution
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.lowering.registry import Kernel
@@ -165,6 +166,11 @@ class Decision:
     kernel: Kernel | None = None
     reason: str = ""
     price: Cost | None = None
+
+    @property
+    def group_align(self) -> int:
+        """What the tokens of a group have to be a multiple of where they are contracted."""
+        return TOKENS if self.kernel is None else self.kernel.group_align
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

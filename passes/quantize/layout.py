@@ -19,7 +19,6 @@ from quartet.lowering.ir.operands import Kind
 from quartet.lowering.ir.ops.grouped import GATHER_ROWS, GROUP_LAYOUT, PAD_GROUPS
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned
 from quartet.lowering.recipe.types import Gemm
-from quartet.lowering.targets.fp8_products import ALIGN
 from quartet.passes.matrices import Operand
 from quartet.passes.rewriting import normal
 from quartet.passes.sites import Groups, Planned
@@ -99,7 +98,7 @@ class GroupedLayout(Layout):
 
     def __init__(self, state: State, site: Planned, gemms: Mapping[str, Gemm], groups: Groups) -> None:
         super().__init__(state, site, gemms)
-        self.count, multiple = groups.count, multiple_of(gemms)
+        self.count, multiple = groups.count, multiple_of(gemms, site.decisions["wgrad"].group_align)
         forward = site.forward.node
         build = Builder(forward.graph, like=forward, before=forward, backward=False)
         made = build(GROUP_LAYOUT, state.current(groups.offs), multiple, build.size(site.m))
@@ -171,8 +170,11 @@ def layout_of(state: State, site: Planned, gemms: Mapping[str, Gemm]) -> Layout:
     return Layout(state, site, gemms) if site.groups is None else GroupedLayout(state, site, gemms, site.groups)
 
 
-def multiple_of(gemms: Mapping[str, Gemm]) -> int:
-    """Tokens that a group is padded to a multiple of; all that ask for one ask for a power of two."""
+def multiple_of(gemms: Mapping[str, Gemm], contracted: int) -> int:
+    """Tokens that a group is padded to a multiple of; all that ask for one ask for a power of two.
+
+    ``contracted``: what the kernel of wgrad asks for.
+    """
     wanted = [1]
     for role, gemm in gemms.items():
         if gemm.outer is not None and role != "wgrad":
@@ -180,7 +182,7 @@ def multiple_of(gemms: Mapping[str, Gemm]) -> int:
         if gemm.a.spec is not None and gemm.a.spec.tile and role != "wgrad":
             wanted.append(gemm.a.spec.block)
         if role == "wgrad":
-            wanted += [ALIGN, *(spec.multiple for spec in gemm.specs)] if gemm.specs is not None else []
+            wanted += [contracted, *(spec.multiple for spec in gemm.specs)] if gemm.specs is not None else []
             wanted += [gemm.rotation.n] if gemm.rotation is not None else []
     return max(wanted)
 

@@ -13,6 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 import quartet
+from quartet.extend import Kernel, register_kernel, unregister_kernel
 from quartet.kernels import reference
 from quartet.kernels.reference.products import grouped
 from quartet.kernels.spec import QuantSpec
@@ -247,6 +248,21 @@ def test_records_say_what_was_done(recipe, eighths):
     kept = [n for n in backend.forwards()[0].graph.output_node().args[0][1:] if n.op == "call_function"]
     codes = [n for n in kept if n.meta["val"].dtype == torch.uint8]
     assert sum(n.meta["val"].numel() for n in codes) == records["fprop"].saved_bytes
+
+
+@pytest.mark.parametrize(("align", "multiple"), [(1, 1), (64, 64)])
+def test_groups_are_laid_out_as_the_kernel_of_wgrad_asks(align, multiple):
+    model, usual = Experts(), train(Experts(), on("fp8-rowwise"))[0]
+    register_kernel(Kernel("mine", "the reference", lambda *asked: None, supports_kind=lambda *asked: None,
+                           group_align=align), before="cpp")
+    try:
+        got, backend = train(model, on("fp8-rowwise"))
+    finally:
+        unregister_kernel("mine")
+    assert {r.kernel for r in backend.records} == {"mine"}
+    (made,) = backend.forwards()[0].graph.find_nodes(op="call_function", target=grouped_ops.GROUP_LAYOUT)
+    assert made.args[1] == multiple
+    assert_same(got, usual)  # zeros behind a group change no row's scale and no sum
 
 
 def test_the_default_leaves_experts_alone_and_says_so():

@@ -24,6 +24,8 @@ from quartet.lowering import ir
 from quartet.lowering.ir import Three
 from quartet.lowering.ir.op import Size, op
 
+TOKENS = 16  # of a group that is contracted, a multiple: aten's grouped products want it to begin at whole 16 bytes
+
 
 def _group_layout_fake(offs, multiple, tokens):
     rows = grouped.padded_rows(tokens, offs.shape[0], multiple)
