@@ -7,12 +7,16 @@ of a combination is Triton's, and later ones call what that returned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quartet.kernels.launcher import Function, active_recorder
+
 _LIMIT = 65535  # of programs along the second and the third axis of a grid
+_WARP = 32
 _COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -35,11 +39,30 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
     if known is not None:
         compiled, values = known
         compiled[full](*arguments, *values)
+        _note(compiled, kernel.arg_names, full, arguments)
         return
     compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
     if compiled is not None:  # the interpreter returns nothing
         names = kernel.arg_names[len(arguments):]
         _COMPILED[key] = compiled, tuple(constants[name] for name in names)
+        _note(compiled, kernel.arg_names, full, arguments)
+
+
+def _note(compiled: Any, names: Sequence[str], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    """Tell what records launches of one that Triton has made."""
+    recorder = active_recorder()
+    if recorder is None:
+        return
+    about = compiled.metadata
+    if (about.num_ctas != 1 or about.global_scratch_size or about.profile_scratch_size or about.launch_pdl
+            or about.launch_cooperative_grid):
+        recorder.refuse(f"{about.name} is launched with scratch memory or in clusters")
+        return
+    kinds = [compiled.src.signature[name] for name in names[:len(arguments)]]
+    passed = [i for i, kind in enumerate(kinds) if kind != "constexpr"]  # not None, nor an integer that is 1
+    function = Function(about.name, compiled.function, about.num_warps * _WARP, about.shared,
+                        (*("*" if kinds[i][0] == "*" else kinds[i] for i in passed), "*", "*"), compiled)
+    recorder.launched(function, (grid[0], grid[1], grid[2]), (*(arguments[i] for i in passed), None, None))
 
 
 def _too_wide(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> ValueError:

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import triton_offline  # noqa: E402
 
+from quartet.kernels import launcher  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import draws
 from quartet.kernels.triton.launch import _COMPILED, launch  # noqa: E402
@@ -19,8 +21,16 @@ from quartet.kernels.triton.quantize import ops  # noqa: E402
 
 
 class Compiled:
-    def __init__(self, log):
+    """Of a kernel whose ``scale`` is None and whose ``rows`` is 1."""
+
+    function, src = 0xF00, SimpleNamespace(signature={
+        "x": "*fp32", "scale": "constexpr", "rows": "constexpr", "gain": "fp32", "N": "constexpr", "MODE": "constexpr"})
+
+    def __init__(self, log, **unusual):
         self.log = log
+        about = {"name": "stand_in", "num_warps": 4, "shared": 512, "num_ctas": 1, "global_scratch_size": 0,
+                 "profile_scratch_size": 0, "launch_pdl": False, "launch_cooperative_grid": False}
+        self.metadata = SimpleNamespace(**about | unusual)
 
     def __getitem__(self, grid):
         return lambda *arguments: self.log.append(("again", grid, arguments))
@@ -32,13 +42,13 @@ class Kernel:
     __name__ = "stand_in"
     arg_names = ["x", "scale", "rows", "gain", "N", "MODE"]
 
-    def __init__(self, compiles=True):
-        self.log, self.compiles = [], compiles
+    def __init__(self, compiles=True, **unusual):
+        self.log, self.compiles, self.unusual = [], compiles, unusual
 
     def __getitem__(self, grid):
         def first(*arguments, **keywords):
             self.log.append(("first", grid, arguments, keywords))
-            return Compiled(self.log) if self.compiles else None
+            return Compiled(self.log, **self.unusual) if self.compiles else None
         return first
 
 
@@ -72,6 +82,36 @@ def test_what_triton_specialises_is_launched_by_triton_first(kernel, change):
     assert run(kernel, **change)[0] == "first"
     assert run(kernel, **change)[0] == "again"
     assert run(kernel)[0] == "again"
+
+
+class Recorder:
+    def __init__(self):
+        self.launches, self.reasons = [], []
+
+    def launched(self, *launch):
+        self.launches.append(launch)
+
+    def refuse(self, reason):
+        self.reasons.append(reason)
+
+
+def test_a_recorder_learns_what_the_driver_was_given(kernel):
+    recorder = Recorder()
+    with launcher.recorded_by(recorder):
+        run(kernel, rows=1)
+        run(kernel, rows=1)
+    run(kernel, rows=1)
+    expected = launcher.Function("stand_in", 0xF00, 128, 512, ("*", "fp32", "*", "*"))
+    assert recorder.launches == [(expected, (3, 1, 1), (X, 0.5, None, None))] * 2 and not recorder.reasons
+
+
+@pytest.mark.parametrize("unusual", [{"num_ctas": 2}, {"global_scratch_size": 16}, {"launch_pdl": True}])
+def test_a_recorder_learns_of_launches_that_are_no_functions_call(unusual):
+    recorder, kernel = Recorder(), Kernel(**unusual)
+    with launcher.recorded_by(recorder):
+        run(kernel)
+    assert not recorder.launches and recorder.reasons == ["stand_in is launched with scratch memory or in clusters"]
+    _COMPILED.clear()
 
 
 @pytest.mark.parametrize("grid", [(65536,), (2**31 - 1, 65535), (1, 65535, 65535)])
