@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial, reduce
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.runtime.compat import OpOverload, detect_fake_mode
+from quartet.runtime.compat import OpOverload, detect_fake_mode, trace
 from quartet.runtime.sizes import same, same_sizes
 
 aten = torch.ops.aten
@@ -142,7 +142,8 @@ def outputs(graph: Graph) -> Any:
 
 def fake_mode(graph: Graph) -> Any:
     """The fake mode under which the graph was traced."""
-    return detect_fake_mode([n.meta["val"] for n in graph.nodes if n.op == "placeholder" and "val" in n.meta])
+    inputs = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    return detect_fake_mode(next(([v] for v in inputs if isinstance(v, torch.Tensor)), []))
 
 
 def _fake_args(args: Any) -> Any:
@@ -270,6 +271,23 @@ def inline(build: Builder, gm: torch.fx.GraphModule, inputs: list[Node]) -> list
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), copied.__getitem__)
             copied[node] = build(node.target, *args, **kwargs)
     return [copied[node] for node in outputs(gm.graph)]
+
+
+class Traced:
+    """Functions of tensors as aten graphs, each traced once for inputs of one layout."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Any, torch.fx.GraphModule] = {}
+
+    def __call__(self, build: Builder, function: Callable[..., Any], inputs: list[Node], *key: Hashable) -> list[Node]:
+        """The nodes of ``function(*inputs)`` where ``build`` inserts; functions of one ``key`` are the same."""
+        values = [val(node) for node in inputs]
+        if any(isinstance(size, torch.SymInt) for value in values for size in value.shape):
+            return inline(build, trace(function, values), inputs)
+        layouts = tuple((tuple(value.shape), value.stride(), value.dtype, value.device) for value in values)
+        if (key, layouts) not in self._graphs:
+            self._graphs[key, layouts] = trace(function, values)
+        return inline(build, self._graphs[key, layouts], inputs)
 
 
 @contextmanager

@@ -15,13 +15,12 @@ from torch.fx import Graph, Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import Builder, aten, hand_over, inline, is_backward, keep_as, results, shape, val
+from quartet.lowering.ir.graph import Builder, Traced, aten, hand_over, is_backward, keep_as, results, shape
 from quartet.lowering.ir.operands import Product, readers
 from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8_products import multiply, row_major
-from quartet.runtime import compat
 from quartet.runtime.devices import Target
 
 
@@ -53,12 +52,13 @@ def supports_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotati
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen products, and the quantise nodes that no other family's product reads."""
     copies: dict[Node, Node] = {}
+    traced = Traced()
     for quantizer in accepted(graph, gemms, accepts):
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
-            _cast(graph, quantizer)
+            _cast(graph, quantizer, traced)
         else:
-            _quantize(graph, quantizer)
+            _quantize(graph, quantizer, traced)
     for node in graph.find_nodes(op="call_function", target=QuantizeGroups.op):
         if readers(node) <= set(gemms):
             _cast_groups(graph, node)
@@ -66,7 +66,7 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         _gemm(graph, gemm, copies)
 
 
-def _cast(graph: Graph, node: Node) -> None:
+def _cast(graph: Graph, node: Node, traced: Traced) -> None:
     """A quantise as its scale in aten ops, and one cast for the codes and for their transpose."""
     made = Quantize.of(node)
     x, spec = made.x, made.spec
@@ -76,7 +76,7 @@ def _cast(graph: Graph, node: Node) -> None:
         return tuple(ir.STORE(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
 
     inputs = [x] if made.amax is None else [x, made.amax]
-    multiplier, scale = inline(build, compat.trace(scales, list(map(val, inputs))), inputs)
+    multiplier, scale = traced(build, scales, inputs, "scale", spec)
     items = results(node)
     users = list(items[0].users) if 0 in items else []
     flipped = [user for user in users if user.target is aten.permute.default]
@@ -92,7 +92,7 @@ def _cast(graph: Graph, node: Node) -> None:
             items[index].replace_all_uses_with(value)
 
 
-def _quantize(graph: Graph, node: Node) -> None:
+def _quantize(graph: Graph, node: Node, traced: Traced) -> None:
     """The reference's aten ops in place of a quantise node."""
     made = Quantize.of(node)
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
@@ -100,7 +100,7 @@ def _quantize(graph: Graph, node: Node) -> None:
     def quantize(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return reference.quantize(t, made.spec, store=ir.STORE)
 
-    hand_over(node, inline(build, compat.trace(quantize, [val(made.x)]), [made.x]))
+    hand_over(node, traced(build, quantize, [made.x], "quantize", made.spec))
 
 
 def _cast_groups(graph: Graph, node: Node) -> None:
