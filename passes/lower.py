@@ -15,7 +15,11 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
 from quartet.lowering.ir import providers
 from quartet.lowering.ir.graph import editing, val
+from quartet.lowering.ir.op import REFERENCE
 from quartet.lowering.ir.operands import SCALED, Operand, Product
+from quartet.lowering.ir.ops.fused import unrotate
+from quartet.lowering.targets.epilogues import lower_sums
+from quartet.passes.compilation import Compilation
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.sites import SITE_KEY, Quantized
 from quartet.passes.state import State
@@ -52,10 +56,17 @@ def lower(state: State) -> None:
         if kernel.lower is not None:
             with editing(state.gm) as graph:
                 kernel.lower(graph, nodes, partial(kernel.takes, state.config.target_of(device)))
+    with editing(state.gm) as graph:
+        lower_sums(graph, lambda device: _undoes_rotations(state.config, device))
     for option, value, rewrite in dict.fromkeys(variant for kernel, _ in chosen for variant in kernel.variants):
         if getattr(state.config, option) == value:
             rewrite(state.gm.graph)
     providers.settle(state.gm.graph, state.config.target_of, state.config.disable_kernels)
+
+
+def _undoes_rotations(config: Compilation, device: torch.device) -> bool:
+    provider, _ = unrotate.choose(config.target_of(device), config.disable_kernels)
+    return provider is not None and provider.name != REFERENCE
 
 
 def _chain(operand: Operand) -> tuple[QuantSpec, int]:

@@ -37,6 +37,7 @@ from quartet.passes.quantize.delayed import delayed
 from quartet.passes.quantize.quantize import quantize
 from quartet.passes.quantize.rotate import rotate
 from quartet.passes.quantize.share import share
+from quartet.passes.quantize.sum_first import sum_first
 from quartet.passes.recipe.embed import embed
 from quartet.passes.recipe.estimator import estimator
 from quartet.passes.recipe.outliers import outliers
@@ -55,7 +56,7 @@ log = logging.getLogger("quartet")
 Signature = tuple[str, ...]
 PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
-    estimator, toward, rotate, quantize, delayed, share, save, lower,
+    estimator, toward, rotate, quantize, delayed, share, sum_first, save, lower,
 )
 NAMES = tuple(p.name for p in PASSES)
 OPTIONAL = tuple(p.name for p in PASSES if p.optional)

@@ -15,19 +15,17 @@ from quartet.lowering.ir import two_level
 from quartet.lowering.ir.graph import (
     RECOMPUTED,
     Builder,
-    argument,
     aten,
     is_backward,
     maker,
     pull,
-    shape,
     source,
     val,
 )
-from quartet.lowering.ir.operands import Product, readers
+from quartet.lowering.ir.operands import readers
 from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.products import unturned
-from quartet.lowering.ir.views import ApplyMask, Dequantize, FixedSigns, Hadamard, Quantize
+from quartet.lowering.ir.views import Dequantize, FixedSigns, Hadamard, Quantize
 from quartet.runtime.compat import OpOverload
 
 REUSABLE = "quartet_parameter"  # node.meta key of a quantise: see Source.parameter
@@ -204,63 +202,3 @@ def ready(build: Builder, chain: Source) -> Source:
 def _replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """apply_mask → inverse hadamard → first columns after a product, each the only reader of the last.
-
-    Args:
-        mask: packed bits, or None. rotation, signs: of the inverse Hadamard, 0 and None without one.
-        dtype: of the result. last: the node whose value it is.
-    """
-
-    mask: Node | None
-    rotation: int
-    signs: Node | None
-    dtype: torch.dtype
-    last: Node
-
-    @staticmethod
-    def of(gemm: Node) -> Epilogue | None:
-        """What follows ``gemm``, or None where nothing does that a kernel could take."""
-        mask = unrotate = None
-        last = gemm
-        user = _only_user(last)
-        if user is not None and user.target is ir.APPLY_MASK:
-            mask, last = ApplyMask.of(user).mask, user
-            user = _only_user(last)
-        if user is not None and user.target is ir.HADAMARD and Hadamard.of(user).inverse:
-            unrotate, last = Hadamard.of(user), user
-            user = _only_user(last)
-        if last is not gemm and user is not None and _first_columns(user):
-            last = user
-        if last is gemm:
-            return None
-        width = val(gemm).shape[1]
-        if mask is not None and (not isinstance(width, int) or val(mask).shape[1] * 8 != width):
-            return None
-        if unrotate is None:
-            return Epilogue(mask, 0, None, Product.of(gemm).dtype, last)
-        return Epilogue(mask, unrotate.n, unrotate.signs, unrotate.dtype, last)
-
-
-def finish(build: Builder, gemm: Node, out: Node, gain: float, unrotate: OpOverload, follows: Epilogue | None) -> None:
-    """Put ``out · gain`` in place of ``gemm``, together with what follows it, as one ``unrotate`` op, where given."""
-    if follows is None:
-        out = build.columns(out, shape(gemm)[1])
-        out = build(aten.mul.Tensor, out, gain) if gain != 1.0 else out
-        gemm.replace_all_uses_with(build.cast(out, val(gemm).dtype))
-        return
-    last = follows.last
-    at = Builder(build.graph, like=last, before=last, backward=is_backward(last))
-    last.replace_all_uses_with(at(unrotate, out, follows.mask, follows.rotation, follows.signs, gain,
-                                  at.size(shape(last)[1]), follows.dtype))
-
-
-def _first_columns(node: Node) -> bool:
-    return node.target is aten.slice.Tensor and (argument(node, "dim"), argument(node, "start")) == (1, 0)
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -31,7 +31,7 @@ def share(state: State) -> None:
         for node in graph.nodes:
             if node.op != "call_function" or not _merges(node):
                 continue
-            key = (node.target, _freeze(node.args), _freeze(node.kwargs), is_backward(node),
+            key = (node.target, frozen(node.args), frozen(node.kwargs), is_backward(node),
                    str(node.meta.get("recompute")), node.meta.get("ac_graph_id"))
             first = seen.setdefault(key, node)
             if first is not node:
@@ -43,7 +43,8 @@ def _merges(node: Node) -> bool:
     return node.target in MERGED_VIEWS if op is None else op.mergeable
 
 
-def _freeze(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """Arguments of a node as a key: equal where they are the same nodes and values."""
     def plain(v: Any) -> Any:
         if isinstance(v, dict):
             return tuple((k, plain(x)) for k, x in v.items())

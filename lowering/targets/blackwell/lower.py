@@ -15,22 +15,20 @@ from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, aten, hand_over, is_backward, keep_as, maker, results, shape, val
 from quartet.lowering.ir.operands import SCALED, Operand, Product
-from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.targets import triton_quantizers
 from quartet.lowering.targets.blackwell import block_scaled_ops
 from quartet.lowering.targets.blackwell import ops as blackwell_ops
 from quartet.lowering.targets.chains import (
     Accepts,
-    Epilogue,
     Source,
     accepted,
     both_axes,
-    finish,
     is_stored,
     quantize_both,
     ready,
 )
+from quartet.lowering.targets.epilogues import Epilogue, finish
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 
@@ -139,10 +137,10 @@ def _gemm(graph: Graph, gemm: Node, product: OpOverload) -> None:
     else:
         made = build(product, a, a_scales, b, b_scales, read.gain, read.dtype)
     out = keep_as(made, gemm)
-    follows, width = Epilogue.of(gemm), shape(out)[1]
-    if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
+    follows = Epilogue.of(gemm)
+    if follows is not None and not follows.takes(shape(out)[1]):
         follows = None
-    finish(build, gemm, out, 1.0, cuda_ops.UNROTATE, follows)
+    finish(build, gemm, out, 1.0, follows)
 
 
 def is_ours(scales: Node) -> bool:

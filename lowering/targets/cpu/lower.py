@@ -13,19 +13,18 @@ from quartet.kernels.cpu import ops as kernels
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, hand_over, is_backward, keep_as, val
 from quartet.lowering.ir.operands import Product
-from quartet.lowering.ir.ops.fused import DEQUANTIZE, UNROTATE
+from quartet.lowering.ir.ops.fused import DEQUANTIZE
 from quartet.lowering.ir.products import multiply
 from quartet.lowering.targets.chains import (
     Accepts,
-    Epilogue,
     Source,
     accepted,
     direct,
-    finish,
     is_stored,
     operand_dtype,
 )
 from quartet.lowering.targets.cpu import ops as cpu_ops
+from quartet.lowering.targets.epilogues import Epilogue, finish
 from quartet.runtime.devices import Target
 
 
@@ -82,4 +81,4 @@ def _gemm(graph: Graph, gemm: Node, fused: dict[Node, list[Node]]) -> None:
         else:
             operands.append(build(DEQUANTIZE, *operand.stored, dtype))
     out = keep_as(multiply(build, product.kind, *operands), gemm)
-    finish(build, gemm, out, product.gain, UNROTATE, Epilogue.of(gemm))
+    finish(build, gemm, out, product.gain, Epilogue.of(gemm))

@@ -18,17 +18,16 @@ from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.products import multiply as multiply_plain
 from quartet.lowering.targets.chains import (
     Accepts,
-    Epilogue,
     Source,
     accepted,
     both_axes,
     direct,
-    finish,
     is_stored,
     operand_dtype,
     quantize_both,
     ready,
 )
+from quartet.lowering.targets.epilogues import Epilogue, finish
 from quartet.lowering.targets.fp8_products import multiply
 from quartet.lowering.targets.triton_quantizers import supports
 from quartet.runtime.devices import Target
@@ -107,10 +106,10 @@ class Lowering:
             if operand.amax is not None:
                 wide = build.cast(out, torch.float32)
                 out = build(aten.mul.Tensor, wide, two_level.decode(build, operand.amax, operand.spec))
-        follows, width = Epilogue.of(gemm), shape(out)[1]
-        if follows is not None and (not isinstance(width, int) or width % max(32, follows.rotation)):
+        follows = Epilogue.of(gemm)
+        if follows is not None and not follows.takes(shape(out)[1]):
             follows = None
-        finish(build, gemm, out, product.gain, cuda_ops.UNROTATE, follows)
+        finish(build, gemm, out, product.gain, follows)
 
     def _operand(self, build: Builder, gemm: Node, product: Product, operand: Operand) -> Folded:
         """A product's operand, folded at most once in each direction."""
