@@ -34,6 +34,7 @@ PRIVATE = (
     ("torch._functorch.partitioners", "min_cut_rematerialization_partition", "the partitioner that comes before that"),
     ("torch._ops", "OpOverload", "tells an operator of a printed graph from a function"),
     ("torch._ops", "OperatorBase", "the same for higher-order operators"),
+    ("torch.utils._python_dispatch", "TorchDispatchMode", "what an op allocates, so that C++ can repeat it"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
     ("torch.fx.experimental.symbolic_shapes", "statically_known_true", "equality of symbolic sizes, without a guard"),
     ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
 else:
     OpOverload = _load("torch._ops", "OpOverload")
 OperatorBase: Any = _load("torch._ops", "OperatorBase")
+TorchDispatchMode: Any = _load("torch.utils._python_dispatch", "TorchDispatchMode")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
 statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")

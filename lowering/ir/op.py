@@ -12,7 +12,8 @@ to it every int is a SymInt, here those that are annotated as :data:`Size`.
 
 **Providers** are the implementations of an op, in order of preference and the reference last. ``quartet::hadamard``
 runs the first that supports the device of its arguments; each can be called by its name too, as
-``quartet::hadamard.triton``. Where the first takes every device of its type it is called without a detour through here.
+``quartet::hadamard.triton``. Where the first takes every device of its type it is called without a detour through here,
+and one that is ``replayed`` without Python (``quartet.runtime.replay``) from the third call of a kind on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
+from quartet.runtime.replay.library import LAUNCHER
 
 Size = Annotated[int, "SymInt"]
 """Annotates an argument that may be symbolic."""
@@ -61,12 +63,14 @@ class Provider:
         device: the type of device whose tensors it takes, None for any.
         run: the implementation. What it needs it imports when it first runs.
         supports: target → None, or why not. Asked once a process and device.
+        replayed: see :meth:`Op.provider`.
     """
 
     name: str
     device: str | None
     run: Implementation
     supports: Supports = everywhere
+    replayed: bool = False
 
     def declines(self, target: Target) -> str | None:
         """Why it does not run on a target, None where it does."""
@@ -97,8 +101,10 @@ class Op:
         self.providers: tuple[Provider, ...] = (Provider(REFERENCE, None, reference, supports),)
         self._overloads: dict[str, OpOverload] = {}
         self._registrations: list[torch.library.Library] = []  # each lasts as long as its object
+        self._by_device: dict[str, Implementation] = {}  # what C++ may come before, which takes the key of its device
+        self._owner: int = -1
         self.overload = self._define("default")
-        _library.impl(name, reference, "CompositeExplicitAutograd")
+        _library.impl(name, self._run, "CompositeExplicitAutograd")
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
@@ -106,9 +112,16 @@ class Op:
     def __repr__(self) -> str:
         return f"Op({self.name})"
 
-    def provider(self, name: str, device: str, supports: Supports = everywhere,
-                 before: str = REFERENCE) -> Callable[[Implementation], Implementation]:
+    def provider(self, name: str, device: str, supports: Supports = everywhere, before: str = REFERENCE,
+                 replayed: bool = False, owner: str | None = None) -> Callable[[Implementation], Implementation]:
         """Declare the decorated function an implementation, preferred to the provider called ``before``.
+
+        Args:
+            replayed: on a GPU, C++ may repeat what it launches: it does so by ``quartet.kernels.launcher`` or
+                ``quartet.kernels.triton.launch`` alone, and what it returns and launches depends on nothing but its
+                arguments' values and, of tensors, their dtypes, devices, sizes, strides and alignment.
+            owner: a tensor among the arguments for which results may be kept (``quartet.runtime.slots.weights``); the
+                rest holds where it is None.
 
         Raises:
             DeclarationError: a name that is taken or no identifier, or no provider called ``before``.
@@ -122,7 +135,10 @@ class Op:
 
         def declare(run: Implementation) -> Implementation:
             at = names.index(before)
-            self._provide((*self.providers[:at], Provider(name, device, run, supports), *self.providers[at:]))
+            if owner is not None:
+                self._owner = list(inspect.signature(self.reference).parameters).index(owner)
+            made = Provider(name, device, run, supports, replayed)
+            self._provide((*self.providers[:at], made, *self.providers[at:]))
             return run
 
         return declare
@@ -162,14 +178,30 @@ class Op:
     def _provide(self, providers: tuple[Provider, ...]) -> None:
         self.providers = providers
         self._registrations.clear()
+        self._by_device.clear()
+        for called in (self.name, *(f"{self.name}.{name}" for name in self._overloads)):
+            LAUNCHER.withdraw(called)
         for provider in providers:
             if provider.name not in self._overloads:
                 self._overloads[provider.name] = self._define(provider.name)
-            self._register(f"{self.name}.{provider.name}", provider.run, "CompositeExplicitAutograd")
+            called, run = f"{self.name}.{provider.name}", provider.run
+            if provider.replayed and provider.device is not None:
+                run = LAUNCHER.offer(called, self.schema, run, provider.device, self._owner)
+            self._register(called, run, "CompositeExplicitAutograd")
         for device in sorted({provider.device for provider in providers if provider.device is not None}):
-            first = next(provider for provider in providers if provider.device in (None, device))
-            run = first.run if first.supports is everywhere else self._run_first_supported()
-            self._register(self.name, run, device.upper())
+            taking = [provider for provider in providers if provider.device in (None, device)]
+            run = taking[0].run if taking[0].supports is everywhere else self._run_first_supported()
+            if all(provider.replayed or provider.name == REFERENCE for provider in taking):
+                self._by_device[device] = LAUNCHER.offer(self.name, self.schema, run, device, self._owner)
+            else:
+                self._register(self.name, run, device.upper())
+
+    def _run(self, *args: Any) -> Any:
+        """What the first provider of the arguments' device computes, for devices without a kernel of their own."""
+        for arg in args if self._by_device else ():
+            if isinstance(arg, Tensor) and arg.device.type in self._by_device:
+                return self._by_device[arg.device.type](*args)
+        return self.reference(*args)
 
     def _register(self, name: str, run: Implementation, key: str) -> None:
         library = torch.library.Library(NAMESPACE, "IMPL")

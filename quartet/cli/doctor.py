@@ -16,6 +16,7 @@ from quartet.kernels.build_cache import BuildError
 from quartet.kernels.cpu.build import compiler
 from quartet.kernels.cutlass import toolchain
 from quartet.runtime.devices import Target
+from quartet.runtime.replay.library import LAUNCHER
 
 PACKAGES = ("torch-quartet", "torch", "triton", "sympy", "networkx", "numpy")
 REMEDY = {
@@ -42,10 +43,11 @@ def packages() -> Iterator[tuple[str, str]]:
 
 
 def compilers() -> Iterator[tuple[str, str]]:
-    """(name, version and path, or how to get it) of what compiles kernels, and of what it reads."""
+    """(name, version and path, or how to get it) of what compiles kernels, and of what it reads; what launches them."""
     yield "g++", _gxx()
     yield "nvcc", _found(toolchain.find_nvcc, toolchain.nvcc_version)
     yield "CUTLASS", _found(toolchain.find_headers, toolchain.cutlass_version)
+    yield "launches", LAUNCHER.status()
 
 
 def _gxx() -> str:

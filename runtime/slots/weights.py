@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from quartet.runtime.replay.library import LAUNCHER
 from quartet.runtime.slots.storages import ByStorage, has_storage, storage_number
 
 Key = tuple[Hashable, ...]
@@ -75,11 +76,12 @@ class ReusedWeights:
             make: all results, given whether the first three are to be made. finish: all results from the first three.
         """
         kept = self.find(parameter, what)
+        keep = kept is None and self._expects_more(parameter, what)
+        LAUNCHER.permit(kept is None and not keep)
         if kept is not None:
             codes, scales, mask = (t.clone() for t in kept) if packed else kept  # compiled code may overwrite results
             results = finish(codes, scales, mask)
         else:
-            keep = self._expects_more(parameter, what)
             results = make(packed or keep)
             if keep:
                 self._keep(parameter, what, tuple(t.clone() for t in results[:3]) if packed else results[:3])
@@ -109,7 +111,7 @@ class ReusedWeights:
         known = self._known.get(parameter)
         assert known is not None
         key, step = _key(parameter, what), self._step.setdefault(storage_number(parameter), {})
-        again = key in step and step[key].version == parameter._version
+        again = LAUNCHER.repeated() or key in step and step[key].version == parameter._version
         step[key] = _Made(parameter._version)
         keep = again or known.repeats.get(key, False)
         known.repeats[key] = again

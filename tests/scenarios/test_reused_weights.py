@@ -313,7 +313,7 @@ def test_operands_of_tensor_cores_are_folded_from_kept_codes(monkeypatch):
         codes = torch.full((4 * packed,), 7, dtype=torch.uint8)
         return codes, codes.clone(), codes.clone(), *(fold(torch.full((4,), 7), None, None))
 
-    def fold(codes, scales, spec):
+    def fold(codes, scales, spec, ends=None):
         assert codes.numel() == 4
         return codes.float(), codes.float()
 

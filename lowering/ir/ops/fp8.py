@@ -44,7 +44,7 @@ def fp8_cast(x: Tensor, multiplier: Tensor, element: str, plain: bool, transpose
     return codes.contiguous() if plain else none, codes.t().contiguous() if transposed else none
 
 
-@fp8_cast.provider("triton", "cuda")
+@fp8_cast.provider("triton", "cuda", replayed=True)
 def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool) -> Two:
     from quartet.kernels.triton.quantize import cast
 
@@ -67,7 +67,7 @@ def fp8_cast_groups(x: Tensor, spec: str, ends: Tensor) -> Two:
     return codes.contiguous(), scales.contiguous()
 
 
-@fp8_cast_groups.provider("triton", "cuda")
+@fp8_cast_groups.provider("triton", "cuda", replayed=True)
 def _cast_groups_triton(x: Tensor, spec: str, ends: Tensor) -> Two:
     from quartet.kernels.triton.quantize import groups
 
@@ -105,7 +105,7 @@ def fp8_row_major(codes: Tensor) -> Tensor:
     return codes.clone(memory_format=torch.contiguous_format)
 
 
-@fp8_row_major.provider("triton", "cuda")
+@fp8_row_major.provider("triton", "cuda", replayed=True)
 def _row_major_triton(codes: Tensor) -> Tensor:
     if codes.dim() in (2, 3) and codes.stride(-2) == 1 and codes.element_size() == 1:
         from quartet.kernels.triton.quantize import cast

@@ -66,12 +66,12 @@ def chain_of(rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None
     return _kernels().Chain(QuantSpec.parse(spec), rotation, signs, seed, site, encode)
 
 
-@core.signs.provider("triton", "cuda")  # 130 launches otherwise
+@core.signs.provider("triton", "cuda", replayed=True)  # 130 launches otherwise
 def _signs_triton(seed: Tensor, site: int, n: int) -> Tensor:
     return _draws().random_signs(seed, site, n)
 
 
-@core.random_bits.provider("triton", "cuda")  # as many, of int64 tensors
+@core.random_bits.provider("triton", "cuda", replayed=True)  # as many, of int64 tensors
 def _random_bits_triton(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
     return _draws().random_bits(seed, site, rows, cols)
 
@@ -125,25 +125,25 @@ def cuda_quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, see
     return _made(*made, spec, packed, folded or ends is not None, ends)
 
 
-@cuda_quantize.provider("triton", "cuda")
+@cuda_quantize.provider("triton", "cuda", replayed=True, owner="parameter")
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               encode: Tensor | None, packed: bool, folded: bool, parameter: Tensor | None = None,
               fixed: list[int] | None = None, ends: Tensor | None = None) -> Five:
-    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
-    if ends is not None:
-        codes, scales, mask, *_ = ops.quantize(x, chain, packed=True, folded=False)
-        kept = (codes, scales, mask) if packed else (t.new_empty(0) for t in (codes, scales, mask))
-        return *kept, *ops.fold(codes, scales, chain.spec, ends)
-
     def make(packed: bool) -> Five:
-        return ops.quantize(x, chain, packed=packed, folded=folded)
+        return torch.ops.quartet.cuda_quantize.triton(x, rotation, signs, spec, seed, site, encode, packed, folded)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Five:
-        return codes, scales, mask, *(ops.fold(codes, scales, chain.spec) if folded else _operand(codes))
+        folds = torch.ops.quartet.cuda_fold.triton
+        return codes, scales, mask, *(folds(codes, scales, spec) if folded else _operand(codes))
 
-    if parameter is None:
-        return make(packed)
-    return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
+    if parameter is not None and ends is None:
+        return REUSED.serve(parameter, described(x, rotation, fixed, spec), packed, make, finish)
+    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    if ends is None:
+        return ops.quantize(x, chain, packed=packed, folded=folded)
+    codes, scales, mask, *_ = ops.quantize(x, chain, packed=True, folded=False)
+    kept = (codes, scales, mask) if packed else (t.new_empty(0) for t in (codes, scales, mask))
+    return *kept, *ops.fold(codes, scales, chain.spec, ends)
 
 
 def _quantize_both_fake(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
@@ -164,7 +164,7 @@ def cuda_quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str
     return *chains.fold(codes, scales, rows), *chains.fold(t_codes, t_scales, columns, t_ends)
 
 
-@cuda_quantize_both.provider("triton", "cuda")
+@cuda_quantize_both.provider("triton", "cuda", replayed=True)
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
                    t_site: int, t_encode: Tensor | None, t_ends: Tensor | None = None) -> Four:
@@ -190,7 +190,7 @@ def cuda_requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, 
     return _made(made, scales, codes.new_empty(0), spec, packed, folded, ends)
 
 
-@cuda_requantize.provider("triton", "cuda")
+@cuda_requantize.provider("triton", "cuda", replayed=True)
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
                 matrices: int = 1, ends: Tensor | None = None) -> Five:
@@ -210,7 +210,7 @@ def cuda_fold(codes: Tensor, scales: Tensor, spec: str, ends: Tensor | None = No
     return chains.fold(codes, scales, QuantSpec.parse(spec), ends)
 
 
-@cuda_fold.provider("triton", "cuda")
+@cuda_fold.provider("triton", "cuda", replayed=True)
 def _fold(codes: Tensor, scales: Tensor, spec: str, ends: Tensor | None = None) -> Two:
     return _kernels().fold(codes, scales, QuantSpec.parse(spec), ends)
 
@@ -224,7 +224,7 @@ def dequantize_operand(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dt
     return chains.unscaled(codes, scales, QuantSpec.parse(spec), dtype)
 
 
-@dequantize_operand.provider("triton", "cuda")
+@dequantize_operand.provider("triton", "cuda", replayed=True)
 def _dequantize(codes: Tensor, scales: Tensor, spec: str, dtype: torch.dtype) -> Tensor:
     return _kernels().dequantize(codes, scales, QuantSpec.parse(spec), dtype)
 
@@ -239,7 +239,7 @@ def unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None
     return chains.unrotate(x, mask, rotation, signs, gain, cols, dtype)
 
 
-@unrotate.provider("triton", "cuda")
+@unrotate.provider("triton", "cuda", replayed=True)
 def _unrotate(x: Tensor, mask: Tensor | None, rotation: int, signs: Tensor | None, gain: float, cols: int,
               dtype: torch.dtype) -> Tensor:
     return _rotations().mask_rotate(x, mask, rotation=rotation, signs=signs, gain=gain, cols=cols, dtype=dtype)
@@ -250,7 +250,7 @@ def cuda_rotated_amax(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
     return largest_magnitude(reference.hadamard(x, rotation, signs))
 
 
-@cuda_rotated_amax.provider("triton", "cuda")
+@cuda_rotated_amax.provider("triton", "cuda", replayed=True)
 def _rotated_amax(x: Tensor, rotation: int, signs: Tensor | None) -> Tensor:
     return _rotations().rotated_amax(x, rotation, signs)
 
@@ -266,7 +266,7 @@ def cuda_rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
     return rotated, largest_magnitude(rotated)
 
 
-@cuda_rotate.provider("triton", "cuda")
+@cuda_rotate.provider("triton", "cuda", replayed=True)
 def _rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
     return _rotations().rotate(x, rotation, signs)
 

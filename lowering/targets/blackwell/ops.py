@@ -65,18 +65,18 @@ def fp4_quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed
     return _swizzled(*chains.rotate_quantize(x, rotation, signs, q, seed, site, encode), q)
 
 
-@fp4_quantize.provider("triton", "cuda")
+@fp4_quantize.provider("triton", "cuda", replayed=True, owner="parameter")
 def _quantize(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
               encode: Tensor | None, parameter: Tensor | None = None, fixed: list[int] | None = None,
               hardware: bool = True) -> Three:
     def make(packed: bool) -> Three:
-        return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site, encode), hardware=hardware)
+        return torch.ops.quartet.fp4_quantize.triton(x, rotation, signs, spec, seed, site, encode, hardware=hardware)
 
     def finish(codes: Tensor, scales: Tensor, mask: Tensor) -> Three:
         return codes, scales, mask
 
     if parameter is None:
-        return make(True)
+        return _kernels().quantize(x, chain_of(rotation, signs, spec, seed, site, encode), hardware=hardware)
     return REUSED.serve(parameter, described(x, rotation, fixed, spec, "swizzled", hardware), True, make, finish)
 
 
@@ -94,7 +94,7 @@ def fp4_quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str,
             *fp4_quantize.reference(x.t(), t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)[:2])
 
 
-@fp4_quantize_both.provider("triton", "cuda")
+@fp4_quantize_both.provider("triton", "cuda", replayed=True)
 def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                    encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str, t_seed: Tensor | None,
                    t_site: int, t_encode: Tensor | None, hardware: bool = True) -> Four:
@@ -115,7 +115,7 @@ def fp4_requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, s
     return _swizzled(*chains.requantize(codes, scales, before, rotation, signs, q, seed, site), q)[:2]
 
 
-@fp4_requantize.provider("triton", "cuda")
+@fp4_requantize.provider("triton", "cuda", replayed=True)
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, encode: Tensor | None, hardware: bool = True) -> Two:
     chain = chain_of(rotation, signs, spec, seed, site, encode)
@@ -138,7 +138,7 @@ def _blocks(codes: Tensor) -> tuple[int, int]:
     return codes.shape[0], codes.shape[1] // 16
 
 
-@fp4_dot.provider("triton", "cuda")
+@fp4_dot.provider("triton", "cuda", replayed=True)
 def _dot(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, gain: float, dtype: torch.dtype) -> Tensor:
     from quartet.kernels.triton.gemm.scaled_gemm import gemm
 

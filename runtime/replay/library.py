@@ -1,0 +1,209 @@
+"""The C++ library that repeats ops without Python: built once a machine, loaded when a GPU first runs one of them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quartet.kernels import launcher
+from quartet.kernels.build_cache import BuildError, build_once, fingerprint, intact, run_compiler, target_of
+from quartet.kernels.cpu.build import compiler
+from quartet.runtime.replay.recorder import NotReplayable, Recorder
+
+log = logging.getLogger("quartet")
+
+VARIABLE = "QUARTET_LAUNCHER"
+SOURCE = Path(__file__).with_name("replay.cpp")
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-psabi")
+_REMEDY = "install g++ 10 or newer (Debian: apt-get install g++), or point CXX at one"
+_PYTHON = "quartet_python"  # the namespace of what C++ calls where it has no plan
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of an op: calls that C++ repeated and that Python ran, signatures with a plan and without one, and how often all
+    were forgotten for being too many."""
+
+    replays: int = 0
+    runs: int = 0
+    plans: int = 0
+    unplanned: int = 0
+    forgotten: int = 0
+
+
+@dataclass
+class _Offer:
+    """An op as C++ may come before it."""
+
+    name: str
+    overload: str
+    run: Run
+    device: str
+    owner: int
+
+
+@dataclass
+class Launcher:
+    """The library and the ops that are offered to it.
+
+    Attributes:
+        missing: why there is none; None where there is one, or nothing has asked for it.
+    """
+
+    missing: str | None = None
+    _offers: dict[str, _Offer] = field(default_factory=dict)
+    _defined: set[str] = field(default_factory=set)
+    _ops: Any = None
+    _claim: Callable[[], int] = int
+    _guard: threading.RLock = field(default_factory=threading.RLock)
+    _python: torch.library.Library = field(default_factory=lambda: torch.library.Library(_PYTHON, "FRAGMENT"))
+
+    def offer(self, called: str, schema: str, run: Run, device: str = "cuda", owner: int = -1) -> Run:
+        """What to register as an op's implementation for the devices that have no kernel of their own.
+
+        Args:
+            called: ``cuda_fold`` or ``cuda_fold.triton``, of the namespace ``quartet``. schema: behind that name.
+            run: the implementation in Python. What it returns and launches depends on nothing but its arguments'
+                values and, of tensors, their dtypes, devices, sizes, strides, and alignment to 16 bytes.
+            device: type of the device whose calls C++ takes.
+            owner: position of a tensor for which Python may keep the results, and :meth:`permit` C++ to make them
+                anew; −1 for none.
+        """
+        name, _, overload = called.partition(".")
+        self._offers[called] = offer = _Offer(name, overload, run, device, owner)
+        if called not in self._defined:
+            self._defined.add(called)
+            self._python.define(called + schema)
+            self._python.impl(called, self._recorded(called), "CompositeExplicitAutograd")
+        if self._ops is not None:
+            self._attach(offer)
+
+        def first(*args: Any) -> Any:
+            if self._ops is None and self.missing is None and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+                self.start()
+            return run(*args)
+
+        return first
+
+    def withdraw(self, called: str) -> None:
+        """Python alone runs an op again, if it was offered."""
+        if self._offers.pop(called, None) is not None and self._ops is not None:
+            self._ops.detach(called)
+
+    def start(self) -> None:
+        """Build the library where it has not been, load it, and put it before the ops offered so far."""
+        with self._guard:
+            if self._ops is not None or self.missing is not None:
+                return
+            try:
+                self.load(library(), launcher.DRIVER)
+            except (BuildError, OSError, RuntimeError) as error:
+                self.missing = str(error)
+                log.warning("kernels are launched from Python, which takes some 90 µs each: %s", self.missing)
+                return
+            for offer in self._offers.values():
+                self._attach(offer)
+
+    def load(self, path: Path, driver: str) -> None:
+        """Raises OSError and RuntimeError: the library or the driver does not load."""
+        torch.ops.load_library(str(path))
+        ops = torch.ops.quartet_replay
+        ops.open_driver(driver)
+        self._claim = ctypes.CDLL(str(path)).quartet_claim_recording
+        self._ops = ops
+
+    def repeated(self) -> bool:
+        """Of the call that runs on this thread: whether its owner is as it was when C++ last served it."""
+        return self._ops is not None and bool(self._ops.repeated())
+
+    def permit(self, on: bool) -> None:
+        """Of the call that runs on this thread: C++ may serve the like once its owner has been written to."""
+        if self._ops is not None:
+            self._ops.permit(on)
+
+    def counts(self, called: str) -> Counts:
+        return Counts(*self._ops.counts(called)) if self._ops is not None else Counts()
+
+    def status(self) -> str:
+        """How kernels are launched in this process, or would be, for a person; builds and loads nothing."""
+        if self._ops is not None:
+            return "C++, loaded"
+        try:
+            reason = self.missing or refusal()
+            return reason or ("C++, built" if intact(target()) else "C++, built when a GPU first runs an op")
+        except BuildError as error:
+            return f"Python: {error}"
+
+    def _attach(self, offer: _Offer) -> None:
+        self._ops.attach(offer.name, offer.overload, offer.device.upper(), offer.owner)
+
+    def _recorded(self, called: str) -> Run:
+        """The op in Python, recorded where C++ asks for it."""
+
+        def run(*args: Any) -> Any:
+            offer = self._offers[called]
+            if not self._claim():
+                return offer.run(*args)
+            recorder = Recorder(args)
+            with recorder, launcher.recorded_by(recorder):
+                results = offer.run(*args)
+            try:
+                self._ops.commit(*recorder.plan(results, self._ops.number))
+            except NotReplayable as reason:
+                log.debug("%s stays in Python for such arguments: %s", called, reason)
+                self._ops.refuse()
+            return results
+
+        return run
+
+
+def refusal() -> str | None:
+    """Why the user wants no library; None where they have not said so."""
+    said = os.environ.get(VARIABLE, "")
+    if said not in ("", "c++", "python"):
+        raise BuildError(f"{VARIABLE}={said!r} is unknown; possible are 'c++' and 'python'")
+    return f"Python: {VARIABLE}=python" if said == "python" else None
+
+
+def library() -> Path:
+    """Path of the compiled library, built if need be. Raises BuildError: it cannot be, or the user wants none."""
+    reason = refusal()
+    if reason is not None:
+        raise BuildError(reason)
+    path, command = target(), compiler()
+    if not intact(path):
+        log.warning("compiling the launcher of kernels with %s: half a minute, this once", shlex.join(command))
+    before = time.monotonic()
+    if build_once(path, lambda made: _compile(command, made)):
+        log.info("the launcher of kernels: built in %.0f s", time.monotonic() - before)
+    return path
+
+
+def target() -> Path:
+    """Where it lies, built or not. Raises BuildError: no compiler."""
+    command = compiler()
+    version, _ = run_compiler([*command, "--version"], "C++ compiler", _REMEDY)
+    about = (*_FLAGS, *command, version, torch.__version__, str(torch.version.git_version))
+    return target_of(f"quartet_launcher-{fingerprint(SOURCE.read_bytes(), *(part.encode() for part in about))}")
+
+
+def _compile(command: list[str], path: Path) -> None:
+    root = Path(torch.__file__).parent
+    run_compiler([*command, *_FLAGS, f"-I{root / 'include'}", str(SOURCE), "-o", str(path), f"-L{root / 'lib'}",
+                  "-ltorch_cpu", "-lc10", "-ldl"], "C++ compiler", _REMEDY)
+
+
+LAUNCHER = Launcher()
