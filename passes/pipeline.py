@@ -34,6 +34,7 @@ from quartet.passes.lower import lower
 from quartet.passes.naming import name_modules
 from quartet.passes.plan.plan import plan
 from quartet.passes.quantize.delayed import delayed
+from quartet.passes.quantize.draw import draw
 from quartet.passes.quantize.quantize import quantize
 from quartet.passes.quantize.rotate import rotate
 from quartet.passes.quantize.share import share
@@ -56,7 +57,7 @@ log = logging.getLogger("quartet")
 Signature = tuple[str, ...]
 PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
-    estimator, toward, rotate, quantize, delayed, share, sum_first, save, lower,
+    estimator, toward, rotate, quantize, delayed, share, sum_first, draw, save, lower,
 )
 NAMES = tuple(p.name for p in PASSES)
 OPTIONAL = tuple(p.name for p in PASSES if p.optional)

@@ -61,7 +61,7 @@ def philox4x32(counter: tuple[Word, ...], key: tuple[Word, Word]) -> tuple[Word,
     return c0, c1, c2, c3
 
 
-def _call(seed: Tensor, group: Tensor, site: int, stream: int) -> Tensor:
+def _call(seed: Tensor, group: Tensor, site: int | Tensor, stream: int) -> Tensor:
     """Words of each group: int64 ``[groups, 4]``."""
     seed = seed.reshape(()).to(torch.int64)
     zero = torch.zeros_like(group)
@@ -86,10 +86,15 @@ def random_bits(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
 
 def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
     """``n`` ≤ 128 random signs ±1 as float32; bit i of the call's 128 bits makes sign i negative when set."""
-    group = torch.zeros(1, dtype=torch.int64, device=seed.device)
-    words = _call(seed, group, site, SIGN_STREAM)
+    return sign_table(seed, site, 1, n)[0]
+
+
+def sign_table(seed: Tensor, first: int, count: int, n: int) -> Tensor:
+    """:func:`random_signs` of the sites ``first``, ``first + 1``, …: float32 ``[count, n]``."""
+    sites = first + torch.arange(count, device=seed.device)
+    words = _call(seed, torch.zeros_like(sites), sites, SIGN_STREAM)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
-    return (1 - 2 * bits.reshape(-1)[:n]).to(torch.float32)
+    return (1 - 2 * bits.reshape(count, -1)[:, :n]).to(torch.float32)
 
 
 def random_signs_of_int(seed: int, site: int, n: int) -> Tensor:

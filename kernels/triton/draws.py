@@ -20,13 +20,14 @@ _FIRST, _SECOND, _THIRD, _FOURTH = (tl.constexpr(start) for start in WINDOWS)
 
 @triton.jit
 def draw_signs(seed, out, site, n, N: tl.constexpr):
-    """Sign i is negative where bit i of the Philox call of the sign stream is set."""
+    """Row r has the signs of site + r: sign i is negative where bit i of the Philox call of the sign stream is set."""
+    row = tl.program_id(0)
     i = tl.arange(0, N)
     zero = tl.zeros_like(i).to(tl.uint32)
     stream = tl.full(i.shape, _SIGN_STREAM, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero, zero, tl.full(i.shape, site, tl.uint32), stream)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), zero, zero, tl.full(i.shape, site + row, tl.uint32), stream)
     word = tl.where(i < 64, tl.where(i < 32, w0, w1), tl.where(i < 96, w2, w3))
-    tl.store(out + i, tl.where((word >> (i % 32).to(tl.uint32)) & 1 == 1, -1.0, 1.0), mask=i < n)
+    tl.store(out + row * n + i, tl.where((word >> (i % 32).to(tl.uint32)) & 1 == 1, -1.0, 1.0), mask=i < n)
 
 
 @triton.jit
@@ -53,9 +54,14 @@ def _pair(low, high):
 
 def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
     """``reference.random_signs``: float32 ``[n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
-    out = seed.new_empty(n, dtype=torch.float32)
+    return sign_table(seed, site, 1, n)[0]
+
+
+def sign_table(seed: Tensor, first: int, count: int, n: int) -> Tensor:
+    """``reference.sign_table``: float32 ``[count, n]`` of ±1, n ≤ 128, for an int64 seed on the GPU."""
+    out = seed.new_empty(count, n, dtype=torch.float32)
     with on_device(seed):
-        launch(draw_signs, (1,), (seed, out, site, n), N=128, num_warps=4)
+        launch(draw_signs, (count,), (seed, out, first, n), N=128, num_warps=4)
     return out
 
 

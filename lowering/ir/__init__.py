@@ -30,9 +30,11 @@ from quartet.lowering.ir.ops.core import (
     QUANTIZE,
     SCALED_BMM,
     SCALED_MM,
+    SIGN_TABLE,
     SIGNS,
 )
 from quartet.lowering.ir.ops.decompositions import STORE, Three, store
 
 __all__ = ["AMAX", "APPLY_MASK", "DEQUANTIZE", "FIXED_SIGNS", "FLOAT8", "HADAMARD", "PRODUCTS", "QUANTIZE",
-           "SCALED_BMM", "SCALED_MM", "SIGNS", "STORE", "Three", "ceil_to", "code_layout", "scale_layout", "store"]
+           "SCALED_BMM", "SCALED_MM", "SIGN_TABLE", "SIGNS", "STORE", "Three", "ceil_to", "code_layout", "scale_layout",
+           "store"]

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, remaining, shape, source_of, val
+from quartet.lowering.ir.graph import Builder, argument, aten, editing, is_backward, remaining, shape, source_of, val
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.share import frozen
 from quartet.passes.sites import Quantized
@@ -33,12 +33,12 @@ def sum_first(state: State) -> None:
     """Move additions of backward before what both addends go through."""
     with editing(state.gm) as graph:
         for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            if is_backward(node) and len(node.args) == 2 and not node.kwargs:
+            if is_backward(node) and argument(node, "alpha") == 1:
                 _move(state, node)
 
 
 def _move(state: State, add: Node) -> None:
-    left, right = add.args
+    left, right = argument(add, "self"), argument(add, "other")
     if not isinstance(left, Node) or not isinstance(right, Node) or left is right:
         return
     shared = list(_shared(left, right))

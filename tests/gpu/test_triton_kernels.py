@@ -180,6 +180,7 @@ def test_random_signs(n, device):
     seed = torch.tensor(SEED, device=device)
     for site in (0, 1, 77, 2**32 - 1):
         same(expected.difference("signs", draws.random_signs(seed, site, n), ref.random_signs(seed, site, n)))
+    same(expected.difference("table", draws.sign_table(seed, 77, 1000, n), ref.sign_table(seed, 77, 1000, n)))
 
 
 @pytest.mark.parametrize("shape", ((1, 16), (43, 80), (513, 4096), (0, 32)), ids=label)

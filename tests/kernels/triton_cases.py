@@ -158,7 +158,11 @@ def check_dequantize(x: torch.Tensor, spec: QuantSpec) -> list[str]:
 
 
 def check_signs(site: int, n: int) -> list[str]:
-    return expected.difference("signs", draws.random_signs(SEED, site, n), ref.random_signs(SEED, site, n))
+    first = max(0, site - 4)
+    table = draws.sign_table(SEED, first, 5, n)
+    return (expected.difference("signs", draws.random_signs(SEED, site, n), ref.random_signs(SEED, site, n))
+            + expected.difference("table of signs", table, ref.sign_table(SEED, first, 5, n))
+            + expected.difference("row of the table", table[4], ref.random_signs(SEED, first + 4, n)))
 
 
 def check_bits(site: int, rows: int, cols: int) -> list[str]:

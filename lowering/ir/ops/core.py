@@ -20,6 +20,11 @@ def signs(seed: Tensor, site: int, n: int) -> Tensor:
     return reference.random_signs(seed, site, n)
 
 
+@op(fake=lambda seed, first, count, n: seed.new_empty(count, n, dtype=torch.float32), strides="any", mergeable=True)
+def sign_table(seed: Tensor, first: int, count: int, n: int) -> Tensor:
+    return reference.sign_table(seed, first, count, n)
+
+
 @op(fake=lambda seed, site, rows, cols: seed.new_empty(rows, cols, dtype=torch.int16), strides="any")
 def random_bits(seed: Tensor, site: int, rows: Size, cols: Size) -> Tensor:
     return reference.random_bits(seed, site, rows, cols).to(torch.int16)
@@ -108,7 +113,8 @@ def scaled_bmm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_spec:
                                 batch, a_amax=a_amax, b_amax=b_amax)
 
 
-SIGNS, FIXED_SIGNS, HADAMARD, AMAX = signs.overload, fixed_signs.overload, hadamard.overload, amax.overload
+SIGNS, SIGN_TABLE, FIXED_SIGNS = signs.overload, sign_table.overload, fixed_signs.overload
+HADAMARD, AMAX = hadamard.overload, amax.overload
 QUANTIZE, DEQUANTIZE, APPLY_MASK = quantize.overload, dequantize.overload, apply_mask.overload
 SCALED_MM, SCALED_BMM = scaled_mm.overload, scaled_bmm.overload
 PRODUCTS = (SCALED_MM, SCALED_BMM)

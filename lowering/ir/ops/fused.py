@@ -71,6 +71,11 @@ def _signs_triton(seed: Tensor, site: int, n: int) -> Tensor:
     return _draws().random_signs(seed, site, n)
 
 
+@core.sign_table.provider("triton", "cuda", replayed=True)
+def _sign_table_triton(seed: Tensor, first: int, count: int, n: int) -> Tensor:
+    return _draws().sign_table(seed, first, count, n)
+
+
 @core.random_bits.provider("triton", "cuda", replayed=True)  # as many, of int64 tensors
 def _random_bits_triton(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
     return _draws().random_bits(seed, site, rows, cols)
