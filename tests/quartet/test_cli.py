@@ -11,7 +11,8 @@ import torch
 from cutlass_tools import fake_toolchain
 
 import quartet.explain  # noqa: F401  the fixture replaces its function
-from quartet.cli.main import describe_recipe, main
+from quartet.cli.describe import describe_recipe
+from quartet.cli.main import main
 from quartet.kernels.cutlass import toolchain
 from quartet.lowering import registry
 from quartet.lowering.recipe.records import MatmulRecord
