@@ -28,7 +28,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     Args:
         model: the module, compiled or not. args, kwargs: inputs of its forward.
         options, mode: as for ``torch.compile(model, backend="quartet")``.
-        target: ``"sm_100a"``, ``"sm_90"``, ``"gfx950"``, …: as if the tensors were on such a GPU. Nothing runs then.
+        target: ``"b200"``, ``"rtx 3090"``, ``"sm_90"``, ``"gfx950"``, …: as if the tensors were on such a GPU. Nothing
+            runs then.
     Returns:
         A :class:`quartet.report.table.Report`; print it, ``to_dict()``, ``to_html()``.
     """

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+from quartet.runtime import gpus
+from quartet.runtime.gpus import Gpu
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 AMD = ("gfx90a", "gfx942", "gfx950")
 
 
@@ -65,12 +68,16 @@ class Target:
         architecture: of a GPU as its compiler calls it, ``"sm_90"`` or ``"gfx950"``; None where it is not known.
         missing: why this process cannot use it; None when it can.
         pretended: nothing will run: compile as for such a device.
+        name: of a GPU, as its driver or :meth:`named` was told; None of an architecture.
+        gpu: what is known of its speed.
     """
 
     type: str
     architecture: str | None = None
     missing: str | None = None
     pretended: bool = False
+    name: str | None = None
+    gpu: Gpu | None = None
 
     @staticmethod
     def of(device: torch.device | Target) -> Target:
@@ -82,22 +89,32 @@ class Target:
             return Target(device.type, None, missing)
         if torch.version.hip is not None:
             return Target("cuda", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
-        return Target("cuda", "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+        properties = torch.cuda.get_device_properties(device)
+        return Target("cuda", f"sm_{properties.major}{properties.minor}", name=properties.name, gpu=gpus.of(properties))
 
     @staticmethod
     def named(name: str) -> Target:
-        """``"cpu"``, or a GPU's architecture as its compiler calls it: ``"sm_90"``, ``"sm_100a"``, ``"gfx950"``.
+        """``"cpu"``, a GPU by its name, ``"h100"``, ``"rtx 3090"``, or an architecture as its compiler calls it,
+        ``"sm_90"``, ``"sm_100a"``, ``"gfx950"``, of which the usual GPU is taken.
 
         Raises:
             ValueError: another name; the message has all that are possible.
         """
         if name == "cpu":
             return Target("cpu", pretended=True)
+        if (gpu := gpus.named(str(name))) is not None:
+            return Target("cuda", gpu.architecture, pretended=True, name=str(name), gpu=gpu)
         match = re.fullmatch(r"(sm_\d+)[af]?|(gfx\w+)", str(name))
         architecture = match and (match[1] or match[2])
         if architecture not in ARCHITECTURES + AMD:
-            raise ValueError(f"there is no target {name!r}; possible: cpu, {', '.join(ARCHITECTURES + AMD)}")
-        return Target("cuda", architecture, pretended=True)
+            raise ValueError(f"there is no target {name!r}; possible: cpu, {', '.join(ARCHITECTURES + AMD)}, or a "
+                             f"GPU: {', '.join(gpus.NAMES)}")
+        return Target("cuda", architecture, pretended=True, gpu=gpus.typical(architecture))
+
+    @property
+    def title(self) -> str:
+        """What it is called: its name where there is one."""
+        return self.name or str(self)
 
     @property
     def capability(self) -> tuple[int, int] | None:

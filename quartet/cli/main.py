@@ -61,14 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
     doctor = commands.add_parser("doctor", help="versions, compilers, devices, and the kernels that serve them")
-    doctor.add_argument("--target", metavar="T", help="as if this machine had such a GPU: sm_100a, …")
+    doctor.add_argument("--target", metavar="T", help="as if this machine had such a GPU: b200, 'rtx 3090', sm_100a, …")
     doctor.set_defaults(run=_doctor)
 
     explain = commands.add_parser("explain", help="one row a matmul: recipe and kernel, or why it is left alone")
     explain.add_argument("example", metavar="MODULE:FACTORY",
                          help="function without arguments that returns (model, inputs); inputs is a tuple or a dict")
     explain.add_argument("--policy", metavar="P", help="recipe name or .toml file")
-    explain.add_argument("--target", metavar="T", help="as if the tensors were on such a GPU: sm_100a, …")
+    explain.add_argument("--target", metavar="T",
+                         help="as if the tensors were on such a GPU: b200, 'rtx 3090', sm_100a, …")
     explain.add_argument("--html", metavar="FILE", type=Path, help="write the table as a page")
     explain.add_argument("--json", metavar="FILE", type=Path, help="write the table as data")
     explain.add_argument("--dump", metavar="DIR", help="write the graphs before and after every pass")

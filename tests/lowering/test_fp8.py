@@ -35,7 +35,8 @@ def capability(monkeypatch):
     """As if there were one GPU of that capability."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    return lambda *version: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+    return lambda major, minor: monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        name="NVIDIA of the test", major=major, minor=minor, multi_processor_count=1))
 
 
 # what is accepted
