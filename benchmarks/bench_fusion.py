@@ -18,7 +18,6 @@ from typing import Any
 import gpu_common as common
 import torch
 import torch.nn.functional as F
-from calibrate import Call
 from gpu_common import say
 from torch import Tensor
 
@@ -30,6 +29,19 @@ FORWARD = recipes()["quartet"].fprop
 SPEC, ROTATION = FORWARD.a.spec, FORWARD.rotation
 BUFFERS = 3
 Results = tuple[Tensor, ...]
+
+
+class Call:
+    """A function to time; a ``gpu_common.Case``."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function, self.result = function, None
+
+    def reset(self, i: int) -> None:
+        self.result = None
+
+    def run(self, i: int) -> None:
+        self.result = self.function()
 
 
 def rms_norm(x: Tensor, _: Tensor) -> Tensor:

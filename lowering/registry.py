@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from quartet.kernels import extension
 from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import ELEMENTS, QuantSpec
-from quartet.lowering.cost import Price, unmeasured
+from quartet.lowering.cost import Price, simulated, unmeasured
 from quartet.lowering.ir import FLOAT8, SCALED_BMM, SCALED_MM, providers
 from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM, TOKENS
 from quartet.lowering.recipe.types import Gemm
@@ -26,11 +26,13 @@ from quartet.lowering.targets import fp8_products
 from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell import library as scaled_mm
 from quartet.lowering.targets.blackwell import lower as blackwell
+from quartet.lowering.targets.blackwell import price as blackwell_price
 from quartet.lowering.targets.chains import Accepts
 from quartet.lowering.targets.cpu import lower as cpu
 from quartet.lowering.targets.fp8 import lower as fp8
 from quartet.lowering.targets.fp8 import price as fp8_price
 from quartet.lowering.targets.int8 import lower as int8
+from quartet.lowering.targets.int8 import price as int8_price
 from quartet.lowering.targets.triton import lower as cuda
 from quartet.lowering.targets.triton import price as cuda_price
 from quartet.runtime.compat import OpOverload
@@ -140,11 +142,12 @@ KERNELS: tuple[Kernel, ...] = (
            supports_kind=_every, group_align=1),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports,
-           variants=(_PORTABLE, _TUNED)),
+           price=blackwell_price.block_scaled, variants=(_PORTABLE, _TUNED)),
     Kernel("scaled-mm", "block-scaled tensor cores through torch.nn.functional.scaled_mm", scaled_mm.supports,
-           scaled_mm.lower, scaled_mm.supports_pair, reads=cuda.supports, variants=(_PORTABLE,)),
+           scaled_mm.lower, scaled_mm.supports_pair, reads=cuda.supports, price=blackwell_price.block_scaled,
+           variants=(_PORTABLE,)),
     Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
-           blackwell.lower_dot, reads=cuda.supports, variants=(_PORTABLE,)),
+           blackwell.lower_dot, reads=cuda.supports, price=blackwell_price.dot_scaled, variants=(_PORTABLE,)),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
            cuda.lower_fold, reads=cuda.supports, supports_kind=fp8_products.supports_kind, price=cuda_price.folded,
            variants=(_PROMOTED,)),
@@ -152,15 +155,15 @@ KERNELS: tuple[Kernel, ...] = (
            fp8_products.supports_pair, fp8_products.ALIGN, price=fp8_price.cast, variants=(_PROMOTED,)),
     Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches",
            fp8.supports_grouped, fp8.lower, fp8_products.supports_pair, fp8_products.ALIGN,
-           supports_kind=_groups_and_batches, variants=(_PROMOTED,)),
+           supports_kind=_groups_and_batches, price=fp8_price.cast, variants=(_PROMOTED,)),
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
-           align=int8.ALIGN),
+           align=int8.ALIGN, price=int8_price.integers),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
-           cuda.lower_plain, supports_kind=_every),
+           cuda.lower_plain, supports_kind=_every, price=simulated),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor,
-           supports_kind=lambda target, product: _among(product, SCALED_MM, SCALED_BMM)),
+           supports_kind=lambda target, product: _among(product, SCALED_MM, SCALED_BMM), price=simulated),
     Kernel("grouped-mm", "the reference's groups, dequantised and multiplied in the model's dtype", _inductor,
-           supports_kind=lambda target, product: _among(product, SCALED_GROUPED_MM)),
+           supports_kind=lambda target, product: _among(product, SCALED_GROUPED_MM), price=simulated),
 )
 NAMES: tuple[str, ...] = tuple(kernel.name for kernel in KERNELS)
 _KIND, _OTHER_NAMES = "kernel", ("reference",)  # what reports call that is in no list

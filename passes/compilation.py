@@ -94,7 +94,7 @@ class Compilation:
         written: how many features they make. layers: how many weights of two dimensions or more the model has.
         inputs: index of a dynamo input → its name, for the floating-point inputs of the whole model.
         priced: rates are known for a device of the graph and the policy asks for them: every number of tokens decides,
-            and not only whether it is less than a block.
+            and not only whether it is less than a block. rates: these, as text.
         tokens: module → how many tokens it was first trained with, by which it is decided.
         guessed: module → for how many it was priced in graphs without backward, before it was trained.
         answers: what the kernels say here of the products that the policy can ask for (``registry.answers``).
@@ -125,6 +125,7 @@ class Compilation:
     layers: int = 0
     inputs: Mapping[int, str] = field(default_factory=dict)
     priced: bool = False
+    rates: str = ""
     tokens: Mapping[str, int] = field(default_factory=dict, metadata=keyed_by(lambda c: c.decisive(c.tokens)))
     guessed: Mapping[str, int] = field(default_factory=dict, metadata=keyed_by(lambda c: c.priced and c.guessed))
     answers: str = ""

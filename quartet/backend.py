@@ -72,6 +72,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     compat.warn_if_untested()
     names = names_of(gm, example_inputs)
     options = replace(options, policy=options.policy.at(names.place))
+    watched = any((inner_compile, collect, collect_saved, observers))
+    device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
     step = make_pipeline(gm, example_inputs, options, names, remember, observers)
     if step.config.reuse_weights:
         REUSED.watch()
@@ -83,7 +85,6 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if saved is not None:
         patches["custom_partitioner_fn"] = saved
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-    watched = any((inner_compile, collect, collect_saved, observers))
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
             compat.every_pass() if watched else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
@@ -95,7 +96,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         collect(step.records)
     if collect_saved is not None and kept:
         collect_saved(kept)
-    (say or partial(_say, judge_of(options.policy, names)))(names, step.records, kept)
+    judge = partial(_say, judge_of(options.policy, names), options.target or Target.of(device))
+    (say or judge)(names, step.records, kept)
     return compiled
 
 
@@ -116,7 +118,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     compilation = Compilation(
         **_shared(told), **_shared(names), options=options.key(), tokens=tokens.trained, guessed=tokens.guessed,
         stream=data_parallel_stream(example_inputs), observers=tuple(observers), replayed=replayed,
-        autotune=compat.max_autotune(options.inductor), priced=_is_priced(tensors, options),
+        autotune=compat.max_autotune(options.inductor), **_prices(tensors, options),
         anchor=len(example_inputs) if names.weights and remembers(options.policy) else None,
         answers=kernels_here(gm, example_inputs, options), threads=torch.get_num_threads(), version=torch.__version__)
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
@@ -129,10 +131,13 @@ def _shared(source: Any) -> dict[str, Any]:
     return {f.name: getattr(source, f.name) for f in fields(source) if f.name in wanted}
 
 
-def _is_priced(tensors: Iterable[torch.Tensor], options: Options) -> bool:
-    """Whether rates are known for a device of the graph, and the policy asks for them."""
-    targets = {options.target or Target.of(tensor.device) for tensor in tensors}
-    return options.policy.where_it_pays and any(map(rates_of, targets))
+def _prices(tensors: Iterable[torch.Tensor], options: Options) -> dict[str, Any]:
+    """What a compilation is told of the rates of the graph's devices, where the policy asks for them."""
+    if not options.policy.where_it_pays:
+        return {}
+    targets = sorted({options.target or Target.of(tensor.device) for tensor in tensors}, key=repr)
+    known = [rates for rates in map(rates_of, targets) if rates is not None]
+    return {"priced": bool(known), "rates": repr(known) if known else ""}
 
 
 def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivations | None:
@@ -156,12 +161,13 @@ def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], option
     return registry.answers(targets, gemms, options.disable_kernels)
 
 
-def _say(judge: Judge, names: Names, records: Sequence[MatmulRecord], saved: Sequence[SavedRecord]) -> None:
+def _say(judge: Judge, target: Target, names: Names, records: Sequence[MatmulRecord],
+         saved: Sequence[SavedRecord]) -> None:
     """Tell the user what is known of the model after one more graph of it."""
     judge.add(names, records, saved)
     for text in (*judge.shared(names, records), *judge.unmatched(names)):
         warnings.warn(text, stacklevel=3)
-    text, expected = judge.nothing(names) or ("", False)
+    text, expected = judge.nothing(names, target) or ("", False)
     if expected:
         log.warning(text)
     elif text:

@@ -14,6 +14,7 @@ from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.options import Options
 from quartet.passes.compilation import Observer
 from quartet.policy import Policy
+from quartet.report.advice import UNPAID, advice
 from quartet.report.table import Report
 from quartet.runtime.devices import FEATURES, Target
 
@@ -67,7 +68,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         warnings.warn(text, stacklevel=2)
     device = next((t.device for t in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
     chosen_for = parsed.target or Target.of(device)
-    notes = (*capture.notes, *_unpriced(parsed.policy, chosen_for), *_foreign(chosen_for), *stand_ins.notes())
+    notes = (*capture.notes, *_prices(parsed.policy, chosen_for, records), *_foreign(chosen_for), *stand_ins.notes())
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved)
 
@@ -90,12 +91,19 @@ class _StandIns(Observer):
         return (f"{count} × {text}" for text, count in self._found.items())
 
 
-def _unpriced(policy: Policy, target: Target) -> Iterator[str]:
-    """A note where nothing could be left alone for not paying."""
+def _prices(policy: Policy, target: Target, records: Sequence[MatmulRecord]) -> Iterator[str]:
+    """Notes on what pays: where that could not be told, where nothing does, and by rates that nobody has measured."""
     from quartet.lowering.rates import rates_of
 
-    if policy.where_it_pays and rates_of(target) is None:
+    if not policy.where_it_pays:
+        return
+    rates = rates_of(target)
+    if rates is None and target.type != "cuda":
         yield f"no measured rates for {target}: everything is quantised, whether it pays or not"
+    elif not any(r.lowered for r in records) and any(r.reason.startswith(UNPAID) for r in records):
+        yield f"the default quantises nothing here. {advice(records, target)}"
+    if rates is not None and not rates.origin.measured and not target.pretended:
+        yield f"what pays is told by {rates.source}; `quartet calibrate` measures this GPU"
 
 
 def _foreign(target: Target) -> Iterator[str]:

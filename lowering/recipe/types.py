@@ -25,6 +25,7 @@ from quartet.lowering.recipe.depth import normalise_depth
 ROLES = ("fprop", "dgrad", "wgrad")
 OP_CLASSES = ("linear", "lm_head", "router", "embedding", "attention_qk", "attention_pv", "bmm", "grouped", "conv",
               "saved")
+WEIGHED = ("grouped",)  # a default that quantises only what pays covers these, though its recipe skips them
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from itertools import combinations
 
 from torch.fx import Node
 
-from quartet.lowering.cost import Cost, Layer, predict
+from quartet.lowering.cost import Cost, Layer, predict, simulated
 from quartet.lowering.ir.graph import val
-from quartet.lowering.rates import Rates, rates_of
-from quartet.lowering.recipe.types import ROLES, Recipe
+from quartet.lowering.rates import Host, Rates, rates_of
+from quartet.lowering.recipe.types import ROLES, WEIGHED, Recipe
 from quartet.passes.classify.aside import tokens
-from quartet.passes.compilation import Compilation
 from quartet.passes.flow import Flow
 from quartet.passes.sites import Found, Planned
 from quartet.passes.state import State
 from quartet.runtime.sizes import hint
 from quartet.runtime.view_ops import PASSED_ON
 
+HELP = "`quartet calibrate` measures them, and a rule that names it quantises it"
 _MULTIPLES = ("aten.mul.", "aten.div.", "aten.clone", "aten.expand", "aten.split", "aten.unbind", "aten._to_copy",
               "aten.reshape")
 _UNREAD = ("aten.add.", "aten.sub.", "aten.neg", "aten.sum", "aten.mean", "aten.cat", "aten.stack", "aten.relu",
@@ -46,7 +46,7 @@ def leave_slower(state: State) -> None:
         pass
     for site in state.at(Planned):
         if site.index in costs:
-            note = f"predicted {costs[site.index]}, {_basis(site, state.config)}"
+            note = f"predicted {costs[site.index]}, {_basis(site, state)}"
             state.advance(site.at_price(costs[site.index]).note(note))
     _warn_changed(state, before)
 
@@ -56,7 +56,7 @@ def _warn_changed(state: State, before: Iterable[Planned]) -> None:
     sharing = Counter(site.x_group for site in state.at(Planned))
     changed = []
     for site in before:
-        rates = rates_of(state.config.target_of(val(site.x[0]).device))
+        rates = _rates(state, site)
         guess = state.config.guessed.get(site.fqn)
         if guess is None or rates is None or not _is_weighed(site):
             continue
@@ -78,18 +78,36 @@ def _once(state: State, costs: dict[int, Cost]) -> bool:
     sharing = Counter(site.x_group for site in state.at(Planned))
     left = False
     for site in state.at(Planned):
-        rates = rates_of(state.config.target_of(val(site.x[0]).device))
-        if rates is None or not _is_weighed(site):
+        if not _is_weighed(site):
             continue
-        if not site.kind.single:
-            reasons = dict.fromkeys(ROLES, "the cost model knows neither groups nor batches: name it in a rule")
+        rates = _rates(state, site)
+        if rates is None:
+            reasons = _unknown(site, state)
         else:
             layer = _layer(state, site, sharing[site.x_group])
-            reasons = _slower(site, layer, rates, costs, _basis(site, state.config))
+            reasons = _slower(site, layer, rates, costs, _basis(site, state))
         if reasons:
             state.advance(site.without(reasons))
             left = True
     return left
+
+
+def _rates(state: State, site: Found) -> Rates | None:
+    """The constants of a site's device; the host is never what limits where CUDA graphs are replayed."""
+    rates = rates_of(state.config.target_of(val(site.x[0]).device))
+    return replace(rates, host=Host()) if rates is not None and state.config.replayed else rates
+
+
+def _unknown(site: Planned, state: State) -> dict[str, str]:
+    """Role → why it is left alone where no rates are known; on what is no GPU only experts are."""
+    target = state.config.target_of(val(site.x[0]).device)
+    if target.type == "cuda":
+        return dict.fromkeys(ROLES, f"no rates of {target.title}, by which it could be said whether it pays: "
+                                    f"{HELP if target.foreign is None else 'name it in a rule'}")
+    if site.op_class in WEIGHED:
+        return dict.fromkeys(ROLES, f"{site.op_class} is quantised by default where that pays, and no rates of "
+                                    f"{target.title} are known: name it in a rule")
+    return {}
 
 
 def _is_weighed(site: Planned) -> bool:
@@ -121,7 +139,8 @@ def _cheapest(recipe: Recipe, layer: Layer, rates: Rates) -> tuple[frozenset[str
     parts = units(recipe, ROLES)
     sets = [frozenset[str]().union(*some) for count in range(len(parts), 0, -1) for some in combinations(parts, count)]
     prices = {roles: cost for roles in sets if (cost := predict(recipe.only(roles), layer, rates)) is not None}
-    best = min(prices, key=lambda roles: float(prices[roles].quantized), default=frozenset[str]())
+    best = min(prices, key=lambda roles: (prices[roles].step, float(prices[roles].quantized)),
+               default=frozenset[str]())
     return (best if best and prices[best].pays else frozenset()), prices
 
 
@@ -139,24 +158,30 @@ def _time(cost: Cost) -> str:
 def _unmeasured(layer: Layer, recipe: Recipe, rates: Rates, roles: Iterable[str]) -> str:
     """Why there is no prediction; empty where there is one."""
     unknown = [layer.kernels[role] for role in ROLES if role in roles and layer.price(rates, recipe, role) is None]
+    slow = dict.fromkeys(kernel.name for kernel in unknown if kernel is not None and kernel.price is simulated)
+    if slow:
+        return (f"would not pay: kernel {' and '.join(map(repr, slow))} multiplies in the model's dtype here, which "
+                "saves no time")
     names = " and ".join(repr(kernel.name) if kernel else "a dequantised operand" for kernel in dict.fromkeys(unknown))
     return f"no measured rates for kernel {names}: name it in a rule" if names else ""
 
 
-def _basis(site: Found, config: Compilation) -> str:
-    """What a price is of: also for how many tokens, where that is not what the graph has."""
-    count = tokens(site, config)
+def _basis(site: Found, state: State) -> str:
+    """What a price is of, also for how many tokens where that is not what the graph has, and by whose rates."""
+    count, rates = tokens(site, state.config), _rates(state, site)
     same = isinstance(site.m, int) and site.m == count
-    return "forward and backward" + ("" if same else f" of {count} tokens")
+    return f"forward and backward{'' if same else f' of {count} tokens'}, by {'' if rates is None else rates.source}"
 
 
 def _layer(state: State, site: Planned, sharing: int) -> Layer:
     """The layer of a site with the three products that it has in training."""
     config = state.config
-    recompute = (config.recompute or site.recipe.recompute) == "gemm" and is_read_in_backward(
-        site.forward.node, state.flow)
+    recompute = ((config.recompute or site.recipe.recompute) == "gemm" and site.kind.single
+                 and is_read_in_backward(site.forward.node, state.flow))
     kernels = {role: decision.kernel for role, decision in site.decisions.items()}
-    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute)
+    groups = 0 if site.groups is None else hint(site.groups.count)
+    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute, groups,
+                 1 if site.batch is None else hint(site.batch))
 
 
 def is_read_in_backward(y: Node, flow: Flow) -> bool:

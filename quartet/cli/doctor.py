@@ -94,6 +94,7 @@ def doctor(target: str | None = None) -> tuple[str, bool]:
     there is no such.
     """
     from quartet.lowering.ir.providers import listing
+    from quartet.lowering.rates import rates_of
     from quartet.lowering.registry import probe
 
     shown: Iterable[tuple[torch.device | Target, str]] = devices()
@@ -103,6 +104,8 @@ def doctor(target: str | None = None) -> tuple[str, bool]:
     healthy = True
     for device, description in shown:
         out.append(f"{device} ({description})")
+        if (rates := rates_of(Target.of(device))) is not None:
+            out.append(f"  what the default quantises is decided by {rates.source}")
         try:
             probed = probe(device)
         except Exception as error:

@@ -21,6 +21,8 @@ from quartet.policy import Policy, Rule
 from quartet.policy.recipes import quantizes, recipes_of
 from quartet.policy.saved import unmatched_saved
 from quartet.policy.unmatched import Site
+from quartet.report.advice import UNPAID, advice, narrower
+from quartet.runtime.devices import Target
 
 
 class Judge:
@@ -86,9 +88,9 @@ class Judge:
                            f"of code can serve all {len(others) + 1} modules like them, each as {whole!r}. Compile the "
                            "model in one graph without regions, or write the rule for all of them")
 
-    def nothing(self, names: Names) -> tuple[str, bool] | None:
-        """Where the policy quantises and nothing was quantised: a text for the user, and whether that is as it should
-        be, since nothing would pay."""
+    def nothing(self, names: Names, target: Target) -> tuple[str, bool] | None:
+        """Where the policy quantises and nothing was quantised on a device: a text for the user, and whether that is as
+        it should be, since nothing would pay."""
         matmuls = [r for r in self.records if r.op_class != "embedding"]
         recipes = {recipe.name: recipe for recipe in recipes_of(self.policy)}
         wanted = [r for r in matmuls if r.recipe in recipes and getattr(recipes[r.recipe], r.role) is not None]
@@ -103,10 +105,8 @@ class Judge:
                     "activations by being an nn.Parameter. Give the layers parameters: nn.Parameter(tensor)"), False
         first = wanted[0]
         text = f"{head}. The first, {first.fqn or 'a matmul'} ({first.dtype}): {first.reason}"
-        if first.reason.startswith("would not pay"):
-            return f"{text}. A recipe as policy, such as 'quartet', quantises whether it pays or not", True
-        if "no measured rates" in first.reason and first.dtype != "bfloat16":
-            text += ". Rates are known for bfloat16: train in it, model.bfloat16() or torch.autocast"
+        if self.policy.where_it_pays and first.reason.startswith(UNPAID):
+            return f"{text}. {advice(matmuls, target)}", not narrower(first, target)
         return f"{text}. quartet.explain(model, …) shows all of them", False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from quartet.lowering.recipe.types import OP_CLASSES, ROLES, Recipe
+from quartet.lowering.recipe.types import OP_CLASSES, ROLES, WEIGHED, Recipe
 
 ONE_WEIGHT = ("linear", "lm_head", "router", "conv")  # products of one matrix X with one parameter W
 
@@ -27,6 +27,11 @@ def obstacle(recipe: Recipe, op_class: str, roles: Iterable[str] = ROLES) -> str
     if op_class == "embedding" and (reason := _on_rows(recipe)) is not None:
         return reason
     return _without_one_weight(recipe, op_class) if "fprop" in roles else None
+
+
+def weighed(recipe: Recipe, op_class: str) -> bool:
+    """Whether a default that quantises only what pays covers an op class that its recipe skips."""
+    return op_class in WEIGHED and obstacle(recipe, op_class) is None
 
 
 def _on_rows(recipe: Recipe) -> str | None:

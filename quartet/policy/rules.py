@@ -24,7 +24,7 @@ from quartet.lowering.recipe.resolution import Choice, Resolution, SavedChoice
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe
 from quartet.passes.naming import module_name
 from quartet.policy import toml as policy_toml
-from quartet.policy.possible import obstacle, possible
+from quartet.policy.possible import obstacle, possible, weighed
 from quartet.policy.predicate import holds, normalise
 from quartet.policy.saved import SAVED, check_rule, saved_choice
 from quartet.policy.unmatched import Site, Unmatched, explain_unmatched
@@ -156,8 +156,8 @@ class Policy:
         default: recipe name, Recipe, or None to leave everything in high precision that no rule names. The op
             classes that the recipe skips (``lm_head``, attention…) stay in high precision.
         rules: normally added with ``on``.
-        where_it_pays: leave to the default recipe only the products that it is predicted to make faster, on devices
-            whose speed was measured (``quartet.lowering.rates``); what a rule names is done as it says.
+        where_it_pays: on a GPU, leave to the default recipe only the products that it is predicted to make faster
+            (``quartet.lowering.rates``), experts among them; what a rule names is done as it says.
 
     Raises:
         PolicyError: unknown recipe, or two different recipes of one name.
@@ -255,7 +255,8 @@ class Policy:
         else:
             i, recipe = None, resolve(self.default)
             why = "default None: high precision" if recipe is None else f"default recipe {recipe.name!r}"
-            if recipe is not None and skips(recipe, op_class):
+            covered = self.where_it_pays and recipe is not None and weighed(recipe, op_class)
+            if recipe is not None and skips(recipe, op_class) and not covered:
                 why = f"recipe {recipe.name!r} leaves {op_class} in high precision unless a rule names it"
                 recipe = None
             elif recipe is not None and layer is not None:

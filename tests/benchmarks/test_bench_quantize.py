@@ -79,6 +79,12 @@ def test_fusion_is_measured_with_it_too(bench):
     assert (fusion.SPEC, fusion.ROTATION) == (forward.a.spec, forward.rotation)
 
 
+def test_fusion_says_that_it_needs_a_gpu(bench, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("bench_fusion").main(["--device", "cpu", "--out", str(tmp_path / "out.json")])
+    assert "this measures a GPU; --device is cpu" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):
     pytest.importorskip("quartet.kernels.triton.quantize.ops")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -15,6 +15,7 @@ from quartet.cli.describe import describe_recipe
 from quartet.cli.main import main
 from quartet.kernels.cutlass import toolchain
 from quartet.lowering import registry
+from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import Rotation
 from quartet.recipes import recipes
@@ -251,6 +252,7 @@ def test_doctor_shows_the_order_of_a_pretended_gpu(capsys, target, kernel):
     order = out[out.index("\n  mx e2m1 ") + 1:].splitlines()
     chosen, = (line for line in order[:len(registry.KERNELS)] if "yes, chosen" in line)
     assert kernel in chosen.split() and f"{Target.named(target)} (pretended" in out and "cpu (" not in out
+    assert f"decided by {rates_of(Target.named(target)).source}" in out
     assert out.count("yes, chosen") >= 4
 
 

@@ -1,5 +1,7 @@
 """explain(target=…): what would run on a GPU that is not here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -137,8 +139,9 @@ def test_every_target_has_a_kernel_for_mxfp4_and_fp8(name):
 def test_what_pays_is_decided_for_the_target(monkeypatch):
     pytest.importorskip("triton")
     slow = Rates("slow", {"bf16": 1e15, "fp8": 1e15}, {"bf16": 0.0, "fp8": 0.0}, dict.fromkeys(PASSES, 1e-12), 1e-6)
-    monkeypatch.setattr("quartet.lowering.rates.MEASURED", {(9, 0): slow})
+    fast = replace(slow, flops={"bf16": 1e9, "fp8": 1e15})
+    monkeypatch.setattr("quartet.lowering.rates.shipped.RATES", {"h200": slow, "l40s": fast})
     module, x = model()
-    there, elsewhere = (quartet.explain(module, x, target=name) for name in ("sm_90", "sm_89"))
+    there, elsewhere = (quartet.explain(module, x, target=name) for name in ("sm_90", "l40s"))
     assert {r.kernel for r in there.records} == {None} and "would not pay: predicted" in str(there)
     assert {r.kernel for r in elsewhere.records} == {"triton-fp8"}

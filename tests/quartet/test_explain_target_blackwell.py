@@ -35,19 +35,31 @@ def test_every_product_is_on_the_tensor_cores(target, recipe, without):
         assert report.flops_share() == layers / 2 and target in report.title() and kernel in report.table()
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "cpu"])
-def test_auto_says_that_nothing_could_be_weighed(target):
-    pytest.importorskip("triton")
+def test_auto_says_that_nothing_could_be_weighed_on_a_cpu():
     module, x = model()
-    report = quartet.explain(module, x, target=target, options={"policy": "auto"})
-    name = target.rstrip("a")
-    assert report.notes == (f"no measured rates for {name}: everything is quantised, whether it pays or not",)
+    report = quartet.explain(module, x, target="cpu", options={"policy": "auto"})
+    assert report.notes == ("no measured rates for cpu: everything is quantised, whether it pays or not",)
     assert report.notes[0] in str(report) and report.to_dict()["notes"] == list(report.notes)
     assert not report.left_alone
 
 
-@pytest.mark.parametrize(("target", "policy"), [("sm_100a", "quartet"), ("sm_90", "auto")])
-def test_no_note_where_the_user_chose_or_rates_are_known(target, policy):
+@pytest.mark.parametrize("target", TARGETS)
+def test_auto_weighs_by_the_data_sheet_and_says_so_in_one_line(target):
+    pytest.importorskip("triton")
+    module, x = model()
+    report = quartet.explain(module, x, target=target, options={"policy": "auto"})
+    (note,) = report.notes
+    assert note.startswith("the default quantises nothing here") and "by the data sheet of " in note
+    assert note in str(report) and not report.lowered
+    wide = nn.Linear(4096, 14336, bias=False, dtype=torch.bfloat16)
+    x = torch.empty(16384, 4096, dtype=torch.bfloat16, requires_grad=True)
+    report = quartet.explain(wide, x, target=target, options={"policy": "auto"})
+    assert {r.kernel for r in report.records} == {"cutlass"} and report.notes == ()
+    assert all("by the data sheet of " in r.notes[0] for r in report.records)
+
+
+@pytest.mark.parametrize(("target", "policy"), [("sm_100a", "quartet"), ("sm_90", "fp8")])
+def test_no_note_where_the_user_chose(target, policy):
     pytest.importorskip("triton")
     module, x = model()
     assert quartet.explain(module, x, target=target, options={"policy": policy}).notes == ()

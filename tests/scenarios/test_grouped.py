@@ -1,7 +1,5 @@
 """Grouped products of expert weights: each expert is a linear layer quantised by itself, nothing crosses groups."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -328,14 +326,40 @@ def test_strict_refuses_other_forms():
     train(model, "quartet", tokens(64), offsets((8, 0, 32, 16, 8)), strict=True)
 
 
-def test_a_cost_model_without_groups_decides_nothing(monkeypatch):
-    monkeypatch.setattr("quartet.passes.plan.profitability.rates_of", lambda target: object())
-    recipe = dataclasses.replace(quartet.recipes()["mxfp8"], name="everything", skip=())
-    policy = Policy(recipe, where_it_pays=True)
-    _, backend = train(Experts(), policy)
-    assert {r.reason for r in backend.records} == {"the cost model knows neither groups nor batches: name it in a rule"}
-    _, backend = train(Experts(), policy.on("grouped", "mxfp8"))
+def test_experts_are_left_alone_by_default_where_nothing_is_known_of_the_device():
+    _, backend = train(Experts(), "auto")
+    assert {r.reason for r in backend.records} == {
+        "grouped is quantised by default where that pays, and no rates of cpu are known: name it in a rule"}
+    _, backend = train(Experts(), "quartet")
+    assert {r.reason for r in backend.records} == {
+        "recipe 'quartet' leaves grouped in high precision unless a rule names it"}
+    _, backend = train(Experts(), Policy("quartet", where_it_pays=True).on("grouped", "mxfp8"))
     assert backend.lowered() == {"weight": ALL}
+
+
+class Wide(nn.Module):
+    """Experts of any size, which nothing computes."""
+
+    def __init__(self, experts, wide, out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, wide, out, dtype=torch.bfloat16))
+
+    def forward(self, x, offs):
+        return F.grouped_mm(x, self.weight, offs=offs)
+
+
+@pytest.mark.parametrize("target, name, tokens, sizes, pays", [
+    ("h200", "fp8", 32768, (8, 4096, 14336), True), ("h200", "fp8", 16384, (16, 5120, 2048), False),
+    ("h200", "quartet", 32768, (8, 4096, 14336), True), ("h200", "quartet", 32768, (64, 2048, 1536), False),
+    ("b200", "fp8", 32768, (8, 4096, 14336), False),  # which has no such products of groups
+])
+def test_experts_are_weighed(target, name, tokens, sizes, pays):
+    x = torch.empty(tokens, sizes[1], dtype=torch.bfloat16, requires_grad=True)
+    offs = torch.empty(sizes[0], dtype=torch.int32)
+    found = quartet.explain(Wide(*sizes), x, offs, target=target,
+                            options={"policy": Policy(name, where_it_pays=True)}).records
+    assert {r.op_class for r in found} == {"grouped"} and {r.lowered for r in found} == {pays}
+    assert all((r.notes[0] if pays else r.reason).startswith("predicted" if pays else "would not pay") for r in found)
 
 
 class Layer(nn.Module):

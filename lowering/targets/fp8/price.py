@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from quartet.lowering.cost import Layer, Size
-from quartet.lowering.ir.ops.decompositions import RADICES
-from quartet.lowering.rates import Rates
+from quartet.lowering.cost import Layer
+from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
+from quartet.lowering.targets.price_parts import Passes, generated_rotations, groups_moved, with_passes
 
 
-def cast(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Size:
-    """``Kernel.price`` of ``cublaslt``."""
-    times = 2 if layer.recompute and role == "fprop" else 1
-    product = rates.product("fp8", *layer.dims(role))
-    passes = (*_rotations(recipe, layer, role), *_casts(recipe, layer, role))
-    return times * product + sum(rates.of_pass(name, elements) for name, elements in passes)
+def cast(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
+    """``Kernel.price`` of ``cublaslt`` and ``fp8-grouped``."""
+    around = [*generated_rotations(recipe, layer, role), *_casts(recipe, layer, role), *groups_moved(layer, role)]
+    if layer.several and role == "dgrad":
+        around.append(("copy", layer.operands(role)[1] / 2))  # the codes of the weights, turned
+    return with_passes(rates, "fp8", layer, role, around)
 
 
-def _casts(recipe: Recipe, layer: Layer, role: str) -> Iterator[tuple[str, Size]]:
+def _casts(recipe: Recipe, layer: Layer, role: str) -> Passes:
     """The largest magnitude is a reading of its own before each cast."""
     gemm, other, operands = getattr(recipe, role), recipe.dgrad, layer.operands(role)
     whole = gemm.a.spec is not None and gemm.a.spec.block == "tensor"
@@ -28,14 +26,3 @@ def _casts(recipe: Recipe, layer: Layer, role: str) -> Iterator[tuple[str, Size]
     for elements in fresh:
         yield "amax", elements
         yield "cast", elements
-
-
-def _rotations(recipe: Recipe, layer: Layer, role: str) -> Iterator[tuple[str, Size]]:
-    """Hadamard transforms in generated code: to fp32, then a loop for each stage, of twice a fused one's traffic."""
-    gemm, operands, result = getattr(recipe, role), layer.operands(role), layer.result(role)
-    turned = [(gemm.rotation, elements) for elements in operands] + [(gemm.outer, operands[0]), (gemm.outer, result)]
-    if gemm.b.source == "saved" and recipe.fprop is not None:
-        turned.append((recipe.fprop.rotation, result))
-    for rotation, elements in turned:
-        if rotation is not None:
-            yield from [("unrotate", 2 * elements)] * (1 + len(RADICES[rotation.n]))

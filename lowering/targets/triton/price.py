@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from quartet.lowering.cost import Layer, Size
-from quartet.lowering.rates import Rates
+from quartet.lowering.cost import Layer
+from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
+from quartet.lowering.targets.price_parts import Passes, groups_moved, quantisers, unrotated, with_passes
 
 
-def folded(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Size:
+def folded(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
     """``Kernel.price`` of ``triton-fp8``."""
-    times = 2 if layer.recompute and role == "fprop" else 1
-    product = rates.product("fp8", *layer.dims(role))
-    return times * product + sum(rates.of_pass(name, elements) for name, elements in _passes(recipe, layer, role))
+    return with_passes(rates, "fp8", layer, role, [*_passes(recipe, layer, role), *groups_moved(layer, role)])
 
 
-def _passes(recipe: Recipe, layer: Layer, role: str) -> Iterator[tuple[str, Size]]:
-    gemm, (a, b) = getattr(recipe, role), layer.operands(role)
+def _passes(recipe: Recipe, layer: Layer, role: str) -> Passes:
     if role == "fprop":
-        yield from (("rows", elements) for elements in (a, b))
+        yield from (("rows", elements) for elements in layer.operands(role))
         if layer.recompute:
-            yield from (("fold", elements) for elements in (a, b))
+            yield from (("fold", elements) for elements in layer.operands(role))
         return
-    saved = gemm.b.source == "saved"
-    if recipe.dgrad is None or recipe.wgrad is None:
-        yield "one axis", a
-    elif role == "dgrad":
-        yield "both axes", a
+    a, b = layer.operands(role)
+    yield from quantisers(recipe, layer, role)
     yield "fold", a
-    yield "requantise" if saved else "one axis", b
     yield "fold", b
-    if saved and recipe.fprop is not None and recipe.fprop.rotation is not None:
-        yield "unrotate", layer.result(role)
+    yield from unrotated(recipe, layer, role)

@@ -1,0 +1,59 @@
+"""Passes around products that several families of kernels have: (name of a rate, elements)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from quartet.lowering.cost import Layer, Size
+from quartet.lowering.ir.ops.decompositions import RADICES
+from quartet.lowering.rates.constants import Rates, Time
+from quartet.lowering.recipe.types import Recipe
+
+Passes = Iterator[tuple[str, Size]]
+
+
+def with_passes(rates: Rates, dtype: str, layer: Layer, role: str, passes: Iterable[tuple[str, Size]],
+                slower: float = 1.0) -> Time | None:
+    """A product of operands of a dtype, run again where backward needs it, with passes around it; None without rates
+    of the dtype. ``slower``: times the device's time of the product."""
+    product = layer.product(rates, dtype, role)
+    if product is None:
+        return None
+    times = 2 if layer.recompute and role == "fprop" else 1
+    return sum((rates.of_pass(name, elements) for name, elements in passes),
+               Time(times * slower * product.device, times * product.launches))
+
+
+def quantisers(recipe: Recipe, layer: Layer, role: str) -> Passes:
+    """Fused quantisers of a backward product: of E along both axes at once where both products quantise it."""
+    gemm, (a, b) = getattr(recipe, role), layer.operands(role)
+    if recipe.dgrad is None or recipe.wgrad is None:
+        yield "one axis", a
+    elif role == "dgrad":
+        yield "both axes", a
+    yield "requantise" if gemm.b.source == "saved" else "one axis", b
+
+
+def unrotated(recipe: Recipe, layer: Layer, role: str) -> Passes:
+    """What takes a gradient out of the basis of the codes that forward saved; those of one X are added up before."""
+    saved = getattr(recipe, role).b.source == "saved"
+    if saved and recipe.fprop is not None and recipe.fprop.rotation is not None:
+        yield "unrotate", layer.result(role) / (layer.sharing if role == "dgrad" else 1)
+
+
+def generated_rotations(recipe: Recipe, layer: Layer, role: str) -> Passes:
+    """Hadamard transforms in generated code: to fp32, then a loop for each stage, of twice a fused one's traffic."""
+    gemm, operands, result = getattr(recipe, role), layer.operands(role), layer.result(role)
+    turned = [(gemm.rotation, elements) for elements in operands] + [(gemm.outer, operands[0]), (gemm.outer, result)]
+    if gemm.b.source == "saved" and recipe.fprop is not None:
+        turned.append((recipe.fprop.rotation, result))
+    for rotation, elements in turned:
+        if rotation is not None:
+            yield from [("unrotate", 2 * elements)] * (1 + len(RADICES[rotation.n]))
+
+
+def groups_moved(layer: Layer, role: str) -> Passes:
+    """What pads the tokens of groups, E of both backward products once, and takes the result's out again."""
+    if layer.groups != 0 and role != "wgrad":
+        yield "copy", layer.operands(role)[0]
+        yield "copy", layer.result(role)

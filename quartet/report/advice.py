@@ -1,0 +1,75 @@
+"""Where the default quantises nothing: what else would pay on that device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+
+from quartet.kernels.spec import dtype_name
+from quartet.lowering import registry
+from quartet.lowering.cost import Cost, Layer, predict
+from quartet.lowering.rates import Rates, rates_of
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.recipe.types import ROLES, Recipe
+from quartet.recipes import recipes
+from quartet.runtime.devices import Target
+
+UNPAID = ("would not pay", "no rates of", "no measured rates")  # how reasons begin of what was left for its price
+CANDIDATES = ("fp8", "int8-all", "int8")  # recipes for speed
+ANYWAY = "A recipe as policy, such as 'quartet', quantises whether it pays or not, for its memory or to study it"
+
+
+def advice(records: Sequence[MatmulRecord], target: Target) -> str:
+    """Which recipe would make linear layers faster that the default leaves alone, and how to have one all the same."""
+    rates, layers = rates_of(target), list(_layers(records))
+    if rates is None:
+        return f"`quartet calibrate` measures a GPU by which that can be told. {ANYWAY}"
+    if any(narrower(r, target) for r in records):
+        return (f"What is fast on {target.title} is for bfloat16: train in it, model.bfloat16() or torch.autocast. "
+                f"{ANYWAY}")
+    gains = {name: gain for name in CANDIDATES if (gain := _gain(recipes()[name], layers, target, rates)) > 1.0}
+    if not gains:
+        return f"No recipe pays on {target.title} at these sizes, by {rates.source}. {ANYWAY}"
+    best = max(gains, key=lambda name: gains[name])
+    return (f"On {target.title} {best!r} would: {gains[best]:.2f} times the speed of the linear layers, by "
+            f"{rates.source}. {ANYWAY}")
+
+
+def narrower(record: MatmulRecord, target: Target) -> bool:
+    """Whether a product was left alone for its dtype, which the tensor cores of narrow formats do not give."""
+    return record.dtype != dtype_name(torch.bfloat16) and target.lacks("fp8 tensor cores") is None and (
+        record.reason.startswith(UNPAID))
+
+
+def _layers(records: Sequence[MatmulRecord]) -> Iterator[tuple[int, int, int]]:
+    """(tokens, out, in) of the linear layers of known sizes."""
+    for r in records:
+        if r.op_class == "linear" and r.role == "fprop" and r.reason.startswith(UNPAID):
+            m, n, k = r.m, r.n, r.k
+            if isinstance(m, int) and isinstance(n, int) and isinstance(k, int):
+                yield m, n, k
+
+
+def _gain(recipe: Recipe, layers: Sequence[tuple[int, int, int]], target: Target, rates: Rates) -> float:
+    """How many times faster the layers would be that are, in the time of all; 1 where none is."""
+    kernels = {role: _kernel(recipe, role, target) for role in ROLES}
+
+    @cache
+    def cost(m: int, n: int, k: int) -> Cost | None:
+        return predict(recipe, Layer(kernels, m, n, k), rates)
+
+    known = [one for size in layers if (one := cost(*size)) is not None]
+    before = sum(float(one.plain) for one in known)
+    after = sum(one.step if one.pays else float(one.plain) for one in known)
+    return before / after if after else 1.0
+
+
+def _kernel(recipe: Recipe, role: str, target: Target) -> registry.Kernel | None:
+    """What would compute a product of a recipe without rotations, of a model in bfloat16."""
+    gemm = getattr(recipe, role)
+    if gemm is None or gemm.specs is None:
+        return None
+    a, b = gemm.specs
+    return registry.choose(target, torch.bfloat16, ((a, 0), (b, 0)))[0]

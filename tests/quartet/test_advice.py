@@ -1,0 +1,60 @@
+"""Where the default quantises nothing: one line says so, and what would pay there."""
+
+import pytest
+import torch
+from torch import nn
+
+import quartet
+from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.recipe.types import ROLES
+from quartet.report.advice import advice
+from quartet.runtime.devices import Target
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    torch._dynamo.reset()
+
+
+def records(m, n, k, dtype="bfloat16", reason="would not pay: for a reason"):
+    return [MatmulRecord(0, "up", "linear", role, m, n, k, dtype, reason=reason) for role in ROLES]
+
+
+@pytest.mark.parametrize("name, size, said", [
+    ("a100", (16384, 14336, 4096), "On a100 'int8-all' would: 1.17 times"),
+    ("rtx 3090", (8192, 4096, 4096), "On rtx 3090 'int8-all' would: 2."),
+    ("a100", (2048, 1024, 1024), "No recipe pays on a100 at these sizes, by the data sheet of a100"),
+    ("h100", (8192, 4096, 4096), "On h100 'fp8' would: 1."),
+    ("gfx950", (8192, 4096, 4096), "`quartet calibrate` measures a GPU by which that can be told"),
+])
+def test_what_would_pay(name, size, said):
+    text = advice(records(*size), Target.named(name))
+    assert text.startswith(said) and text.endswith("quantises whether it pays or not, for its memory or to study it")
+
+
+def test_a_dtype_that_no_narrow_product_has_is_what_is_said_first():
+    assert advice(records(8192, 4096, 4096, "float32"), Target.named("h100")).startswith(
+        "What is fast on h100 is for bfloat16: train in it")
+    assert "int8-all" in advice(records(16384, 14336, 4096, "float32"), Target.named("a100"))
+
+
+def test_sizes_that_are_symbols_are_passed_over():
+    assert advice(records("s0", 14336, 4096), Target.named("a100")).startswith("No recipe pays on a100")
+
+
+@pytest.mark.parametrize("target, lowered", [("a100", False), ("rtx 3090", False), ("h100", True), ("b200", True)])
+def test_the_default_of_a_large_layer_on_a_gpu_that_is_named(target, lowered):
+    pytest.importorskip("triton")
+    x = torch.empty(16384, 4096, dtype=torch.bfloat16, requires_grad=True)
+    model = nn.utils.skip_init(nn.Linear, 4096, 14336, bias=False, dtype=torch.bfloat16)
+    report = quartet.explain(model, x, target=target)
+    assert {r.lowered for r in report.records} == {lowered}
+    if lowered:
+        assert report.notes == () and all(f"by the data sheet of {target}" in r.notes[0] for r in report.records)
+    else:
+        assert {r.reason for r in report.records} == {
+            "would not pay: kernel 'triton' multiplies in the model's dtype here, which saves no time"}
+        (note,) = report.notes
+        assert note.startswith(f"the default quantises nothing here. On {target} 'int8-all' would: ")
+        assert note in str(report)
