@@ -18,6 +18,7 @@ from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.lowering.recipe.types import ROLES
 from quartet.lowering.targets import inductor
+from quartet.model.first_use import calibrate_once
 from quartet.model.judge import Judge, judge_of
 from quartet.model.names import Names, names_of
 from quartet.model.trained import tokens_for
@@ -74,6 +75,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     options = replace(options, policy=options.policy.at(names.place))
     watched = any((inner_compile, collect, collect_saved, observers))
     device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    if options.policy.where_it_pays and options.target is None and not watched:
+        calibrate_once(device)
     step = make_pipeline(gm, example_inputs, options, names, remember, observers)
     if step.config.reuse_weights:
         REUSED.watch()

@@ -22,6 +22,7 @@ from quartet.kernels.cutlass.memory import jobs_allowed
 from quartet.kernels.cutlass.selection import measured_classes
 from quartet.kernels.cutlass.toolchain import toolchain
 from quartet.kernels.cutlass.tune import random_operand, tune
+from quartet.lowering.rates import kept
 
 DTYPE_OF = {output: dtype for dtype, output in OUTPUT_OF.items()}
 
@@ -85,7 +86,8 @@ def list_cache() -> str:
                      str(entry.notes.get("registers", "")), "" if entry.intact else "damaged, will be built again"))
     summary = f"{cache_dir(create=False)}: {_count(len(rows) - 1)}, {total / 2**20:.1f} MiB"
     tuned = [f"tuned for {device}: {', '.join(products)}" for device, products in measured_classes()]
-    return "\n".join([summary, *([table(rows)] if len(rows) > 1 else []), *tuned])
+    measured = [f"rates of {device}" for device in kept.listed()]
+    return "\n".join([summary, *([table(rows)] if len(rows) > 1 else []), *tuned, *measured])
 
 
 def clear_cache() -> str:

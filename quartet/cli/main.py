@@ -1,7 +1,9 @@
-"""The ``quartet`` command: ``doctor``, ``explain``, ``recipes``, ``build``, ``tune``, ``cache`` and ``selftest``.
+"""The ``quartet`` command: ``doctor``, ``explain``, ``recipes``, ``calibrate``, ``build``, ``tune``, ``cache`` and
+``selftest``.
 
-Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` or ``tune`` could not build one or
-``selftest`` found a wrong one, 2 wrong usage (the message names the nearest legal value) or no GPU to test.
+Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` or ``tune`` could not build one,
+``calibrate`` could not keep what it measured or ``selftest`` found a wrong kernel, 2 wrong usage (the message names the
+nearest legal value) or no GPU to test.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from quartet.cli.describe import describe_recipe
 from quartet.lowering.recipe.types import Recipe
 from quartet.recipes import PolicyError, did_you_mean
 
-COMMANDS = ("doctor", "explain", "recipes", "build", "tune", "cache", "selftest")
+COMMANDS = ("doctor", "explain", "recipes", "calibrate", "build", "tune", "cache", "selftest")
 OPTIONS = ("--policy", "--html", "--json", "--dump", "--target", "--arch", "--kinds", "--output", "--bias",
-           "--accumulate", "--jobs", "--help")
+           "--accumulate", "--jobs", "--device", "--seconds", "--out", "--help")
 CACHE_ACTIONS = ("list", "clear")
 
 
@@ -95,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--kinds", metavar="K,…", default="mxf4,nvf4,mxf8", help="operand formats; default: %(default)s")
     tune.add_argument("--output", metavar="O,…", default="bf16", help="dtypes of the product; default: %(default)s")
     tune.set_defaults(run=_tune)
+
+    calibrate = commands.add_parser("calibrate", help="measure how fast this GPU is, and decide by it from now on what "
+                                                      "the default quantises")
+    calibrate.add_argument("--device", metavar="N", type=int, default=0, help="index of the GPU; default: %(default)s")
+    calibrate.add_argument("--seconds", metavar="S", type=float, default=0.4,
+                           help="how long each product runs before it is timed, and while it is; default: %(default)s")
+    calibrate.add_argument("--out", metavar="FILE", type=Path,
+                           help="write the rates there, for QUARTET_RATES, and keep none")
+    calibrate.set_defaults(run=_calibrate)
 
     cache = commands.add_parser("cache", help="list the compiled kernels, or remove them")
     cache.add_argument("action", nargs="?", default="list", metavar="{" + ",".join(CACHE_ACTIONS) + "}")
@@ -292,6 +303,27 @@ def _tune(arguments: argparse.Namespace) -> int:
     if missing is not None:
         raise UsageError(f"tune measures kernels on a Blackwell GPU, but {missing}")
     return tune_products(products, device)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from quartet.cli.calibrate import calibrate
+    from quartet.runtime.devices import Target, absent
+
+    if not 0 < arguments.seconds <= 60:
+        raise UsageError(f"--seconds {arguments.seconds} is not possible; use more than 0 and at most 60")
+    if arguments.device < 0:
+        raise UsageError(f"--device {arguments.device} is not possible; use 0 or more")
+    device = torch.device("cuda", arguments.device)
+    target = Target.of(device)
+    if (missing := absent(device) or target.foreign) is not None:
+        raise UsageError(f"calibrate measures an NVIDIA GPU, but {missing}")
+    if target.capability is not None and target.capability < (8, 0):
+        raise UsageError(f"calibrate measures products of bfloat16, and {target.title} has no tensor cores for it")
+    if arguments.out is not None:
+        _check_output(arguments.out)
+    return calibrate(device, arguments.seconds, arguments.out)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

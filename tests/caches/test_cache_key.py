@@ -10,6 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import quartet
 from quartet.backend import make_pipeline
 from quartet.lowering import registry
+from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe.types import ROLES
 from quartet.options import AS_TRAINED, OptionError, Options, _one_of, _switch, option
 from quartet.passes import pipeline
@@ -41,8 +42,8 @@ ANOTHER = {  # a value of each field of a compilation other than the one that it
     "accumulation": "promoted", "reuse_weights": False, "portable_rounding": True, "eval": None,
     "target": Target.named("sm_100a"), "stream": 3, "replayed": True, "autotune": True, "anchor": 7,
     "modules": {"L['self']": "m"}, "widths": frozenset({3}), "written": frozenset({3}), "layers": 9,
-    "inputs": {0: "x"}, "priced": True, "tokens": {"m": 8}, "guessed": {"m": 8}, "answers": "others", "threads": 77,
-    "version": "2.13.9",
+    "inputs": {0: "x"}, "priced": True, "rates": "others", "tokens": {"m": 8}, "guessed": {"m": 8}, "answers": "others",
+    "threads": 77, "version": "2.13.9",
 }
 UNKEYED = {"observers": "a graph that somebody watches is in no cache at all"}
 
@@ -61,6 +62,16 @@ def test_every_field_of_a_compilation_is_in_the_key_or_says_that_it_is_not(name)
     changed = replace(made, **{name: ANOTHER.get(name, (made,))})
     assert (changed.key() == made.key()) == (name in UNKEYED)
     assert pipeline.Pipeline(changed).uuid() != pipeline.Pipeline(made).uuid()
+
+
+def test_rates_are_in_the_key_where_they_decide(monkeypatch):
+    here, other = (rates_of(Target.named(name)) for name in ("h200", "h100"))
+    keys = {}
+    for policy in ("quartet", Policy(where_it_pays=True)):
+        for rates in (here, other):
+            monkeypatch.setattr("quartet.backend.rates_of", lambda target, rates=rates: rates)
+            keys[str(policy), rates.device] = key(Options(Policy.coerce(policy), target=Target.named("h200")))
+    assert len(set(keys.values())) == 3
 
 
 def test_the_key_does_not_depend_on_the_order_of_names():

@@ -1,0 +1,39 @@
+"""With ``$QUARTET_CALIBRATE=1`` the first compilation on a GPU of which no rates were measured measures and keeps them.
+
+Not in a distributed run, where kept rates do not count, nor while a CUDA graph is recorded, nor where nothing can be
+kept: what is measured has to decide the next run too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from quartet.kernels.build_cache import BuildError
+from quartet.lowering.rates import kept, rates_of
+from quartet.lowering.rates.constants import MEASURED
+from quartet.runtime.devices import Target
+
+VARIABLE = "QUARTET_CALIBRATE"
+log = logging.getLogger("quartet")
+
+
+def calibrate_once(device: torch.device) -> None:
+    """Measure a device if the environment asks for it and it has no measured rates; says in the log what it did."""
+    if os.environ.get(VARIABLE) != "1" or device.type != "cuda" or kept.distributed():
+        return
+    target = Target.of(device)
+    unfit = target.missing or target.foreign or target.name is None or (target.capability or (0, 0)) < (8, 0)
+    known = rates_of(target)
+    if unfit or (known is not None and known.origin is MEASURED) or torch.cuda.is_current_stream_capturing():
+        return
+    from quartet.lowering.rates.measure import measure
+
+    try:
+        path = kept.keep_once(str(target.name), lambda: measure(device))
+    except (BuildError, torch.OutOfMemoryError) as error:
+        log.warning(f"{VARIABLE}=1: the rates of {target.title} were not measured, and its tables decide: {error}")
+        return
+    log.warning(f"{VARIABLE}=1: what pays on {target.title} is decided from now on by the rates kept in {path}")

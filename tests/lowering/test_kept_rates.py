@@ -1,0 +1,228 @@
+"""Rates that were measured: what is kept of them and when it counts, and what is timed."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quartet.cli.main import main
+from quartet.kernels import build_cache
+from quartet.lowering.rates import PASSES, constants, kept, measure, rates_of, shipped
+from quartet.model import first_use
+from quartet.runtime import gpus
+from quartet.runtime.devices import Target
+
+DEVICE = "NVIDIA A100-SXM4-80GB"
+HERE = Target("cuda", "sm_80", name=DEVICE, gpu=gpus.named("a100"))
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    """A cache folder of the test's own, and nothing remembered."""
+    monkeypatch.setenv(build_cache.VARIABLE, str(tmp_path / "cache"))
+    for name in (kept.VARIABLE, first_use.VARIABLE, "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    kept.forget()
+    yield tmp_path / "cache"
+    kept.forget()
+
+
+def measured(device=DEVICE, **flops):
+    return replace(shipped.RATES["h200"], device=device, flops={"bf16": 1e14, "fp8": 3e14} | flops,
+                   origin=constants.MEASURED)
+
+
+def test_what_was_measured_comes_before_the_tables():
+    assert rates_of(HERE).source == "the data sheet of a100"
+    kept.keep(measured())
+    assert rates_of(HERE).source == f"rates measured on {DEVICE}" and rates_of(HERE) == measured()
+    assert rates_of(Target.named("a100")).source == "the data sheet of a100"  # what is only named is not here
+
+
+# what is kept
+
+def test_a_file_is_read_as_it_was_kept(folder):
+    path = kept.keep(measured(bf16=5e14 / 3))
+    assert path.parent == folder and folder.stat().st_mode & 0o077 == 0
+    assert kept.here(HERE) == measured(bf16=5e14 / 3) and kept.listed() == [DEVICE]
+    assert kept.here(replace(HERE, name="NVIDIA A100-SXM4-40GB")) is None
+
+
+def test_other_versions_do_not_find_it(monkeypatch):
+    kept.keep(measured())
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    kept.forget()
+    assert kept.here(HERE) is None and kept.listed() == [DEVICE]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: "", lambda text: text[:40], lambda text: "[1]", lambda text: text.replace("1e+14", "-1.0").replace(
+        "100000000000000.0", "-1.0"),
+    lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "host"}),
+    lambda text: json.dumps(json.loads(text) | {"launch": "soon"}),
+    lambda text: json.dumps(json.loads(text) | {"passes": {"rows": 1e-12}}),
+    lambda text: json.dumps(json.loads(text) | {"launch": float("nan")}),
+])
+def test_a_damaged_file_counts_as_none_and_says_so_once(damage, recwarn):
+    path = kept.keep(measured())
+    path.write_text(damage(path.read_text()))
+    kept.forget()
+    with pytest.warns(UserWarning, match="damaged .* measure anew with `quartet calibrate`"):
+        assert rates_of(HERE).source == "the data sheet of a100"
+    recwarn.clear()
+    assert rates_of(HERE).source == "the data sheet of a100" and not recwarn.list
+
+
+def test_a_folder_of_others_is_not_read(folder):
+    kept.keep(measured())
+    folder.chmod(0o777)
+    kept.forget()
+    with pytest.warns(UserWarning, match="cannot be read: .*chmod 700"):
+        assert rates_of(HERE).source == "the data sheet of a100"
+
+
+def test_nothing_is_made_by_looking(folder):
+    assert kept.here(HERE) is None and not folder.exists()
+
+
+def test_a_distributed_run_reads_what_all_its_processes_have(monkeypatch, tmp_path):
+    kept.keep(measured())
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert rates_of(HERE).source == "the data sheet of a100"
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(kept.described(measured(bf16=2e14))))
+    monkeypatch.setenv(kept.VARIABLE, str(path))
+    assert rates_of(HERE) == measured(bf16=2e14) and rates_of(Target.named("a100")) == measured(bf16=2e14)
+    assert rates_of(Target.named("h200")) is shipped.RATES["h200"]  # another model of GPU
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert rates_of(HERE) == measured(bf16=2e14)
+
+
+def test_a_file_that_is_named_and_holds_no_rates_is_an_error(monkeypatch, tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        monkeypatch.setenv(kept.VARIABLE, str(path))
+        with pytest.raises(kept.RatesError, match="environment variable QUARTET_RATES: .* holds no rates"):
+            rates_of(HERE)
+
+
+# measuring
+
+def test_the_constants_follow_from_the_times():
+    known, elements = shipped.RATES["h200"], measure.ROWS * measure.COLS
+    target = Target("cuda", "sm_90", name="NVIDIA H200", gpu=gpus.named("h200"))
+    passes = {name: elements * rate + known.launch for name, rate in known.passes.items()}
+    for name, folds in measure.FOLDS.items():
+        passes[name] += folds * passes["fold"]
+    products = {(dtype, (m, n, k)): float(known.product(dtype, m, n, k).device)
+                for m, n, k in measure.PRODUCTS for dtype in ("bf16", "fp8")}
+    found = measure.rates_from(target, passes, products)
+    assert found.flops == pytest.approx(known.flops, rel=0.005) and set(found.output) == {"bf16", "fp8"}
+    assert found.passes == pytest.approx(known.passes, rel=0.01) and found.launch == known.launch
+    assert kept.read(json.loads(json.dumps(kept.described(found)))) == found
+
+
+def test_what_cannot_be_measured_follows_from_a_copy():
+    known, elements = shipped.RATES["h200"], measure.ROWS * measure.COLS
+    found = measure.rates_from(HERE, {"copy": 2 * elements * known.passes["copy"] + known.launch},
+                               {("bf16", size): 1e-2 for size in measure.PRODUCTS})
+    assert found.passes["rows"] == pytest.approx(2 * known.passes["rows"], rel=0.01)
+    assert set(found.flops) == {"bf16"}
+
+
+def test_what_is_timed_runs(monkeypatch):
+    """On a CPU, where the references of the same ops run."""
+    monkeypatch.setattr(measure, "ROWS", 64)
+    monkeypatch.setattr(measure, "COLS", 96)
+    cpu, hopper = torch.device("cpu"), Target.named("h100")
+    calls = dict(measure._passes(cpu, hopper))
+    assert set(calls) == set(PASSES) and list(calls)[0] == "copy"
+    assert set(dict(measure._passes(cpu, Target.named("a100")))) == {"copy", "amax", "unrotate"}
+    for call in calls.values():
+        call()
+    assert set(dict(measure._products(cpu, hopper, 64, 32, 32))) == {"bf16", "fp8", "int8"}
+    assert set(dict(measure._products(cpu, Target.named("a100"), 64, 32, 32))) == {"bf16", "int8"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that measures as told."""
+    monkeypatch.setattr("quartet.runtime.devices.absent", lambda device: None)
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: HERE))
+    monkeypatch.setattr("quartet.cli.calibrate.measure", lambda device, seconds: measured())
+
+
+def test_calibrate_keeps_what_it_measured_and_shows_it(gpu, capsys, folder):
+    assert main(["calibrate"]) == 0
+    out = capsys.readouterr().out
+    assert "until now the data sheet of a100" in out and f"kept in {folder}" in out and "bf16 TFLOPS" in out
+    assert rates_of(HERE) == measured()
+    assert main(["cache"]) == 0 and f"rates of {DEVICE}" in capsys.readouterr().out
+
+
+def test_calibrate_writes_a_file_for_many_machines(gpu, capsys, tmp_path):
+    assert main(["calibrate", "--out", str(tmp_path / "a100.json")]) == 0
+    assert "QUARTET_RATES=" in capsys.readouterr().out
+    assert kept.read(json.loads((tmp_path / "a100.json").read_text())) == measured() and kept.here(HERE) is None
+
+
+def test_calibrate_says_that_it_cannot_keep_anything_before_it_measures(gpu, capsys, folder, monkeypatch):
+    monkeypatch.setattr("quartet.cli.calibrate.measure", lambda *args: sys.exit("measured"))
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert main(["calibrate"]) == 1
+    assert "chmod 700" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, said", [
+    ([], "calibrate measures an NVIDIA GPU, but no CUDA device is here"),
+    (["--seconds", "0"], "use more than 0"), (["--device", "-1"], "use 0 or more")])
+def test_calibrate_needs_a_gpu(argv, said, capsys):
+    if argv or not torch.cuda.is_available():
+        assert main(["calibrate", *argv]) == 2
+        assert said in capsys.readouterr().err
+
+
+# measuring at the first use
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often a GPU was measured, where the environment asks for it."""
+    found = []
+    monkeypatch.setenv(first_use.VARIABLE, "1")
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: HERE))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(measure, "measure", lambda device: found.append(device) or measured())
+    return found
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_the_first_compilation_measures_and_the_next_does_not(asked):
+    for _ in range(2):
+        first_use.calibrate_once(CUDA)
+        assert rates_of(HERE) == measured() and len(asked) == 1
+
+
+@pytest.mark.parametrize("name, value", [(first_use.VARIABLE, "0"), ("WORLD_SIZE", "2")])
+def test_it_does_not_unless_it_is_asked_and_alone(asked, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    first_use.calibrate_once(CUDA)
+    first_use.calibrate_once(torch.device("cpu"))
+    assert not asked
+
+
+def test_it_does_not_while_a_graph_is_recorded(asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first_use.calibrate_once(CUDA)
+    assert not asked
+
+
+def test_what_cannot_be_kept_is_not_measured(asked, folder, caplog):
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.warns(UserWarning, match="chmod 700"), caplog.at_level("WARNING", "quartet"):
+        first_use.calibrate_once(CUDA)
+    assert not asked and "were not measured, and its tables decide" in caplog.text
