@@ -40,6 +40,7 @@ def measure(device: torch.device, seconds: float = 0.4) -> Rates:
         passes = {name: _replayed(call) for name, call in _passes(device, target)}
         products = {(dtype, size): _sustained(call, seconds) for size in PRODUCTS
                     for dtype, call in _products(device, target, *size)}
+        torch.cuda.empty_cache()
     return rates_from(target, passes, products)
 
 
