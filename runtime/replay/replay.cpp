@@ -341,7 +341,7 @@ void remember(Attached& op, std::unordered_map<Signature, Entry, HashOf>& entrie
 
 void* current_stream(c10::Device device) {
   void* stream = nullptr;
-  if (driver.stream != nullptr) {
+  if (driver.stream != nullptr && device.is_cuda()) {
     TORCH_CHECK(driver.stream(device.index(), &stream) == 0, "PyTorch does not tell the current stream of ", device);
   }
   return stream;
