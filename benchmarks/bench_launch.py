@@ -22,6 +22,7 @@ from quartet.lowering.ir.op import ops
 from quartet.runtime.replay.library import LAUNCHER
 
 SPEC, ROUNDED = "e2m1/32 e8m0 quest(rms,nearest) nearest mask", "e2m1/32 e8m0 even stochastic"
+NONE = (None, None, None)  # as in a graph: by position
 
 
 def host_seconds(run: Callable[[], object], repeats: int, calls: int = 1) -> float:
@@ -52,9 +53,9 @@ def chain(links: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], li
     def run(x: torch.Tensor, signs: torch.Tensor, seed: torch.Tensor) -> list[torch.Tensor]:
         made = []
         for site in range(links):
-            codes, scales, mask, _, _ = quartet.cuda_quantize(x, 32, signs, SPEC, None, site, None, True, False)
+            codes, scales, mask, _, _ = quartet.cuda_quantize(x, 32, signs, SPEC, None, site, None, True, False, *NONE)
             values, _ = quartet.cuda_fold(codes, scales, SPEC)
-            _, _, _, grad, _ = quartet.cuda_quantize(x, 32, signs, ROUNDED, seed, site, None, False, True)
+            _, _, _, grad, _ = quartet.cuda_quantize(x, 32, signs, ROUNDED, seed, site, None, False, True, *NONE)
             x = quartet.unrotate(x, mask, 32, signs, 1.0, x.shape[1], x.dtype)
             made += [values, grad]
         return [x, *made]

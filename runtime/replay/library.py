@@ -129,10 +129,21 @@ class Launcher:
         """Of the call that runs on this thread: whether its owner is as it was when C++ last served it."""
         return self._ops is not None and bool(self._ops.repeated())
 
-    def permit(self, on: bool) -> None:
-        """Of the call that runs on this thread: C++ may serve the like once its owner has been written to."""
+    def permit(self, every: bool) -> None:
+        """C++ may serve the like of the call that runs on this thread: every one, or the first after each time that its
+        owner is written to."""
         if self._ops is not None:
-            self._ops.permit(on)
+            self._ops.permit(every)
+
+    def forbid(self) -> None:
+        """C++ is not to serve the like of the call that runs on this thread."""
+        if self._ops is not None:
+            self._ops.forbid()
+
+    def forbid_all(self) -> None:
+        """What was permitted is asked for again."""
+        if self._ops is not None:
+            self._ops.forbid_all()
 
     def counts(self, called: str) -> Counts:
         return Counts(*self._ops.counts(called)) if self._ops is not None else Counts()

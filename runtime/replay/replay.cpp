@@ -7,7 +7,7 @@
 // no pure function of its signature is refused by the recorder, and stays in Python.
 //
 // An op may have an owner among its arguments, a tensor for which Python may keep the results (weights.py). While Python
-// permits it, a call whose owner has been written to since its last one is a call without an owner.
+// permits it, a call is one without an owner: every call, or the first after each time that the owner is written to.
 
 #include <dlfcn.h>
 
@@ -288,6 +288,8 @@ struct Known {
   std::shared_ptr<const Plan> plan;
 };
 
+constexpr int64_t kEvery = -1;  // no version
+
 struct Attached {
   Attached(std::string name, c10::OperatorHandle python, int64_t owner)
       : name(std::move(name)), python(python), owner(owner) {}
@@ -297,13 +299,14 @@ struct Attached {
   const int64_t owner;  // its position; −1: none
   std::shared_mutex guard;
   std::unordered_map<Signature, Known, HashOf> known;
-  std::unordered_map<Signature, int64_t, HashOf> permitted;  // to the version of the owner at the last call
+  std::unordered_map<Signature, int64_t, HashOf> permitted;  // to the owner's version at the last call, or kEvery
   std::atomic<int64_t> replays{0}, runs{0}, forgotten{0};
 };
 
+// Neither is ever destroyed: at the end of a process the dispatcher and the memory of plans may go first.
 std::mutex registry_guard;
-std::unordered_map<std::string, std::unique_ptr<Attached>> registry;  // an op once attached stays here
-std::unordered_map<std::string, std::unique_ptr<torch::Library>> registrations;
+auto& registry = *new std::unordered_map<std::string, std::unique_ptr<Attached>>;  // an op once attached stays here
+auto& registrations = *new std::unordered_map<std::string, std::unique_ptr<torch::Library>>;
 
 struct Recording {
   Attached* op;
@@ -425,7 +428,7 @@ class Replay final : public c10::OperatorKernel {
         run(keys, stack);
         return;
       }
-      remember(op_, op_.permitted, signature, version);
+      if (*before != kEvery) remember(op_, op_.permitted, signature, version);
       first[op_.owner] = IValue();
     }
     Signature signature;
@@ -532,15 +535,25 @@ void refuse() {
   remember(*recording.op, recording.op->known, *recording.signature, {Known::kRefused, nullptr});
 }
 
-// Whether the next call with this one's owner, when that has been written to, may do without Python.
-void permit(bool on) {
+// Whether calls with this one's owner may do without Python; otherwise once each time that it has been written to.
+void permit(bool every) {
   if (owned.empty()) return;
   const auto& call = owned.back();
-  if (on) {
-    remember(*call.op, call.op->permitted, *call.signature, call.version);
-  } else {
-    const std::unique_lock lock(call.op->guard);
-    call.op->permitted.erase(*call.signature);
+  remember(*call.op, call.op->permitted, *call.signature, every ? kEvery : call.version);
+}
+
+void forbid() {
+  if (owned.empty()) return;
+  const auto& call = owned.back();
+  const std::unique_lock lock(call.op->guard);
+  call.op->permitted.erase(*call.signature);
+}
+
+void forbid_all() {
+  const std::lock_guard lock(registry_guard);
+  for (auto& entry : registry) {
+    const std::unique_lock known(entry.second->guard);
+    entry.second->permitted.clear();
   }
 }
 
@@ -576,7 +589,9 @@ TORCH_LIBRARY(quartet_replay, library) {
               [](c10::IntArrayRef words, c10::List<std::string> names, std::vector<at::Tensor> held) {
                 commit(words, names, held);
               });
-  library.def("permit(bool on) -> ()", [](bool on) { permit(on); });
+  library.def("permit(bool every) -> ()", [](bool every) { permit(every); });
+  library.def("forbid() -> ()", [] { forbid(); });
+  library.def("forbid_all() -> ()", [] { forbid_all(); });
   library.def("repeated() -> bool", [] { return !owned.empty() && owned.back().repeated; });
   library.def("number(ScalarType dtype) -> int", [](c10::ScalarType dtype) { return static_cast<int64_t>(dtype); });
   library.def("refuse() -> ()", [] { refuse(); });

@@ -77,7 +77,10 @@ class ReusedWeights:
         """
         kept = self.find(parameter, what)
         keep = kept is None and self._expects_more(parameter, what)
-        LAUNCHER.permit(kept is None and not keep)
+        if kept is not None or keep or _unkeepable(parameter):
+            LAUNCHER.forbid()
+        else:
+            LAUNCHER.permit(every=not self._may_keep(parameter))
         if kept is not None:
             codes, scales, mask = (t.clone() for t in kept) if packed else kept  # compiled code may overwrite results
             results = finish(codes, scales, mask)
@@ -122,7 +125,7 @@ class ReusedWeights:
 
     def _may_keep(self, parameter: Tensor) -> bool:
         """Not without an optimizer whose steps are all seen, nor in a CUDA graph, which would replay the choice."""
-        if parameter.is_inference() or parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _unkeepable(parameter):
             return False
         known = self._known.get(parameter)
         if known is None:
@@ -153,14 +156,23 @@ class ReusedWeights:
 
     def _mark(self, optimizer: torch.optim.Optimizer, observed: bool) -> bool:
         """Note that an optimizer has stepped its parameters; whether any of them was ever asked for."""
-        any_known = False
+        any_known = new = False
         for group in optimizer.param_groups:
             for p in group["params"]:
                 known = self._known.get(p) if type(p) is torch.nn.Parameter and has_storage(p) else None
                 if known is not None and _offset(p) in known.observed:
                     any_known = True
-                    known.observed[_offset(p)] = observed and known.observed[_offset(p)] is not False
+                    before = known.observed[_offset(p)]
+                    known.observed[_offset(p)] = observed and before is not False
+                    new = new or bool(known.observed[_offset(p)]) and not before
+        if new:
+            LAUNCHER.forbid_all()
         return any_known
+
+
+def _unkeepable(parameter: Tensor) -> bool:
+    """Whether nothing may be kept of a parameter just now, whatever its optimizer is."""
+    return parameter.is_inference() or parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _key(parameter: Tensor, what: Hashable) -> Key:

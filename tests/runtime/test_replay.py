@@ -276,27 +276,31 @@ def test_a_tensor_of_unseen_origin_is_no_constant():
         recorder.plan(x, lambda dtype: 0)
 
 
-def test_a_call_with_an_owner_is_served_once_a_version_while_python_permits_it(launcher, declare, scaled):
-    asked, permits = [], [True]
+@pytest.fixture
+def owned(launcher, declare, scaled):
+    """``call(i, expected)`` of an op with one of two owners: Python is asked, with what ``repeated`` says then, or C++
+    serves it; ``permits[0]`` is what Python permits, True for every call."""
+    asked, permits, weights = [], [False], [torch.ones(4), torch.ones(4)]
 
     def run(x, by, how="", width=None, other=None, sizes=None):
         if other is not None:
             asked.append(launcher.repeated())
-            launcher.permit(permits[0])
+            launcher.forbid() if permits[0] is None else launcher.permit(permits[0])
         return scaled(x, by)
 
     op, counts = declare(run, owner=4)
-    weights = [torch.ones(4), torch.ones(4)]
 
     def call(i, expected):
         asked.clear()
         assert torch.equal(op(weights[i], 2.0, "", None, weights[i]), weights[i] * 2)
         assert asked == expected
 
-    def write(i):
-        weights[i].add_(1)
+    return call, lambda i: weights[i].add_(1), permits, counts
 
-    call(0, [False])  # permitted
+
+def test_a_call_with_an_owner_is_served_once_a_version_while_python_permits_it(owned):
+    call, write, permits, counts = owned
+    call(0, [False])
     call(1, [False])
     call(0, [True])  # the same version: Python decides
     for _ in range(4):
@@ -306,19 +310,35 @@ def test_a_call_with_an_owner_is_served_once_a_version_while_python_permits_it(l
         call(1, [])
         call(1, [True])
     assert counts().replays == 6 and counts().plans == 1
-    permits[0] = False
+    permits[0] = None
     call(0, [True])
     for _ in range(2):
         write(0)
         call(0, [False])
-    permits[0] = True
+    permits[0] = False
     call(0, [False])
     write(0)
     call(0, [])
 
 
+def test_every_call_with_an_owner_is_served_until_that_is_forbidden(owned, launcher):
+    call, write, permits, counts = owned
+    permits[0] = True
+    call(0, [False])
+    for _ in range(2):
+        call(0, [])
+        call(0, [])
+        write(0)
+    call(1, [False])
+    permits[0] = False
+    launcher.forbid_all()
+    call(0, [False])
+    call(0, [True])
+
+
 def test_a_permit_ends_with_its_call(launcher, declare, scaled):
     launcher.permit(True)
+    launcher.forbid()
     assert not launcher.repeated()
 
 
