@@ -3,9 +3,7 @@
 import ctypes
 import logging
 import shutil
-import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,46 +17,12 @@ from quartet.runtime.replay.recorder import NotReplayable, Recorder
 pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
               pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of this process is a real one")]
 
-STUB = Path(__file__).with_name("stub_driver.c")
 SCHEMA = "(Tensor x, float by, str how='', int? width=None, Tensor? other=None, int[]? sizes=None) -> Tensor"
-_names = iter(f"test_replay_{i}" for i in range(1000))
-
-
-@pytest.fixture(scope="session")
-def stub(tmp_path_factory):
-    path = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-o", path, STUB], check=True)
-    return path
 
 
 @pytest.fixture
-def driver(stub, monkeypatch):
-    monkeypatch.setattr(launches, "DRIVER", str(stub))
-    return ctypes.CDLL(str(stub))
-
-
-@pytest.fixture
-def launcher(driver, stub):
-    made = Launcher()
-    made.load(library.library(), str(stub))
-    yield made
-    for called in list(made._offers):
-        made.withdraw(called)
-    torch.ops.quartet_replay.limit(1 << 14)
-
-
-@pytest.fixture
-def declare(launcher):
-    """``declare(run, schema)`` is an op whose calls on a CPU C++ takes, and its counts."""
-    fragment = torch.library.Library("quartet", "FRAGMENT")
-
-    def declare(run, schema=SCHEMA, **how):
-        name = next(_names)
-        fragment.define(name + schema)
-        fragment.impl(name, launcher.offer(name, schema, run, "cpu", **how), "CompositeExplicitAutograd")
-        return getattr(torch.ops.quartet, name).default, lambda: launcher.counts(name)
-
-    return declare
+def declare(declare):
+    return lambda run, schema=SCHEMA, **how: declare(run, schema, **how)
 
 
 def function(driver, name, *parameters, threads=32):
