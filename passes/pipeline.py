@@ -49,7 +49,7 @@ from quartet.passes.residuals.unchanged import unchanged
 from quartet.passes.sites import Decided, Decision, Planned, Quantized
 from quartet.passes.stage import Stage, pass_of
 from quartet.passes.state import State
-from quartet.passes.verify import verify
+from quartet.passes.verify import Rules
 from quartet.runtime.compat import CustomGraphPass
 
 log = logging.getLogger("quartet")
@@ -183,6 +183,7 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
     if not any(is_backward(node) for node in gm.graph.nodes):
         config = config.evaluating()
     state = State(gm, config)
+    rules = Rules(state)
     name_modules(gm.graph, config.modules)
     for index, step in enumerate(p for p in PASSES if p.name not in config.disable_passes):
         name = step.name
@@ -190,7 +191,7 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
             observer.before(index, name, gm)
         start, counts = time.perf_counter(), _ops(gm)
         step(state)
-        verify(state, name)
+        rules.check(name, registered=name in _registered)
         seconds = time.perf_counter() - start
         for observer in config.observers:
             observer.after(index, name, gm, seconds)

@@ -1,29 +1,84 @@
-"""The rules of the IR, checked between all stages. A violation is a bug of ours, never of the user's."""
+"""The rules of the IR, checked between all stages: which of its ops may stand in a graph, and what holds of each node.
+
+A violation is a bug of ours, or of a pass that the user has registered.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.fx import Node
 
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.lowering.ir.op import Op, op_of, ops
 from quartet.lowering.ir.operands import ROWS, SCALED, Operand, Product, quantizer_of
+from quartet.lowering.ir.ops import grouped, outliers, weights
+from quartet.lowering.ir.ops import state as slots
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
-from quartet.passes.sites import SITE_KEY
+from quartet.passes.sites import SITE_KEY, Quantized
 from quartet.passes.state import State
 from quartet.runtime.sizes import same
+
+LOWERING = "lower"  # from this pass on all ops may stand
+SPECIFICATION: dict[str, tuple[Callable[..., Any], ...]] = {  # pass → the ops that may stand in a graph from it on
+    "embed": (slots.SEED, ir.SIGNS, ir.FIXED_SIGNS, ir.HADAMARD, ir.AMAX, ir.QUANTIZE, ir.DEQUANTIZE, ir.APPLY_MASK),
+    "outliers": (outliers.SPLIT_OUTLIERS, outliers.SPARSE_MM),
+    "estimator": (weights.DGE,),
+    "toward": (slots.AVERAGE_ADVANCE, slots.AVERAGE_READ, weights.TOWARD),
+    "rotate": (slots.SEED, ir.SIGNS, ir.FIXED_SIGNS, ir.HADAMARD, grouped.GROUP_LAYOUT, grouped.PAD_GROUPS,
+               grouped.GATHER_ROWS, grouped.GROUPED_MM),
+    "quantize": (slots.AMAX_BEGIN, slots.AMAX_READ, ir.AMAX, ir.QUANTIZE, grouped.QUANTIZE_GROUPS, ir.DEQUANTIZE,
+                 ir.APPLY_MASK, *SCALED),
+    "delayed": (slots.AMAX_RECORD,),
+    "draw": (ir.SIGN_TABLE,),
+}
 
 
 class BrokenGraph(AssertionError):
     """A pass left the graph in a state that its specification forbids."""
 
 
-def verify(state: State, after: str) -> None:
-    """Raise BrokenGraph naming the pass, the node and the rule."""
-    nodes = state.gm.graph.nodes
+def table() -> str:
+    """The specification in Markdown."""
+    rows = [f"| `{name}` | {', '.join(f'`{op.name}`' for op in _ops_of(targets))} |"
+            for name, targets in SPECIFICATION.items()]
+    return "\n".join(("| from | these may stand |", "|---|---|", *rows,
+                      f"| `{LOWERING}` | all; of the products only those whose kernel computes them as they are |"))
+
+
+class Rules:
+    """What has to hold of one graph after each of the passes. What stood in it before them may stand to the end."""
+
+    def __init__(self, state: State) -> None:
+        self._state, self._allowed = state, set(_ops_of(node.target for node in state.gm.graph.nodes))
+
+    def check(self, after: str, registered: bool = False) -> None:
+        """Raise BrokenGraph naming the pass, the node and the rule.
+
+        ``registered``: the pass is the user's own; the ops that it brings may stand from it on.
+        """
+        graph = self._state.gm.graph
+        self._allowed.update(ops() if after == LOWERING else _ops_of(SPECIFICATION.get(after, ())))
+        if registered:
+            self._allowed.update(_ops_of(node.target for node in graph.nodes))
+        for node in graph.nodes:
+            op = op_of(node.target)
+            _require(op is None or op in self._allowed, after, node,
+                     f"an op stands where SPECIFICATION in passes/verify.py has it: no {op and op.name!r} so far")
+        _check_nodes(graph.nodes, after)
+        if after == LOWERING:
+            _check_lowered(self._state)
+
+
+def _ops_of(targets: Iterable[Any]) -> tuple[Op, ...]:
+    return tuple(op for op in map(op_of, targets) if op is not None)
+
+
+def _check_nodes(nodes: Iterable[Node], after: str) -> None:
     tagged = any("partitioner_tag" in n.meta for n in nodes if n.target is not aten.copy_.default)
-    for node in state.gm.graph.nodes:
+    for node in nodes:
         if node.op != "call_function" or "quartet" not in str(node.target):
             continue
         _require("val" in node.meta, after, node, "a node has a value")
@@ -37,6 +92,17 @@ def verify(state: State, after: str) -> None:
                      "quantisers that take an amax have one")
         if SITE_KEY in node.meta and node.target in SCALED:  # not of an earlier compilation
             _check_gemm(node, after)
+
+
+def _check_lowered(state: State) -> None:
+    """No product is left that a kernel was to rewrite."""
+    sites = {site.index: site for site in state.at(Quantized)}
+    for node in state.gm.graph.nodes:
+        if SITE_KEY in node.meta and node.target in SCALED:
+            index, role = node.meta[SITE_KEY]
+            kernel = sites[index].decisions[role].kernel
+            _require(kernel is None or kernel.lower is None, LOWERING, node,
+                     f"a kernel rewrites what falls to it, and {kernel and kernel.name!r} has left this")
 
 
 def _check_gemm(node: Node, after: str) -> None:
@@ -66,6 +132,9 @@ def _check_maker(operand: Operand, views: tuple[type[Any], ...], node: Node, aft
     _require(made.node is scaled.node, after, node, "codes and scales come from one quantiser")
     _require(isinstance(made.view, views) and made.view.spec == spec, after, node,
              "a GEMM reads an operand in the format its quantiser wrote")
+    _require(made.rotation == operand.rotation or made.rotation != 0, after, node,
+             "a quantiser follows its Hadamard transform at once: a pass that puts a node before quantisers is to come "
+             "before 'rotate', register_pass(…, after=\"plan\")")
     _require((made.rotation, made.layout) == (operand.rotation, operand.layout), after, node,
              "a GEMM says how its operands are rotated and how they lie")
 
