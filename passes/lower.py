@@ -29,7 +29,7 @@ class Undecided(AssertionError):
     """A product of the graph is not what its kernel was planned for."""
 
 
-@graph_pass(reads=Quantized, optional=True,
+@graph_pass(reads=Quantized, writes=Quantized, optional=True,
             summary="each product and the chain around it → the kernel that was planned for it")
 def lower(state: State) -> None:
     """Hand each kernel family its share of the graph, device by device, and then do what options change about it.
@@ -50,8 +50,9 @@ def lower(state: State) -> None:
         why = kernel.refuses(state.config.target_of(device), val(node).dtype, operands, node.target)
         if why is not None:
             raise Undecided(f"kernel {kernel.name!r} was planned for {node.format_node()} and does not take it: {why}")
-        state.kernels[index, role] = kernel.name
+        planned[index] = planned[index].computed(role, kernel.name)
         chosen.setdefault((kernel, device), []).append(node)
+    state.advance(*planned.values())
     for (kernel, device), nodes in chosen.items():
         if kernel.lower is not None:
             with editing(state.gm) as graph:

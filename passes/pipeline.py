@@ -218,7 +218,7 @@ def _difference(before: Counter[str], after: Counter[str]) -> str:
 
 
 def _records(state: State) -> list[MatmulRecord]:
-    rows = [_record(state, site, role) for site in state.at(Decided) for role in ROLES if role in site.products]
+    rows = [_record(site, role) for site in state.at(Decided) for role in ROLES if role in site.products]
     return [*rows, *state.alone]
 
 
@@ -231,9 +231,9 @@ def _multiple(site: Decided, role: str, kernel: registry.Kernel | None) -> int:
     return max(*(spec.multiple for spec in gemm.specs), rotation, 1 if kernel is None else kernel.align)
 
 
-def _record(state: State, site: Decided, role: str) -> MatmulRecord:
+def _record(site: Decided, role: str) -> MatmulRecord:
     m, n, k, batch = (size if isinstance(size, int) else str(size) for size in (*site.dims(role), site.batch or 1))
-    kernel = state.kernels.get((site.index, role))
+    kernel = site.kernels.get(role) if isinstance(site, Quantized) else None
     recipe = site.resolution.recipe_for(role)
     saved_bytes = site.saved_bytes if isinstance(site, Quantized) and role == "fprop" else None
     decision = site.decisions[role] if isinstance(site, Planned) else Decision()

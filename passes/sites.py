@@ -262,7 +262,13 @@ class Quantized(Rotated):
     Attributes:
         operands: ``"x"`` and ``"w"`` as fprop quantised them; empty where it did not.
         saved_bytes: of them, what backward reads; None when that is not known.
+        kernels: role → what computes its product: ``"reference"`` until a family of kernels has taken it.
     """
 
     operands: Mapping[str, QuantizedOperand] = field(default_factory=dict)
     saved_bytes: int | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
+
+    def computed(self, role: str, kernel: str) -> Self:
+        """The site with what computes the product of a role."""
+        return replace(self, kernels={**self.kernels, role: kernel})

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch.fx import GraphModule, Node
 
 from quartet.lowering.ir.graph import replace_all
@@ -13,9 +12,6 @@ from quartet.lowering.recipe.records import MatmulRecord
 from quartet.passes.compilation import Compilation
 from quartet.passes.flow import Flow
 from quartet.passes.sites import Found
-
-STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
-
 
 Phase = TypeVar("Phase", bound=Found)
 
@@ -27,9 +23,6 @@ class State:
     gm: GraphModule
     config: Compilation
     flow: Flow = Flow()
-    seeds: dict[torch.device, Node] = field(default_factory=dict)
-    kernels: dict[tuple[int, str], str] = field(default_factory=dict)
-    histories: dict[torch.device, Any] = field(default_factory=dict)
     _alone: list[MatmulRecord] = field(default_factory=list)
     _sites: dict[int, Found] = field(default_factory=dict)
     _replaced: dict[Node, Node] = field(default_factory=dict)

@@ -16,7 +16,6 @@ from itertools import count
 import torch
 from torch.fx import Node
 
-from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import (
     BACKWARD,
@@ -40,18 +39,19 @@ from quartet.runtime.slots.amax import Entry
 from quartet.runtime.view_ops import CAST, ORDERS, RESHAPES
 
 MUST_BE_IN_FORWARD = "must_be_in_forward"
+SLOT_KEY = "quartet_slot"  # node.meta key of what an operand's own magnitude is: device and slot of its history
 _SHOWN = RESHAPES | ORDERS | {aten.alias.default}
 _AS_LARGE = _SHOWN | {CAST, aten.constant_pad_nd.default, aten.clone.default}  # the largest magnitude is the same
 
 
 @dataclass
-class Histories:
-    """The slots of a graph on one device.
+class _Slots:
+    """Those of a graph on one device.
 
     Attributes:
         anchor: the input that stands for the weights of a call. begin: the op that reads the histories.
-        used: (site, of a weight its input, operand, tensor) → its magnitude. current: slot → what the tensor's own was.
         weights: site → its weight's input.
+        used: (site, of a weight its input, operand, tensor) → its magnitude.
     """
 
     anchor: Node
@@ -59,27 +59,40 @@ class Histories:
     weights: list[int | None]
     entries: list[Entry] = field(default_factory=list)
     used: dict[tuple[int, str, Node], Node] = field(default_factory=dict)
-    current: dict[int, Node] = field(default_factory=dict)
 
 
-def amax_of(state: State, build: Builder, x: Node, spec: QuantSpec, site: Planned, operand: str) -> Node:
-    """fp32 ``[1, 1]`` that scales ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, under the rule ``delayed``.
+class Histories:
+    """What the operands of a graph are scaled by under the rule ``delayed``, while its quantisers are put in."""
 
-    A history belongs to a weight. A product without one, such as of two inputs, and a graph without an anchor, the body
-    of a region, take the tensor's own magnitude.
-    """
-    owner, history = _owner(state, site, operand), site.recipe.history
-    weight = weight_index(state, owner)
-    held = None if weight is None else _histories(state, val(x).device)
-    if weight is None or held is None:
-        return _with_margin(build, build(ir.AMAX, x), history.margin)
-    origin = _origin(x)
-    key = weight if operand == "w" else owner.index, operand, origin
-    if key not in held.used:
-        first = 1 if operand == "w" else 1 + held.weights[: owner.index].count(weight)
-        name = _free_name(held, weight, operand, first, _made(origin))
-        held.used[key] = _new_slot(held, origin, Entry(weight, name, history.entries), history.margin)
-    return held.used[key]
+    def __init__(self, state: State) -> None:
+        self._state, self._slots = state, dict[torch.device, _Slots]()
+
+    def amax_of(self, build: Builder, x: Node, site: Planned, operand: str) -> Node:
+        """fp32 ``[1, 1]`` that scales ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site.
+
+        A history belongs to a weight. A product without one, such as of two inputs, and a graph without an anchor, the
+        body of a region, take the tensor's own magnitude.
+        """
+        owner, history = _owner(self._state, site, operand), site.recipe.history
+        weight = weight_index(self._state, owner)
+        held = None if weight is None else self._on(val(x).device)
+        if weight is None or held is None:
+            return _with_margin(build, build(ir.AMAX, x), history.margin)
+        origin = _origin(x)
+        key = weight if operand == "w" else owner.index, operand, origin
+        if key not in held.used:
+            first = 1 if operand == "w" else 1 + held.weights[: owner.index].count(weight)
+            name = _free_name(held, weight, operand, first, _made(origin))
+            held.used[key] = _new_slot(held, origin, Entry(weight, name, history.entries), history.margin)
+        return held.used[key]
+
+    def _on(self, device: torch.device) -> _Slots | None:
+        """The slots on a device, begun when first asked for; None in a graph without an anchor."""
+        anchor = _anchor(self._state)
+        if device not in self._slots and anchor is not None:
+            weights = [weight_index(self._state, site) for site in self._state.sites]
+            self._slots[device] = _Slots(anchor, _start(self._state, anchor, device), weights)
+        return self._slots.get(device)
 
 
 def without_history(state: State, site: Planned, operand: str) -> str | None:
@@ -94,7 +107,7 @@ def _owner(state: State, site: Planned, operand: str) -> Found:
     return state.site(site.x_group) if operand == "x" else site
 
 
-def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
+def _new_slot(held: _Slots, x: Node, entry: Entry, margin: int) -> Node:
     """The magnitude for a new slot, computed where ``x`` is: all that read it come later."""
     slot = len(held.entries)
     held.entries.append(entry)
@@ -102,9 +115,10 @@ def _new_slot(held: Histories, x: Node, entry: Entry, margin: int) -> Node:
     build = Builder(x.graph, like=x, before=max(x, held.begin).next, backward=is_backward(x))
     with build.mode:
         held.begin.meta["val"] = val(held.begin).new_empty(len(held.entries))
-    held.current[slot] = build(ir.AMAX, x)
+    current = build(ir.AMAX, x)
+    current.meta[SLOT_KEY] = val(held.begin).device, slot
     known = build(aten.view.default, build(aten.slice.Tensor, held.begin, 0, slot, slot + 1), [1, 1])
-    amax = build(aten.where.self, build(aten.gt.Scalar, known, 0), known, held.current[slot])
+    amax = build(aten.where.self, build(aten.gt.Scalar, known, 0), known, current)
     return _with_margin(build, amax, margin)
 
 
@@ -118,30 +132,23 @@ def _origin(x: Node) -> Node:
 @graph_pass(reads=Quantized, summary="what the operands' largest magnitudes were is recorded for the next step")
 def delayed(state: State) -> None:
     """Record what the graph's tensors had, at the end of forward and of backward."""
-    for held in state.histories.values():
-        if held is not None and held.begin.target is AMAX_BEGIN:
-            with editing(state.gm):
-                alive = set(state.gm.graph.nodes)
-                for backward in (False, True):
-                    seen = {slot: node for slot, node in held.current.items()
-                            if node in alive and is_backward(node) == backward}
-                    if seen:
-                        _record(state, held, seen, backward)
+    graph = state.gm.graph
+    slots = {node.meta[SLOT_KEY]: node for node in graph.find_nodes(op="call_function", target=ir.AMAX)
+             if SLOT_KEY in node.meta}
+    with editing(state.gm):
+        for begin in graph.find_nodes(op="call_function", target=AMAX_BEGIN):
+            for backward in (False, True):
+                seen = {slot: node for (device, slot), node in slots.items()
+                        if device == val(begin).device and is_backward(node) == backward}
+                if seen:
+                    _record(state, begin, dict(sorted(seen.items())), backward)
 
 
-def _record(state: State, held: Histories, seen: dict[int, Node], backward: bool) -> None:
+def _record(state: State, begin: Node, seen: dict[int, Node], backward: bool) -> None:
     last = max(seen.values())
-    build = Builder(state.gm.graph, like=held.begin, before=last.next, backward=backward)
+    build = Builder(state.gm.graph, like=begin, before=last.next, backward=backward)
     build.meta = {"partitioner_tag": BACKWARD if backward else MUST_BE_IN_FORWARD}
-    build(AMAX_RECORD, held.anchor, argument(held.begin, "table"), list(seen), list(seen.values()))
-
-
-def _histories(state: State, device: torch.device) -> Histories | None:
-    if device not in state.histories:
-        anchor = _anchor(state)
-        state.histories[device] = None if anchor is None else Histories(
-            anchor, _start(state, anchor, device), [weight_index(state, site) for site in state.sites])
-    return state.histories[device]
+    build(AMAX_RECORD, argument(begin, "anchor"), argument(begin, "table"), list(seen), list(seen.values()))
 
 
 def _anchor(state: State) -> Node | None:
@@ -198,7 +205,7 @@ def _made(x: Node) -> str:
     return "".join((":", "+".join(found))) if found else ""
 
 
-def _free_name(held: Histories, weight: int, operand: str, first: int, made: str) -> str:
+def _free_name(held: _Slots, weight: int, operand: str, first: int, made: str) -> str:
     """``x``, or ``x:H32`` of a rotation of it; of a weight that multiplies several tensors also ``x2``, ``x3``, …
 
     ``first``: the number to begin with, which does not depend on what the policy leaves alone.

@@ -41,7 +41,7 @@ from quartet.lowering.ir.views import ApplyMask, Dequantize, Hadamard, Quantize,
 from quartet.lowering.targets.chains import REUSABLE, Source
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
-from quartet.passes.quantize.delayed import amax_of, without_history
+from quartet.passes.quantize.delayed import Histories, without_history
 from quartet.passes.quantize.randomness import draw_seed
 from quartet.passes.sites import SITE_KEY, Planned, Quantized, QuantizedOperand, Rotated, RotatedGemm, Start
 from quartet.passes.state import State
@@ -57,12 +57,13 @@ _DRAWS = {"dgrad": (Draw.DGRAD_A, Draw.DGRAD_B), "wgrad": (Draw.WGRAD_A, Draw.WG
                     "gradients")
 def quantize(state: State) -> None:
     """Replace every planned product by quantise nodes and a scaled one."""
+    histories = Histories(state)
     with editing(state.gm):
         for site in state.at(Rotated):
             quantized = Quantized(**vars(_remarked(state, site)))
             for role, rotated in site.gemms.items():
                 if rotated.gemm.specs is not None:
-                    quantized = _product(state, quantized, role, rotated, *rotated.gemm.specs)
+                    quantized = _product(state, histories, quantized, role, rotated, *rotated.gemm.specs)
                 elif rotated.start is not None:
                     quantized = _straight_through(state, quantized, role, rotated.mm, rotated.start)
             state.advance(quantized)
@@ -78,7 +79,7 @@ def _remarked(state: State, site: Rotated) -> Rotated:
     return site
 
 
-def _product(state: State, site: Quantized, role: str, rotated: RotatedGemm, a_spec: QuantSpec,
+def _product(state: State, histories: Histories, site: Quantized, role: str, rotated: RotatedGemm, a_spec: QuantSpec,
              b_spec: QuantSpec) -> Quantized:
     mm, a, b = rotated.mm, state.current(rotated.a), state.current(rotated.b)
     gradient = role != "fprop"
@@ -100,17 +101,17 @@ def _product(state: State, site: Quantized, role: str, rotated: RotatedGemm, a_s
         multiple = max(a_spec.multiple, b_spec.multiple)
         a, b = build.padded(a, cols=multiple), build.padded(b, cols=multiple)
     ends = rotated.kind.ends if rotated.kind.over_tokens else None
-    qa = quantize_node(state, build, a, a_spec, bits[0], (site, names[0]), ends)
-    qb = saved or quantize_node(state, build, b, b_spec, bits[1], (site, names[1]), ends)
+    qa = quantize_node(state, histories, build, a, a_spec, bits[0], (site, names[0]), ends)
+    qb = saved or quantize_node(state, histories, build, b, b_spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not gradient and len(site.products) > 1:
         _mark_reusable(state, qb)
     left, right = (Operand.quantized(q.codes, q.scales, q.amax) for q in (qa, qb))
     out = keep_as(Product(left, right, val(mm).dtype, rotated.kind).emit(build), site.products[role].node)
     out.meta[SITE_KEY] = (site.index, role)
-    state.kernels[site.index, role] = "reference"  # until lowering finds better
     if rotated.start is not None:
         out = _masked(build, site, role, out)
     state.replace(mm, out)
+    site = site.computed(role, "reference")
     return site if gradient else replace(site, operands={"x": qa, "w": qb}, saved_bytes=_saved_bytes(site, qa, qb))
 
 
@@ -150,7 +151,7 @@ def _mark_reusable(state: State, weight: QuantizedOperand) -> None:
         quantizer.meta[REUSABLE] = origin
 
 
-def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: int,
+def quantize_node(state: State, histories: Histories, build: Builder, x: Node, spec: QuantSpec, bits: int,
                   owner: tuple[Planned, str], ends: Node | None = None) -> QuantizedOperand:
     """Insert a quantise of ``x``, the operand ``"x"``, ``"w"`` or ``"e"`` of a site, and its results.
 
@@ -160,19 +161,19 @@ def quantize_node(state: State, build: Builder, x: Node, spec: QuantSpec, bits: 
         node = QuantizeGroups(x, spec, ends).emit(build)
         return QuantizedOperand(build.item(node, 0), build.item(node, 1), None, spec)
     if spec.commutes_with_transpose and x.target is aten.permute.default:
-        return _transposed(build, quantize_node(state, build, source_of(x), spec, bits, owner))
+        return _transposed(build, quantize_node(state, histories, build, source_of(x), spec, bits, owner))
     seed = draw_seed(state, val(x).device) if spec.stochastic else None
-    amax = _amax(state, build, x, spec, owner) if spec.takes_amax else None
+    amax = _amax(histories, build, x, spec, owner) if spec.takes_amax else None
     node = Quantize(x, spec, seed, bits if spec.stochastic else 0, amax).emit(build)
     codes, scales = build.item(node, 0), build.item(node, 1)
     return QuantizedOperand(codes, scales, build.item(node, 2) if spec.mask else None, spec, amax)
 
 
-def _amax(state: State, build: Builder, x: Node, spec: QuantSpec, owner: tuple[Planned, str]) -> Node:
+def _amax(histories: Histories, build: Builder, x: Node, spec: QuantSpec, owner: tuple[Planned, str]) -> Node:
     """The largest magnitude of ``x``, which a transpose does not change."""
     base = source_of(x) if x.target is aten.permute.default else x
     if spec.rule == "delayed":
-        return amax_of(state, build, base, spec, *owner)
+        return histories.amax_of(build, base, *owner)
     return build(ir.AMAX, base)
 
 

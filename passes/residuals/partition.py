@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -21,7 +20,6 @@ from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir, registry
 from quartet.lowering.ir.graph import (
     Builder,
-    argument,
     aten,
     editing,
     remaining,
@@ -33,7 +31,6 @@ from quartet.lowering.ir.graph import (
 )
 from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY
 from quartet.lowering.ir.ops.saved import DECODE, ENCODE
-from quartet.lowering.ir.ops.state import SEED
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.records import SavedRecord
 from quartet.lowering.recipe.resolution import SavedChoice
@@ -55,7 +52,7 @@ from quartet.passes.residuals.boundary import (
     stored_bytes,
 )
 from quartet.passes.residuals.lossless import Backward, maker_name, why_exact
-from quartet.passes.state import STREAM_STRIDE, State
+from quartet.passes.state import State
 from quartet.runtime.compat import CustomPartitionerFn
 from quartet.runtime.devices import Target
 
@@ -131,7 +128,7 @@ class _Rewriting:
 
     def __init__(self, forward: GraphModule, backward: GraphModule, outputs: int, config: Compilation) -> None:
         self.forward, self.backward, self.outputs = forward, backward, outputs
-        self.state = State(forward, config, seeds=_seeds(forward, config))
+        self.state = State(forward, config)
         self.kept = pairs(forward, backward, outputs)
         self.instead: dict[Node, list[Node]] = {}  # a result of forward → what is returned in its place
         self.read: dict[Node, Node] = {kept.made: kept.read for kept in self.kept}
@@ -268,14 +265,3 @@ class _Rewriting:
             output.meta["desc"] = [numbered.get(i, desc) for i, desc in enumerate(descs)]
         if "output_stack_traces" in output.meta:
             output.meta["output_stack_traces"] = traces
-
-
-def _seeds(forward: GraphModule, config: Compilation) -> dict[torch.device, Node]:
-    """The seeds that the graph draws already, each with the rank's stream added."""
-    found = {}
-    for node in forward.graph.find_nodes(op="call_function", target=SEED):
-        offset = config.stream * STREAM_STRIDE % 2**62
-        added = [u for u in node.users if u.target is aten.add.Tensor and argument(u, "other") == offset]
-        if added or not config.stream:
-            found[val(node).device] = added[0] if added else node
-    return found
