@@ -102,29 +102,15 @@ class Resolution:
     def effective(self) -> Recipe:
         """The three decisions as one recipe.
 
-        It is named after the recipes that took part (``"quartet+bf16"``, ``"none"`` without any); what is kept
-        for backward follows the recipe of fprop, or else the first that applies; ``skip`` is empty, because the
-        policy has already been asked.
+        It is named after the recipes that took part (``"quartet+bf16"``, ``"none"`` without any); what else a recipe
+        says is that of fprop's, or else of the first that applies; ``skip`` is empty, because the policy has already
+        been asked.
         """
         taking_part = list(dict.fromkeys(r for r in map(self.recipe_for, ROLES) if r is not None))
         lead = taking_part[0] if taking_part else Recipe("none")
-        return Recipe(
-            name="+".join(dict.fromkeys(r.name for r in taking_part)) or "none",
-            summary=lead.summary,
-            paper=lead.paper,
-            fprop=self.fprop.gemm,
-            dgrad=self.dgrad.gemm,
-            wgrad=self.wgrad.gemm,
-            skip=(),
-            keep_weights=lead.keep_weights,
-            recompute=lead.recompute,
-            smooth=lead.smooth,
-            keep=lead.keep,
-            history=lead.history,
-            estimator=lead.estimator,
-            outliers=lead.outliers,
-            average=lead.average,
-        )
+        return replace(
+            lead, name="+".join(dict.fromkeys(r.name for r in taking_part)) or "none", fprop=self.fprop.gemm,
+            dgrad=self.dgrad.gemm, wgrad=self.wgrad.gemm, skip=(), saved=None)
 
     @property
     def reason(self) -> str:

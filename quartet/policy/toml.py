@@ -22,16 +22,24 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from quartet.kernels.spec import QuantSpec, SpecError
-from quartet.lowering.recipe.types import ROLES, Delayed, Gemm, Operand, Recipe, Rotation, Saved
+from quartet.lowering.recipe.types import Delayed, Gemm, Operand, Recipe, Rotation, Saved
 from quartet.recipes import PolicyError, check, unknown
 
-_RECIPE_KEYS = tuple(field.name for field in fields(Recipe) if field.name != "name")
-_KINDS = {"keep_weights": bool, "outliers": float, "average": float}  # all others: str
+
+def _kind(hint: Any) -> Any:
+    """The type of a field, without None and without what a tuple holds."""
+    (kind,) = (kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not NoneType)
+    return get_origin(kind) or kind
+
+
+KINDS = {name: _kind(hint) for name, hint in get_type_hints(Recipe).items() if name != "name"}  # of a recipe's fields
+_PARSED: dict[Any, Callable[[str], Any]] = {Delayed: Delayed.parse, Saved: Saved.parse}  # those written as text
 _GEMM_KEYS = ("a", "b", "source", "rotation", "outer")
 
 
@@ -64,25 +72,24 @@ def check_table(what: str, data: object, legal: tuple[str, ...]) -> Mapping[str,
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data of a recipe without its name; fields at their default are left out."""
     data: dict[str, Any] = {}
-    for field in fields(Recipe):
+    for field in fields(recipe):
         value = getattr(recipe, field.name)
         if field.name == "name" or value == field.default:
             continue
-        if field.name in ROLES:
-            value = _gemm_to_dict(value)
-        data[field.name] = str(value) if isinstance(value, Saved | Delayed) else value
+        data[field.name] = (_gemm_to_dict(value) if isinstance(value, Gemm) else
+                            str(value) if type(value) in _PARSED else value)
     return data
 
 
 def recipe_from_dict(name: str, data: object) -> Recipe:
     """The inverse of ``recipe_to_dict``. Raises PolicyError."""
-    table = check_table(f"recipe {name!r}", data, _RECIPE_KEYS)
+    table = check_table(f"recipe {name!r}", data, tuple(KINDS))
     values: dict[str, Any] = {}
     for key, value in table.items():
-        kind = _KINDS.get(key, str)
-        if key in ROLES:
+        kind = str if KINDS[key] in _PARSED else KINDS[key]
+        if kind is Gemm:
             values[key] = _gemm_from_dict(f"{key} of recipe {name!r}", value, key)
-        elif key in ("skip", "keep"):
+        elif kind is tuple:
             values[key] = tuple(value) if isinstance(value, list | tuple) else value
         elif not isinstance(value, kind):
             raise PolicyError(f"{key} of recipe {name!r} is a {kind.__name__}, not {type(value).__name__} {value!r}",
@@ -90,10 +97,7 @@ def recipe_from_dict(name: str, data: object) -> Recipe:
         else:
             values[key] = value
     try:
-        if "history" in values:
-            values["history"] = Delayed.parse(values["history"])
-        if "saved" in values:
-            values["saved"] = Saved.parse(values["saved"])
+        values |= {key: _PARSED[KINDS[key]](text) for key, text in values.items() if KINDS[key] in _PARSED}
         return check(Recipe(name=name, **values))
     except SpecError as error:
         raise PolicyError(str(error)) from None
