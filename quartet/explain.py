@@ -23,7 +23,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
             target: str | None = None, **kwargs: Any) -> Report:
     """Compile ``model(*args, **kwargs)`` without generating code and report every matmul.
 
-    The model's buffers, gradients, training flags and the random state are as before afterwards. A model that
+    The model's buffers, gradients, training flags and the random state are as before afterwards. Sizes are those of the
+    inputs, whatever other sizes PyTorch has seen, unless they are marked dynamic. A model that
     ``torch.compile(…, backend="quartet")`` returned is explained with its own mode and options unless given here.
 
     Args:

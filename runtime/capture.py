@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.runtime.compat import any_number_of_compilations, compiled_settings
+from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen
 from quartet.runtime.sizes import hint
 from quartet.runtime.slots.amax import frozen
 from quartet.runtime.view_ops import ORDERS, RESHAPES, aten
@@ -96,13 +96,14 @@ def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put buffers, gradients and the random state back afterwards; compile without using up dynamo's limits.
+    """Put buffers, gradients and the random state back afterwards; compile as if for the first time, and without using
+    up dynamo's limits.
 
     The histories of delayed scaling are not written meanwhile.
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
     gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
-    with torch.random.fork_rng(), any_number_of_compilations(), frozen():
+    with torch.random.fork_rng(), any_number_of_compilations(), no_sizes_seen(), frozen():
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ PRIVATE = (
     ("torch._dynamo", "config", "explain() compiles once more without using up the limits of recompilation"),
     ("torch._dynamo.config", "recompile_limit", "the limit for one piece of code"),
     ("torch._dynamo.config", "accumulated_recompile_limit", "the limit for all of it"),
+    ("torch._dynamo", "pgo", "explain() neither meets nor leaves sizes that make others symbolic"),
+    ("torch._dynamo.pgo", "_CODE_STATE", "the sizes that each piece of code has seen"),
+    ("torch._dynamo.pgo", "CodeState", "those of one"),
     ("torch._functorch", "config", "records are taken past the cache of AOTAutograd, whose hits run no pass"),
     ("torch._functorch.config", "enable_autograd_cache", "the switch of that cache"),
     ("torch._dynamo.utils", "counters", "cache hits, for tests"),
@@ -170,6 +174,17 @@ def any_number_of_compilations() -> Iterator[None]:
     dynamo = importlib.import_module("torch._dynamo.config")
     with dynamo.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
         yield
+
+
+@contextmanager
+def no_sizes_seen() -> Iterator[None]:
+    """Dynamo knows no sizes of earlier inputs, which would make other sizes symbolic, and remembers none of these."""
+    profile: Any = importlib.import_module("torch._dynamo.pgo")
+    kept, profile._CODE_STATE = profile._CODE_STATE, defaultdict(_load("torch._dynamo.pgo", "CodeState"))
+    try:
+        yield
+    finally:
+        profile._CODE_STATE = kept
 
 
 @contextmanager

@@ -119,6 +119,25 @@ def test_the_model_is_as_before_and_can_be_trained():
     assert module[0].weight.grad is not None
 
 
+def test_sizes_of_other_inputs_make_none_symbolic():
+    """Neither those that were explained before, nor those explained by what is compiled afterwards."""
+    module, _ = model()
+    for tokens in (32, 48, 64):
+        report = quartet.explain(module, torch.randn(tokens, 64, dtype=torch.bfloat16))
+        assert {r.m for r in report.records if r.role == "fprop"} == {tokens} and report.flops_share() is not None
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append([tuple(t.shape) for t in inputs if isinstance(t, torch.Tensor) and t.dim() == 2][-1])
+        return gm
+
+    torch.compile(module, backend=backend)(torch.randn(80, 64, dtype=torch.bfloat16))
+    assert all(isinstance(size, int) for size in seen[0])
+    dynamic = torch.randn(32, 64, dtype=torch.bfloat16)
+    torch._dynamo.mark_dynamic(dynamic, 0)
+    assert not isinstance(quartet.explain(module, dynamic).records[0].m, int)
+
+
 @pytest.mark.parametrize("name", ["sm_75", "sm90", "h101", "sm_90b", "", "cuda"])
 def test_a_target_that_does_not_exist_is_refused_with_those_that_do(name):
     module, x = model()
