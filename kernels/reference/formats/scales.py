@@ -127,6 +127,11 @@ def fp32_scale(x: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> tuple[
         amax = group_amax(x, spec)
     else:
         amax = x.abs().amax((0, 1) if spec.block == "tensor" else (1,), keepdim=True).to(torch.float32)
+    return scale_of_amax(amax, spec)
+
+
+def scale_of_amax(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """:func:`fp32_scale` of whatever has these largest magnitudes, fp32 of any shape, element by element."""
     multiplier = amax.to(torch.float64).reciprocal() * spec.max
     multiplier = multiplier.clamp(max=_LARGEST_MULTIPLIER).to(torch.float32)
     if spec.rule == "amax_pow2":

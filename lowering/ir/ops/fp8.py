@@ -1,5 +1,6 @@
 """Graph ops of the FP8 lowering whose results have a fixed, row-major layout.
 
+    amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1]
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from quartet.kernels.reference.formats.elements import fp8_encode
 from quartet.kernels.reference.products import grouped
+from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import FLOAT8
 from quartet.lowering.ir.op import op
@@ -27,6 +29,16 @@ MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
 Two = tuple[Tensor, Tensor]
+
+
+@op(fake=lambda xs: xs[0].new_empty(len(xs), 1, 1, dtype=torch.float32), strides="any")
+def amax_of_each(xs: list[Tensor]) -> Tensor:
+    return torch.stack([largest_magnitude(x) for x in xs])
+
+
+@amax_of_each.provider("foreach", "cuda")
+def _amax_foreach(xs: list[Tensor]) -> Tensor:
+    return torch.stack(torch.ops.aten._foreach_norm.Scalar(xs, float("inf"))).to(torch.float32).reshape(-1, 1, 1)
 
 
 def _cast_fake(x, multiplier, element, plain, transposed):
@@ -114,5 +126,6 @@ def _row_major_triton(codes: Tensor) -> Tensor:
     return fp8_row_major.reference(codes)
 
 
-CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
+AMAX_OF_EACH, CAST, CAST_GROUPS = amax_of_each.overload, fp8_cast.overload, fp8_cast_groups.overload
+ROW_MAJOR = fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

@@ -20,6 +20,7 @@ from quartet.lowering.ir.operands import Product, readers
 from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
+from quartet.lowering.targets.fp8.weights import Scales, scales_of_weights
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.runtime.devices import Target
 
@@ -52,11 +53,12 @@ def supports_grouped(target: Target, dtype: torch.dtype, spec: QuantSpec, rotati
 def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen products, and the quantise nodes that no other family's product reads."""
     copies: dict[Node, Node] = {}
-    traced = Traced()
-    for quantizer in accepted(graph, gemms, accepts):
+    traced, quantizers = Traced(), accepted(graph, gemms, accepts)
+    scales = scales_of_weights(graph, quantizers, traced)
+    for quantizer in quantizers:
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
-            _cast(graph, quantizer, traced)
+            _cast(graph, quantizer, traced, scales.get(quantizer))
         else:
             _quantize(graph, quantizer, traced)
     for node in graph.find_nodes(op="call_function", target=QuantizeGroups.op):
@@ -66,8 +68,8 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         _gemm(graph, gemm, copies)
 
 
-def _cast(graph: Graph, node: Node, traced: Traced) -> None:
-    """A quantise as its scale in aten ops, and one cast for the codes and for their transpose."""
+def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None) -> None:
+    """A quantise as its scale in aten ops, unless that is known, and one cast for the codes and their transpose."""
     made = Quantize.of(node)
     x, spec = made.x, made.spec
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
@@ -76,7 +78,7 @@ def _cast(graph: Graph, node: Node, traced: Traced) -> None:
         return tuple(ir.STORE(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
 
     inputs = [x] if made.amax is None else [x, made.amax]
-    multiplier, scale = traced(build, scales, inputs, "scale", spec)
+    multiplier, scale = known or traced(build, scales, inputs, "scale", spec)
     items = results(node)
     users = list(items[0].users) if 0 in items else []
     flipped = [user for user in users if user.target is aten.permute.default]

@@ -1,0 +1,58 @@
+"""Scales of all weights of a graph at once: one reduction over a list of tensors in place of two launches for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.ir.graph import FORWARD, Builder, Traced, aten, is_backward, source, val
+from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH
+from quartet.lowering.ir.views import Quantize
+from quartet.runtime.view_ops import ORDERS, SAME
+
+Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
+
+
+def scales_of_weights(graph: Graph, quantizers: list[Node], traced: Traced) -> dict[Node, Scales]:
+    """Multiplier and scale of the quantisers of forward whose X is a parameter, or shows one, with one scale a tensor.
+
+    They stand before the first of them and in no region of the user's checkpointing: they are a few bytes.
+    """
+    groups: dict[Any, list[tuple[Node, Node]]] = {}
+    for node in quantizers:
+        made = Quantize.of(node)
+        weight = _parameter(made.x)
+        if weight is not None and made.amax is None and made.spec.block == "tensor" and made.spec.rule != "absmean":
+            groups.setdefault((made.spec, val(weight).device, val(weight).dtype), []).append((node, weight))
+    found: dict[Node, Scales] = {}
+    for (spec, *_), members in groups.items():
+        if len(members) < 2:
+            continue
+        build = Builder(graph, like=members[0][0], before=min(node for node, _ in members), backward=False)
+        build.meta = {"partitioner_tag": FORWARD}
+        amax = build(AMAX_OF_EACH, list(dict.fromkeys(weight for _, weight in members)))
+        both = traced(build, _scales_by(spec), [amax], "weights", spec)
+        rows = {weight: row for row, weight in enumerate(dict.fromkeys(weight for _, weight in members))}
+        for node, weight in members:
+            multiplier, scale = (build(aten.select.int, table, 0, rows[weight]) for table in both)
+            found[node] = multiplier, scale
+    return found
+
+
+def _scales_by(spec: QuantSpec) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """As tables in memory, whose rows need no kernel of their own."""
+    return lambda amax: tuple(map(ir.STORE, reference.scale_of_amax(amax, spec)))
+
+
+def _parameter(x: Node) -> Node | None:
+    """The input of forward that X is, or is another order of; None where it is computed, or of no static size."""
+    while x.target in ORDERS | SAME and (shown := source(x)) is not None:
+        x = shown
+    static = all(isinstance(size, int) for size in val(x).shape) and val(x).numel() > 0
+    return x if x.op == "placeholder" and static and not is_backward(x) else None

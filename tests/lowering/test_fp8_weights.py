@@ -1,0 +1,127 @@
+"""The scales of all FP8 weights of a graph come from one reduction, and are what each weight's own would be."""
+
+import pytest
+import torch
+from around import around, linear, matrix
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import quartet
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering import ir
+from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, amax_of_each
+from quartet.lowering.targets.fp8 import lower
+
+FP8 = quartet.Policy("fp8").on("*", "fp8")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+
+
+def reductions(model, x=None, **options):
+    """Names that the reduction over a list reads, one for each such node, and how many largest magnitudes are found
+    one by one in forward."""
+    x = matrix(64, 32) * 1 if x is None else x
+    lines = around("lower", model, x.detach().requires_grad_(), target="sm_90", **({"policy": FP8} | options)).after
+    lists = [line.partition("[")[2].partition("]")[0].split(", ") for line in lines if "= amax_of_each(" in line]
+    return lists, sum("= amax(" in line and "bwd" not in line for line in lines)
+
+
+class Hidden(nn.Module):
+    """Layers behind an activation, so that no X is an input of the graph."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(torch.sin(x))
+
+
+def test_one_reduction_for_all_weights():
+    lists, alone = reductions(Hidden(linear(32, 64), linear(64, 64), linear(64, 32)))
+    assert lists == [["layers.0.weight", "layers.1.weight", "layers.2.weight"]]
+    assert alone == 3  # of each X
+
+
+def test_a_weight_of_two_layers_is_read_once():
+    tied = linear(32, 32)
+    lists, _ = reductions(Hidden(tied, nn.ReLU(), tied, linear(32, 32)))
+    assert lists == [["layers.0.weight", "layers.3.weight"]]
+
+
+def test_weights_of_several_recipes_and_dtypes_are_apart():
+    policy = quartet.Policy("fp8").on("*", "fp8").on("layers.1", "fp8-rowwise")
+    lists, _ = reductions(Hidden(linear(32, 32), linear(32, 32), linear(32, 32)), policy=policy)
+    assert lists == [["layers.0.weight", "layers.2.weight"]]
+
+
+def test_nothing_for_one_weight_or_one_that_is_computed():
+    assert reductions(Hidden(linear(32, 32))) == ([], 2)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Parameter(matrix(32, 32)), nn.Parameter(matrix(32, 32))
+
+        def forward(self, x):
+            return torch.sin(torch.sin(x) @ (self.left * 2)) @ (self.right * 2)
+
+    assert reductions(Scaled())[0] == []
+
+
+def test_it_stands_outside_of_what_is_checkpointed():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Hidden):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    lists, _ = reductions(Checkpointed(linear(32, 32), linear(32, 32)))
+    assert lists == [["layers.0.weight", "layers.1.weight"]]
+
+
+@pytest.mark.parametrize("rule", ["amax", "amax_pow2"])
+def test_the_scales_are_those_of_each_tensor(rule):
+    spec = QuantSpec.parse(f"e4m3/tensor fp32 {rule} nearest")
+    xs = [torch.randn(33, 17, dtype=torch.bfloat16) * scale for scale in (1.0, 1e-30, 3e4)]
+    xs += [torch.zeros(4, 8, dtype=torch.bfloat16), torch.full((2, 2), float("-inf"), dtype=torch.bfloat16)]
+    xs.append(torch.tensor([[1.0, float("nan")]], dtype=torch.bfloat16))
+    together = reference.scale_of_amax(amax_of_each(xs), spec)
+    for i, x in enumerate(xs):
+        for table, alone in zip(together, reference.fp32_scale(x, spec), strict=True):
+            torch.testing.assert_close(table[i], alone, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_reduction_over_lists_is_the_reference(dtype):
+    xs = [torch.randn(65, 31).to(dtype), torch.zeros(3, 3, dtype=dtype), torch.tensor([[-7.5, 2.0]], dtype=dtype),
+          torch.tensor([[float("nan"), 1.0]], dtype=dtype), torch.tensor([[float("inf"), 1.0]], dtype=dtype)]
+    (foreach,) = [provider for provider in amax_of_each.providers if provider.name == "foreach"]
+    torch.testing.assert_close(foreach.run(xs), amax_of_each.reference(xs), rtol=0, atol=0, equal_nan=True)
+
+
+def products(x, *weights):
+    """A chain of FP8 products, as semantic ops."""
+    spec, ops = "e4m3/tensor fp32 amax nearest", torch.ops.quartet
+    for w in weights:
+        x, w = (ops.quantize(t, spec, None, 0)[:2] for t in (torch.sin(x), w))
+        x = ops.scaled_mm(*x, *w, spec, spec, torch.bfloat16)
+    return x
+
+
+def test_products_are_bit_for_bit_those_of_scales_one_by_one(monkeypatch):
+    inputs = matrix(64, 32), matrix(64, 32), matrix(32, 64)
+    results = []
+    for together in (True, False):
+        gm = make_fx(products, tracing_mode="fake")(*(x.detach() for x in inputs))
+        if not together:
+            monkeypatch.setattr(lower, "scales_of_weights", lambda *_: {})
+        lower.lower(gm.graph, gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM), lambda *_: True)
+        assert bool(gm.graph.find_nodes(op="call_function", target=AMAX_OF_EACH)) == together
+        gm.recompile()
+        results.append(gm(*inputs))
+    assert torch.equal(*results) and results[0].abs().max() > 0
