@@ -81,7 +81,7 @@ class Compilation:
         recompute: overrides the recipes' own choice when not None.
         accumulation: of FP8 tensor cores, ``"fast"`` or ``"promoted"``.
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
-        portable_rounding: no rounding by conversions that only some devices have.
+        portable_rounding: the bits of the reference, also where a device has conversions or sums of its own.
         eval: what graphs without backward compute; None leaves them in the model's dtype.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
         stream: added to the seed, so that data-parallel ranks draw different bits.

@@ -62,7 +62,8 @@ def lower(state: State) -> None:
     for option, value, rewrite in dict.fromkeys(variant for kernel, _ in chosen for variant in kernel.variants):
         if getattr(state.config, option) == value:
             rewrite(state.gm.graph)
-    providers.settle(state.gm.graph, state.config.target_of, state.config.disable_kernels)
+    providers.settle(state.gm.graph, state.config.target_of, state.config.disable_kernels,
+                     state.config.portable_rounding)
 
 
 def _undoes_rotations(config: Compilation, device: torch.device) -> bool:

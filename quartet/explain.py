@@ -85,7 +85,7 @@ class _StandIns(Observer):
 
         target = self._options.target
         self._found.update(providers.stand_ins(gm.graph, lambda device: target or Target.of(device),
-                                               self._options.disable_kernels))
+                                               self._options.disable_kernels, self._options.portable_rounding))
 
     def notes(self) -> Iterator[str]:
         """A line for each op and reason."""

@@ -116,8 +116,8 @@ class Options:
         "(see quartet.runtime.slots.weights); its codes are kept meanwhile. CUDA graphs quantise every time. A write "
         "through parameter.data between two forwards of a step is not seen; write under torch.no_grad()")
     portable_rounding: bool = option(
-        False, _switch, "quantise in integer arithmetic where the GPU has conversions of its own (Blackwell), so that "
-        "results are bit-equal on all devices")
+        False, _switch, "quantise to the bits of the reference, also where the GPU's own conversions (Blackwell) or "
+        "sums on its tensor cores (Hopper) are faster, so that results are bit-equal on all devices")
     open_attention: bool = option(
         False, _switch, "write scaled_dot_product_attention as two matmuls and a softmax, whose op classes are "
         "attention_qk and attention_pv; the probabilities are then kept for backward")

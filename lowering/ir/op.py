@@ -64,6 +64,7 @@ class Provider:
         run: the implementation. What it needs it imports when it first runs.
         supports: target → None, or why not. Asked once a process and device.
         replayed: see :meth:`Op.provider`.
+        exact: it gives the reference's bits, not only what ``kernels.reference.tolerance`` allows.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Provider:
     run: Implementation
     supports: Supports = everywhere
     replayed: bool = False
+    exact: bool = True
 
     def declines(self, target: Target) -> str | None:
         """Why it does not run on a target, None where it does."""
@@ -113,7 +115,8 @@ class Op:
         return f"Op({self.name})"
 
     def provider(self, name: str, device: str, supports: Supports = everywhere, before: str = REFERENCE,
-                 replayed: bool = False, owner: str | None = None) -> Callable[[Implementation], Implementation]:
+                 replayed: bool = False, owner: str | None = None,
+                 exact: bool = True) -> Callable[[Implementation], Implementation]:
         """Declare the decorated function an implementation, preferred to the provider called ``before``.
 
         Args:
@@ -122,6 +125,7 @@ class Op:
                 arguments' values and, of tensors, their dtypes, devices, sizes, strides and alignment.
             owner: a tensor among the arguments for which results may be kept (``quartet.runtime.slots.weights``); the
                 rest holds where it is None.
+            exact: see :class:`Provider`.
 
         Raises:
             DeclarationError: a name that is taken or no identifier, or no provider called ``before``.
@@ -137,7 +141,7 @@ class Op:
             at = names.index(before)
             if owner is not None:
                 self._owner = list(inspect.signature(self.reference).parameters).index(owner)
-            made = Provider(name, device, run, supports, replayed)
+            made = Provider(name, device, run, supports, replayed, exact)
             self._provide((*self.providers[:at], made, *self.providers[at:]))
             return run
 
@@ -149,15 +153,20 @@ class Op:
             raise DeclarationError(f"op {self.name!r} has no provider {name!r} to withdraw")
         self._provide(tuple(provider for provider in self.providers if provider.name != name))
 
-    def choose(self, target: Target, disabled: Collection[str] = ()) -> tuple[Provider | None, dict[str, str]]:
+    def choose(self, target: Target, disabled: Collection[str] = (),
+               exact: bool = False) -> tuple[Provider | None, dict[str, str]]:
         """The first provider that supports a target, and why those before it do not.
 
-        ``disabled``: names that are left out, each of an op and its provider, ``"hadamard.triton"``.
+        Args:
+            disabled: names that are left out, each of an op and its provider, ``"hadamard.triton"``.
+            exact: so are providers that do not give the reference's bits.
         """
         reasons: dict[str, str] = {}
         for provider in self.providers:
             name = f"{self.name}.{provider.name}"
             reason = f"disabled: disable_kernels names {name!r}" if name in disabled else provider.declines(target)
+            if reason is None and exact and not provider.exact:
+                reason = "adds up in another order than the reference; portable_rounding asks for the reference's bits"
             if reason is None:
                 return provider, reasons
             reasons[provider.name] = reason

@@ -39,20 +39,21 @@ def answers(target: Target) -> str:
 
 
 def stand_ins(graph: Graph, target_of: Callable[[torch.device], Target],
-              disabled: Collection[str] = ()) -> Iterator[str]:
+              disabled: Collection[str] = (), exact: bool = False) -> Iterator[str]:
     """A line for each node that another provider than the preferred one computes: op, provider, and why."""
     for node in graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is not None and node.target is not op.overload:
-            _, reasons = op.choose(target_of(_device(node)), disabled)
+            _, reasons = op.choose(target_of(_device(node)), disabled, exact)
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             yield f"{op.name} runs as {node.target}: {why}"
 
 
-def settle(graph: Graph, target_of: Callable[[torch.device], Target], disabled: Collection[str] = ()) -> None:
+def settle(graph: Graph, target_of: Callable[[torch.device], Target], disabled: Collection[str] = (),
+           exact: bool = False) -> None:
     """Have every op of a graph call its first provider that supports its device and is not disabled.
 
-    Nodes that call the preferred one stay as they are.
+    Nodes that call the preferred one stay as they are. ``exact``: only providers that give the reference's bits.
 
     Raises:
         NoProvider: there is none; the message names the node, and why each declines.
@@ -60,11 +61,11 @@ def settle(graph: Graph, target_of: Callable[[torch.device], Target], disabled: 
     for node in graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is not None and node.target is op.overload:
-            _settle(node, op, target_of(_device(node)), disabled)
+            _settle(node, op, target_of(_device(node)), disabled, exact)
 
 
-def _settle(node: Node, op: Op, target: Target, disabled: Collection[str]) -> None:
-    provider, reasons = op.choose(target, disabled)
+def _settle(node: Node, op: Op, target: Target, disabled: Collection[str], exact: bool) -> None:
+    provider, reasons = op.choose(target, disabled, exact)
     if provider is None:
         raise NoProvider(f"node {node.format_node()}: nothing computes op {op.name!r} on {target}: "
                          + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

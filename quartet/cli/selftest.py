@@ -29,6 +29,7 @@ QUANTIZED = ((256, 512), (33, 80), (1, 32))
 MANY = (2048, 4096)
 DISTANCE = 5e-3  # of a bf16 product from that in fp32, relative to its norm; the rounding alone is 1.7e-3
 SIGMAS = 4.0
+FEW = 2.0**-12  # of the bytes of providers that add up in another order; measured: one in some millions
 RESOLUTION = {"integers": 2.0**-10, "hardware": 2.0**-8}  # steps by which a probability of few bits may be off
 SITE = 5
 
@@ -241,19 +242,19 @@ def _seed(device: torch.device) -> Tensor:
     return torch.tensor(-8_765_432_109_876, device=device)
 
 
-def _differing(pairs: Iterable[tuple[Tensor, Tensor]]) -> Verdict:
-    """Whether all bytes are equal."""
+def _differing(pairs: Iterable[tuple[Tensor, Tensor]], few: float = 0.0) -> Verdict:
+    """Whether all bytes are equal but for a share of ``few``."""
     wrong = total = 0
     for got, wanted in pairs:
         if got.shape != wanted.shape:
             return False, f"{list(got.shape)} instead of {list(wanted.shape)}"
         wrong += int((got.view(torch.uint8) != wanted.view(torch.uint8)).sum())
         total += got.numel() * got.element_size()
-    return wrong == 0, f"{wrong} of {total} bytes differ"
+    return wrong <= few * total, f"{wrong} of {total} bytes differ"
 
 
 def _provided(op: Op, provider: Provider, arguments: tuple[Any, ...]) -> Verdict:
-    return _differing(results(op, provider, arguments))
+    return _differing(results(op, provider, arguments), 0.0 if provider.exact else FEW)
 
 
 def _row_major(device: torch.device, rows: int, cols: int, q: Quantizer) -> Verdict:
