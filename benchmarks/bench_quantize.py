@@ -6,6 +6,7 @@
 Every kernel reads each input and writes each output once in that count, whatever it does; what it was not asked to
 return does not count. ``packed`` rows are those of the default recipe's forward; ``quest`` has the Gaussian clip by the
 root mean square and the nearest power of two, with its mask and without signs.
+``folded`` are the ops of a step, with E4M3 operands as their results, by each of their providers.
 ``Inductor`` marks what it generates from the reference of a quantiser, alone, with no neighbour to fuse with; its
 ``columns`` are the rows of the transpose. A size is ``rows x columns`` of a bf16 tensor.
 The kernels of a size and the copy of its tensor take turns in one process; inputs are random and rotate, and nothing of
@@ -21,12 +22,16 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gpu_common as common
 import torch
 from gpu_common import say
 from torch import Tensor
+
+from quartet.lowering.ir.op import REFERENCE, Op, Provider
+from quartet.runtime.devices import Target
 
 SIZES = ("16384x1024", "16384x4096", "16384x8192", "16384x14336")
 COPY = "copy"
@@ -97,12 +102,27 @@ def by_inductor(spec: str, transposed: bool) -> Callable[[Tensor], tuple[Tensor,
     return torch.compile(quantize, dynamic=False, fullgraph=True)
 
 
+def by_providers(name: str, op: Op, inputs: Callable[[Tensor], tuple[Tensor, ...]],
+                 *arguments: Any) -> dict[str, Kernel]:
+    """An op by each of its providers but the reference; one that is not here fails, and says why."""
+
+    def run(provider: Provider, *tensors: Tensor) -> Any:
+        declined = provider.declines(Target.of(tensors[0].device))
+        if declined is not None:
+            raise RuntimeError(declined)
+        return provider.run(*tensors, *arguments)
+
+    return {f"{name} by {provider.name}": Kernel(COLUMN_GOAL, inputs, partial(run, provider))
+            for provider in op.providers if provider.name != REFERENCE}
+
+
 def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     """What is measured, by name; the first is the copy."""
     from quartet.kernels.reference import random_signs
     from quartet.kernels.reference.formats.nvfp4 import tensor_scales
     from quartet.kernels.spec import QuantSpec
     from quartet.kernels.triton.quantize import ops, rotations
+    from quartet.lowering.ir.ops import fused
 
     bits = torch.tensor(seed, device=device)
     signs = random_signs(bits, 3, 32)
@@ -112,6 +132,7 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
     quest = ops.Chain(QuantSpec(rule="quest", sigma="rms", power="nearest", mask=True), 32)
     stochastic = ops.Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, signs, bits, 7)
     nearest = ops.Chain(QuantSpec(rule="headroom"), 32, signs)
+    chain = 32, signs, str(stochastic.spec), bits, 7, None
 
     def nvfp4(text: str, rotation: int = 0) -> ops.Chain:
         """Under a tensor whose largest magnitude is 5, as that of these inputs nearly is."""
@@ -147,6 +168,8 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         "both nearest": Kernel(COLUMN_GOAL, alone, lambda x: ops.quantize_both(x, nearest, nearest)),
         "columns SR": Kernel(COLUMN_GOAL, alone, lambda x: quantize(stochastic, True, False)(x.t())),
         "requantize SR": Kernel(COLUMN_GOAL, packed, lambda c, s: ops.requantize(c, s, default.spec, stochastic)),
+        **by_providers("both SR folded", fused.cuda_quantize_both, alone, *chain, *chain),
+        **by_providers("requantize SR folded", fused.cuda_requantize, packed, str(default.spec), *chain, False, True),
         "fold": Kernel(ROW_GOAL, packed, lambda c, s: ops.fold(c, s, default.spec)),
         "unrotate": Kernel(ROW_GOAL, alone, unrotate),
         "mask unrotate": Kernel(ROW_GOAL, masked, unrotate),

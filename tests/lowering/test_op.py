@@ -261,6 +261,22 @@ def test_a_graph_calls_the_provider_that_is_left():
     assert targets(graphs[1])[reference] == 2
 
 
+def test_bits_of_the_reference_on_demand():
+    """Kernels that add up in another order are preferred where they run, and not where the reference's bits matter."""
+    model, x = linear()
+    inexact = {op.overload: getattr(torch.ops.quartet, op.name).triton
+               for op in (fused.cuda_quantize_both, fused.cuda_requantize)}
+    for target, changes in (("sm_90", True), ("sm_89", False)):
+        usual, portable = trace(target, model, x), trace(target, model, x, portable_rounding=True)
+        for before, after in zip(usual, portable, strict=True):
+            wanted = targets(before)
+            assert not any(wanted[triton] for triton in inexact.values())
+            for op, triton in inexact.items() if changes else ():
+                wanted[triton] = wanted.pop(op, 0)
+            assert +targets(after) == +wanted
+        assert sum(targets(usual[1])[op] for op in inexact) == 3
+
+
 def test_an_op_that_nothing_computes_is_an_error():
     graph = torch.fx.Graph()
     a = graph.placeholder("a")

@@ -31,6 +31,7 @@ from quartet.kernels.spec import QuantSpec, chain_multiple
 from quartet.lowering.ir import ceil_to
 from quartet.lowering.ir.op import Size, op
 from quartet.lowering.ir.ops import core
+from quartet.runtime.devices import Target
 from quartet.runtime.slots.weights import REUSED, described
 
 if TYPE_CHECKING:
@@ -46,6 +47,22 @@ def _kernels() -> ModuleType:
     from quartet.kernels.triton.quantize import ops
 
     return ops
+
+
+def _cuda_kernels() -> ModuleType:
+    """The CUDA C++ quantisers."""
+    from quartet.kernels.cuda import ops
+
+    return ops
+
+
+def hopper(target: Target) -> str | None:
+    """None where the CUDA C++ quantisers run, or would with a compiler for a target that is only named."""
+    from quartet.kernels.cuda.build import unavailable
+
+    if target.foreign is not None or target.capability != (9, 0):
+        return f"the CUDA quantisers were measured on compute capability 9.0, not on {target}"
+    return None if target.pretended else unavailable()
 
 
 def _rotations() -> ModuleType:
@@ -179,6 +196,22 @@ def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, se
     return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec, t_ends)
 
 
+@cuda_quantize_both.provider("cuda", "cuda", hopper, before="triton", replayed=True, exact=False)
+def _quantize_both_cuda(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
+                        encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str,
+                        t_seed: Tensor | None, t_site: int, t_encode: Tensor | None,
+                        t_ends: Tensor | None = None) -> Four:
+    """Triton's where the CUDA kernels decline the tensor or a chain; the fold of the columns is Triton's."""
+    ops, rows = _cuda_kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    columns = chain_of(t_rotation, t_signs, t_spec, t_seed, t_site, t_encode)
+    if ops.declines_both(x, rows, columns) is not None:
+        return _quantize_both(x, rotation, signs, spec, seed, site, encode, t_rotation, t_signs, t_spec, t_seed, t_site,
+                              t_encode, t_ends)
+    portable = _kernels()
+    *folded, codes, scales = ops.quantize_both(x, rows, columns, portable.inexact_blocks(x.device))
+    return *folded, *portable.fold(codes, scales, columns.spec, t_ends)
+
+
 def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices=1,
                      ends=None):
     made = _outputs(codes, matrices * codes.shape[1] * 2, codes.shape[0] // matrices, rotation, spec, packed, folded,
@@ -199,11 +232,32 @@ def cuda_requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, 
 def _requantize(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                 seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
                 matrices: int = 1, ends: Tensor | None = None) -> Five:
-    ops, chain = _kernels(), chain_of(rotation, signs, spec, seed, site, encode)
-    codes, scales = ops.requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices=matrices)
-    operand = ops.fold(codes, scales, chain.spec, ends) if folded else _operand(codes)
+    chain = chain_of(rotation, signs, spec, seed, site, encode)
+    codes, scales = _kernels().requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices=matrices)
+    return _requantized(codes, scales, chain.spec, packed, folded, ends)
+
+
+def _requantized(codes: Tensor, scales: Tensor, spec: QuantSpec, packed: bool, folded: bool,
+                 ends: Tensor | None) -> Five:
+    operand = _kernels().fold(codes, scales, spec, ends) if folded else _operand(codes)
     codes, scales = (codes, scales) if packed else (codes.new_empty(0), codes.new_empty(0))
     return codes, scales, codes.new_empty(0), *operand
+
+
+@cuda_requantize.provider("cuda", "cuda", hopper, before="triton", replayed=True, exact=False)
+def _requantize_cuda(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
+                     seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
+                     matrices: int = 1, ends: Tensor | None = None) -> Five:
+    """Triton's where the CUDA kernel declines the tensor or the chain, and so is the fold of groups."""
+    ops, chain = _cuda_kernels(), chain_of(rotation, signs, spec, seed, site, encode)
+    if ops.declines_requantize(codes, scales, QuantSpec.parse(in_spec), chain, matrices) is not None:
+        return _requantize(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices,
+                           ends)
+    inexact, none = _kernels().inexact_blocks(codes.device), codes.new_empty(0)
+    apart = folded and ends is not None
+    codes, scales, *operand = ops.requantize(codes, scales, chain, inexact, packed=packed or apart,
+                                             folded=folded and not apart, matrices=matrices)
+    return _requantized(codes, scales, chain.spec, packed, folded, ends) if apart else (codes, scales, none, *operand)
 
 
 def _fold_fake(codes, scales, spec, ends=None):
