@@ -1,4 +1,5 @@
-"""Constants that were measured before the package was made, by ``quartet calibrate --seconds 2``."""
+"""Constants that come with the package: fits over products and passes of sizes from 1024 to 16384 on one H200 (torch
+2.11.0+cu130), products under two seconds of nothing else."""
 
 from __future__ import annotations
 
