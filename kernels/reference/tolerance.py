@@ -6,8 +6,8 @@ Tensor cores were measured to stay below 3.5e-7 = 0.73 · 2^-21 of the largest; 
 the scale adds at most 2^-23. By the second term what lies at the end of fp32's normal numbers may count as 0. So a
 scale may be that of a largest magnitude within the bound, and a code that of any value in it, with the same random
 bits: both are the reference's but for values that close to a threshold. A block with a NaN or an infinity has the
-scale NaN whatever the order; the sign of a zero means nothing. From magnitudes of 2^107 on, whose sums come near the end of fp32, NaN is as right as the
-scale.
+scale NaN whatever the order. The sign of a zero means nothing. From magnitudes of 2^107 on, whose sums come near the
+end of fp32, NaN is as right as the scale.
 """
 
 from __future__ import annotations
