@@ -48,15 +48,16 @@ def launches(run: Callable[[], object]) -> int:
 
 def chain(links: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]:
     """``links`` times quantise, fold and unrotate."""
-    quartet = torch.ops.quartet
+    quantize, fold, unrotate = (getattr(torch.ops.quartet, name).default
+                                for name in ("cuda_quantize", "cuda_fold", "unrotate"))
 
     def run(x: torch.Tensor, signs: torch.Tensor, seed: torch.Tensor) -> list[torch.Tensor]:
         made = []
         for site in range(links):
-            codes, scales, mask, _, _ = quartet.cuda_quantize(x, 32, signs, SPEC, None, site, None, True, False, *NONE)
-            values, _ = quartet.cuda_fold(codes, scales, SPEC)
-            _, _, _, grad, _ = quartet.cuda_quantize(x, 32, signs, ROUNDED, seed, site, None, False, True, *NONE)
-            x = quartet.unrotate(x, mask, 32, signs, 1.0, x.shape[1], x.dtype)
+            codes, scales, mask, _, _ = quantize(x, 32, signs, SPEC, None, site, None, True, False, *NONE)
+            values, _ = fold(codes, scales, SPEC)
+            _, _, _, grad, _ = quantize(x, 32, signs, ROUNDED, seed, site, None, False, True, *NONE)
+            x = unrotate(x, mask, 32, signs, 1.0, x.shape[1], x.dtype)
             made += [values, grad]
         return [x, *made]
 

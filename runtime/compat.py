@@ -95,6 +95,16 @@ detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode"
 statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")
 
 
+def function_of(overload: Any) -> Callable[..., Any]:
+    """What calls of an operator from Python end in."""
+    return overload._op
+
+
+def call_through(overload: Any, function: Callable[..., Any]) -> None:
+    """Let calls of an operator from Python end in ``function``."""
+    overload._op = function
+
+
 def known_symbols(environment: Any) -> Mapping[Any, Any]:
     """Symbol → its value at capture, for the symbols of a shape environment that had one."""
     renamed = getattr(environment, "backed_var_to_val", None)

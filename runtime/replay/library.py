@@ -6,6 +6,8 @@ import ctypes
 import logging
 import os
 import shlex
+import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +21,14 @@ from torch import Tensor
 from quartet.kernels import launcher
 from quartet.kernels.build_cache import BuildError, build_once, fingerprint, intact, run_compiler, target_of
 from quartet.kernels.cpu.build import compiler
+from quartet.runtime.compat import call_through, function_of
 from quartet.runtime.replay.recorder import NotReplayable, Recorder
 
 log = logging.getLogger("quartet")
 
 VARIABLE = "QUARTET_LAUNCHER"
-SOURCE = Path(__file__).with_name("replay.cpp")
+_FOLDER = Path(__file__).parent
+_DIRECT = "direct_call.cpp"  # which needs Python's headers
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-psabi")
 _REMEDY = "install g++ 10 or newer (Debian: apt-get install g++), or point CXX at one"
 _PYTHON = "quartet_python"  # the namespace of what C++ calls where it has no plan
@@ -54,6 +58,13 @@ class _Offer:
     device: str
     owner: int
 
+    @property
+    def called(self) -> str:
+        return f"{self.name}.{self.overload}" if self.overload else self.name
+
+    def overload_of(self) -> Any:
+        return getattr(getattr(torch.ops.quartet, self.name), self.overload or "default")
+
 
 @dataclass
 class Launcher:
@@ -68,6 +79,7 @@ class Launcher:
     _defined: set[str] = field(default_factory=set)
     _ops: Any = None
     _claim: Callable[[], int] = int
+    _direct: Callable[[bytes, Any], Any] | None = None
     _guard: threading.RLock = field(default_factory=threading.RLock)
     _python: torch.library.Library = field(default_factory=lambda: torch.library.Library(_PYTHON, "FRAGMENT"))
 
@@ -100,7 +112,10 @@ class Launcher:
 
     def withdraw(self, called: str) -> None:
         """Python alone runs an op again, if it was offered."""
-        if self._offers.pop(called, None) is not None and self._ops is not None:
+        offer = self._offers.pop(called, None)
+        if offer is not None and self._ops is not None:
+            function = function_of(offer.overload_of())
+            call_through(offer.overload_of(), getattr(function, "usual", function))
             self._ops.detach(called)
 
     def start(self) -> None:
@@ -122,7 +137,12 @@ class Launcher:
         torch.ops.load_library(str(path))
         ops = torch.ops.quartet_replay
         ops.open_driver(driver)
-        self._claim = ctypes.CDLL(str(path)).quartet_claim_recording
+        loaded = ctypes.PyDLL(str(path))
+        self._claim = loaded.quartet_claim_recording
+        direct = getattr(loaded, "quartet_direct_call", None)
+        if direct is not None:
+            direct.argtypes, direct.restype = (ctypes.c_char_p, ctypes.py_object), ctypes.py_object
+            self._direct = direct
         self._ops = ops
 
     def repeated(self) -> bool:
@@ -160,6 +180,11 @@ class Launcher:
 
     def _attach(self, offer: _Offer) -> None:
         self._ops.attach(offer.name, offer.overload, offer.device.upper(), offer.owner)
+        if self._direct is not None:
+            called = offer.overload_of()
+            usual = function_of(called)
+            usual = getattr(usual, "usual", usual)
+            call_through(called, self._direct(offer.called.encode(), usual))
 
     def _recorded(self, called: str) -> Run:
         """The op in Python, recorded where C++ asks for it."""
@@ -196,7 +221,7 @@ def library() -> Path:
         raise BuildError(reason)
     path, command = target(), compiler()
     if not intact(path):
-        log.warning("compiling the launcher of kernels with %s: half a minute, this once", shlex.join(command))
+        log.warning("compiling the launcher of kernels with %s: up to a minute, this once", shlex.join(command))
     before = time.monotonic()
     if build_once(path, lambda made: _compile(command, made)):
         log.info("the launcher of kernels: built in %.0f s", time.monotonic() - before)
@@ -207,14 +232,25 @@ def target() -> Path:
     """Where it lies, built or not. Raises BuildError: no compiler."""
     command = compiler()
     version, _ = run_compiler([*command, "--version"], "C++ compiler", _REMEDY)
-    about = (*_FLAGS, *command, version, torch.__version__, str(torch.version.git_version))
-    return target_of(f"quartet_launcher-{fingerprint(SOURCE.read_bytes(), *(part.encode() for part in about))}")
+    about = (*_FLAGS, *command, version, torch.__version__, str(torch.version.git_version),
+             str(_python_headers()), sys.version)
+    sources = (path.read_bytes() for path in sorted(_FOLDER.glob("*.cpp")) + sorted(_FOLDER.glob("*.h")))
+    return target_of(f"quartet_launcher-{fingerprint(*sources, *(part.encode() for part in about))}")
+
+
+def _python_headers() -> Path | None:
+    """The folder of Python.h, if it is installed; without it ops are called through PyTorch's dispatcher alone."""
+    folder = Path(sysconfig.get_paths()["include"])
+    return folder if (folder / "Python.h").is_file() else None
 
 
 def _compile(command: list[str], path: Path) -> None:
-    root = Path(torch.__file__).parent
-    run_compiler([*command, *_FLAGS, f"-I{root / 'include'}", str(SOURCE), "-o", str(path), f"-L{root / 'lib'}",
-                  "-ltorch_cpu", "-lc10", "-ldl"], "C++ compiler", _REMEDY)
+    root, python = Path(torch.__file__).parent, _python_headers()
+    sources = [_FOLDER / "replay.cpp", *([_FOLDER / _DIRECT] if python else [])]
+    folders = [root / "include", root / "include/torch/csrc/api/include", *([python] if python else [])]
+    libraries = ["-ltorch_cpu", "-lc10", "-ldl", *(["-ltorch_python"] if python else [])]
+    run_compiler([*command, *_FLAGS, *(f"-I{folder}" for folder in folders), *map(str, sources), "-o", str(path),
+                  f"-L{root / 'lib'}", *libraries], "C++ compiler", _REMEDY)
 
 
 LAUNCHER = Launcher()

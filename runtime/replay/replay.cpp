@@ -26,6 +26,9 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include "replay.h"
+
+namespace quartet {
 namespace {
 
 using c10::IValue;
@@ -288,20 +291,25 @@ struct Known {
   std::shared_ptr<const Plan> plan;
 };
 
+}  // namespace
+
 constexpr int64_t kEvery = -1;  // no version
 
 struct Attached {
-  Attached(std::string name, c10::OperatorHandle python, int64_t owner)
-      : name(std::move(name)), python(python), owner(owner) {}
+  Attached(std::string name, c10::OperatorHandle python, c10::DispatchKey key, int64_t owner)
+      : name(std::move(name)), python(python), key(key), owner(owner) {}
 
   const std::string name;
   const c10::OperatorHandle python;
+  const c10::DispatchKey key;  // whose calls it takes
   const int64_t owner;  // its position; −1: none
   std::shared_mutex guard;
   std::unordered_map<Signature, Known, HashOf> known;
   std::unordered_map<Signature, int64_t, HashOf> permitted;  // to the owner's version at the last call, or kEvery
   std::atomic<int64_t> replays{0}, runs{0}, forgotten{0};
 };
+
+namespace {
 
 // Neither is ever destroyed: at the end of a process the dispatcher and the memory of plans may go first.
 std::mutex registry_guard;
@@ -367,10 +375,10 @@ at::Tensor view(const at::Tensor& base, const Result& result) {
   return made;
 }
 
-void replay(const Attached& op, const Plan& plan, const Inputs& inputs, Stack* stack, size_t arguments) {
+void replay(const Attached& op, const Plan& plan, const Inputs& inputs, std::vector<at::Tensor>& results) {
   const auto device = inputs.front()->device();
   const c10::OptionalDeviceGuard guard(device.is_cpu() ? std::nullopt : std::optional(device));
-  const c10::DispatchKeySet key(device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
+  const c10::DispatchKeySet key(op.key);
   c10::SmallVector<at::Tensor, 8> buffers;
   for (const auto& buffer : plan.buffers) buffers.push_back(allocate(buffer, device, key));
   void* const stream = current_stream(device);
@@ -394,15 +402,46 @@ void replay(const Attached& op, const Plan& plan, const Inputs& inputs, Stack* s
                                                       step.threads, 1, 1, step.shared, stream, pointers.data(), nullptr);
     });
   }
-  torch::jit::drop(*stack, arguments);
   for (const auto& result : plan.results) {
     auto& buffer = buffers[result.buffer];
     if (result.whole) {
-      stack->emplace_back(std::move(buffer));
+      results.push_back(std::move(buffer));
     } else {
-      stack->emplace_back(view(buffer, result));
+      results.push_back(view(buffer, result));
     }
   }
+}
+
+// ---- calls ----------------------------------------------------------------------------------------------------------
+
+// Whether all arguments are of kinds that are understood.
+bool describe(const IValue* arguments, size_t count, Signature& signature, Inputs& inputs) {
+  for (size_t i = 0; i < count; ++i) {
+    if (!write(arguments[i], signature.words, inputs)) return false;
+  }
+  return true;
+}
+
+// The signature of a call whose owner is there, with the place of the owner.
+bool describe_owned(const Attached& op, const IValue* arguments, size_t count, Signature& signature) {
+  Inputs inputs;
+  const auto& owner = arguments[op.owner].toTensor();
+  if (owner.is_inference() || !describe(arguments, count, signature, inputs)) return false;
+  signature.words.push_back(reinterpret_cast<int64_t>(owner.data_ptr()));
+  signature.finish();
+  return true;
+}
+
+bool has_owner(const Attached& op, const IValue* arguments) {
+  return op.owner >= 0 && !arguments[op.owner].isNone();
+}
+
+template <typename Entry>
+std::optional<Entry> find(Attached& op, const std::unordered_map<Signature, Entry, HashOf>& entries,
+                          const Signature& signature) {
+  const std::shared_lock lock(op.guard);
+  const auto found = entries.find(signature);
+  return found == entries.end() ? std::nullopt : std::optional(found->second);
 }
 
 class Replay final : public c10::OperatorKernel {
@@ -410,85 +449,110 @@ class Replay final : public c10::OperatorKernel {
   explicit Replay(Attached& op) : op_(op) {}
 
   void operator()(const c10::OperatorHandle& handle, c10::DispatchKeySet keys, Stack* stack) {
-    const size_t arguments = handle.schema().arguments().size();
-    IValue* const first = stack->data() + stack->size() - arguments;
-    if (enabled && op_.owner >= 0 && !first[op_.owner].isNone()) {
-      Signature signature;
-      const auto& owner = first[op_.owner].toTensor();
-      if (owner.is_inference() || !describe(first, arguments, signature, nullptr)) {
-        run(keys, stack);
-        return;
-      }
-      signature.words.push_back(reinterpret_cast<int64_t>(owner.data_ptr()));
-      signature.finish();
-      const int64_t version = owner._version();
-      const auto before = last_version(signature);
-      if (!before || *before == version) {
-        const Pushed<Owned> call(owned, {&op_, &signature, version, before.has_value()});
-        run(keys, stack);
-        return;
-      }
-      if (*before != kEvery) remember(op_, op_.permitted, signature, version);
-      first[op_.owner] = IValue();
-    }
-    Signature signature;
-    signature.words.swap(scratch());
-    signature.words.clear();
-    Inputs inputs;
-    if (!enabled || !describe(first, arguments, signature, &inputs) || inputs.empty()) {
-      run(keys, stack);
+    const size_t count = handle.schema().arguments().size();
+    IValue* const arguments = stack->data() + stack->size() - count;
+    std::vector<at::Tensor> results;
+    if (serve(op_, arguments, count, results)) {
+      torch::jit::drop(*stack, count);
+      for (auto& result : results) stack->emplace_back(std::move(result));
       return;
     }
-    signature.finish();
-    const auto known = find(signature);
-    if (C10_LIKELY(known && known->plan != nullptr)) {
-      replay(op_, *known->plan, inputs, stack, arguments);
-      ++op_.replays;
-      signature.words.swap(scratch());
-    } else if (known && known->state == Known::kSeen) {
-      const Pushed<Recording> call(recordings, {&op_, &signature});
+    Signature signature;
+    Inputs inputs;
+    if (!enabled) {
+      run(keys, stack);
+    } else if (has_owner(op_, arguments)) {
+      run_owned(keys, stack, arguments, count);
+    } else if (!describe(arguments, count, signature, inputs) || inputs.empty()) {
       run(keys, stack);
     } else {
-      if (!known) remember(op_, op_.known, signature, {});
-      run(keys, stack);
+      signature.finish();
+      run_described(keys, stack, signature);
     }
   }
 
  private:
-  static Words& scratch() {
-    thread_local Words words;
-    return words;
-  }
-
   void run(c10::DispatchKeySet keys, Stack* stack) {
     ++op_.runs;
     op_.python.redispatchBoxed(keys, stack);
   }
 
-  std::optional<Known> find(const Signature& signature) {
-    const std::shared_lock lock(op_.guard);
-    const auto found = op_.known.find(signature);
-    return found == op_.known.end() ? std::nullopt : std::optional(found->second);
-  }
-
-  std::optional<int64_t> last_version(const Signature& signature) {
-    const std::shared_lock lock(op_.guard);
-    const auto found = op_.permitted.find(signature);
-    return found == op_.permitted.end() ? std::nullopt : std::optional(found->second);
-  }
-
-  // Whether all arguments are of kinds that are understood.
-  static bool describe(const IValue* first, size_t arguments, Signature& signature, Inputs* tensors) {
-    Inputs own;
-    Inputs& inputs = tensors == nullptr ? own : *tensors;
-    for (size_t i = 0; i < arguments; ++i) {
-      if (!write(first[i], signature.words, inputs)) return false;
+  void run_owned(c10::DispatchKeySet keys, Stack* stack, IValue* arguments, size_t count) {
+    Signature signature;
+    if (!describe_owned(op_, arguments, count, signature)) {
+      run(keys, stack);
+      return;
     }
-    return true;
+    const int64_t version = arguments[op_.owner].toTensor()._version();
+    const auto before = find(op_, op_.permitted, signature);
+    if (before && *before != version) {  // permitted, but without a plan yet
+      if (*before != kEvery) remember(op_, op_.permitted, signature, version);
+      arguments[op_.owner] = IValue();
+      (*this)(op_.python, keys, stack);
+      return;
+    }
+    const Pushed<Owned> call(owned, {&op_, &signature, version, before.has_value()});
+    run(keys, stack);
+  }
+
+  void run_described(c10::DispatchKeySet keys, Stack* stack, const Signature& signature) {
+    const auto known = find(op_, op_.known, signature);
+    if (known && known->state == Known::kSeen) {
+      const Pushed<Recording> call(recordings, {&op_, &signature});
+      run(keys, stack);
+      return;
+    }
+    if (!known) remember(op_, op_.known, signature, {});
+    run(keys, stack);
   }
 
   Attached& op_;
 };
+
+}  // namespace
+
+Attached* attached(const std::string& called) {
+  const std::lock_guard lock(registry_guard);
+  const auto found = registry.find(called);
+  return found == registry.end() ? nullptr : found->second.get();
+}
+
+const c10::FunctionSchema& schema_of(const Attached& op) { return op.python.schema(); }
+
+c10::DispatchKey key_of(const Attached& op) { return op.key; }
+
+bool serve(Attached& op, IValue* arguments, size_t count, std::vector<at::Tensor>& results) {
+  thread_local Signature signature;  // its memory is kept
+  if (!enabled) return false;
+  IValue owner;
+  Signature owned_signature;
+  int64_t version = kEvery;
+  if (has_owner(op, arguments)) {
+    if (!describe_owned(op, arguments, count, owned_signature)) return false;
+    version = arguments[op.owner].toTensor()._version();
+    const auto before = find(op, op.permitted, owned_signature);
+    if (!before || *before == version) return false;
+    if (*before == kEvery) version = kEvery;
+    std::swap(owner, arguments[op.owner]);
+  }
+  signature.words.clear();
+  Inputs inputs;
+  std::optional<Known> known;
+  if (describe(arguments, count, signature, inputs) && !inputs.empty()) {
+    signature.finish();
+    known = find(op, op.known, signature);
+  }
+  if (!known || known->plan == nullptr) {
+    if (!owner.isNone()) std::swap(owner, arguments[op.owner]);
+    return false;
+  }
+  if (version != kEvery) remember(op, op.permitted, owned_signature, version);
+  replay(op, *known->plan, inputs, results);
+  ++op.replays;
+  return true;
+}
+
+namespace {
 
 // ---- what Python calls ----------------------------------------------------------------------------------------------
 
@@ -499,9 +563,9 @@ void attach(const std::string& name, const std::string& overload, const std::str
   const std::lock_guard lock(registry_guard);
   TORCH_CHECK(!registrations.count(called), called, " is attached");
   auto& op = registry[called];
-  if (op == nullptr) op = std::make_unique<Attached>("quartet::" + called, python, owner);
-  auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "quartet", c10::parseDispatchKey(key),
-                                                  __FILE__, __LINE__);
+  const auto taken = c10::parseDispatchKey(key);
+  if (op == nullptr) op = std::make_unique<Attached>("quartet::" + called, python, taken, owner);
+  auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "quartet", taken, __FILE__, __LINE__);
   library->impl(called.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Replay>(*op)));
   registrations[called] = std::move(library);
 }
@@ -525,7 +589,7 @@ Recording& current() {
 void commit(c10::IntArrayRef words, const c10::List<std::string>& names, const std::vector<at::Tensor>& held) {
   auto& recording = current();
   std::vector<std::string> given;
-  for (const std::string name : names) given.push_back(name);
+  for (size_t i = 0; i < names.size(); ++i) given.push_back(names.get(i));
   remember(*recording.op, recording.op->known, *recording.signature,
            {Known::kPlanned, read_plan(words, given, held)});
 }
@@ -570,15 +634,18 @@ std::vector<int64_t> counts(const std::string& called) {
 }
 
 }  // namespace
+}  // namespace quartet
 
 // Whether the call that this thread has just been given is to be recorded; true once a call.
 extern "C" int quartet_claim_recording() {
+  using quartet::recordings;
   if (recordings.empty() || recordings.back().claimed) return 0;
   recordings.back().claimed = true;
   return 1;
 }
 
 TORCH_LIBRARY(quartet_replay, library) {
+  using namespace quartet;
   library.def("open_driver(str path) -> ()", [](std::string path) { open_driver(path); });
   library.def("attach(str name, str overload, str key, int owner) -> ()",
               [](std::string name, std::string overload, std::string key, int64_t owner) {

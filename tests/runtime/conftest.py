@@ -49,4 +49,5 @@ def declare(launcher):
         fragment.impl(name, launcher.offer(name, schema, run, "cpu", **how), "CompositeExplicitAutograd")
         return getattr(torch.ops.quartet, name).default, lambda: launcher.counts(name)
 
+    declare.launcher = launcher
     return declare
