@@ -18,7 +18,7 @@ from torch import fx
 
 from quartet.passes.naming import module_of
 from quartet.report.graph_code import describe, is_backward, op_name
-from quartet.report.table import shorten
+from quartet.report.text import shorten
 
 MATMULS = frozenset(f"aten.{name}" for name in (
     "mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "_scaled_mm_v2", "_grouped_mm", "_scaled_grouped_mm",

@@ -13,6 +13,7 @@ import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.lowering.recipe.types import ROLES
+from quartet.report.text import human_bytes, shorten
 
 WIDTH = 140
 LEFT_ALONE = "left alone"
@@ -20,27 +21,6 @@ SMALL = 1 << 13  # bytes of a tensor that gets no line of its own
 HEADER = ("matmul", "class", "role", "×", "m × n × k", "dtype", "recipe", "kernel", "kept", "remarks")
 FAIR = (34, 6, 5, 4, 14, 5, 7, 12, 10, 4)
 RIGHT = ("×", "kept")
-
-
-def shorten(text: str, width: int) -> str:
-    """``text`` with its middle replaced by ``…`` so that it fits ``width`` characters."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1 + 1) // 2
-    head = width - 1 - tail
-    return text[:head] + "…" + text[len(text) - tail:]
-
-
-def human_bytes(count: int | None) -> str:
-    """``"1.5 MiB"``; ``"–"`` for None."""
-    if count is None:
-        return "–"
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def _ranges(values: Iterable[int]) -> str:

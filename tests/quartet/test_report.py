@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from quartet.lowering.recipe.records import MatmulRecord
-from quartet.report.table import Report, human_bytes, rows, shorten
+from quartet.report.table import Report, rows
+from quartet.report.text import human_bytes, shorten
 
 
 def record(fqn: str = "layers.0.q_proj", role: str = "fprop", site: int = 0, **changes) -> MatmulRecord:
