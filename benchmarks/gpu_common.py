@@ -56,7 +56,7 @@ def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: 
 
     Args:
         column: ``bf16``, one of ``TORCHAO``, or else the name of a recipe or ``.toml`` file for our backend, with
-            ``:none`` or ``:gemm`` after it for the backend's option ``recompute``.
+            ``:none`` or ``:gemm`` after it for the backend's option ``recompute``, or its option ``memory``, ``:0.7``.
         compiler: the torch.compile backend of the peers.
         policy: for our backend instead of the name; anything that its option ``policy`` takes.
         cuda_graphs: record and replay CUDA graphs, as ``mode="reduce-overhead"`` does.
@@ -66,8 +66,9 @@ def compiled(column: str, model: nn.Module, compiler: str = "inductor", policy: 
     graphs = {"triton.cudagraphs": True} if cuda_graphs else {}
     if column == BASELINE or column in TORCHAO:
         return torch.compile(model, backend=compiler, options=graphs or None, dynamic=False, fullgraph=whole)
-    name, _, recompute = column.partition(":")
-    options = {"policy": name if policy is None else policy, **graphs} | ({"recompute": recompute} if recompute else {})
+    name, _, kept = column.partition(":")
+    option = {"recompute" if kept in ("none", "gemm") else "memory": kept} if kept else {}
+    options = {"policy": name if policy is None else policy, **graphs, **option}
     return torch.compile(model, backend=our_backend(), options=options, dynamic=False, fullgraph=whole)
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.lowering.recipe.resolution import Choice, Resolution, SavedChoice
+from quartet.passes.residuals.budget import Budget
 from quartet.runtime.devices import Target
 
 LEAST = 32  # elements: a block of the MX formats, and what an 8-bit tensor core contracts at once
@@ -79,6 +80,8 @@ class Compilation:
         strict: a planned matmul that cannot be lowered is an error.
         disable_passes, disable_kernels: names left out.
         recompute: overrides the recipes' own choice when not None.
+        memory: how much may be kept for backward, by which products and formats are chosen; None chooses nothing.
+        partition: divides a joint graph in two where that is chosen by: the user's own partitioner, or PyTorch's.
         accumulation: of FP8 tensor cores, ``"fast"`` or ``"promoted"``.
         reuse_weights: quantised weights may serve all forwards of an optimizer step.
         portable_rounding: the bits of the reference, also where a device has conversions or sums of its own.
@@ -109,6 +112,9 @@ class Compilation:
     disable_passes: tuple[str, ...] = ()
     disable_kernels: tuple[str, ...] = ()
     recompute: str | None = None
+    memory: Budget | None = None
+    partition: Callable[..., tuple[GraphModule, GraphModule]] | None = field(
+        default=None, metadata=keyed_by(lambda c: c.partition and getattr(c.partition, "uuid", lambda: "PyTorch's")()))
     accumulation: str = "fast"
     reuse_weights: bool = False
     portable_rounding: bool = False

@@ -44,6 +44,7 @@ from quartet.passes.recipe.estimator import estimator
 from quartet.passes.recipe.outliers import outliers
 from quartet.passes.recipe.q_ema import toward
 from quartet.passes.recipe.smooth_swiglu import smooth_swiglu
+from quartet.passes.residuals.choose import begin
 from quartet.passes.residuals.save import save
 from quartet.passes.residuals.unchanged import unchanged
 from quartet.passes.sites import Decided, Decision, Planned, Quantized
@@ -147,7 +148,7 @@ class Pipeline(CustomGraphPass):
             self._bodies.add(body)
         elif self._bodies:
             return None
-        return replace(self.config, weights=self.config.regions.get(body, {}), anchor=None)
+        return replace(self.config, weights=self.config.regions.get(body, {}), anchor=None, memory=None)
 
     def uuid(self) -> str | None:
         """Cache key: source of the package and of what is registered, the compilation, the earlier passes' own keys.
@@ -180,10 +181,13 @@ def source_digest() -> str:
 
 def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
     """All enabled passes over one graph; returns a record for every matmul and role."""
-    if not any(is_backward(node) for node in gm.graph.nodes):
+    trains = any(is_backward(node) for node in gm.graph.nodes)
+    if not trains:
         config = config.evaluating()
     state = State(gm, config)
     rules = Rules(state)
+    if trains and config.memory is not None:
+        begin(gm, config)
     name_modules(gm.graph, config.modules)
     for index, step in enumerate(p for p in PASSES if p.name not in config.disable_passes):
         name = step.name

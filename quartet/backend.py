@@ -14,8 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.lowering import registry
-from quartet.lowering.rates import rates_of
-from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.lowering.rates import Rates, rates_of
+from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import ROLES
 from quartet.lowering.targets import inductor
 from quartet.model.first_use import calibrate_once
@@ -25,6 +25,7 @@ from quartet.model.trained import tokens_for
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.compilation import Compilation, Observer
+from quartet.passes.residuals.budget import DEFAULT, Budget
 from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
@@ -61,12 +62,13 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                   inner_compile: Callable[..., Any] | None = None,
                   collect: Callable[[list[MatmulRecord]], None] | None = None,
                   collect_saved: Callable[[list[SavedRecord]], None] | None = None,
+                  collect_memory: Callable[[list[MemoryRecord]], None] | None = None,
                   say: Callable[..., None] | None = None, remember: bool = True,
                   observers: Sequence[Observer] = ()) -> Callable[..., Any]:
     """:func:`quartet` with parsed options.
 
-    ``inner_compile`` replaces Inductor's code generation, ``collect`` and ``collect_saved`` get the records,
-    ``observers`` see the graph around each pass. Whoever asks for any of them is not answered from a cache.
+    ``inner_compile`` replaces Inductor's code generation, ``collect`` and its like get the records, ``observers`` see
+    the graph around each pass. Whoever asks for any of them is not answered from a cache.
     ``say(names, records, saved)`` is called instead of warning of what the graphs of a model have shown so far.
     ``remember``: layers are decided from now on by the tokens that training has here, see ``quartet.model.trained``.
     """
@@ -99,6 +101,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         collect(step.records)
     if collect_saved is not None and kept:
         collect_saved(kept)
+    if collect_memory is not None and saved is not None:
+        collect_memory(saved.memory)
     judge = partial(_say, judge_of(options.policy, names), options.target or Target.of(device))
     (say or judge)(names, step.records, kept)
     return compiled
@@ -115,13 +119,15 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if options.dump is not None:
         observers = (*observers, GraphDump(options.dump, emit_artifact=compat.emit_artifact))
     replayed = compat.cuda_graphs(options.inductor)
-    told = replace(options, reuse_weights=options.reuse_weights and not replayed)
+    told = replace(options, reuse_weights=options.reuse_weights and not replayed, memory=_budget(tensors, options))
+    if told.memory is not None and told.memory.kind == "fastest" and told.recompute is None:
+        told = replace(told, recompute="none")
     if not quantizes(options.policy):
         told = replace(told, disable_passes=(*options.disable_passes, "canonicalize"))
     compilation = Compilation(
         **_shared(told), **_shared(names), options=options.key(), tokens=tokens.trained, guessed=tokens.guessed,
-        stream=data_parallel_stream(example_inputs), observers=tuple(observers), replayed=replayed,
-        autotune=compat.max_autotune(options.inductor), **_prices(tensors, options),
+        stream=data_parallel_stream(example_inputs), partition=_partition(told), observers=tuple(observers),
+        replayed=replayed, autotune=compat.max_autotune(options.inductor), **_prices(tensors, told),
         anchor=len(example_inputs) if names.weights and remembers(options.policy) else None,
         answers=kernels_here(gm, example_inputs, options), threads=torch.get_num_threads(), version=torch.__version__)
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
@@ -135,17 +141,42 @@ def _shared(source: Any) -> dict[str, Any]:
 
 
 def _prices(tensors: Iterable[torch.Tensor], options: Options) -> dict[str, Any]:
-    """What a compilation is told of the rates of the graph's devices, where the policy asks for them."""
-    if not options.policy.where_it_pays:
+    """What a compilation is told of the rates of the graph's devices, where the policy or a budget asks for them."""
+    if not options.policy.where_it_pays and options.memory is None:
         return {}
+    known = _rates(tensors, options)
+    return {"priced": options.policy.where_it_pays and bool(known), "rates": repr(known) if known else ""}
+
+
+def _rates(tensors: Iterable[torch.Tensor], options: Options) -> list[Rates]:
     targets = sorted({options.target or Target.of(tensor.device) for tensor in tensors}, key=repr)
-    known = [rates for rates in map(rates_of, targets) if rates is not None]
-    return {"priced": bool(known), "rates": repr(known) if known else ""}
+    return [rates for rates in map(rates_of, targets) if rates is not None]
+
+
+def _budget(tensors: Iterable[torch.Tensor], options: Options) -> Budget | None:
+    """By what is chosen what is kept; None where recipes and rules say all.
+
+    Unless the user asks, that is where products would run again that need not, and the time is known that it takes.
+    """
+    if options.memory is not None:
+        return None if options.memory.kind == "recipe" else options.memory
+    again = options.recompute is None and any(recipe.recompute == "gemm" for recipe in recipes_of(options.policy))
+    divided = compat.replaces_partitioner() and compat.partitioner(options.inductor)[0] is None
+    return DEFAULT if again and divided and _rates(tensors, options) else None
+
+
+def _partition(options: Options) -> Callable[..., Any] | None:
+    """What divides a joint graph where it is chosen by that what is kept."""
+    if options.memory is None:
+        return None
+    own, default = compat.partitioner(options.inductor)
+    own = own.own if isinstance(own, SavedActivations) else own
+    return own or default
 
 
 def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivations | None:
-    """What splits the graph that ``step`` has rewritten, where the policy is about saved activations."""
-    if not saves(options.policy):
+    """What splits the graph that ``step`` has rewritten, where anything that is kept may be in another format."""
+    if step.config.memory is None and not saves(options.policy):
         return None
     own, default = compat.partitioner(options.inductor)
     if isinstance(own, SavedActivations):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
 from quartet.options import Options
 from quartet.passes.compilation import Observer
 from quartet.policy import Policy
@@ -48,6 +48,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     judge, graphs = Judge(parsed.policy), []
     records: list[MatmulRecord] = []
     saved: list[SavedRecord] = []
+    memory: list[MemoryRecord] = []
     capture = Capture()
     if target is not None:
         parsed, capture = replace(parsed, target=Target.named(target)), Pretence()
@@ -60,7 +61,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
-                             collect_saved=saved.extend, say=noted, remember=False, observers=(stand_ins,))
+                             collect_saved=saved.extend, collect_memory=memory.extend, say=noted, remember=False,
+                             observers=(stand_ins,))
 
     stand_ins = _StandIns(parsed)
     with unchanged(inner):
@@ -71,7 +73,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     chosen_for = parsed.target or Target.of(device)
     notes = (*capture.notes, *_prices(parsed.policy, chosen_for, records), *_foreign(chosen_for), *stand_ins.notes())
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
-                  policy=str(parsed.policy), notes=notes, saved=saved)
+                  policy=str(parsed.policy), notes=notes, saved=saved, memory=memory)
 
 
 class _StandIns(Observer):

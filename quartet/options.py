@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Self, get_args, get_origin
 
 from quartet.passes.compilation import UNKEYED, key_of, keyed_by
+from quartet.passes.residuals.budget import Budget
 from quartet.policy import AUTO, Policy
 from quartet.recipes import PolicyError, did_you_mean
 from quartet.runtime.devices import Target
@@ -82,6 +83,15 @@ def _folder(name: str, value: object, known: Known) -> str | None:
     return os.fspath(value)
 
 
+def _memory(name: str, value: object, known: Known) -> Budget | None:
+    if value is None or isinstance(value, Budget):
+        return value
+    try:
+        return Budget.parse(value)
+    except ValueError as error:
+        raise OptionError(f"option {name!r} is {error}") from None
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one compilation: those of the user, each declared once, and what Inductor is told beside them.
@@ -121,6 +131,10 @@ class Options:
     open_attention: bool = option(
         False, _switch, "write scaled_dot_product_attention as two matmuls and a softmax, whose op classes are "
         "attention_qk and attention_pv; the probabilities are then kept for backward")
+    memory: Budget | None = option(
+        None, _memory, "what may be kept between forward and backward, within which the fastest is chosen: a share of "
+        "what BF16 keeps (0.7), bytes of a graph ('12GiB'), 'least', 'fastest', or 'recipe': nothing is chosen. By "
+        "default 0.8 by lossless choices alone, where the device's rates are known and a recipe recomputes products")
     eval: str | None = option(
         AS_TRAINED, _one_of(AS_TRAINED, none="evaluate in the model's own dtype"), "what graphs without a backward "
         "compute: 'as trained', with what training quantises, or None, in the model's own dtype")

@@ -150,6 +150,11 @@ def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(own) if isinstance(own, (list, tuple)) else (own,)
 
 
+def replaces_partitioner() -> bool:
+    """Whether this PyTorch lets somebody replace the partitioner."""
+    return CustomPartitionerFn is not object and hasattr(inductor_config, "custom_partitioner_fn")
+
+
 def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
     """The user's own ``custom_partitioner_fn`` (of ``options``, else of Inductor's config) or None, and what splits the
     joint graph where there is none.
@@ -157,10 +162,10 @@ def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
     Raises:
         ImportError: this PyTorch lets nobody replace the partitioner.
     """
-    if CustomPartitionerFn is object or not hasattr(inductor_config, "custom_partitioner_fn"):
+    if not replaces_partitioner():
         raise ImportError(f"torch {torch.__version__} has no torch._inductor.config.custom_partitioner_fn, without "
                           f"which activations cannot be saved in eight bits; tested versions: {', '.join(TESTED)}. "
-                          "Leave out the rules with op='saved'")
+                          "Leave out the rules with op='saved' and the option memory")
     own = options.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
     return own, _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
 

@@ -81,6 +81,7 @@ class SavedRecord:
         saved: format that is kept instead, ``"e4m3/16 nearest"``; None when it is left exact.
         saved_bytes: bytes that are kept; equal to ``bytes`` when left exact, 0 when something else that is kept serves.
         reason: why it is left exact, or what serves instead; else the part of the policy that decided.
+        seconds: what that is predicted to take; None where it is not known.
     """
 
     name: str
@@ -92,7 +93,54 @@ class SavedRecord:
     saved: str | None
     saved_bytes: int
     reason: str
+    seconds: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON-serialisable values."""
         return {**asdict(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One point of a frontier: bytes kept, their share of what BF16 keeps, and seconds beyond keeping everything."""
+
+    bytes: int
+    of_bf16: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """What was chosen to be kept of one compiled graph.
+
+    Args:
+        budget: what was asked for. limit: in bytes; None for no limit.
+        bf16_bytes: what the same graph keeps between forward and backward as it is without us.
+        saved_bytes: what it keeps now. least: the fewest bytes that could have been chosen.
+        seconds: predicted, of a step, beyond keeping everything exactly.
+        nominal: no rates are known for the device: seconds are good for an order only.
+        again: groups of products that backward runs again. encoded: tensors that are kept in fewer bits.
+        slack: by how many bytes the budget may be undershot for the number of choices; 0: the choice is the best.
+        frontier: what could have been chosen instead, from the least bytes to the least time.
+    """
+
+    budget: str
+    limit: int | None
+    bf16_bytes: int
+    saved_bytes: int
+    least: int
+    seconds: float
+    nominal: bool
+    again: int
+    encoded: int
+    slack: int
+    frontier: tuple[Tradeoff, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is kept is within the budget."""
+        return self.limit is None or self.limit == 0 or self.saved_bytes <= self.limit
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON-serialisable values."""
+        return {**asdict(self), "frontier": [asdict(point) for point in self.frontier]}

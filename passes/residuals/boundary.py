@@ -84,6 +84,12 @@ def storages(kept: Sequence[Kept]) -> list[Storage]:
     return list(found.values())
 
 
+def shown_roots(forward: GraphModule, outputs: int) -> set[Node]:
+    """What the user's own results, the first of forward's, are views or casts of."""
+    shown = [n for n in returned(forward)[:outputs] if isinstance(n, Node) and not is_symbol(n)]
+    return {storage.root for storage in storages([Kept(n, n) for n in shown])}
+
+
 def origin(node: Node) -> Node:
     """The node that computes what ``node`` is a view or an exact cast of; a cast of an input is computed itself."""
     cast = None

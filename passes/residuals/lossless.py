@@ -91,6 +91,11 @@ def why_exact(storage: Storage, outputs: Iterable[Node], backward: Backward, sav
     return reason
 
 
+def read_by_attention(storage: Storage, backward: Backward) -> bool:
+    """Whether a fused attention reads it in backward, which cannot decode what it reads."""
+    return any(_is_attention(reader) for part in storage.parts for reader in backward.readers(part.read))
+
+
 def _what_it_is(storage: Storage, outputs: set[Node]) -> str | None:
     root, value = storage.root, val(storage.root)
     if value.dtype not in FLOATS:
@@ -140,7 +145,7 @@ def _what_follows(storage: Storage, backward: Backward) -> str | None:
 def _is_shifted(node: Node | None) -> bool:
     """x − statistic, as softmax has it."""
     if node is None or op_name(node) != "sub":
-        return node is not None and node.target is CAST and _is_shifted(source(node))
+        return node is not None and (node.target is CAST or above_view(node) is not None) and _is_shifted(source(node))
     b = argument(node, "other")
     return isinstance(b, Node) and isinstance(b.meta.get("val"), torch.Tensor) and not same_sizes(shape(b), shape(node))
 

@@ -1,8 +1,8 @@
 """Eight bits an element for what forward leaves to backward and no product reads: a partitioner around the partitioner.
 
 The graph is split first, as it would be without us, so what is kept and what is computed again stays the partitioner's
-choice. Then each kept tensor that may lose precision is replaced by its codes and scales in forward's results, and
-decoded in backward where it is first read. Forward's own values are not touched.
+choice. Then each kept tensor that may lose precision, by the policy or for a budget of bytes, is replaced by its codes
+and scales in forward's results, and decoded in backward where it is first read. Forward's own values are not touched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import ir, registry
+from quartet.lowering import ir
 from quartet.lowering.ir.graph import (
     Builder,
     aten,
@@ -32,43 +32,35 @@ from quartet.lowering.ir.graph import (
 from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY
 from quartet.lowering.ir.ops.saved import DECODE, ENCODE
 from quartet.lowering.ir.views import Dequantize, Quantize
-from quartet.lowering.recipe.records import SavedRecord
-from quartet.lowering.recipe.resolution import SavedChoice
+from quartet.lowering.recipe.records import MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import Saved
 from quartet.passes.compilation import Compilation
 from quartet.passes.naming import module_of
 from quartet.passes.pipeline import source_digest
 from quartet.passes.quantize.randomness import draw_seed
 from quartet.passes.residuals.boundary import (
-    Kept,
     Storage,
     byte_count,
     chain,
     dense_order,
-    is_symbol,
     pairs,
     returned,
     storages,
     stored_bytes,
 )
-from quartet.passes.residuals.lossless import Backward, maker_name, why_exact
+from quartet.passes.residuals.choose import PLAN_KEY, Plan, formats_of, measured
+from quartet.passes.residuals.formats import Formats, Way
+from quartet.passes.residuals.knapsack import Frontier
+from quartet.passes.residuals.lossless import maker_name
+from quartet.passes.residuals.trial import Division
 from quartet.passes.state import State
 from quartet.runtime.compat import CustomPartitionerFn
-from quartet.runtime.devices import Target
 
 log = logging.getLogger("quartet")
 
 DRAW = 15  # of the sixteen draws that a site has; the products take the first (see kernels.reference.philox.Draw)
 Pair = tuple[GraphModule, GraphModule]
 _KIND = ("saved_tensor_with_no_vc_check",)  # by which AOTAutograd sorts forward's results
-
-
-def not_generated(saved: Saved, target: Target) -> str | None:
-    """Why code that Inductor generates for a device cannot make a format's codes; None where it can."""
-    if saved.element != "e4m3" or registry.not_generated(target, QuantSpec.parse("e4m3/16 fp32 amax nearest")) is None:
-        return None
-    return (f"generated code has no {saved.element} on {target}: Triton converts to it from compute capability 8.9 on; "
-            "take a format of bytes, such as mesa8")
 
 
 class SavedActivations(CustomPartitionerFn):
@@ -82,12 +74,16 @@ class SavedActivations(CustomPartitionerFn):
     def __init__(self, config: Compilation, own: Any, default: Callable[..., Pair]) -> None:
         self.config, self.own, self.default = config, own, default
         self.records: list[SavedRecord] = []
+        self.memory: list[MemoryRecord] = []
 
     def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Pair:
+        plan: Plan | None = gm.graph.output_node().meta.get(PLAN_KEY)
         forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)
-        rewriting = _Rewriting(forward, backward, kwargs["num_fwd_outputs"], self.config)
-        records = rewriting.run(self.config.policy.resolve_saved)
+        rewriting = _Rewriting(Division(forward, backward, kwargs["num_fwd_outputs"]), self.config, plan)
+        records = rewriting.run()
         self.records += records
+        if rewriting.memory is not None:
+            self.memory.append(rewriting.memory)
         for observer in self.config.observers:
             observer.saved(records, forward, backward)
         return forward, backward
@@ -126,42 +122,51 @@ class _Codes:
 class _Rewriting:
     """One pair of graphs."""
 
-    def __init__(self, forward: GraphModule, backward: GraphModule, outputs: int, config: Compilation) -> None:
-        self.forward, self.backward, self.outputs = forward, backward, outputs
-        self.state = State(forward, config)
-        self.kept = pairs(forward, backward, outputs)
+    def __init__(self, division: Division, config: Compilation, plan: Plan | None) -> None:
+        self.forward, self.backward, self.outputs = division.forward, division.backward, division.outputs
+        self.division, self.plan = division, plan
+        self.memory: MemoryRecord | None = None
+        self.state = State(self.forward, config)
+        self.kept = pairs(self.forward, self.backward, self.outputs)
         self.instead: dict[Node, list[Node]] = {}  # a result of forward → what is returned in its place
         self.read: dict[Node, Node] = {kept.made: kept.read for kept in self.kept}
         self.scales = {kept.made.meta[CODES_KEY]: kept.read for kept in self.kept if CODES_KEY in kept.made.meta}
 
-    def run(self, resolve: Callable[[str | None], SavedChoice]) -> list[SavedRecord]:
-        """Rewrite both graphs; a record for everything kept that is no input."""
+    def run(self) -> list[SavedRecord]:
+        """Rewrite both graphs; a record for everything kept that is no input, and for what runs again instead."""
+        plan = self.plan
         with editing(self.forward), editing(self.backward):
-            self.seen = Backward(self.backward.graph)
-            shown = [n for n in returned(self.forward)[:self.outputs] if isinstance(n, Node) and not is_symbol(n)]
-            self.shown = {storage.root for storage in storages([Kept(n, n) for n in shown])}
             own = [storage for storage in storages(self.kept) if storage.root.op != "placeholder"]
-            records = [self._decide(site, storage, resolve) for site, storage in enumerate(own)]
+            chooses = plan is not None and not plan.budget.lossless
+            formats = formats_of(self.state.config, self.division, chooses,
+                                 lambda storage: self._codes_already(storage) is not None)
+            ways = [formats.ways(storage, module_of(storage.root)) for storage in own]
+            frontier = Frontier([[way.cost for way in each] for each in ways])
+            limit = None if plan is None else plan.budget.limit(plan.plain)
+            point = frontier.within(limit) or frontier.least()
+            records = [self._apply(site, storage, each[pick], formats)
+                       for site, (storage, each, pick) in enumerate(zip(own, ways, point.picks, strict=True))]
             self._return()
+        if plan is not None:
+            self.memory = measured(plan, frontier, point, records, self.state.config)
+            records = [*plan.again, *records]
         return records
 
-    def _decide(self, site: int, storage: Storage, resolve: Callable[[str | None], SavedChoice]) -> SavedRecord:
-        source, fqn = storage.source, module_of(storage.root)
-        before, choice = stored_bytes(storage), resolve(fqn)
-        record = SavedRecord(storage.parts[0].made.name, fqn or "", maker_name(storage.root),
-                             tuple(size if isinstance(size, int) else str(size) for size in shape(source)),
-                             dtype_name(val(source).dtype), before, None, before, choice.reason)
-        if choice.saved is None:
+    def _apply(self, site: int, storage: Storage, way: Way, formats: Formats) -> SavedRecord:
+        """Keep a storage in one way; a record of it."""
+        before = stored_bytes(storage)
+        record = SavedRecord(storage.parts[0].made.name, module_of(storage.root), maker_name(storage.root),
+                             tuple(size if isinstance(size, int) else str(size) for size in shape(storage.source)),
+                             dtype_name(val(storage.source).dtype), before, None, before, way.reason,
+                             formats.prices(storage).seconds(way.cost.time))
+        if way.saved is None:
             return record
-        if (reason := why_exact(storage, self.shown, self.seen, choice.saved)) is not None:
-            return replace(record, reason=reason)
-        if (codes := self._codes_already(storage)) is not None:
+        if way.served:
+            codes = self._codes_already(storage)
+            assert codes is not None
             self._decode_from(storage, lambda build: codes.values(build, storage.root))
-            return replace(record, saved=codes.spec, saved_bytes=0,
-                           reason="from the codes of a product's operand, which are kept anyway")
-        if (reason := not_generated(choice.saved, self.state.config.target_of(val(source).device))) is not None:
-            return replace(record, reason=reason)
-        return replace(record, saved=str(choice.saved), saved_bytes=self._encode(storage, choice.saved, site))
+            return replace(record, saved=codes.spec, saved_bytes=0)
+        return replace(record, saved=str(way.saved), saved_bytes=self._encode(storage, way.saved, site))
 
     def _encode(self, storage: Storage, saved: Saved, site: int) -> int:
         """Codes and scales among forward's results, their values in backward; bytes that are kept now."""

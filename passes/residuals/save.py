@@ -3,7 +3,8 @@
 Packed codes, scales and masks are results of opaque ops, which the partitioner never recomputes, and no
 backward node reads the original X: so they are what is kept. With ``recompute="gemm"`` the output of a
 GEMM is not kept either where backward has the codes of both operands anyway: it runs the product again. Selective
-checkpointing that saves the output of such a GEMM has the codes kept, which are fewer bytes than that output.
+checkpointing that saves the output of such a GEMM has the codes kept, which are fewer bytes than that output. Under a
+budget of bytes (option ``memory``) it is chosen for each product whether its output is kept (``choose``).
 Where X itself is to be made again in backward, as the columns of a convolution are, so is its quantised form.
 """
 
@@ -16,6 +17,7 @@ from quartet.lowering import ir
 from quartet.lowering.ir.graph import SAVED, aten, is_backward, source_of
 from quartet.lowering.ir.operands import Product, Quantizer, quantizer_of
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.residuals.choose import choose
 from quartet.passes.sites import SITE_KEY, Quantized
 from quartet.passes.state import State
 
@@ -29,15 +31,29 @@ def save(state: State) -> None:
     for site in sites.values():
         if site.recomputes_x and "x" in site.operands:
             _make_again(site.operands["x"].codes)
+    candidates = {}
     for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
         index, role = node.meta[SITE_KEY]
-        site = sites[index]
-        choice = state.config.recompute or site.recipe.recompute
-        asked = node.meta.get("recompute")
-        if role == "fprop" and choice == "gemm" and keeps_codes(site) and (asked is None or asked in SAVED):
+        site, asked = sites[index], node.meta.get("recompute")
+        if role != "fprop" or not keeps_codes(site) or not (asked is None or asked in SAVED):
+            continue
+        if asked is None and _is_open(state, site):
+            candidates[node] = site
+        elif (state.config.recompute or site.recipe.recompute) == "gemm":
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             if asked is not None:
                 _keep_codes(node)
+    if state.config.memory is not None:
+        for node in choose(state, candidates):
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_open(state: State, site: Quantized) -> bool:
+    """Whether it is to be chosen if backward runs the product of a site again."""
+    memory, recompute = state.config.memory, state.config.recompute
+    if memory is None or recompute == "gemm" or (recompute == "none" and memory.kind != "fastest"):
+        return False
+    return not memory.lossless or site.recipe.recompute == "gemm"
 
 
 def _keep_codes(product: Node) -> None:

@@ -11,7 +11,7 @@ from quartet.lowering import registry
 from quartet.lowering.ir import SCALED_BMM, SCALED_MM
 from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
 from quartet.lowering.recipe.types import OP_CLASSES, ROLES, Gemm, Recipe, Rotation
-from quartet.passes.residuals.partition import not_generated as saved_not_generated
+from quartet.passes.residuals.formats import not_generated as saved_not_generated
 from quartet.policy.possible import obstacle
 from quartet.recipes import built_in
 from quartet.runtime.devices import Target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,8 +12,9 @@ from itertools import pairwise
 
 import torch
 
-from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
+from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import ROLES
+from quartet.report import memory as frontiers
 from quartet.report.text import human_bytes, shorten
 
 WIDTH = 140
@@ -124,12 +126,13 @@ def saved_table(records: Sequence[SavedRecord]) -> str:
         for slot in zip(*{tuple(int(i) for i in _INDEX.findall(name)) for name in names if "#" in fqn}, strict=True):
             fqn = fqn.replace("#", _ranges(set(slot)), 1)
         before, after = (human_bytes(n * len(names) if g.shape else aside) for n in (g.bytes, g.saved_bytes))
+        time = frontiers.seconds(g.seconds * len(names)) if g.seconds else ""
         rows.append((fqn or "(no module)", g.op, str(len(names)) if len(names) > 1 else "", "×".join(map(str, g.shape)),
-                     g.dtype.removeprefix("torch."), before, g.saved or "exact", after,
+                     g.dtype.removeprefix("torch."), before, g.saved or "exact", after, time,
                      f"[{reasons.index(g.reason) + 1}]"))
-    head = ("saved by", "op", "×", "shape", "dtype", "before", "kept as", "after", "why")
+    head = ("saved by", "op", "×", "shape", "dtype", "before", "kept as", "after", "time", "why")
     widths = [min(max(map(len, column)), 32) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(shorten(c, w).rjust(w) if h in ("×", "before", "after") else shorten(c, w).ljust(w)
+    lines = ["  ".join(shorten(c, w).rjust(w) if h in ("×", "before", "after", "time") else shorten(c, w).ljust(w)
                        for h, c, w in zip(head, row, widths, strict=True)).rstrip() for row in (head, *rows)]
     return "\n".join([*lines, *(f"{f'[{i}]':<9} {reason}" for i, reason in enumerate(reasons, 1))])
 
@@ -147,18 +150,21 @@ class Report:
         device: what it was compiled for, ``"cuda:0 (NVIDIA H200)"``.
         policy: the policy as text.
         notes: remarks on the whole graph.
-        saved: what is kept between forward and backward, where the policy is about it.
+        saved: what is kept between forward and backward, where the policy is about it or a budget.
+        memory: what was chosen for a budget, a record a graph.
     """
 
     def __init__(self, records: Iterable[MatmulRecord], saved_bytes_total: int | None = None, *,
                  torch_version: str | None = None, device: str | None = None, policy: str | None = None,
-                 notes: Iterable[str] = (), saved: Iterable[SavedRecord] = ()) -> None:
+                 notes: Iterable[str] = (), saved: Iterable[SavedRecord] = (),
+                 memory: Iterable[MemoryRecord] = ()) -> None:
         self.records = tuple(records)
         self.torch_version = torch_version or torch.__version__
         self.device = device
         self.policy = policy
         self.notes = tuple(notes)
         self.saved = tuple(saved)
+        self.memory = tuple(memory)
         known = [r.saved_bytes for r in self.records if r.saved_bytes is not None]
         self.saved_bytes_total = saved_bytes_total if saved_bytes_total is not None else sum(known) if known else None
 
@@ -205,6 +211,7 @@ class Report:
             + f"{'; ' if any(s is not None for _, s in shares) else ''}in total {_percent(self.flops_share())}"
             + (f" ({symbolic} with symbolic sizes not counted)" if symbolic else ""),
             f"kept      {human_bytes(self.saved_bytes_total)} between forward and backward",
+            *frontiers.memory_lines(self.memory),
         ]
         for number, (text, count) in enumerate(self.remarks.items(), 1):
             lines.append(f"{f'[{number}]':<9} {count} × {text}")
@@ -253,7 +260,15 @@ class Report:
             "reasons": self.reasons,
             "matmuls": [r.as_dict() for r in self.records],
             **({"saved": [r.as_dict() for r in self.saved]} if self.saved else {}),
+            **({"memory": [r.as_dict() for r in self.memory]} if self.memory else {}),
         }
+
+    def plot_frontier(self, path: str | os.PathLike[str]) -> None:
+        """Draw the predicted time against what is kept, all that could have been chosen for the option ``memory``.
+
+        Raises ValueError where nothing was chosen, ImportError without matplotlib.
+        """
+        frontiers.plot(self.memory, path)
 
     def html_fragment(self, collapse: bool = True) -> str:
         """Table and totals without a page around them."""

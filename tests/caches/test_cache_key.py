@@ -15,6 +15,7 @@ from quartet.lowering.recipe.types import ROLES
 from quartet.options import AS_TRAINED, OptionError, Options, _one_of, _switch, option
 from quartet.passes import pipeline
 from quartet.passes.compilation import Compilation
+from quartet.passes.residuals.budget import Budget
 from quartet.policy import Policy
 from quartet.runtime.devices import Target
 
@@ -43,7 +44,7 @@ ANOTHER = {  # a value of each field of a compilation other than the one that it
     "target": Target.named("sm_100a"), "stream": 3, "replayed": True, "autotune": True, "anchor": 7,
     "modules": {"L['self']": "m"}, "widths": frozenset({3}), "written": frozenset({3}), "layers": 9,
     "inputs": {0: "x"}, "priced": True, "rates": "others", "tokens": {"m": 8}, "guessed": {"m": 8}, "answers": "others",
-    "threads": 77, "version": "2.13.9",
+    "threads": 77, "version": "2.13.9", "memory": Budget("least"), "partition": lambda *graph, **kwargs: None,
 }
 UNKEYED = {"observers": "a graph that somebody watches is in no cache at all"}
 
@@ -67,11 +68,11 @@ def test_every_field_of_a_compilation_is_in_the_key_or_says_that_it_is_not(name)
 def test_rates_are_in_the_key_where_they_decide(monkeypatch):
     here, other = (rates_of(Target.named(name)) for name in ("h200", "h100"))
     keys = {}
-    for policy in ("quartet", Policy(where_it_pays=True)):
+    for policy in ("fp8", "quartet", Policy(where_it_pays=True)):  # fp8 neither weighs layers nor computes any again
         for rates in (here, other):
             monkeypatch.setattr("quartet.backend.rates_of", lambda target, rates=rates: rates)
             keys[str(policy), rates.device] = key(Options(Policy.coerce(policy), target=Target.named("h200")))
-    assert len(set(keys.values())) == 3
+    assert len(set(keys.values())) == 5
 
 
 def test_the_key_does_not_depend_on_the_order_of_names():
@@ -93,7 +94,7 @@ GIVEN = {  # a value of each option other than its default
     "policy": Policy("quartet"), "dump": "graphs", "strict": True, "disable_passes": ("share",),
     "disable_kernels": ("cpp",), "recompute": "none", "target": Target.named("sm_100a"), "mode": "max-autotune",
     "inductor": {"max_autotune": True}, "accumulation": "promoted", "reuse_weights": False, "portable_rounding": True,
-    "open_attention": True, "eval": None,
+    "open_attention": True, "eval": None, "memory": Budget("share", 0.7),
 }
 
 

@@ -56,7 +56,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     together = 8 // math.gcd(8, bits)
     parts = codes.to(torch.int32).reshape(*codes.shape[:-1], codes.shape[-1] // together, together)
-    word = sum(parts[..., i] << bits * i for i in range(together))
+    word = _joined(parts, bits)
     octets = torch.stack([word >> 8 * i & 255 for i in range(together * bits // 8)], -1)
     return octets.reshape(*codes.shape[:-1], codes.shape[-1] * bits // 8).to(torch.uint8)
 
@@ -68,9 +68,17 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     together = 8 // math.gcd(8, bits)
     size = together * bits // 8
     octets = packed.to(torch.int32).reshape(*packed.shape[:-1], packed.shape[-1] // size, size)
-    word = sum(octets[..., i] << 8 * i for i in range(size))
+    word = _joined(octets, 8)
     parts = torch.stack([word >> bits * i & 2**bits - 1 for i in range(together)], -1)
     return parts.reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits).to(torch.uint8)
+
+
+def _joined(parts: Tensor, bits: int) -> Tensor:
+    """int32 ``[…, n]`` as numbers of ``n · bits`` bits."""
+    word = parts[..., 0]
+    for i in range(1, parts.shape[-1]):
+        word = word | parts[..., i] << bits * i
+    return word
 
 
 def encode_saved(x: Tensor, element: str, group: int, seed: Tensor | None = None, site: int = 0,

@@ -1,0 +1,69 @@
+"""How much may be kept between forward and backward: the option ``memory``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+WORDS = ("least", "fastest", "recipe")
+
+
+class BudgetError(ValueError):
+    """A model needs more memory than it may have, under ``strict=True``."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is kept may take so much, and is chosen to cost the least time.
+
+    Args:
+        kind: ``"share"`` of what BF16 keeps of the same graph; ``"bytes"`` of one graph; ``"least"`` and ``"fastest"``
+            without a number; ``"recipe"``: nothing is chosen, recipes and rules say all.
+        amount: of a share or of bytes.
+        lossless: choose among what changes no number, and make nothing slower than the recipe says.
+    """
+
+    kind: str
+    amount: float = 0.0
+    lossless: bool = False
+
+    def limit(self, plain: int) -> int | None:
+        """Bytes, where BF16 keeps ``plain``; None where there is no limit, 0 for as few as possible."""
+        if self.kind == "share":
+            return int(self.amount * plain)
+        return {"bytes": int(self.amount), "least": 0}.get(self.kind)
+
+    def __str__(self) -> str:
+        if self.kind == "share":
+            return f"{self.amount:g} of BF16's bytes"
+        return f"{self.amount / 2**30:g} GiB" if self.kind == "bytes" else f"{self.kind!r}"
+
+    @classmethod
+    def parse(cls, value: Any) -> Budget:
+        """What a user gives: 0.7, ``"0.7"``, ``"70%"``, ``"12GiB"``, ``"least"``, ``"fastest"`` or ``"recipe"``.
+
+        Raises:
+            ValueError: anything else; the message says what is possible.
+        """
+        legal = ("a share of what BF16 keeps, such as 0.7, bytes with their unit, such as '12GiB', 'least', 'fastest' "
+                 "or 'recipe'")
+        text = value.strip() if isinstance(value, str) else value
+        if text in WORDS:
+            return cls(text)
+        if isinstance(text, bool) or not isinstance(text, int | float | str):
+            raise ValueError(f"{legal}, not {type(value).__name__} {value!r}")
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%|(?:(Ki|Mi|Gi|Ti|k|M|G|T)?B))?", f"{text}")
+        if found is None:
+            raise ValueError(f"{legal}, not {value!r}")
+        number, unit = float(found[1]), found[2]
+        if unit and unit != "%":
+            return cls("bytes", number * UNITS[found[3] or ""])
+        share = number / 100 if unit else number
+        if not 0 < share <= 1:
+            raise ValueError(f"{legal}; {value!r} is no share from 0 to 1, and bytes need a unit: '{number:g}GiB'")
+        return cls("share", share)
+
+
+DEFAULT = Budget("share", 0.8, lossless=True)

@@ -1,0 +1,232 @@
+"""Choose which products backward runs again, before kernels are chosen by it.
+
+Two copies of the joint graph are divided: one in which every product's result can be kept, and, unless that is within
+the budget without loss, one in which all of those are computed again whose codes are kept anyway. What the second does
+not keep is laid to the products that it is made of; what several products make together is one item of the knapsack:
+
+    item       a tensor that stays       exact | encoded
+    item       tensors and their products    each exact | encoded, or all products again
+
+What else is computed again, element by element, the partitioner decides for itself, here as later. What this chooses
+is a prediction of what is kept; the formats are chosen anew from what really is (``partition``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+
+from torch.fx import GraphModule, Node
+
+from quartet.kernels.spec import dtype_name
+from quartet.lowering.ir.graph import shape, val
+from quartet.lowering.recipe.records import MemoryRecord, SavedRecord, Tradeoff
+from quartet.passes.compilation import Compilation
+from quartet.passes.naming import module_of
+from quartet.passes.residuals.boundary import Storage, shown_roots, stored_bytes
+from quartet.passes.residuals.budget import Budget, BudgetError
+from quartet.passes.residuals.formats import Formats
+from quartet.passes.residuals.knapsack import Choice, Frontier, Point
+from quartet.passes.residuals.lossless import Backward
+from quartet.passes.residuals.prices import FEMTO, Prices
+from quartet.passes.residuals.trial import Division, divide
+from quartet.passes.sites import Quantized
+from quartet.passes.state import State
+from quartet.runtime.devices import Target
+
+log = logging.getLogger("quartet")
+
+PLAN_KEY = "quartet_memory"  # node.meta key of a joint graph's output: what was chosen for it
+SHOWN = 64  # points of a frontier that a report has
+_WIDEST = 64  # combinations of formats of one item; with more all its tensors are treated alike
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for a graph before it was divided.
+
+    Attributes:
+        budget: what was asked for. plain: bytes that the same graph keeps without us.
+        again: a record for the products that backward runs again, each group of them.
+        time: what they take, in femtoseconds. frontier: what else could have been chosen; empty where no product could.
+        slack: of the frontier.
+    """
+
+    budget: Budget
+    plain: int
+    again: tuple[SavedRecord, ...] = ()
+    time: int = 0
+    frontier: tuple[Tradeoff, ...] = ()
+    slack: int = 0
+
+
+@dataclass
+class _Item:
+    """Tensors that are chosen about together, and the products of which they are made, if these can run again."""
+
+    storages: list[Storage] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
+    instead: int = 0  # bytes that are kept where the products run again
+
+
+def begin(gm: GraphModule, config: Compilation) -> None:
+    """Note what a joint graph keeps without us, before any pass has changed it."""
+    assert config.memory is not None
+    gm.graph.output_node().meta[PLAN_KEY] = Plan(config.memory, divide(gm, config).kept_bytes())
+
+
+def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
+    """The candidates to run again, of which backward has the codes of both operands; notes the plan at the graph."""
+    began, output = time.perf_counter(), state.gm.graph.output_node()
+    budget, plain = output.meta[PLAN_KEY].budget, output.meta[PLAN_KEY].plain
+    limit = budget.limit(plain)
+    if not candidates or limit is None:
+        return []
+    kept = divide(state.gm, state.config)
+    if budget.lossless and kept.kept_bytes() <= limit:
+        return []
+    again = divide(state.gm, state.config, candidates)
+    sites = {node.name: site for node, site in candidates.items()}
+    prices = {node.name: Prices.of(state.config.target_of(val(node).device)).again(candidates[node])
+              for node in candidates}
+    items = _items(kept, again, sites)
+    formats = formats_of(state.config, kept, not budget.lossless)
+    choices = [_choices(item, formats, prices) for item in items]
+    frontier = Frontier(choices)
+    point = frontier.within(limit) or frontier.least()
+    chosen = [item for item, pick, each in zip(items, point.picks, choices, strict=True)
+              if item.products and pick == len(each) - 1]
+    names = {name for item in chosen for name in item.products}
+    nodes = {node.name: node for node in candidates}
+    output.meta[PLAN_KEY] = Plan(budget, plain, tuple(_record(item, nodes, prices, state.config) for item in chosen),
+                                 sum(prices[name] for name in names), tradeoffs(frontier, plain), frontier.slack)
+    log.debug("memory: %d of %d products again, %.0f ms", len(names), len(candidates),
+              1e3 * (time.perf_counter() - began))
+    return [node for node in candidates if node.name in names]
+
+
+def formats_of(config: Compilation, division: Division, chooses: bool,
+               served: Callable[[Storage], bool] = lambda storage: False) -> Formats:
+    """What can be done with what a division keeps; ``served``: by codes that are kept anyway."""
+    def target(storage: Storage) -> Target:
+        return config.target_of(val(storage.root).device)
+
+    of = cache(Prices.of)
+    return Formats(config.policy.resolve_saved, shown_roots(division.forward, division.outputs),
+                   Backward(division.backward.graph), chooses, target, lambda storage: of(target(storage)), served)
+
+
+def measured(plan: Plan, frontier: Frontier, point: Point, records: Sequence[SavedRecord],
+             config: Compilation) -> MemoryRecord:
+    """What has come of a plan: what is kept of the graph as it was divided.
+
+    Raises:
+        BudgetError: more than the budget, under ``strict``.
+    """
+    nominal = any(record.seconds is None for record in (*records, *plan.again))
+    points = plan.frontier or tradeoffs(frontier, plan.plain)
+    found = MemoryRecord(
+        str(plan.budget), plan.budget.limit(plan.plain), plan.plain, sum(r.saved_bytes for r in records),
+        min(point.bytes for point in points), (point.time + plan.time) / FEMTO, nominal,
+        len(plan.again), sum(r.saved is not None for r in records), plan.slack + frontier.slack, points)
+    if not found.fits and not plan.budget.lossless:
+        text = (f"memory={plan.budget} is {found.limit} bytes of what one graph keeps for backward, where BF16 keeps "
+                f"{plan.plain}; {found.saved_bytes} are kept, and the least that can be is {found.least}, "
+                f"{found.least / max(plan.plain, 1):.3f} of BF16's. Activation checkpointing keeps less")
+        if config.strict:
+            raise BudgetError(text)
+        warnings.warn(f"quartet: {text}", stacklevel=2)
+    return found
+
+
+def tradeoffs(frontier: Frontier, plain: int) -> tuple[Tradeoff, ...]:
+    """At most ``SHOWN`` points of a frontier, both ends among them."""
+    last = len(frontier.totals) - 1
+    shown = sorted({round(i * last / (SHOWN - 1)) for i in range(SHOWN)}) if last >= SHOWN else range(last + 1)
+    return tuple(Tradeoff(size, size / max(plain, 1), time / FEMTO)
+                 for size, time in (frontier.totals[i] for i in shown))
+
+
+def _items(kept: Division, again: Division, sites: Mapping[str, Quantized]) -> list[_Item]:
+    """The knapsack's items: what both divisions keep one by one, the rest with its products."""
+    ours, theirs = kept.storages(), again.storages()
+    stays = {storage.root.name for storage in theirs}
+    common = {storage.root.name for storage in ours} & stays
+    items = [_Item([storage]) for storage in ours if storage.root.name in common]
+    groups: dict[str, _Item] = {}
+    for storage in (s for s in ours if s.root.name not in common):
+        made = _products(storage.root, common, sites)
+        item = _joined(groups, made) if made else _Item()
+        item.storages.append(storage)
+        items += [] if made else [item]
+    for storage in (s for s in theirs if s.root.name not in common):
+        made = [name for name in _products(storage.root, common, sites) if name in groups]
+        if made:
+            _joined(groups, made).instead += stored_bytes(storage)
+    return items + list({id(item): item for item in groups.values()}.values())
+
+
+def _joined(groups: dict[str, _Item], products: Sequence[str]) -> _Item:
+    """The one item of some products; those that had items of their own are put together."""
+    whole = _Item()
+    for old in {id(groups[name]): groups[name] for name in products if name in groups}.values():
+        whole.storages += old.storages
+        whole.products += old.products
+        whole.instead += old.instead
+    whole.products += [name for name in products if name not in whole.products]
+    groups |= dict.fromkeys(whole.products, whole)
+    return whole
+
+
+def _products(root: Node, kept: set[str], sites: Mapping[str, Quantized]) -> list[str]:
+    """The products that a tensor is made of, from what is kept in any case."""
+    found, todo, seen = [], [root], {root}
+    while todo:
+        node = todo.pop()
+        if node.name in sites:
+            found.append(node.name)
+        elif node is root or node.name not in kept:
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            todo += fresh
+    return sorted(found)
+
+
+def _choices(item: _Item, formats: Formats, prices: Mapping[str, int]) -> list[Choice]:
+    """The choices of an item, the last of one with products: to run them again."""
+    ways = [[way.cost for way in formats.ways(storage, module_of(storage.root))] for storage in item.storages]
+    found = [_sum(costs) for costs in _combinations(ways)]
+    if item.products:
+        found.append(Choice(item.instead, sum(prices[name] for name in item.products)))
+    return found
+
+
+def _combinations(ways: Sequence[Sequence[Choice]]) -> Iterator[Sequence[Choice]]:
+    count = 1
+    for each in ways:
+        count *= len(each)
+    if count <= _WIDEST:
+        yield from product(*ways)
+    else:
+        yield [each[0] for each in ways]
+        yield [each[-1] for each in ways]
+
+
+def _sum(costs: Sequence[Choice]) -> Choice:
+    return Choice(sum(cost.bytes for cost in costs), sum(cost.time for cost in costs))
+
+
+def _record(item: _Item, nodes: Mapping[str, Node], prices: Mapping[str, int], config: Compilation) -> SavedRecord:
+    """What is not kept, because products run again."""
+    first, size = nodes[item.products[0]], sum(map(stored_bytes, item.storages))
+    count = len(item.products)
+    return SavedRecord(
+        first.name, module_of(first), "product", tuple(s if isinstance(s, int) else str(s) for s in shape(first)),
+        dtype_name(val(first).dtype), size, "product again" if count == 1 else f"{count} products again", 0,
+        "backward multiplies the codes again, which are kept anyway",
+        Prices.of(config.target_of(val(first).device)).seconds(sum(prices[name] for name in item.products)))

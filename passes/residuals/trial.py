@@ -1,0 +1,49 @@
+"""What a joint graph would leave for backward if it were divided now: the partitioner is asked with a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from quartet.lowering.ir.graph import is_backward, outputs
+from quartet.passes.compilation import Compilation
+from quartet.passes.find.find_matmuls import input_indices
+from quartet.passes.residuals.boundary import Storage, pairs, storages, stored_bytes
+
+
+@dataclass(frozen=True)
+class Division:
+    """A graph in two, and how many of forward's results are the user's."""
+
+    forward: GraphModule
+    backward: GraphModule
+    outputs: int
+
+    def storages(self) -> list[Storage]:
+        """What is kept and is no input."""
+        found = storages(pairs(self.forward, self.backward, self.outputs))
+        return [storage for storage in found if storage.root.op != "placeholder"]
+
+    def kept_bytes(self) -> int:
+        """What :meth:`storages` take."""
+        return sum(map(stored_bytes, self.storages()))
+
+
+def divide(gm: GraphModule, config: Compilation, again: Collection[Node] = ()) -> Division:
+    """Divide a copy of ``gm`` in which backward computes the nodes ``again`` once more."""
+    graph, copies = Graph(), dict[Node, Node]()
+    output = graph.output(graph.graph_copy(gm.graph, copies))
+    output.meta.update(gm.graph.output_node().meta)
+    for node in again:
+        copies[node].meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    primals = [node for node in graph.find_nodes(op="placeholder") if not is_backward(node)]
+    index = input_indices(graph)
+    kept = len(outputs(graph)) - len(primals)  # the rest are gradients, one an input
+    assert config.partition is not None
+    forward, backward = config.partition(
+        GraphModule(gm, graph), (), compiler="inductor", num_fwd_outputs=kept,
+        static_lifetime_input_indices=[i for i, node in enumerate(primals) if index.get(node) in config.weights])
+    return Division(forward, backward, kept)

@@ -1,0 +1,65 @@
+"""What is kept between forward and backward under a budget: lines of a report, and the frontier as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from quartet.lowering.recipe.records import MemoryRecord
+from quartet.report.text import human_bytes
+
+
+def memory_lines(records: Sequence[MemoryRecord]) -> Iterator[str]:
+    """A line a graph: what is kept of what BF16 keeps, by which choices, in what time."""
+    for r in records:
+        parts = [f"{human_bytes(r.saved_bytes)} of BF16's {human_bytes(r.bf16_bytes)}"
+                 f" ({r.saved_bytes / max(r.bf16_bytes, 1):.3f}) under memory={r.budget}"]
+        if not r.fits:
+            parts.append("which is the least that can be")
+        if r.again:
+            parts.append(f"{r.again} × products again")
+        if r.encoded:
+            parts.append(f"{r.encoded} tensors in fewer bits")
+        if r.again or r.encoded:
+            parts.append("no rates to predict the time" if r.nominal else f"predicted {seconds(r.seconds)} a step")
+        if r.slack:
+            parts.append(f"the best within {human_bytes(r.slack)} less")
+        yield f"memory    {', '.join(parts)}"
+
+
+def seconds(value: float) -> str:
+    """``"1.25 ms"`` or ``"12 µs"``."""
+    return f"{1e3 * value:.2f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} µs"
+
+
+def plot(records: Sequence[MemoryRecord], path: str | os.PathLike[str]) -> None:
+    """Draw time against memory, a line a graph, with a mark at the choice; the suffix of ``path`` says the format.
+
+    Raises:
+        ValueError: there is no frontier. ImportError: without matplotlib.
+    """
+    if not records:
+        raise ValueError("nothing was chosen, so there is no frontier: explain the model with options={'memory': …}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(f"the picture needs matplotlib ({error}): run `pip install matplotlib`") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quartet"  # the same picture is the same file
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, r in enumerate(records):
+        axes.plot([p.of_bf16 for p in r.frontier], [1e3 * p.seconds for p in r.frontier], "o-", color=f"C{i}",
+                  markersize=3, linewidth=1, label=f"graph {i}, memory={r.budget}")
+        axes.plot([r.saved_bytes / max(r.bf16_bytes, 1)], [1e3 * r.seconds], "*", color=f"C{i}", markersize=12)
+    nominal = any(r.nominal for r in records)
+    axes.set(xlabel="kept between forward and backward, of what BF16 keeps", title="time against memory, predicted",
+             ylabel=f"ms a step beyond keeping everything{' on a nominal GPU' if nominal else ''}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
+    plt.close(figure)

@@ -1,0 +1,423 @@
+"""The option ``memory``: what is kept is within the budget, by choices that cost the least, and numbers stay close."""
+
+import json
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Backend, assert_close, assert_same, compile_eager, count, step
+from models import Llama, Residual, data, tokens
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import quartet
+from quartet import Policy
+from quartet.backend import compile_graph, make_partitioner, make_pipeline
+from quartet.lowering import registry
+from quartet.options import OptionError, Options
+from quartet.passes import pipeline
+from quartet.passes.residuals.budget import Budget, BudgetError
+from quartet.runtime import compat
+from quartet.runtime.capture import Capture
+
+
+class Net(nn.Module):
+    """Two gated layers, wide enough for everything to be worth a choice."""
+
+    def __init__(self, d=64, f=192, layers=2):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "norm": nn.RMSNorm(d), "gate": nn.Linear(d, f, bias=False), "up": nn.Linear(d, f, bias=False),
+            "down": nn.Linear(f, d, bias=False)}) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            y = layer["norm"](x)
+            x = x + layer["down"](F.silu(layer["gate"](y)) * layer["up"](y))
+        return x
+
+
+X = data(256, 64, grad=True)
+
+
+def run(model, inputs, policy="quartet", *, fullgraph=True, dynamic=None, **options):
+    """(result of a step, records of what is kept, of memory, the backend)"""
+    saved, memory = [], []
+    parsed = Options.parse(None, {"policy": policy, "disable_kernels": ["cpp"], **options}, passes=pipeline.OPTIONAL,
+                           kernels=registry.NAMES)
+
+    def compile(backend, gm, example):
+        return compile_graph(gm, example, parsed, inner_compile=backend.capture, collect=backend.records.extend,
+                             collect_saved=saved.extend, collect_memory=memory.extend)
+
+    backend = Backend(compile, Capture())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    return step(compiled, model, inputs), saved, memory, backend
+
+
+def kept_by(compiled, model, inputs):
+    """Bytes of the storages that autograd really keeps in a step, beside inputs and parameters."""
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *inputs)}
+    found = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in held:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = compiled(*inputs)
+    out.float().square().mean().backward()
+    return sum(found.values())
+
+
+# --- the budget ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("share", [0.85, 0.7, 0.55, 0.45])
+def test_what_is_kept_is_within_the_budget_and_gradients_are_close(share):
+    model = Net()
+    expected, *_ = run(model, X(), recompute="none")
+    got, saved, (memory,), _ = run(model, X(), memory=share)
+    assert torch.equal(got[0], expected[0])
+    assert_close(got, expected, least=0.9)
+    assert memory.least <= memory.saved_bytes <= memory.limit == int(share * memory.bf16_bytes) and memory.fits
+    assert memory.saved_bytes == sum(r.saved_bytes for r in saved)
+
+
+@pytest.mark.parametrize("memory", [0.8, 0.5, "least", "fastest", "80KiB"])
+@pytest.mark.parametrize("policy", ["quartet", "fp8", None])
+def test_bytes_predicted_are_bytes_kept(policy, memory):
+    model, inputs = Net().bfloat16(), (X()[0].detach().bfloat16().requires_grad_(),)
+    found, options = [], Options.parse(None, {"policy": Policy(policy), "memory": memory})
+
+    def backend(gm, example):
+        return compile_graph(gm, example, options, inner_compile=Capture(), collect_memory=found.extend)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, backend=backend)
+        measured = kept_by(compiled, model, inputs)
+    (record,) = found
+    assert measured == record.saved_bytes
+    plain = torch.compile(model, backend=lambda gm, example: compat.compile_fx(gm, example, inner_compile=Capture()))
+    torch._dynamo.reset()
+    assert kept_by(plain, model, inputs) == record.bf16_bytes
+
+
+def test_less_memory_costs_more_time_and_the_ends_are_the_words():
+    model = Net()
+    _, _, (least,), _ = run(model, X(), memory="least")
+    _, _, (fastest,), backend = run(model, X(), memory="fastest")
+    assert fastest.again == fastest.encoded == 0 == fastest.seconds
+    assert least.saved_bytes < 0.5 * fastest.saved_bytes and least.seconds > 0
+    some = [run(model, X(), memory=share)[2][0] for share in (0.8, 0.6, 0.4)]
+    ordered = [fastest, *some, least]
+    assert [r.seconds for r in ordered] == sorted(r.seconds for r in ordered)
+    for record in (least, *some):
+        sizes, times = [p.bytes for p in record.frontier], [p.seconds for p in record.frontier]
+        assert sizes == sorted(sizes) and times == sorted(times, reverse=True) and times[-1] == 0
+        assert any(p.bytes == record.saved_bytes for p in record.frontier) or len(sizes) == 64
+
+
+def test_fastest_keeps_what_recompute_none_keeps():
+    model = Net()
+    expected, _, _, without = run(model, X(), recompute="none")
+    got, _, _, backend = run(model, X(), memory="fastest")
+    assert_same(got, expected)
+    assert backend.capture.saved_bytes == without.capture.saved_bytes
+    assert count(backend.backwards()[0], "scaled_mm") == count(without.backwards()[0], "scaled_mm")
+
+
+@pytest.mark.parametrize("recompute", ["none", "gemm", None])
+def test_recipe_is_what_there_is_without_the_option(recompute):
+    model, given = Net(), {} if recompute is None else {"recompute": recompute}
+    expected, _, none, without = run(model, X(), **given)
+    got, _, memory, backend = run(model, X(), memory="recipe", **given)
+    assert_same(got, expected)
+    assert memory == none == [] and backend.capture.saved_bytes == without.capture.saved_bytes
+
+
+def test_a_product_runs_again_where_its_codes_are_kept_bit_for_bit():
+    """With rules that leave activations exact, all choices are lossless."""
+    model, policy = Net(), Policy("quartet").on(op="saved", recipe=None)
+    expected, _, _, without = run(model, X(), policy, recompute="none")
+    for share in (0.6, 0.4, 0.2):
+        got, saved, (memory,), backend = run(model, X(), policy, memory=share)
+        assert_same(got, expected)
+        again = [r for r in saved if r.saved and "again" in r.saved]
+        assert len(again) == memory.again > 0 and memory.encoded == 0
+        assert without.capture.saved_bytes - backend.capture.saved_bytes == sum(r.bytes for r in again)
+        assert count(backend.backwards()[0], "scaled_mm") > count(without.backwards()[0], "scaled_mm")
+
+
+def test_a_recompute_option_is_not_chosen_about():
+    model = Net()
+    _, _, (none,), _ = run(model, X(), recompute="none", memory="least")
+    _, _, (gemm,), _ = run(model, X(), recompute="gemm", memory="least")
+    _, _, (free,), _ = run(model, X(), memory="least")
+    assert none.again == gemm.again == 0 and free.again > 0
+    assert free.saved_bytes == gemm.saved_bytes < none.saved_bytes
+
+
+def test_a_rule_decides_and_the_budget_chooses_the_rest():
+    model, policy = Net(), Policy("quartet").on("layers.0.*", "mesa8", op="saved").on("layers.1.*", None, op="saved")
+    _, saved, _, _ = run(model, X(), policy, recompute="none", memory=0.99)
+    formats = {r.fqn.split(".")[1]: set() for r in saved if r.fqn.startswith("layers")}
+    for r in saved:
+        if r.fqn.startswith("layers") and r.dtype == "float32" and r.bytes > 1 << 14 and r.op != "rsqrt":
+            formats[r.fqn.split(".")[1]].add(r.saved)
+    assert "uint8/64 stochastic" in formats["0"] and formats["1"] == {None}
+
+
+def test_without_the_option_nothing_changes_where_no_rates_are_known():
+    model = Net()
+    parsed = Options.parse(None, {"policy": "quartet"})
+    step_ = make_pipeline(torch.fx.symbolic_trace(nn.Identity()), [torch.randn(4, 4)], parsed)
+    assert step_.config.memory is None and make_partitioner(step_, parsed) is None
+    _, saved, memory, _ = run(model, X())
+    assert saved == memory == []
+
+
+# --- the default -----------------------------------------------------------------------------------------------------
+
+def explained(model, *inputs, target="sm_90", **options):
+    torch._dynamo.reset()
+    return quartet.explain(model.bfloat16(), *(x.detach().bfloat16() for x in inputs), target=target,
+                           options={"policy": "quartet", **options})
+
+
+def test_by_default_products_are_kept_within_four_fifths_where_rates_are_known():
+    model, x = Net(), X()[0]
+    report, today = explained(model, x), explained(model, x, memory="recipe")
+    (memory,) = report.memory
+    assert memory.budget == "0.8 of BF16's bytes" and memory.encoded == 0 and not memory.nominal
+    assert today.saved_bytes_total < report.saved_bytes_total and memory.saved_bytes <= 0.8 * memory.bf16_bytes
+    assert {r.saved for r in report.saved} <= {None, "product again"}
+    none = explained(model, x, recompute="none")
+    assert not none.memory and none.saved_bytes_total >= report.saved_bytes_total
+
+
+def test_by_default_no_recipe_becomes_slower_than_it_says_and_a_users_partitioner_is_left_alone():
+    for options in ({"policy": "fp8"}, {"recompute": "gemm"}, {"custom_partitioner_fn": Own()}, {"memory": "recipe"}):
+        assert not explained(Net(), X()[0], **options).memory
+
+
+class Own(compat.CustomPartitionerFn):
+    """A user's partitioner, which keeps whatever is a product's."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, gm, joint_inputs, **kwargs):
+        self.calls += 1
+        return compat.partitioner({})[1](gm, joint_inputs, **kwargs)
+
+    def uuid(self):
+        return "own"
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+def test_too_small_a_budget_names_the_least():
+    model = Net()
+    _, _, (least,), _ = run(model, X(), memory="least")
+    with pytest.warns(UserWarning, match=rf"memory=0.01 of BF16's bytes is .* is {least.saved_bytes}, 0\.\d+ of B"):
+        _, _, (record,), _ = run(model, X(), memory=0.01)
+    assert not record.fits and record.saved_bytes == least.saved_bytes == record.least
+    with pytest.raises(Exception, match=f"is {least.saved_bytes}, ") as caught:
+        run(model, X(), memory="1KiB", strict=True)
+    assert isinstance(caught.value, BudgetError) or "BudgetError" in str(caught.value)
+
+
+@pytest.mark.parametrize("value, message", [
+    (12, "'12GiB'"), ("12", "'12GiB'"), (0, "no share from 0 to 1"), (True, "not bool True"), ("small", "not 'small'"),
+    ([1], "not list"), (-0.5, "not -0.5"), ("120%", "no share"), ("12 XB", "not '12 XB'")])
+def test_what_is_no_budget_is_refused(value, message):
+    with pytest.raises(OptionError, match=f"option 'memory' is a share.*{message}"):
+        Options.parse(None, {"memory": value})
+
+
+@pytest.mark.parametrize("value, budget", [
+    (0.7, Budget("share", 0.7)), ("0.7", Budget("share", 0.7)), ("70%", Budget("share", 0.7)), (1, Budget("share", 1)),
+    ("12GiB", Budget("bytes", 12 * 2**30)), ("1.5 GiB", Budget("bytes", 1.5 * 2**30)), ("2GB", Budget("bytes", 2e9)),
+    ("512 B", Budget("bytes", 512)), ("least", Budget("least")), (" fastest", Budget("fastest"))])
+def test_what_a_budget_can_be(value, budget):
+    assert Options.parse(None, {"memory": value}).memory == budget == Budget.parse(value)
+
+
+def test_the_budget_is_in_both_keys():
+    def keys(**options):
+        parsed = Options.parse(None, {"policy": "quartet", **options})
+        made = make_pipeline(torch.fx.symbolic_trace(nn.Identity()), [torch.randn(4, 4)], parsed)
+        partitioner = make_partitioner(made, parsed)
+        return made.uuid(), None if partitioner is None else partitioner.uuid()
+
+    every = [keys(**({} if m is None else {"memory": m})) for m in (None, 0.7, 0.6, "0.7GiB", "least", "fastest")]
+    assert len({a for a, _ in every}) == len({b for _, b in every}) == len(every) and every[0][1] is None
+    assert keys(memory=0.7) == keys(memory="70%") == every[1]
+
+
+# --- how models are compiled -----------------------------------------------------------------------------------------
+
+def test_the_choice_is_the_same_each_time():
+    model = Llama(layers=2)
+    found = [run(model, tokens(4, 40), memory=0.5) for _ in range(2)]
+    assert_same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] and found[0][2] == found[1][2]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.45])
+def test_a_language_model_trains_alike(share):
+    model, inputs = Llama(layers=2).bfloat16(), tokens(8, 64)
+    expected, *_ = run(model, inputs, recompute="none")
+    got, _, (memory,), _ = run(model, inputs, memory=share)
+    assert torch.equal(got[0], expected[0]) and memory.fits
+    assert_close(got, expected, least=0.85)
+
+
+def test_dynamic_shapes():
+    model = Net()
+    compiled, backend = compile_eager(model, "quartet", dynamic=True, memory=0.2, disable_kernels=["cpp"])
+    for rows in (256, 320):
+        inputs = data(rows, 64, grad=True)()
+        assert_close(step(compiled, model, inputs), step(model, model, inputs), least=0.8)
+    assert backend.calls == 1 and count(backend.backwards()[0], "scaled_mm") > 2 * 6
+
+
+def test_graph_breaks_have_a_budget_each():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Net(layers=1), Net(layers=1)
+
+        def forward(self, x):
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    model = Broken()
+    got, _, memory, _ = run(model, X(), fullgraph=False, memory=0.5)
+    assert len(memory) == 2 and all(r.fits for r in memory)
+    assert_close(got, step(model, model, X()), least=0.7)
+
+
+def test_checkpointing_stays_what_the_user_asked_for():
+    def recomputed(block, x):
+        return checkpoint(block, x, use_reentrant=False)
+
+    model = Residual(recomputed)
+    expected, _, _, without = run(model, data(160, 64, grad=True)(), recompute="gemm")
+    got, _, (memory,), backend = run(model, data(160, 64, grad=True)(), memory="fastest")
+    assert_same(got, expected)
+    assert backend.capture.saved_bytes == without.capture.saved_bytes and memory.again == 0
+
+
+@pytest.mark.parametrize("memory", [0.9, "least"])
+def test_selective_checkpointing(memory):
+    def decide(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def wrap(block, x):
+        return checkpoint(block, x, use_reentrant=False,
+                          context_fn=partial(create_selective_checkpoint_contexts, decide))
+
+    model = nn.Sequential(Residual(wrap), nn.Linear(64, 64))  # a gradient that does not cancel in the last norm
+    expected, *_ = run(model, data(160, 64, grad=True)())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got, _, (record,), _ = run(model, data(160, 64, grad=True)(), memory=memory)
+    assert torch.equal(got[0], expected[0])
+    assert_close(got, expected, least=0.9)
+
+
+def test_a_users_partitioner_divides_and_is_asked_for_copies():
+    model, own = Net(), Own()
+    expected, *_ = run(model, X(), memory=0.5)
+    got, _, (memory,), _ = run(model, X(), memory=0.5, custom_partitioner_fn=own)
+    assert_same(got, expected)
+    assert own.calls == 4 and memory.fits  # without us, with products kept, with them again, and at last
+
+
+def test_graphs_without_backward():
+    model = Net()
+    compiled, backend = compile_eager(model, "quartet", memory=0.5)
+    with torch.no_grad():
+        first = compiled(X()[0])
+    got = step(compiled, model, X())
+    assert_close(got, step(model, model, X()), least=0.7)
+    assert first.shape == (256, 64)
+
+
+def test_a_model_without_products_is_chosen_about_too():
+    class Elementwise(nn.Module):
+        def forward(self, x):
+            return x.sin().tanh().clone().exp()
+
+    _, saved, (memory,), _ = run(Elementwise(), data(256, 64, grad=True)(), None, memory="least")
+    assert memory.saved_bytes <= memory.bf16_bytes and memory.again == 0
+
+
+def test_regions_are_left_to_their_recipes():
+    class Regions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(Net(layers=1) for _ in range(2))
+            self.call = torch.compiler.nested_compile_region(lambda net, x: net(x))
+
+        def forward(self, x):
+            for net in self.nets:
+                x = self.call(net, x)
+            return x.sin()
+
+    model = Regions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got, _, memory, _ = run(model, X(), memory=0.5)
+    assert_close(got, step(model, model, X()), least=0.7)
+    assert len(memory) == 1
+
+
+# --- what the reader sees --------------------------------------------------------------------------------------------
+
+def test_explain_shows_the_choice_its_bytes_and_the_frontier(tmp_path):
+    report = explained(Net(), X()[0], memory=0.5)
+    (memory,), text = report.memory, str(report)
+    assert f"({memory.saved_bytes / memory.bf16_bytes:.3f}) under memory=0.5 of BF16's bytes" in text
+    assert "product again" in text and "predicted" in text and "time" in text and max(
+        map(len, text.splitlines())) <= 180
+    shown = json.loads(json.dumps(report.to_dict()))
+    assert shown["memory"][0]["frontier"][0].keys() == {"bytes", "of_bf16", "seconds"}
+    assert sum(r["saved_bytes"] for r in shown["saved"]) == memory.saved_bytes
+    assert "under memory=0.5" in report.to_html()
+    assert all(r.seconds is not None for r in report.saved)
+    pytest.importorskip("matplotlib")
+    report.plot_frontier(tmp_path / "frontier.svg")
+    assert "<svg" in (tmp_path / "frontier.svg").read_text()
+
+
+def test_no_frontier_where_nothing_was_chosen(tmp_path):
+    report = explained(Net(), X()[0], memory="recipe")
+    assert "memory" not in report.to_dict()
+    with pytest.raises(ValueError, match="options={'memory': …}"):
+        report.plot_frontier(tmp_path / "frontier.svg")
+
+
+@pytest.mark.parametrize("memory", [0.5])
+def test_inductors_code_gives_the_eager_gradients(memory):
+    torch.manual_seed(0)
+    model = Net()
+    eager, _ = compile_eager(model, "quartet", memory=memory)
+    expected = step(eager, model, X())
+    torch._dynamo.reset()
+    got = step(torch.compile(model, backend="quartet", options={"policy": "quartet", "memory": memory}), model, X())
+    assert_close(got, expected, least=0.98)
+
+
+def test_a_recipe_of_ones_own_is_chosen_about():
+    recipe = replace(quartet.recipes()["quartet"], name="keeps", recompute="none")
+    _, _, (memory,), _ = run(Net(), X(), recipe, memory=0.5)
+    assert memory.fits and memory.again > 0
