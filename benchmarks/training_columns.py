@@ -33,6 +33,7 @@ from torch import Tensor
 
 WARM_UP_STEPS = 3
 BATCHES = 4
+SHOWN = 40  # kernels that a record names
 GIB = 2**30
 COLUMNS = tuple(column for column in common.COLUMNS if column != "torchao-rowwise-gw-hp")
 
@@ -122,9 +123,11 @@ class Trainer:
         common.synchronize(self.device)
         return min(times)
 
-    def launches(self) -> int:
-        """Kernels of a step, copies and fills included; on a CPU operators."""
-        return round(sum(row["launches"] for row in common.top_kernels(self, self.device, 1, most=10**6)))
+    def kernels(self) -> dict[str, Any]:
+        """How many a step launches, copies and fills included, and those that take most of the time; on a CPU
+        operators."""
+        rows = common.top_kernels(self, self.device, 1, most=10**6)
+        return {"launches": round(sum(row["launches"] for row in rows)), "kernels": rows[:SHOWN]}
 
     def state(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / GIB if self.device.type == "cuda" else None
@@ -136,7 +139,7 @@ class Trainer:
 def work(column: str, what: Work, args: argparse.Namespace) -> None:
     """The process of one column: says that it is ready, then answers each line ``measure`` until its input ends."""
     trainer = Trainer(column, what, args)
-    say(json.dumps({"compile_s": trainer.compile_s, "host_ms": trainer.host_ms(), "launches": trainer.launches()}))
+    say(json.dumps({"compile_s": trainer.compile_s, "host_ms": trainer.host_ms(), **trainer.kernels()}))
     for _ in sys.stdin:
         say(json.dumps({"all_ms": trainer.timed(args.steps), **trainer.state()}))
 

@@ -13,6 +13,7 @@ from quartet.lowering import ir
 from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, amax_of_each
 from quartet.lowering.targets.fp8 import lower
 
+INPUTS = [matrix(*shape, grad=False) for shape in ((64, 32), (64, 32), (32, 64), (48, 32))]
 FP8 = quartet.Policy("fp8").on("*", "fp8")
 
 
@@ -104,6 +105,15 @@ def test_the_reduction_over_lists_is_the_reference(dtype):
     torch.testing.assert_close(foreach.run(xs), amax_of_each.reference(xs), rtol=0, atol=0, equal_nan=True)
 
 
+def test_each_scale_lies_where_the_product_takes_it():
+    gm = lowered_products()
+    (scaled, *others) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default)
+    for node in (scaled, *others):
+        for scale in node.args[2:4]:
+            value = scale.meta["val"]
+            assert value.shape == (1, 1) and value.storage_offset() * value.element_size() % 16 == 0
+
+
 def products(x, *weights):
     """A chain of FP8 products, as semantic ops."""
     spec, ops = "e4m3/tensor fp32 amax nearest", torch.ops.quartet
@@ -113,15 +123,19 @@ def products(x, *weights):
     return x
 
 
+def lowered_products():
+    gm = make_fx(products, tracing_mode="fake")(*INPUTS)
+    lower.lower(gm.graph, gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM), lambda *_: True)
+    return gm
+
+
 def test_products_are_bit_for_bit_those_of_scales_one_by_one(monkeypatch):
-    inputs = matrix(64, 32), matrix(64, 32), matrix(32, 64)
     results = []
     for together in (True, False):
-        gm = make_fx(products, tracing_mode="fake")(*(x.detach() for x in inputs))
         if not together:
             monkeypatch.setattr(lower, "scales_of_weights", lambda *_: {})
-        lower.lower(gm.graph, gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM), lambda *_: True)
+        gm = lowered_products()
         assert bool(gm.graph.find_nodes(op="call_function", target=AMAX_OF_EACH)) == together
         gm.recompile()
-        results.append(gm(*inputs))
+        results.append(gm(*INPUTS))
     assert torch.equal(*results) and results[0].abs().max() > 0

@@ -16,6 +16,7 @@ from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH
 from quartet.lowering.ir.views import Quantize
 from quartet.runtime.view_ops import ORDERS, SAME
 
+_APART = 4  # fp32 numbers: cuBLASLt takes scales at multiples of 16 bytes
 Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
 
 
@@ -40,14 +41,18 @@ def scales_of_weights(graph: Graph, quantizers: list[Node], traced: Traced) -> d
         both = traced(build, _scales_by(spec), [amax], "weights", spec)
         rows = {weight: row for row, weight in enumerate(dict.fromkeys(weight for _, weight in members))}
         for node, weight in members:
-            multiplier, scale = (build(aten.select.int, table, 0, rows[weight]) for table in both)
-            found[node] = multiplier, scale
+            found[node] = _row(build, both[0], rows[weight]), _row(build, both[1], rows[weight])
     return found
 
 
 def _scales_by(spec: QuantSpec) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """As tables in memory, whose rows need no kernel of their own."""
-    return lambda amax: tuple(map(ir.STORE, reference.scale_of_amax(amax, spec)))
+    """As tables in memory, whose rows need no kernel of their own: each number stands four times."""
+    return lambda amax: tuple(map(ir.STORE, reference.scale_of_amax(amax.expand(-1, _APART, 1), spec)))
+
+
+def _row(build: Builder, table: Node, row: int) -> Node:
+    """fp32 ``[1, 1]`` that lies at a multiple of 16 bytes."""
+    return build(aten.slice.Tensor, build(aten.select.int, table, 0, row), 0, 0, 1)
 
 
 def _parameter(x: Node) -> Node | None:
