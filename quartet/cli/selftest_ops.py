@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ ROTATION, SITE = 32, 5
 Example = tuple[Op, tuple[Any, ...]]
 
 
-def examples(device: torch.device) -> Iterator[Example]:
-    """(op, arguments) on a device, of ops whose providers give the same bits."""
+def examples(device: torch.device, shapes: Iterable[tuple[int, int]] = ((64, 160), (33, 96))) -> Iterator[Example]:
+    """(op, arguments) on a device, of ops whose providers give the same bits, for matrices of these shapes."""
     seed = torch.tensor(-8_765_432_109_876, device=device)
     yield core.signs, (seed, SITE, 64)
     yield core.random_bits, (seed, SITE, 33, 96)
-    for rows, cols in ((64, 160), (33, 96)):
+    for rows, cols in shapes:
         generator = torch.Generator().manual_seed(rows)
         x = torch.randn(rows, cols, generator=generator).to(device, torch.bfloat16)
         yield from _of_matrix(x, seed)

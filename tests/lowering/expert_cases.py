@@ -27,7 +27,7 @@ KERNELS = {"cuda_quantize": cuda_ops._quantize, "cuda_quantize_both": cuda_ops._
 def gradients(recipe: str, down: int, **options: object) -> torch.Tensor:
     """``[experts, out, in]``."""
     torch.manual_seed(0)
-    model, x, gradient = Experts(32, 64), torch.randn(TOKENS, 64).bfloat16(), torch.randn(TOKENS, 32)
+    model, x, gradient = Experts(32, 32), torch.randn(TOKENS, 32).bfloat16(), torch.randn(TOKENS, 32)
     gradient[ENDS[2]:ENDS[3]] *= 2.0**-down
     (_, _, found), _ = carry_out("sm_90", model, x, on("grouped", recipe), gradient.bfloat16(), rest=(ENDS,), **options)
     return found.float()
