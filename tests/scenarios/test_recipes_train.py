@@ -1,4 +1,4 @@
-"""Every recipe trains a small language model for 200 steps, and several of them train one model together."""
+"""Every recipe trains a small language model for 120 steps, and several of them train one model together."""
 
 from functools import cache
 from itertools import islice
@@ -10,7 +10,7 @@ from models import Llama
 
 from quartet import Policy, recipes
 
-STEPS, LENGTH = 200, 32
+STEPS, LENGTH = 120, 32
 TEXT = ("Whatever is rounded to nearest is wrong by half a step at most; whatever is rounded at random is right on the "
         "average. ") * 8
 QUANTISING = [name for name, recipe in recipes().items() if recipe.quantizes]
@@ -55,7 +55,7 @@ def settled(found):
 @pytest.mark.parametrize("name", QUANTISING)
 def test_a_recipe_trains(name):
     found = losses(lambda model: compile_eager(model, name)[0])
-    assert found[0] > 4.5 and settled(found) < settled(baseline()) + 0.25 < 1.0
+    assert found[0] > 4.5 and settled(found) < settled(baseline()) + 0.2 < 1.0
     assert found != baseline()
 
 
