@@ -25,7 +25,7 @@ from quartet.model.trained import tokens_for
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.compilation import Compilation, Observer
-from quartet.passes.residuals.budget import DEFAULT, Budget
+from quartet.passes.residuals.budget import Budget, default
 from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
@@ -119,7 +119,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if options.dump is not None:
         observers = (*observers, GraphDump(options.dump, emit_artifact=compat.emit_artifact))
     replayed = compat.cuda_graphs(options.inductor)
-    told = replace(options, reuse_weights=options.reuse_weights and not replayed, memory=_budget(tensors, options))
+    told = replace(options, reuse_weights=options.reuse_weights and not replayed,
+                   memory=_budget(tensors, [example_inputs[i] for i in names.weights], options))
     if told.memory is not None and told.memory.kind == "fastest" and told.recompute is None:
         told = replace(told, recompute="none")
     if not quantizes(options.policy):
@@ -153,7 +154,7 @@ def _rates(tensors: Iterable[torch.Tensor], options: Options) -> list[Rates]:
     return [rates for rates in map(rates_of, targets) if rates is not None]
 
 
-def _budget(tensors: Iterable[torch.Tensor], options: Options) -> Budget | None:
+def _budget(tensors: Iterable[torch.Tensor], weights: Iterable[torch.Tensor], options: Options) -> Budget | None:
     """By what is chosen what is kept; None where recipes and rules say all.
 
     Unless the user asks, that is where products would run again that need not, and the time is known that it takes.
@@ -162,7 +163,9 @@ def _budget(tensors: Iterable[torch.Tensor], options: Options) -> Budget | None:
         return None if options.memory.kind == "recipe" else options.memory
     again = options.recompute is None and any(recipe.recompute == "gemm" for recipe in recipes_of(options.policy))
     divided = compat.replaces_partitioner() and compat.partitioner(options.inductor)[0] is None
-    return DEFAULT if again and divided and _rates(tensors, options) else None
+    if not (again and divided and _rates(tensors, options)):
+        return None
+    return default(sum(weight.numel() * weight.element_size() for weight in weights if weight.requires_grad))
 
 
 def _partition(options: Options) -> Callable[..., Any] | None:

@@ -19,25 +19,30 @@ class Budget:
     """What is kept may take so much, and is chosen to cost the least time.
 
     Args:
-        kind: ``"share"`` of what BF16 keeps of the same graph; ``"bytes"`` of one graph; ``"least"`` and ``"fastest"``
-            without a number; ``"recipe"``: nothing is chosen, recipes and rules say all.
+        kind: ``"share"`` of what BF16 keeps of the same graph; ``"peak"``, a share of that and of what is ``held``
+            beside it; ``"bytes"`` of one graph; ``"least"`` and ``"fastest"`` without a number; ``"recipe"``: nothing
+            is chosen, recipes and rules say all.
         amount: of a share or of bytes.
+        held: bytes that a step holds while it keeps the most, whatever is chosen.
         lossless: choose among what changes no number, and make nothing slower than the recipe says.
     """
 
     kind: str
     amount: float = 0.0
+    held: int = 0
     lossless: bool = False
 
     def limit(self, plain: int) -> int | None:
         """Bytes, where BF16 keeps ``plain``; None where there is no limit, 0 for as few as possible."""
-        if self.kind == "share":
-            return int(self.amount * plain)
+        if self.kind in ("share", "peak"):
+            return max(0, int(self.amount * (plain + self.held)) - self.held)
         return {"bytes": int(self.amount), "least": 0}.get(self.kind)
 
     def __str__(self) -> str:
         if self.kind == "share":
             return f"{self.amount:g} of BF16's bytes"
+        if self.kind == "peak":
+            return f"{self.amount:g} of BF16's peak with {self.held / 2**30:.2f} GiB beside it"
         return f"{self.amount / 2**30:g} GiB" if self.kind == "bytes" else f"{self.kind!r}"
 
     @classmethod
@@ -66,4 +71,7 @@ class Budget:
         return cls("share", share)
 
 
-DEFAULT = Budget("share", 0.8, lossless=True)
+def default(parameters: int) -> Budget:
+    """0.8 of BF16's peak without loss, for so many bytes of parameters: when backward begins these are there and Adam's
+    two moments of their dtype, but no gradients yet."""
+    return Budget("peak", 0.8, held=3 * parameters, lossless=True)
