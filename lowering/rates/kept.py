@@ -110,7 +110,7 @@ def read(content: Mapping[str, Any]) -> Rates:
                                  for key in ("flops", "output", "passes"))
         host = Host(**{key: float(value) for key, value in dict(content["host"]).items()})
         launch, device = float(content["launch"]), content["device"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise RatesError(f"{type(error).__name__}: {error}") from error
     if not isinstance(device, str) or "bf16" not in flops or set(output) != set(flops) or set(passes) != set(PASSES):
         raise RatesError("it has other names in it than rates have")
@@ -131,14 +131,14 @@ def forget() -> None:
 def _kept(device: str) -> Rates | None:
     try:
         path = place(device)
-        text = path.read_text()
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
     except (BuildError, OSError) as error:
         warnings.warn(f"quartet: the rates that may be kept of {device} cannot be read: {error}", stacklevel=2)
         return None
     try:
-        found = read(json.loads(text))
+        found = read(json.loads(content))
     except ValueError as error:
         warnings.warn(f"quartet: the rates kept in {path} are damaged ({error}) and do not count: {AGAIN}",
                       stacklevel=2)

@@ -75,6 +75,20 @@ def test_a_damaged_file_counts_as_none_and_says_so_once(damage, recwarn):
     assert rates_of(HERE).source == "the data sheet of a100" and not recwarn.list
 
 
+@pytest.mark.parametrize("content", [
+    b"\xff\xfe{}", json.dumps(kept.described(measured()) | {"launch": 10**400}).encode()])
+def test_bytes_that_are_no_text_and_numbers_that_are_no_rates_are_damage_too(content, monkeypatch, tmp_path):
+    kept.keep(measured()).write_bytes(content)
+    kept.forget()
+    with pytest.warns(UserWarning, match="damaged .* measure anew with `quartet calibrate`"):
+        assert rates_of(HERE).source == "the data sheet of a100"
+    path = tmp_path / "rates.json"
+    path.write_bytes(content)
+    monkeypatch.setenv(kept.VARIABLE, str(path))
+    with pytest.raises(kept.RatesError, match="holds no rates"):
+        rates_of(HERE)
+
+
 def test_a_folder_of_others_is_not_read(folder):
     kept.keep(measured())
     folder.chmod(0o777)
