@@ -53,7 +53,7 @@ from quartet.cli import selftest as st
 from quartet.cli.selftest_ops import examples
 from quartet.lowering.ir.ops import fused
 cpu, seen = torch.device("cpu"), set()
-for op, arguments in examples(cpu, [(33, 96)]):
+for op, arguments in examples(cpu, [(5, 64)]):
     if op.name == "fp8_cast":  # Triton's interpreter rounds to FP8 in its own way
         continue
     for provider in op.providers[:-1]:
