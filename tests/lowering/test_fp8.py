@@ -151,7 +151,7 @@ def test_codes_that_lie_well_are_neither_copied_nor_padded():
         x, w = (torch.empty(rows, 64, dtype=torch.bfloat16, device=CUDA) for rows in (33, 32))
     gm = lowered(partial(product, a_spec=TENSOR, b_spec=TENSOR, dtype=torch.bfloat16), x, w)
     assert not calls(gm, fp8_ops.ROW_MAJOR) and not calls(gm, aten.constant_pad_nd.default)
-    assert not calls(gm, aten.slice.Tensor)
+    assert {cut.meta["val"].dtype for cut in calls(gm, aten.slice.Tensor)} <= {torch.float32}  # of scales, not of codes
     assert [cast.args[3:] for cast in calls(gm, fp8_ops.CAST)] == [(True, False)] * 2  # each once, no transpose
 
 
