@@ -45,11 +45,10 @@ def plot(records: Sequence[MemoryRecord], path: str | os.PathLike[str]) -> None:
         import matplotlib
     except ImportError as error:
         raise ImportError(f"the picture needs matplotlib ({error}): run `pip install matplotlib`") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quartet"  # the same picture is the same file
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would take the place of the user's backend
 
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.subplots()
     for i, r in enumerate(records):
         axes.plot([p.of_bf16 for p in r.frontier], [1e3 * p.seconds for p in r.frontier], "o-", color=f"C{i}",
                   markersize=3, linewidth=1, label=f"graph {i}, memory={r.budget}")
@@ -59,7 +58,6 @@ def plot(records: Sequence[MemoryRecord], path: str | os.PathLike[str]) -> None:
              ylabel=f"ms a step beyond keeping everything{' on a nominal GPU' if nominal else ''}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-    plt.close(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "quartet"}):  # the same picture is the same file
+        figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)

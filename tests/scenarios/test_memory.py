@@ -400,9 +400,11 @@ def test_explain_shows_the_choice_its_bytes_and_the_frontier(tmp_path):
     assert sum(r["saved_bytes"] for r in shown["saved"]) == memory.saved_bytes
     assert "under memory=0.5" in report.to_html()
     assert all(r.seconds is not None for r in report.saved)
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("svg")
     report.plot_frontier(tmp_path / "frontier.svg")
     assert "<svg" in (tmp_path / "frontier.svg").read_text()
+    assert matplotlib.get_backend() == "svg" and matplotlib.rcParams["svg.hashsalt"] is None  # the user's own
 
 
 def test_no_frontier_where_nothing_was_chosen(tmp_path):
