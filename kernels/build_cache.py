@@ -210,16 +210,17 @@ def files(names: str, suffix: str) -> list[Path]:
     return sorted(path for path in found if _FILE.fullmatch(path.name) and path.is_file())
 
 
-def clear() -> tuple[int, int]:
+def clear(spared: str | None = None) -> tuple[int, int]:
     """Remove from the cache folder what this package made and does not build just now; (objects, bytes) removed.
 
-    Links are removed themselves, not what they lead to. Raises BuildError where nothing can be removed.
+    Stems that begin with ``spared`` stay. Links are removed themselves, not what they lead to. Raises BuildError where
+    nothing can be removed.
     """
     folder = cache_dir(create=False)
     ours: defaultdict[str, list[Path]] = defaultdict(list)
     for path in folder.iterdir() if folder.is_dir() else ():
         match = (_SCRATCH if _is_folder(path) else _FILE).fullmatch(path.name)
-        if match is not None:
+        if match is not None and (spared is None or not match[1].startswith(spared)):
             ours[match[1]].append(path)
     count = size = 0
     for stem, paths in sorted(ours.items()):

@@ -90,10 +90,16 @@ def list_cache() -> str:
     return "\n".join([summary, *([table(rows)] if len(rows) > 1 else []), *tuned, *measured])
 
 
-def clear_cache() -> str:
-    """Empty the cache; what was removed."""
-    count, size = clear()
-    return f"{cache_dir(create=False)}: removed {_count(count)}, {size / 2**20:.1f} MiB"
+def clear_cache(rates: bool = False) -> str:
+    """Empty the cache, of what ``quartet calibrate`` measured only where ``rates``; what was removed and what stays."""
+    before = kept.listed()
+    count, size = clear(spared=None if rates else kept.PREFIX)
+    stay = kept.listed()
+    said = [f"{cache_dir(create=False)}: removed {_count(count)}, {size / 2**20:.1f} MiB"]
+    said += [f"removed the rates of {device}" for device in before if device not in stay]
+    said += [f"kept the rates of {device}, by which the default decides; `quartet cache clear --rates` removes them"
+             for device in stay]
+    return "\n".join(said)
 
 
 def _count(objects: int) -> str:

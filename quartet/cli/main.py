@@ -25,7 +25,8 @@ from quartet.recipes import PolicyError, did_you_mean
 
 COMMANDS = ("doctor", "explain", "recipes", "calibrate", "build", "tune", "cache", "selftest")
 OPTIONS = ("--policy", "--html", "--json", "--dump", "--target", "--arch", "--kinds", "--output", "--bias",
-           "--accumulate", "--jobs", "--device", "--seconds", "--out", "--help")
+           "--accumulate", "--jobs", "--device", "--seconds", "--out", "--rates",
+           "--help")
 CACHE_ACTIONS = ("list", "clear")
 
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = commands.add_parser("cache", help="list the compiled kernels, or remove them")
     cache.add_argument("action", nargs="?", default="list", metavar="{" + ",".join(CACHE_ACTIONS) + "}")
+    cache.add_argument("--rates", action="store_true", help="clear: remove also what `quartet calibrate` measured")
     cache.set_defaults(run=_cache)
 
     selftest = commands.add_parser("selftest", help="run the quantisers and products that this machine's GPUs "
@@ -351,8 +353,10 @@ def _cache(arguments: argparse.Namespace) -> int:
     if arguments.action not in CACHE_ACTIONS:
         near = did_you_mean(arguments.action, CACHE_ACTIONS)
         raise UsageError(f"unknown action {arguments.action!r} of cache; {near}possible: {', '.join(CACHE_ACTIONS)}")
+    if arguments.rates and arguments.action != "clear":
+        raise UsageError("--rates goes with clear: `quartet cache clear --rates`")
     try:
-        print(list_cache() if arguments.action == "list" else clear_cache())
+        print(list_cache() if arguments.action == "list" else clear_cache(arguments.rates))
     except BuildError as error:
         print(f"quartet: {error}", file=sys.stderr)
         return 1

@@ -175,6 +175,19 @@ def test_calibrate_keeps_what_it_measured_and_shows_it(gpu, capsys, folder):
     assert main(["cache"]) == 0 and f"rates of {DEVICE}" in capsys.readouterr().out
 
 
+def test_clearing_the_cache_keeps_what_was_measured_unless_it_is_named(capsys, folder):
+    path = kept.keep(measured())
+    built = folder / f"quartet_kernels-{'0' * 32}.so"
+    built.write_bytes(b"built")
+    assert main(["cache", "clear"]) == 0
+    out = capsys.readouterr().out
+    assert "removed 1 object" in out and f"kept the rates of {DEVICE}" in out and "clear --rates" in out
+    assert path.exists() and not built.exists()
+    assert main(["cache", "clear", "--rates"]) == 0
+    assert f"removed the rates of {DEVICE}" in capsys.readouterr().out and not list(folder.iterdir())
+    assert main(["cache", "list", "--rates"]) == 2
+
+
 def test_calibrate_writes_a_file_for_many_machines(gpu, capsys, tmp_path):
     assert main(["calibrate", "--out", str(tmp_path / "a100.json")]) == 0
     assert "QUARTET_RATES=" in capsys.readouterr().out
