@@ -60,8 +60,12 @@ def _note(compiled: Any, names: Sequence[str], grid: tuple[int, ...], arguments:
         return
     kinds = [compiled.src.signature[name] for name in names[:len(arguments)]]
     passed = [i for i, kind in enumerate(kinds) if kind != "constexpr"]  # not None, nor an integer that is 1
-    function = Function(about.name, compiled.function, about.num_warps * _WARP, about.shared,
-                        (*("*" if kinds[i][0] == "*" else kinds[i] for i in passed), "*", "*"), compiled)
+    try:
+        function = Function(about.name, compiled.function, about.num_warps * _WARP, about.shared,
+                            (*("*" if kinds[i][0] == "*" else kinds[i] for i in passed), "*", "*"), compiled)
+    except ValueError as error:
+        recorder.refuse(str(error))
+        return
     recorder.launched(function, (grid[0], grid[1], grid[2]), (*(arguments[i] for i in passed), None, None))
 
 

@@ -114,6 +114,16 @@ def test_a_recorder_learns_of_launches_that_are_no_functions_call(unusual):
     _COMPILED.clear()
 
 
+def test_a_parameter_that_no_launch_passes_ends_no_step(monkeypatch):
+    recorder, kernel = Recorder(), Kernel()
+    monkeypatch.setattr(Compiled, "src", SimpleNamespace(signature={**Compiled.src.signature, "gain": "bf16"}))
+    with launcher.recorded_by(recorder):
+        assert run(kernel)[0] == "first"
+    (reason,) = recorder.reasons
+    assert not recorder.launches and reason.startswith("stand_in has a parameter of type 'bf16'")
+    _COMPILED.clear()
+
+
 @pytest.mark.parametrize("grid", [(65536,), (2**31 - 1, 65535), (1, 65535, 65535)])
 def test_a_grid_as_large_as_cuda_takes_is_launched(kernel, grid):
     for how in ("first", "again"):
