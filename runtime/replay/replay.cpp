@@ -219,7 +219,7 @@ struct HashOf {
   size_t operator()(const Signature& signature) const { return signature.hash; }
 };
 
-enum Tag : int64_t { kNone, kTensor, kInt, kDouble, kBool, kString, kDevice, kInts, kTensors };
+enum Tag : int64_t { kNone, kTensor, kInt, kDouble, kBool, kString, kDevice, kInts };
 
 using Inputs = c10::SmallVector<const at::Tensor*, 8>;
 
@@ -301,8 +301,8 @@ struct Attached {
 
   const std::string name;
   const c10::OperatorHandle python;
-  const c10::DispatchKey key;  // whose calls it takes
-  const int64_t owner;  // its position; −1: none
+  c10::DispatchKey key;  // whose calls it takes
+  int64_t owner;  // its position; −1: none
   std::shared_mutex guard;
   std::unordered_map<Signature, Known, HashOf> known;
   std::unordered_map<Signature, int64_t, HashOf> permitted;  // to the owner's version at the last call, or kEvery
@@ -565,6 +565,8 @@ void attach(const std::string& name, const std::string& overload, const std::str
   auto& op = registry[called];
   const auto taken = c10::parseDispatchKey(key);
   if (op == nullptr) op = std::make_unique<Attached>("quartet::" + called, python, taken, owner);
+  op->key = taken;  // those of another provider than before, perhaps
+  op->owner = owner;
   auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "quartet", taken, __FILE__, __LINE__);
   library->impl(called.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Replay>(*op)));
   registrations[called] = std::move(library);
