@@ -16,7 +16,8 @@ from quartet.passes.state import State
 
 @graph_pass(reads=Quantized, optional=True, summary="random signs of all rotations of a direction are drawn at once")
 def draw(state: State) -> None:
-    """Signs of one seed and size become rows of a table over the range of their sites."""
+    """Signs of one seed and size become rows of a table over the range of their sites, most of which nothing reads:
+    a layer has sixteen, and a row is a few words of Philox."""
     groups: dict[Any, list[tuple[Node, Signs]]] = {}
     with editing(state.gm) as graph:
         for node in graph.find_nodes(op="call_function", target=Signs.op):

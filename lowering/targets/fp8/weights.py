@@ -21,7 +21,8 @@ Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
 
 
 def scales_of_weights(graph: Graph, quantizers: list[Node], traced: Traced) -> dict[Node, Scales]:
-    """Multiplier and scale of the quantisers of forward whose X is a parameter, or shows one, with one scale a tensor.
+    """Multiplier and scale of the quantisers of forward whose X is an input of the graph, with one scale a tensor: the
+    weights, and the model's own X where a layer reads it.
 
     They stand before the first of them and in no region of the user's checkpointing: they are a few bytes.
     """
