@@ -186,7 +186,7 @@ def notes_of(target: Path) -> Notes:
     """What the build of an object noted down, or what :func:`write_json` wrote; empty if nothing readable is there."""
     try:
         found = json.loads(target.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from quartet.kernels.build_cache import BuildError, cache_dir, files, fingerprint, locked, write_json
+from quartet.kernels.build_cache import BuildError, cache_dir, files, fingerprint, locked, notes_of, write_json
 from quartet.lowering.rates.constants import MEASURED, PASSES, Host, Rates
 from quartet.runtime import gpus
 from quartet.runtime.devices import Target
@@ -93,7 +93,8 @@ def place(device: str, create: bool = False) -> Path:
 
 def listed() -> list[str]:
     """The devices of which something is kept, also by other versions."""
-    return sorted({str(_content(path).get("device", "damaged")) for path in files(f"{PREFIX}*", "json")})
+    found = (notes_of(path).get("device") for path in files(f"{PREFIX}*", "json"))
+    return sorted({device if isinstance(device, str) else "damaged" for device in found})
 
 
 def described(rates: Rates) -> dict[str, Any]:
@@ -106,19 +107,33 @@ def described(rates: Rates) -> dict[str, Any]:
 def read(content: Mapping[str, Any]) -> Rates:
     """Rates of plain data. Raises RatesError where something is missing, or no number that a rate can be."""
     try:
-        flops, output, passes = ({str(name): float(value) for name, value in dict(content[key]).items()}
-                                 for key in ("flops", "output", "passes"))
-        host = Host(**{key: float(value) for key, value in dict(content["host"]).items()})
-        launch, device = float(content["launch"]), content["device"]
+        flops, output, passes, host = ({str(name): _number(value) for name, value in content[key].items()}
+                                       for key in ("flops", "output", "passes", "host"))
+        launch, device = _number(content["launch"]), content["device"]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise RatesError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(device, str) or "bf16" not in flops or set(output) != set(flops) or set(passes) != set(PASSES):
+    names = {"output": (output, flops), "passes": (passes, PASSES), "host": (host, asdict(Host()))}
+    if not isinstance(device, str) or "bf16" not in flops or any(set(a) != set(b) for a, b in names.values()):
         raise RatesError("it has other names in it than rates have")
-    others = (*output.values(), *passes.values(), launch, host.ours, host.plain)
+    others = (*output.values(), *passes.values(), *host.values(), launch)
     if not all(math.isfinite(value) and value > 0 for value in flops.values()) or not all(
             math.isfinite(value) and value >= 0 for value in others):
         raise RatesError("not all of it are numbers that rates can be")
-    return Rates(device, flops, output, passes, launch, host, MEASURED)
+    return Rates(device, flops, output, passes, launch, Host(**host), MEASURED)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.40} is no number")
+    return float(value)
+
+
+def _parsed(text: str | bytes) -> Rates:
+    """Rates of JSON. Raises RatesError, or another ValueError where it is none."""
+    try:
+        return read(json.loads(text))
+    except RecursionError as error:
+        raise RatesError("it is nested too deeply") from error
 
 
 def forget() -> None:
@@ -138,7 +153,7 @@ def _kept(device: str) -> Rates | None:
         warnings.warn(f"quartet: the rates that may be kept of {device} cannot be read: {error}", stacklevel=2)
         return None
     try:
-        found = read(json.loads(content))
+        found = _parsed(content)
     except ValueError as error:
         warnings.warn(f"quartet: the rates kept in {path} are damaged ({error}) and do not count: {AGAIN}",
                       stacklevel=2)
@@ -149,18 +164,10 @@ def _kept(device: str) -> Rates | None:
 @cache
 def _of_file(path: str) -> Rates:
     try:
-        return read(json.loads(Path(path).read_text()))
+        return _parsed(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise RatesError(f"environment variable {VARIABLE}: {path} holds no rates ({error}); write it with `quartet "
                          f"calibrate --out {path}`, or unset the variable") from error
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _driver() -> str:

@@ -64,6 +64,13 @@ def test_other_versions_do_not_find_it(monkeypatch):
     lambda text: json.dumps(json.loads(text) | {"launch": "soon"}),
     lambda text: json.dumps(json.loads(text) | {"passes": {"rows": 1e-12}}),
     lambda text: json.dumps(json.loads(text) | {"launch": float("nan")}),
+    lambda text: json.dumps(json.loads(text) | {"launch": True}),
+    lambda text: json.dumps(json.loads(text) | {"launch": "5.4e-6"}),
+    lambda text: json.dumps(json.loads(text) | {"flops": {"bf16": "1e14", "fp8": 3e14}}),
+    lambda text: json.dumps(json.loads(text) | {"flops": [["bf16", 1e14], ["fp8", 3e14]]}),
+    lambda text: json.dumps(json.loads(text) | {"host": {}}),
+    lambda text: json.dumps(json.loads(text) | {"host": {"ours": 1e-5}}),
+    lambda text: "[" * 100_000 + "]" * 100_000,
 ])
 def test_a_damaged_file_counts_as_none_and_says_so_once(damage, recwarn):
     path = kept.keep(measured())
@@ -73,6 +80,7 @@ def test_a_damaged_file_counts_as_none_and_says_so_once(damage, recwarn):
         assert rates_of(HERE).source == "the data sheet of a100"
     recwarn.clear()
     assert rates_of(HERE).source == "the data sheet of a100" and not recwarn.list
+    assert len(kept.listed()) == 1
 
 
 @pytest.mark.parametrize("content", [
