@@ -64,13 +64,18 @@ def here(target: Target) -> Rates | None:
 
 
 def named(target: Target) -> Rates | None:
-    """The rates of the file that ``$QUARTET_RATES`` names, where they are of the target's model of GPU."""
+    """The rates of the file that ``$QUARTET_RATES`` names, where they are of the target's model of GPU; of a device of
+    another model that is here a warning says so once."""
     path = os.environ.get(VARIABLE)
     if not path or target.name is None:
         return None
     rates = _of_file(path)
     same = gpus.plain(rates.device) == gpus.plain(target.name)
-    return rates if same or (target.gpu is not None and gpus.named(rates.device) is target.gpu) else None
+    if same or (target.gpu is not None and gpus.named(rates.device) is target.gpu):
+        return rates
+    if not target.pretended:
+        _warn_of_another(path, rates.device, target.name)
+    return None
 
 
 def distributed() -> bool:
@@ -140,6 +145,7 @@ def forget() -> None:
     """Read files again when they are next needed."""
     _kept.cache_clear()
     _of_file.cache_clear()
+    _warn_of_another.cache_clear()
 
 
 @cache
@@ -168,6 +174,12 @@ def _of_file(path: str) -> Rates:
     except (OSError, ValueError) as error:
         raise RatesError(f"environment variable {VARIABLE}: {path} holds no rates ({error}); write it with `quartet "
                          f"calibrate --out {path}`, or unset the variable") from error
+
+
+@cache
+def _warn_of_another(path: str, measured: str, device: str) -> None:
+    warnings.warn(f"quartet: environment variable {VARIABLE}: {path} has the rates of {measured}, which do not count "
+                  f"for {device}; `quartet calibrate --out FILE` measures that", stacklevel=2)
 
 
 def _driver() -> str:

@@ -14,6 +14,7 @@ import torch
 from quartet.kernels.build_cache import BuildError
 from quartet.lowering.rates import kept, rates_of
 from quartet.lowering.rates.constants import MEASURED
+from quartet.options import OptionError
 from quartet.runtime.devices import Target
 
 VARIABLE = "QUARTET_CALIBRATE"
@@ -21,8 +22,14 @@ log = logging.getLogger("quartet")
 
 
 def calibrate_once(device: torch.device) -> None:
-    """Measure a device if the environment asks for it and it has no measured rates; says in the log what it did."""
-    if os.environ.get(VARIABLE) != "1" or device.type != "cuda" or kept.distributed():
+    """Measure a device if the environment asks for it and it has no measured rates; says in the log what it did.
+
+    Raises OptionError where the environment says neither 0 nor 1.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "0", "1"):
+        raise OptionError(f"environment variable {VARIABLE} is {asked!r}; possible: 1, or 0 as without it")
+    if asked != "1" or device.type != "cuda" or kept.distributed():
         return
     target = Target.of(device)
     unfit = target.missing or target.foreign or target.name is None or (target.capability or (0, 0)) < (8, 0)

@@ -11,6 +11,7 @@ from quartet.cli.main import main
 from quartet.kernels import build_cache
 from quartet.lowering.rates import PASSES, constants, kept, measure, rates_of, shipped
 from quartet.model import first_use
+from quartet.options import OptionError
 from quartet.runtime import gpus
 from quartet.runtime.devices import Target
 
@@ -120,6 +121,16 @@ def test_a_distributed_run_reads_what_all_its_processes_have(monkeypatch, tmp_pa
     assert rates_of(Target.named("h200")) is shipped.RATES["h200"]  # another model of GPU
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert rates_of(HERE) == measured(bf16=2e14)
+
+
+def test_a_file_of_another_model_of_gpu_does_not_count_and_that_is_said_once(monkeypatch, tmp_path, recwarn):
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(kept.described(measured("NVIDIA H200"))))
+    monkeypatch.setenv(kept.VARIABLE, str(path))
+    with pytest.warns(UserWarning, match=f"rates of NVIDIA H200, which do not count for {DEVICE}"):
+        assert rates_of(HERE).source == "the data sheet of a100"
+    recwarn.clear()
+    assert rates_of(HERE).source == rates_of(Target.named("a100")).source and not recwarn.list
 
 
 def test_a_file_that_is_named_and_holds_no_rates_is_an_error(monkeypatch, tmp_path):
@@ -246,6 +257,14 @@ def test_it_does_not_unless_it_is_asked_and_alone(asked, monkeypatch, name, valu
     monkeypatch.setenv(name, value)
     first_use.calibrate_once(CUDA)
     first_use.calibrate_once(torch.device("cpu"))
+    assert not asked
+
+
+@pytest.mark.parametrize("value", ["true", "yes", "2", " 1"])
+def test_what_the_environment_cannot_mean_is_refused(asked, monkeypatch, value):
+    monkeypatch.setenv(first_use.VARIABLE, value)
+    with pytest.raises(OptionError, match=f"QUARTET_CALIBRATE is '{value}'; possible: 1, or 0"):
+        first_use.calibrate_once(torch.device("cpu"))
     assert not asked
 
 
