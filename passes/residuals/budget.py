@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS = {"": 1, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 WORDS = ("least", "fastest", "recipe")
 
 
@@ -43,11 +43,13 @@ class Budget:
             return f"{self.amount:g} of BF16's bytes"
         if self.kind == "peak":
             return f"{self.amount:g} of BF16's peak with {self.held / 2**30:.2f} GiB beside it"
-        return f"{self.amount / 2**30:g} GiB" if self.kind == "bytes" else f"{self.kind!r}"
+        return _readable(self.amount) if self.kind == "bytes" else f"{self.kind!r}"
 
     @classmethod
     def parse(cls, value: Any) -> Budget:
         """What a user gives: 0.7, ``"0.7"``, ``"70%"``, ``"12GiB"``, ``"least"``, ``"fastest"`` or ``"recipe"``.
+
+        Units are of either case: ``"12gib"`` are 12 · 2³⁰ bytes, ``"1KB"`` are 1000.
 
         Raises:
             ValueError: anything else; the message says what is possible.
@@ -59,16 +61,31 @@ class Budget:
             return cls(text)
         if isinstance(text, bool) or not isinstance(text, int | float | str):
             raise ValueError(f"{legal}, not {type(value).__name__} {value!r}")
-        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%|(?:(Ki|Mi|Gi|Ti|k|M|G|T)?B))?", f"{text}")
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%|([kmgt]i?|)b)?", f"{text}", re.IGNORECASE)
         if found is None:
             raise ValueError(f"{legal}, not {value!r}")
         number, unit = float(found[1]), found[2]
         if unit and unit != "%":
-            return cls("bytes", number * UNITS[found[3] or ""])
+            size = number * UNITS[found[3].lower()]
+            if size < 1:
+                raise ValueError(f"{legal}; {value!r} is less than a byte: the fewest that can be are 'least'")
+            return cls("bytes", size)
         share = number / 100 if unit else number
-        if not 0 < share <= 1:
-            raise ValueError(f"{legal}; {value!r} is no share from 0 to 1, and bytes need a unit: '{number:g}GiB'")
+        if share == 0:
+            raise ValueError(f"{legal}; {value!r} is no share from 0 to 1: the fewest bytes that can be are 'least'")
+        if share > 1:
+            meant = _readable(number if number >= 2**10 else number * 2**30).replace(" ", "")
+            hint = "" if unit else f", and bytes need a unit: {meant!r}"
+            raise ValueError(f"{legal}; {value!r} is no share from 0 to 1{hint}")
         return cls("share", share)
+
+
+def _readable(size: float) -> str:
+    """Bytes in the largest unit that they fill: ``"100 B"``, ``"1.5 GiB"``."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size >= UNITS[unit[:-1].lower()]:
+            return f"{size / UNITS[unit[:-1].lower()]:g} {unit}"
+    return f"{size:g} B"
 
 
 def default(parameters: int) -> Budget:

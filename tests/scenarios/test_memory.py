@@ -241,7 +241,9 @@ def test_too_small_a_budget_names_the_least():
 
 @pytest.mark.parametrize("value, message", [
     (12, "'12GiB'"), ("12", "'12GiB'"), (0, "no share from 0 to 1"), (True, "not bool True"), ("small", "not 'small'"),
-    ([1], "not list"), (-0.5, "not -0.5"), ("120%", "no share"), ("12 XB", "not '12 XB'")])
+    ([1], "not list"), (-0.5, "not -0.5"), ("120%", "no share from 0 to 1$"), ("12 XB", "not '12 XB'"),
+    (5 * 2**30, "'5GiB'"), (3 * 2**19, "'1.5MiB'"), (0, "'least'$"), ("0GiB", "'0GiB' is less than a byte.*'least'"),
+    ("0.5 B", "less than a byte")])
 def test_what_is_no_budget_is_refused(value, message):
     with pytest.raises(OptionError, match=f"option 'memory' is a share.*{message}"):
         Options.parse(None, {"memory": value})
@@ -250,9 +252,16 @@ def test_what_is_no_budget_is_refused(value, message):
 @pytest.mark.parametrize("value, budget", [
     (0.7, Budget("share", 0.7)), ("0.7", Budget("share", 0.7)), ("70%", Budget("share", 0.7)), (1, Budget("share", 1)),
     ("12GiB", Budget("bytes", 12 * 2**30)), ("1.5 GiB", Budget("bytes", 1.5 * 2**30)), ("2GB", Budget("bytes", 2e9)),
-    ("512 B", Budget("bytes", 512)), ("least", Budget("least")), (" fastest", Budget("fastest"))])
+    ("512 B", Budget("bytes", 512)), ("1KB", Budget("bytes", 1000)), ("12gib", Budget("bytes", 12 * 2**30)),
+    ("3mb", Budget("bytes", 3e6)), ("least", Budget("least")), (" fastest", Budget("fastest"))])
 def test_what_a_budget_can_be(value, budget):
     assert Options.parse(None, {"memory": value}).memory == budget == Budget.parse(value)
+
+
+@pytest.mark.parametrize("value, text", [
+    ("100B", "100 B"), ("80KiB", "80 KiB"), ("1.5GiB", "1.5 GiB"), ("2048 gib", "2 TiB"), ("least", "'least'")])
+def test_a_budget_is_printed_in_the_unit_that_it_fills(value, text):
+    assert str(Budget.parse(value)) == text
 
 
 def test_the_budget_is_in_both_keys():
