@@ -18,6 +18,7 @@ from quartet.runtime.devices import Target
 
 UNPAID = ("would not pay", "no rates of", "no measured rates")  # how reasons begin of what was left for its price
 CANDIDATES = ("fp8", "int8-all", "int8")  # recipes for speed
+BF16 = dtype_name(torch.bfloat16)
 ANYWAY = "A recipe as policy, such as 'quartet', quantises whether it pays or not, for its memory or to study it"
 
 
@@ -29,6 +30,10 @@ def advice(records: Sequence[MatmulRecord], target: Target) -> str:
     if any(narrower(r, target) for r in records):
         return (f"What is fast on {target.title} is for bfloat16: train in it, model.bfloat16() or torch.autocast. "
                 f"{ANYWAY}")
+    others = dict.fromkeys(r.dtype for r in _left(records) if r.dtype != BF16)
+    if others and not layers:
+        return (f"How fast {target.title} multiplies in {' and '.join(others)} is not among its rates, so nothing can "
+                f"be compared with it: train in bfloat16, model.bfloat16() or torch.autocast. {ANYWAY}")
     gains = {name: gain for name in CANDIDATES if (gain := _gain(recipes()[name], layers, target, rates)) > 1.0}
     if not gains:
         return f"No recipe pays on {target.title} at these sizes, by {rates.source}. {ANYWAY}"
@@ -39,17 +44,21 @@ def advice(records: Sequence[MatmulRecord], target: Target) -> str:
 
 def narrower(record: MatmulRecord, target: Target) -> bool:
     """Whether a product was left alone for its dtype, which the tensor cores of narrow formats do not give."""
-    return record.dtype != dtype_name(torch.bfloat16) and target.lacks("fp8 tensor cores") is None and (
+    return record.dtype != BF16 and target.lacks("fp8 tensor cores") is None and (
         record.reason.startswith(UNPAID))
 
 
+def _left(records: Sequence[MatmulRecord]) -> Iterator[MatmulRecord]:
+    """The forward products of linear layers that were left alone for their price."""
+    return (r for r in records if r.op_class == "linear" and r.role == "fprop" and r.reason.startswith(UNPAID))
+
+
 def _layers(records: Sequence[MatmulRecord]) -> Iterator[tuple[int, int, int]]:
-    """(tokens, out, in) of the linear layers of known sizes."""
-    for r in records:
-        if r.op_class == "linear" and r.role == "fprop" and r.reason.startswith(UNPAID):
-            m, n, k = r.m, r.n, r.k
-            if isinstance(m, int) and isinstance(n, int) and isinstance(k, int):
-                yield m, n, k
+    """(tokens, out, in) of the linear layers in bfloat16, of which rates are, and of known sizes."""
+    for r in _left(records):
+        m, n, k = r.m, r.n, r.k
+        if r.dtype == BF16 and isinstance(m, int) and isinstance(n, int) and isinstance(k, int):
+            yield m, n, k
 
 
 def _gain(recipe: Recipe, layers: Sequence[tuple[int, int, int]], target: Target, rates: Rates) -> float:

@@ -36,7 +36,14 @@ def test_what_would_pay(name, size, said):
 def test_a_dtype_that_no_narrow_product_has_is_what_is_said_first():
     assert advice(records(8192, 4096, 4096, "float32"), Target.named("h100")).startswith(
         "What is fast on h100 is for bfloat16: train in it")
-    assert "int8-all" in advice(records(16384, 14336, 4096, "float32"), Target.named("a100"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes_are_not_compared_by_the_rates_of_bfloat16(dtype):
+    text = advice(records(16384, 14336, 4096, dtype), Target.named("a100"))
+    assert text.startswith(f"How fast a100 multiplies in {dtype} is not among its rates") and " times " not in text
+    mixed = records(16384, 14336, 4096, dtype) + records(2048, 1024, 1024)
+    assert advice(mixed, Target.named("a100")) == advice(records(2048, 1024, 1024), Target.named("a100"))
 
 
 def test_sizes_that_are_symbols_are_passed_over():
