@@ -40,7 +40,8 @@ def calibrate(device: torch.device, seconds: float, out: Path | None) -> int:
     source = "nothing" if before is None else before.source
     print(f"{found.device}, measured in {taken:.1f} s; until now {source}")
     print(table([("", "measured", "until now", "of it"), *_rows(found, before)], indent=""))
-    print(f"kept in {path}; compilations from now on are decided by it" if out is None else
+    print(f"kept in {path}; compilations from now on are decided by it, but not those of distributed runs (torchrun): "
+          f"for them write a file with --out FILE and set {kept.VARIABLE}=FILE" if out is None else
           f"written to {path}; with {kept.VARIABLE}={path} all processes that read it are decided by it")
     return 0
 

@@ -100,12 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(run=_tune)
 
     calibrate = commands.add_parser("calibrate", help="measure how fast this GPU is, and decide by it from now on what "
-                                                      "the default quantises")
+                                                      "the default quantises; for distributed runs with --out")
     calibrate.add_argument("--device", metavar="N", type=int, default=0, help="index of the GPU; default: %(default)s")
     calibrate.add_argument("--seconds", metavar="S", type=float, default=0.4,
                            help="how long each product runs before it is timed, and while it is; default: %(default)s")
     calibrate.add_argument("--out", metavar="FILE", type=Path,
-                           help="write the rates there, for QUARTET_RATES, and keep none")
+                           help="write the rates there and keep none; distributed runs (torchrun) read only the file "
+                                "that QUARTET_RATES names")
     calibrate.set_defaults(run=_calibrate)
 
     cache = commands.add_parser("cache", help="list the compiled kernels, or remove them")

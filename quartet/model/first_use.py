@@ -43,4 +43,5 @@ def calibrate_once(device: torch.device) -> None:
     except (BuildError, torch.OutOfMemoryError) as error:
         log.warning(f"{VARIABLE}=1: the rates of {target.title} were not measured, and its tables decide: {error}")
         return
-    log.warning(f"{VARIABLE}=1: what pays on {target.title} is decided from now on by the rates kept in {path}")
+    log.warning(f"{VARIABLE}=1: what pays on {target.title} is decided from now on by the rates kept in {path}, in "
+                "runs of one process")

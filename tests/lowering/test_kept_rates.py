@@ -190,6 +190,7 @@ def test_calibrate_keeps_what_it_measured_and_shows_it(gpu, capsys, folder):
     assert main(["calibrate"]) == 0
     out = capsys.readouterr().out
     assert "until now the data sheet of a100" in out and f"kept in {folder}" in out and "bf16 TFLOPS" in out
+    assert "not those of distributed runs (torchrun)" in out and "--out FILE and set QUARTET_RATES=FILE" in out
     assert rates_of(HERE) == measured()
     assert main(["cache"]) == 0 and f"rates of {DEVICE}" in capsys.readouterr().out
 
