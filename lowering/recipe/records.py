@@ -102,10 +102,10 @@ class SavedRecord:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """One point of a frontier: bytes kept, their share of what BF16 keeps, and seconds beyond keeping everything."""
+    """One point of a frontier: bytes kept, their share of the unquantised, and seconds beyond keeping everything."""
 
     bytes: int
-    of_bf16: float
+    share: float
     seconds: float
 
 
@@ -115,7 +115,7 @@ class MemoryRecord:
 
     Args:
         budget: what was asked for. limit: in bytes; None for no limit.
-        bf16_bytes: what the same graph keeps between forward and backward as it is without us.
+        unquantised_bytes: what the same graph keeps between forward and backward without us, in its own dtypes.
         saved_bytes: what it keeps now. least: the fewest bytes that could have been chosen.
         seconds: predicted, of a step, beyond keeping everything exactly.
         nominal: no rates are known for the device: seconds are good for an order only.
@@ -126,7 +126,7 @@ class MemoryRecord:
 
     budget: str
     limit: int | None
-    bf16_bytes: int
+    unquantised_bytes: int
     saved_bytes: int
     least: int
     seconds: float

@@ -19,7 +19,7 @@ class Budget:
     """What is kept may take so much, and is chosen to cost the least time.
 
     Args:
-        kind: ``"share"`` of what BF16 keeps of the same graph; ``"peak"``, a share of that and of what is ``held``
+        kind: ``"share"`` of what the same graph keeps unquantised; ``"peak"``, a share of that and of what is ``held``
             beside it; ``"bytes"`` of one graph; ``"least"`` and ``"fastest"`` without a number; ``"recipe"``: nothing
             is chosen, recipes and rules say all.
         amount: of a share or of bytes.
@@ -33,16 +33,16 @@ class Budget:
     lossless: bool = False
 
     def limit(self, plain: int) -> int | None:
-        """Bytes, where BF16 keeps ``plain``; None where there is no limit, 0 for as few as possible."""
+        """Bytes for a graph that keeps ``plain`` unquantised; None where there is no limit, 0 for the fewest."""
         if self.kind in ("share", "peak"):
             return max(0, int(self.amount * (plain + self.held)) - self.held)
         return {"bytes": int(self.amount), "least": 0}.get(self.kind)
 
     def __str__(self) -> str:
         if self.kind == "share":
-            return f"{self.amount:g} of BF16's bytes"
+            return f"{self.amount:g} of the unquantised bytes"
         if self.kind == "peak":
-            return f"{self.amount:g} of BF16's peak with {self.held / 2**30:.2f} GiB beside it"
+            return f"{self.amount:g} of the unquantised peak with {self.held / 2**30:.2f} GiB beside it"
         return _readable(self.amount) if self.kind == "bytes" else f"{self.kind!r}"
 
     @classmethod
@@ -54,8 +54,8 @@ class Budget:
         Raises:
             ValueError: anything else; the message says what is possible.
         """
-        legal = ("a share of what BF16 keeps, such as 0.7, bytes with their unit, such as '12GiB', 'least', 'fastest' "
-                 "or 'recipe'")
+        legal = ("a share of what is kept unquantised, such as 0.7, bytes with their unit, such as '12GiB', 'least', "
+                 "'fastest' or 'recipe'")
         text = value.strip() if isinstance(value, str) else value
         if text in WORDS:
             return cls(text)
@@ -89,6 +89,6 @@ def _readable(size: float) -> str:
 
 
 def default(parameters: int) -> Budget:
-    """0.8 of BF16's peak without loss, for so many bytes of parameters: when backward begins these are there and Adam's
-    two moments of their dtype, but no gradients yet."""
+    """0.8 of the unquantised peak without loss, for so many bytes of parameters: when backward begins these are there
+    and Adam's two moments of their dtype, but no gradients yet."""
     return Budget("peak", 0.8, held=3 * parameters, lossless=True)

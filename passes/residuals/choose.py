@@ -135,9 +135,10 @@ def measured(plan: Plan, frontier: Frontier, point: Point, records: Sequence[Sav
         min(point.bytes for point in points), (point.time + plan.time) / FEMTO, nominal,
         len(plan.again), sum(r.saved is not None for r in records), plan.slack + frontier.slack, points)
     if not found.fits and not plan.budget.lossless:
-        text = (f"memory={plan.budget} is {found.limit} bytes of what one graph keeps for backward, where BF16 keeps "
-                f"{plan.plain}; {found.saved_bytes} are kept, and the least that can be is {found.least}, "
-                f"{found.least / max(plan.plain, 1):.3f} of BF16's. Activation checkpointing keeps less")
+        text = (f"memory={plan.budget} is {found.limit} bytes of what one graph keeps for backward, where "
+                f"{plan.plain} are unquantised; {found.saved_bytes} are kept, and the least that can be is "
+                f"{found.least}, {found.least / max(plan.plain, 1):.3f} of the unquantised. "
+                "Activation checkpointing keeps less")
         if config.strict:
             raise BudgetError(text)
         warnings.warn(f"quartet: {text}", stacklevel=2)

@@ -11,10 +11,10 @@ from quartet.report.text import human_bytes
 
 
 def memory_lines(records: Sequence[MemoryRecord]) -> Iterator[str]:
-    """A line a graph: what is kept of what BF16 keeps, by which choices, in what time."""
+    """A line a graph: what is kept of what it keeps unquantised, by which choices, in what time."""
     for r in records:
-        parts = [f"{human_bytes(r.saved_bytes)} of BF16's {human_bytes(r.bf16_bytes)}"
-                 f" ({r.saved_bytes / max(r.bf16_bytes, 1):.3f}) under memory={r.budget}"]
+        parts = [f"{human_bytes(r.saved_bytes)} of {human_bytes(r.unquantised_bytes)} unquantised"
+                 f" ({r.saved_bytes / max(r.unquantised_bytes, 1):.3f}) under memory={r.budget}"]
         if not r.fits:
             parts.append("which is the least that can be")
         if r.again:
@@ -50,11 +50,12 @@ def plot(records: Sequence[MemoryRecord], path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(8, 4.5), layout="tight")
     axes = figure.subplots()
     for i, r in enumerate(records):
-        axes.plot([p.of_bf16 for p in r.frontier], [1e3 * p.seconds for p in r.frontier], "o-", color=f"C{i}",
+        axes.plot([p.share for p in r.frontier], [1e3 * p.seconds for p in r.frontier], "o-", color=f"C{i}",
                   markersize=3, linewidth=1, label=f"graph {i}, memory={r.budget}")
-        axes.plot([r.saved_bytes / max(r.bf16_bytes, 1)], [1e3 * r.seconds], "*", color=f"C{i}", markersize=12)
+        axes.plot([r.saved_bytes / max(r.unquantised_bytes, 1)], [1e3 * r.seconds], "*", color=f"C{i}", markersize=12)
     nominal = any(r.nominal for r in records)
-    axes.set(xlabel="kept between forward and backward, of what BF16 keeps", title="time against memory, predicted",
+    axes.set(xlabel="kept between forward and backward, of what is kept unquantised",
+             title="time against memory, predicted",
              ylabel=f"ms a step beyond keeping everything{' on a nominal GPU' if nominal else ''}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

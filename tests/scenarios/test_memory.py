@@ -20,6 +20,7 @@ from quartet.lowering import registry
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
 from quartet.passes.residuals.budget import Budget, BudgetError, default
+from quartet.report.text import human_bytes
 from quartet.runtime import compat
 from quartet.runtime.capture import Capture
 
@@ -84,7 +85,7 @@ def test_what_is_kept_is_within_the_budget_and_gradients_are_close(share):
     got, saved, (memory,), _ = run(model, X(), memory=share)
     assert torch.equal(got[0], expected[0])
     assert_close(got, expected, least=0.9)
-    assert memory.least <= memory.saved_bytes <= memory.limit == int(share * memory.bf16_bytes) and memory.fits
+    assert memory.least <= memory.saved_bytes <= memory.limit == int(share * memory.unquantised_bytes) and memory.fits
     assert memory.saved_bytes == sum(r.saved_bytes for r in saved)
 
 
@@ -105,7 +106,7 @@ def test_bytes_predicted_are_bytes_kept(policy, memory):
     assert measured == record.saved_bytes
     plain = torch.compile(model, backend=lambda gm, example: compat.compile_fx(gm, example, inner_compile=Capture()))
     torch._dynamo.reset()
-    assert kept_by(plain, model, inputs) == record.bf16_bytes
+    assert kept_by(plain, model, inputs) == record.unquantised_bytes
 
 
 def test_less_memory_costs_more_time_and_the_ends_are_the_words():
@@ -195,8 +196,8 @@ def test_by_default_products_are_kept_within_four_fifths_of_the_peak_where_rates
     report, today = explained(model, x), explained(model, x, memory="recipe")
     (memory,) = report.memory
     held = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    assert memory.budget.startswith("0.8 of BF16's peak with ") and memory.encoded == 0 and not memory.nominal
-    assert memory.limit == int(0.8 * (memory.bf16_bytes + held)) - held > 0
+    assert memory.budget.startswith("0.8 of the unquantised peak with ") and memory.encoded == 0 and not memory.nominal
+    assert memory.limit == int(0.8 * (memory.unquantised_bytes + held)) - held > 0
     assert today.saved_bytes_total < report.saved_bytes_total and memory.saved_bytes <= memory.limit
     assert {r.saved for r in report.saved} <= {None, "product again"}
     none = explained(model, x, recompute="none")
@@ -231,7 +232,7 @@ class Own(compat.CustomPartitionerFn):
 def test_too_small_a_budget_names_the_least():
     model = Net()
     _, _, (least,), _ = run(model, X(), memory="least")
-    with pytest.warns(UserWarning, match=rf"memory=0.01 of BF16's bytes is .* is {least.saved_bytes}, 0\.\d+ of B"):
+    with pytest.warns(UserWarning, match=rf"memory=0.01 of the unq.* is {least.saved_bytes}, 0\.\d+ of the unq"):
         _, _, (record,), _ = run(model, X(), memory=0.01)
     assert not record.fits and record.saved_bytes == least.saved_bytes == record.least
     with pytest.raises(Exception, match=f"is {least.saved_bytes}, ") as caught:
@@ -259,7 +260,8 @@ def test_what_a_budget_can_be(value, budget):
 
 
 @pytest.mark.parametrize("value, text", [
-    ("100B", "100 B"), ("80KiB", "80 KiB"), ("1.5GiB", "1.5 GiB"), ("2048 gib", "2 TiB"), ("least", "'least'")])
+    ("100B", "100 B"), ("80KiB", "80 KiB"), ("1.5GiB", "1.5 GiB"), ("2048 gib", "2 TiB"), ("least", "'least'"),
+    (0.7, "0.7 of the unquantised bytes")])
 def test_a_budget_is_printed_in_the_unit_that_it_fills(value, text):
     assert str(Budget.parse(value)) == text
 
@@ -373,7 +375,7 @@ def test_a_model_without_products_is_chosen_about_too():
             return x.sin().tanh().clone().exp()
 
     _, saved, (memory,), _ = run(Elementwise(), data(256, 64, grad=True)(), None, memory="least")
-    assert memory.saved_bytes <= memory.bf16_bytes and memory.again == 0
+    assert memory.saved_bytes <= memory.unquantised_bytes and memory.again == 0
 
 
 def test_regions_are_left_to_their_recipes():
@@ -401,11 +403,12 @@ def test_regions_are_left_to_their_recipes():
 def test_explain_shows_the_choice_its_bytes_and_the_frontier(tmp_path):
     report = explained(Net(), X()[0], memory=0.5)
     (memory,), text = report.memory, str(report)
-    assert f"({memory.saved_bytes / memory.bf16_bytes:.3f}) under memory=0.5 of BF16's bytes" in text
+    assert f"({memory.saved_bytes / memory.unquantised_bytes:.3f}) under memory=0.5 of the unquantised bytes" in text
+    assert f" of {human_bytes(memory.unquantised_bytes)} unquantised (" in text
     assert "product again" in text and "predicted" in text and "time" in text and max(
         map(len, text.splitlines())) <= 180
     shown = json.loads(json.dumps(report.to_dict()))
-    assert shown["memory"][0]["frontier"][0].keys() == {"bytes", "of_bf16", "seconds"}
+    assert shown["memory"][0]["frontier"][0].keys() == {"bytes", "share", "seconds"}
     assert sum(r["saved_bytes"] for r in shown["saved"]) == memory.saved_bytes
     assert "under memory=0.5" in report.to_html()
     assert all(r.seconds is not None for r in report.saved)
