@@ -45,11 +45,11 @@ def keep(rates: Rates) -> Path:
 
 
 def keep_once(device: str, measure: Callable[[], Rates]) -> Path:
-    """Keep what ``measure`` finds of a device unless something is kept of it; the file. Processes that start together
+    """Keep what ``measure`` finds of a device unless rates are kept of it; the file. Processes that start together
     measure once. Raises BuildError where nothing can be kept, before it measures."""
     path = place(device, create=True)
     with locked(path):
-        if not path.exists():
+        if not _is_whole(path):
             write_json(path, described(measure()))
     forget()
     return path
@@ -139,6 +139,14 @@ def _parsed(text: str | bytes) -> Rates:
         return read(json.loads(text))
     except RecursionError as error:
         raise RatesError("it is nested too deeply") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _parsed(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def forget() -> None:

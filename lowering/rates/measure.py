@@ -9,6 +9,7 @@ copy; what a kernel takes at least, and the host, are the H200's.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,8 +34,13 @@ FORWARD, BACKWARD = "e2m1/32 e8m0 even nearest", "e2m1/32 e8m0 headroom stochast
 FOLDS = {"both axes": 2, "one axis": 1, "requantise": 1}  # how many folds the op of a pass makes beside it
 
 
+class MeasurementError(RuntimeError):
+    """Times from which no rates follow; the message says what was measured."""
+
+
 def measure(device: torch.device, seconds: float = 0.4) -> Rates:
-    """The constants of a GPU. ``seconds``: how long each product runs before it is timed, and while it is."""
+    """The constants of a GPU. ``seconds``: how long each product runs before it is timed, and while it is. Raises
+    MeasurementError where that tells none."""
     target = Target.of(device)
     with torch.cuda.device(device), torch.no_grad():
         passes = {name: _replayed(call) for name, call in _passes(device, target)}
@@ -46,8 +52,11 @@ def measure(device: torch.device, seconds: float = 0.4) -> Rates:
 
 def rates_from(target: Target, passes: Mapping[str, float],
                products: Mapping[tuple[str, tuple[int, int, int]], float]) -> Rates:
-    """The constants that times tell: seconds of a pass over ``ROWS × COLS`` elements, and of products."""
+    """The constants that times tell: seconds of a pass over ``ROWS × COLS`` elements, and of products. Raises
+    MeasurementError where a product, or the copy that the least of every pass follows from, tells no rate above 0."""
     known = shipped.RATES["h200"]
+    for name, taken in passes.items():
+        _beyond(known.launch if name == "copy" else 0.0, taken, f"a pass {name!r} over {ROWS} × {COLS} elements")
     each = {name: (taken - known.launch) / (ROWS * COLS) for name, taken in passes.items()}
     for name, folds in FOLDS.items():
         if name in each:
@@ -57,12 +66,22 @@ def rates_from(target: Target, passes: Mapping[str, float],
     output = {dtype: slower * known.output["bf16"] * size / 2 for dtype, size in datasheet.RESULT_BYTES.items()}
     flops: dict[str, list[float]] = {}
     for (dtype, (m, n, k)), taken in products.items():
-        flops.setdefault(dtype, []).append(2.0 * m * n * k / (taken - m * n * output[dtype] - known.launch))
+        flops.setdefault(dtype, []).append(2.0 * m * n * k / _beyond(
+            m * n * output[dtype] + known.launch, taken, f"a product {m} × {n} × {k} in {dtype}"))
     mean = {dtype: statistics.fmean(values) for dtype, values in flops.items()}
     if target.gpu is not None and target.gpu.fp4:  # no measurement of its own yet
         mean["fp4"] = datasheet.rates(target.gpu).flops["fp4"]
     return Rates(str(target.name), _rounded(mean), _rounded({dtype: output[dtype] for dtype in mean}), _rounded(each),
                  known.launch, HOST, MEASURED)
+
+
+def _beyond(known: float, taken: float, what: str) -> float:
+    """What of a time is more than is known to be in it. Raises MeasurementError where nothing is."""
+    if not 0 < taken - known < math.inf:
+        raise MeasurementError(f"{what} was measured to take {1e6 * taken:.3g} µs, of which {1e6 * known:.3g} are its "
+                               "launch and result: no rate follows from that; measure again, with more --seconds, "
+                               "while nothing else uses the GPU")
+    return taken - known
 
 
 def _passes(device: torch.device, target: Target) -> Iterator[tuple[str, Call]]:

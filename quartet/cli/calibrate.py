@@ -15,7 +15,7 @@ from quartet.kernels.build_cache import BuildError, cache_dir
 from quartet.kernels.files import write_text
 from quartet.lowering import rates
 from quartet.lowering.rates import Rates, kept
-from quartet.lowering.rates.measure import measure
+from quartet.lowering.rates.measure import MeasurementError, measure
 from quartet.runtime.devices import Target
 
 
@@ -34,7 +34,7 @@ def calibrate(device: torch.device, seconds: float, out: Path | None) -> int:
         else:
             path = out
             write_text(out, json.dumps(kept.described(found), indent=1) + "\n")
-    except (BuildError, OSError) as error:
+    except (BuildError, MeasurementError, OSError) as error:
         print(f"quartet: {error}", file=sys.stderr)
         return 1
     source = "nothing" if before is None else before.source

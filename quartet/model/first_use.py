@@ -1,7 +1,7 @@
 """With ``$QUARTET_CALIBRATE=1`` the first compilation on a GPU of which no rates were measured measures and keeps them.
 
 Not in a distributed run, where kept rates do not count, nor while a CUDA graph is recorded, nor where nothing can be
-kept: what is measured has to decide the next run too.
+kept: what is measured has to decide the next run too. Where measuring fails, one warning says so and the tables decide.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 
 import torch
 
-from quartet.kernels.build_cache import BuildError
 from quartet.lowering.rates import kept, rates_of
 from quartet.lowering.rates.constants import MEASURED
 from quartet.options import OptionError
 from quartet.runtime.devices import Target
 
 VARIABLE = "QUARTET_CALIBRATE"
+_failed: set[str] = set()  # devices that this process could not measure, or of which it could keep nothing
 log = logging.getLogger("quartet")
 
 
@@ -33,15 +33,19 @@ def calibrate_once(device: torch.device) -> None:
         return
     target = Target.of(device)
     unfit = target.missing or target.foreign or target.name is None or (target.capability or (0, 0)) < (8, 0)
+    if unfit or target.name in _failed or torch.cuda.is_current_stream_capturing():
+        return
     known = rates_of(target)
-    if unfit or (known is not None and known.origin is MEASURED) or torch.cuda.is_current_stream_capturing():
+    if known is not None and known.origin is MEASURED:
         return
     from quartet.lowering.rates.measure import measure
 
     try:
         path = kept.keep_once(str(target.name), lambda: measure(device))
-    except (BuildError, torch.OutOfMemoryError) as error:
-        log.warning(f"{VARIABLE}=1: the rates of {target.title} were not measured, and its tables decide: {error}")
+    except Exception as error:  # of compilers, drivers and kernels: the user's model is not what fails
+        _failed.add(str(target.name))
+        log.warning(f"{VARIABLE}=1: the rates of {target.title} were not measured, and its tables decide: "
+                    f"{type(error).__name__}: {error}")
         return
     log.warning(f"{VARIABLE}=1: what pays on {target.title} is decided from now on by the rates kept in {path}, in "
                 "runs of one process")

@@ -164,6 +164,15 @@ def test_what_cannot_be_measured_follows_from_a_copy():
     assert set(found.flops) == {"bf16"}
 
 
+@pytest.mark.parametrize("copy, product, said", [
+    (5.4e-6, 1e-2, "a pass 'copy' over 16384 × 8192 elements was measured to take 5.4 µs"),
+    (0.0, 1e-2, "a pass 'copy' .* take 0 µs"), (float("inf"), 1e-2, "a pass 'copy' .* take inf µs"),
+    (1e-4, 4e-6, "a product 8192 × 4096 × 4096 in bf16 was measured to take 4 µs, of which .* are its launch")])
+def test_times_that_no_rate_follows_from_are_refused(copy, product, said):
+    with pytest.raises(measure.MeasurementError, match=said):
+        measure.rates_from(HERE, {"copy": copy}, {("bf16", size): product for size in measure.PRODUCTS})
+
+
 def test_what_is_timed_runs(monkeypatch):
     """On a CPU, where the references of the same ops run."""
     monkeypatch.setattr(measure, "ROWS", 64)
@@ -222,6 +231,15 @@ def test_calibrate_says_that_it_cannot_keep_anything_before_it_measures(gpu, cap
     assert "chmod 700" in capsys.readouterr().err
 
 
+def test_calibrate_keeps_nothing_of_a_measurement_that_tells_nothing(gpu, capsys, monkeypatch):
+    def fails(*args):
+        raise measure.MeasurementError("a copy took no time")
+
+    monkeypatch.setattr("quartet.cli.calibrate.measure", fails)
+    assert main(["calibrate"]) == 1 and capsys.readouterr().err == "quartet: a copy took no time\n"
+    assert kept.listed() == []
+
+
 @pytest.mark.parametrize("argv, said", [
     ([], "calibrate measures an NVIDIA GPU, but no CUDA device is here"),
     (["--seconds", "0"], "use more than 0"), (["--device", "-1"], "use 0 or more")])
@@ -238,6 +256,7 @@ def asked(monkeypatch):
     """How often a GPU was measured, where the environment asks for it."""
     found = []
     monkeypatch.setenv(first_use.VARIABLE, "1")
+    monkeypatch.setattr(first_use, "_failed", set())
     monkeypatch.setattr(Target, "of", staticmethod(lambda device: HERE))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(measure, "measure", lambda device: found.append(device) or measured())
@@ -251,6 +270,30 @@ def test_the_first_compilation_measures_and_the_next_does_not(asked):
     for _ in range(2):
         first_use.calibrate_once(CUDA)
         assert rates_of(HERE) == measured() and len(asked) == 1
+
+
+def test_a_damaged_file_is_measured_anew(asked):
+    kept.keep(measured()).write_text("{")
+    kept.forget()
+    with pytest.warns(UserWarning, match="damaged"):
+        first_use.calibrate_once(CUDA)
+    assert rates_of(HERE) == measured() and len(asked) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: launch failed"), torch.OutOfMemoryError("no room"),
+                                   measure.MeasurementError("a copy took no time"), TypeError("no such kernel")])
+def test_a_measurement_that_fails_ends_nothing_and_is_not_tried_again(asked, error, monkeypatch, caplog):
+    def fails(device):
+        asked.append(device)
+        raise error
+
+    monkeypatch.setattr(measure, "measure", fails)
+    with caplog.at_level("WARNING", "quartet"):
+        for _ in range(2):
+            first_use.calibrate_once(CUDA)
+    assert len(asked) == 1 and rates_of(HERE).source == "the data sheet of a100"
+    (record,) = caplog.records
+    assert f"were not measured, and its tables decide: {type(error).__name__}: {error}" in record.getMessage()
 
 
 @pytest.mark.parametrize("name, value", [(first_use.VARIABLE, "0"), ("WORLD_SIZE", "2")])
