@@ -133,7 +133,7 @@ class Options:
         "attention_qk and attention_pv; the probabilities are then kept for backward")
     memory: Budget | None = option(
         None, _memory, "what may be kept between forward and backward, within which the fastest is chosen: a share of "
-        "what is kept unquantised (0.7), bytes of a graph ('12GiB'), 'least', 'fastest', or 'recipe' to choose nothing. "
+        "what is kept unquantised (0.7), bytes of a graph ('12GiB'), 'least', 'fastest', or 'recipe' (nothing chosen). "
         "By default 0.8 by lossless choices alone, where the device's rates are known and a recipe recomputes products")
     eval: str | None = option(
         AS_TRAINED, _one_of(AS_TRAINED, none="evaluate in the model's own dtype"), "what graphs without a backward "
