@@ -165,7 +165,8 @@ def _budget(tensors: Iterable[torch.Tensor], weights: Iterable[torch.Tensor], op
     divided = compat.replaces_partitioner() and compat.partitioner(options.inductor)[0] is None
     if not (again and divided and _rates(tensors, options)):
         return None
-    return default(sum(weight.numel() * weight.element_size() for weight in weights if weight.requires_grad))
+    sizes = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in weights]
+    return default(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
 
 
 def _partition(options: Options) -> Callable[..., Any] | None:

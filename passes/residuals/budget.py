@@ -88,7 +88,10 @@ def _readable(size: float) -> str:
     return f"{size:g} B"
 
 
-def default(parameters: int) -> Budget:
-    """0.8 of the unquantised peak without loss, for so many bytes of parameters: when backward begins these are there
-    and Adam's two moments of their dtype, but no gradients yet."""
-    return Budget("peak", 0.8, held=3 * parameters, lossless=True)
+def default(parameters: int, trained: int) -> Budget:
+    """0.8 of the unquantised peak without loss, for so many bytes of parameters, those that are trained among them.
+
+    When backward begins all of them are there, and Adam's two moments of the trained ones in their dtype, but no
+    gradients yet.
+    """
+    return Budget("peak", 0.8, held=parameters + 2 * trained, lossless=True)

@@ -205,7 +205,18 @@ def test_by_default_products_are_kept_within_four_fifths_of_the_peak_where_rates
 
 
 def test_the_default_asks_for_less_where_parameters_are_most_of_a_step():
-    assert [default(parameters).limit(1000) for parameters in (0, 1000, 10000)] == [800, 200, 0]
+    assert [default(size, size).limit(1000) for size in (0, 1000, 10000)] == [800, 200, 0]
+
+
+def test_by_default_frozen_parameters_are_held_without_moments():
+    model, x = Net(), X()[0].repeat(8, 1)
+    for layer in model.layers:
+        layer["gate"].weight.requires_grad_(False)
+    (memory,) = explained(model, x).memory
+    frozen, trained = (sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == wanted)
+                       for wanted in (False, True))
+    held = frozen + 3 * trained
+    assert memory.limit == int(0.8 * (memory.unquantised_bytes + held)) - held > 0
 
 
 def test_by_default_no_recipe_becomes_slower_than_it_says_and_a_users_partitioner_is_left_alone():
