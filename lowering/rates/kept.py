@@ -78,6 +78,17 @@ def named(target: Target) -> Rates | None:
     return None
 
 
+def unfit(target: Target) -> str | None:
+    """Why ``quartet calibrate`` cannot measure a GPU, also one that is only named; None where it can."""
+    if target.type != "cuda":
+        return f"it measures an NVIDIA GPU, and this is {target.title}"
+    if (reason := target.missing or target.foreign) is not None:
+        return f"it measures an NVIDIA GPU, but {reason}"
+    if target.capability is None or target.capability < (8, 0):
+        return f"it measures products of bfloat16, and {target.title} has no tensor cores for it"
+    return None
+
+
 def distributed() -> bool:
     """Whether this process is one of several that train one model."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from quartet.lowering.cost import Cost, Layer, predict, simulated
 from quartet.lowering.ir.graph import val
-from quartet.lowering.rates import Host, Rates, rates_of
+from quartet.lowering.rates import Host, Rates, kept, rates_of
 from quartet.lowering.recipe.types import ROLES, WEIGHED, Recipe
 from quartet.passes.classify.aside import tokens
 from quartet.passes.flow import Flow
@@ -103,7 +103,7 @@ def _unknown(site: Planned, state: State) -> dict[str, str]:
     target = state.config.target_of(val(site.x[0]).device)
     if target.type == "cuda":
         return dict.fromkeys(ROLES, f"no rates of {target.title}, by which it could be said whether it pays: "
-                                    f"{HELP if target.foreign is None else 'name it in a rule'}")
+                                    f"{HELP if kept.unfit(target) is None else 'name it in a rule'}")
     if site.op_class in WEIGHED:
         return dict.fromkeys(ROLES, f"{site.op_class} is quantised by default where that pays, and no rates of "
                                     f"{target.title} are known: name it in a rule")

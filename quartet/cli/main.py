@@ -312,18 +312,16 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     import torch
 
     from quartet.cli.calibrate import calibrate
-    from quartet.runtime.devices import Target, absent
+    from quartet.lowering.rates.kept import unfit
+    from quartet.runtime.devices import Target
 
     if not 0 < arguments.seconds <= 60:
         raise UsageError(f"--seconds {arguments.seconds} is not possible; use more than 0 and at most 60")
     if arguments.device < 0:
         raise UsageError(f"--device {arguments.device} is not possible; use 0 or more")
     device = torch.device("cuda", arguments.device)
-    target = Target.of(device)
-    if (missing := absent(device) or target.foreign) is not None:
-        raise UsageError(f"calibrate measures an NVIDIA GPU, but {missing}")
-    if target.capability is not None and target.capability < (8, 0):
-        raise UsageError(f"calibrate measures products of bfloat16, and {target.title} has no tensor cores for it")
+    if (reason := unfit(Target.of(device))) is not None:
+        raise UsageError(f"`quartet calibrate` cannot measure this device: {reason}")
     if arguments.out is not None:
         _check_output(arguments.out)
     return calibrate(device, arguments.seconds, arguments.out)

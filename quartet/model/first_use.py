@@ -32,8 +32,7 @@ def calibrate_once(device: torch.device) -> None:
     if asked != "1" or device.type != "cuda" or kept.distributed():
         return
     target = Target.of(device)
-    unfit = target.missing or target.foreign or target.name is None or (target.capability or (0, 0)) < (8, 0)
-    if unfit or target.name in _failed or torch.cuda.is_current_stream_capturing():
+    if kept.unfit(target) is not None or target.name in _failed or torch.cuda.is_current_stream_capturing():
         return
     known = rates_of(target)
     if known is not None and known.origin is MEASURED:

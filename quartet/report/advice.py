@@ -10,7 +10,7 @@ import torch
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.cost import Cost, Layer, predict
-from quartet.lowering.rates import Rates, rates_of
+from quartet.lowering.rates import Rates, kept, rates_of
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import ROLES, Recipe
 from quartet.recipes import recipes
@@ -26,7 +26,9 @@ def advice(records: Sequence[MatmulRecord], target: Target) -> str:
     """Which recipe would make linear layers faster that the default leaves alone, and how to have one all the same."""
     rates, layers = rates_of(target), list(_layers(records))
     if rates is None:
-        return f"`quartet calibrate` measures a GPU by which that can be told. {ANYWAY}"
+        reason = kept.unfit(target)
+        return (f"`quartet calibrate` measures a GPU by which that can be told. {ANYWAY}" if reason is None else
+                f"What would pay cannot be told, nor can `quartet calibrate` measure it: {reason}. {ANYWAY}")
     if any(narrower(r, target) for r in records):
         return (f"What is fast on {target.title} is for bfloat16: train in it, model.bfloat16() or torch.autocast. "
                 f"{ANYWAY}")

@@ -241,7 +241,7 @@ def test_calibrate_keeps_nothing_of_a_measurement_that_tells_nothing(gpu, capsys
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "calibrate measures an NVIDIA GPU, but no CUDA device is here"),
+    ([], "cannot measure this device: it measures an NVIDIA GPU, but no CUDA device is here"),
     (["--seconds", "0"], "use more than 0"), (["--device", "-1"], "use 0 or more")])
 def test_calibrate_needs_a_gpu(argv, said, capsys):
     if argv or not torch.cuda.is_available():
@@ -310,6 +310,14 @@ def test_what_the_environment_cannot_mean_is_refused(asked, monkeypatch, value):
     with pytest.raises(OptionError, match=f"QUARTET_CALIBRATE is '{value}'; possible: 1, or 0"):
         first_use.calibrate_once(torch.device("cpu"))
     assert not asked
+
+
+@pytest.mark.parametrize("unfit", [Target("cuda", "sm_75", name="Tesla T4"), Target("cuda", "gfx942")])
+def test_what_calibrate_refuses_is_not_measured_at_the_first_use(asked, monkeypatch, unfit, capsys):
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: unfit))
+    first_use.calibrate_once(CUDA)
+    assert not asked and main(["calibrate"]) == 2
+    assert kept.unfit(unfit) in capsys.readouterr().err
 
 
 def test_it_does_not_while_a_graph_is_recorded(asked, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import quartet
+from quartet.lowering.rates import kept
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import ROLES
 from quartet.report.advice import advice
@@ -26,11 +27,20 @@ def records(m, n, k, dtype="bfloat16", reason="would not pay: for a reason"):
     ("rtx 3090", (8192, 4096, 4096), "On rtx 3090 'int8-all' would: 2."),
     ("a100", (2048, 1024, 1024), "No recipe pays on a100 at these sizes, by the data sheet of a100"),
     ("h100", (8192, 4096, 4096), "On h100 'fp8' would: 1."),
-    ("gfx950", (8192, 4096, 4096), "`quartet calibrate` measures a GPU by which that can be told"),
+    ("gfx950", (8192, 4096, 4096), "What would pay cannot be told, nor can `quartet calibrate` measure it: it "
+                                   "measures an NVIDIA GPU, but gfx950 is AMD's"),
 ])
 def test_what_would_pay(name, size, said):
     text = advice(records(*size), Target.named(name))
     assert text.startswith(said) and text.endswith("quantises whether it pays or not, for its memory or to study it")
+
+
+@pytest.mark.parametrize("target, possible", [
+    (Target("cuda", "sm_75", name="Tesla T4"), False), (Target.named("gfx942"), False),
+    (Target("cuda", "sm_80", name="NVIDIA A100-SXM4-40GB MIG 1g.5gb"), True)])
+def test_to_calibrate_is_advised_only_where_that_can_be_done(target, possible):
+    assert (kept.unfit(target) is None) is possible
+    assert advice([], target).startswith("`quartet calibrate` measures") is possible
 
 
 def test_a_dtype_that_no_narrow_product_has_is_what_is_said_first():

@@ -115,6 +115,17 @@ def test_a_gpu_of_which_nothing_is_known_is_left_alone_and_a_cpu_is_not():
         assert None not in {r.kernel for r in named.records} and not any(r.notes for r in named.records)
 
 
+@pytest.mark.parametrize("target, possible", [
+    (Target("cuda", "sm_75", name="Tesla T4", pretended=True), False), (Target.named("gfx942"), False),
+    (Target("cuda", "sm_80", name="an A100's part", pretended=True), True)])
+def test_a_reason_names_calibrate_where_that_measures_the_device(monkeypatch, target, possible):
+    monkeypatch.setattr(Target, "named", staticmethod(lambda name: target))
+    found = report("auto")
+    assert all(r.reason.startswith(f"no rates of {target.title}") and r.reason.endswith(pays.HELP) is possible
+               for r in found.records)
+    assert all(("`quartet calibrate` measures" in note) is possible for note in found.notes if "default" in note)
+
+
 @pytest.mark.parametrize("policy", ["auto", Policy("fp8", where_it_pays=True)])
 def test_what_pays_says_both_times(rates, policy):
     rates(casts_at(1e-13))
