@@ -174,10 +174,15 @@ def _basis(site: Found, state: State) -> str:
 
 
 def _layer(state: State, site: Planned, sharing: int) -> Layer:
-    """The layer of a site with the three products that it has in training."""
+    """The layer of a site with the three products that it has in training.
+
+    Whether backward runs the product of forward again is the recipe's to say, or the option's. The default budget
+    decides it after the plan, and keeps the result unless memory is short: the layer is priced with it kept.
+    """
     config = state.config
-    recompute = ((config.recompute or site.recipe.recompute) == "gemm" and site.kind.single
-                 and is_read_in_backward(site.forward.node, state.flow))
+    lossless = config.memory is not None and config.memory.lossless
+    asked = config.recompute or ("none" if lossless else site.recipe.recompute)
+    recompute = asked == "gemm" and site.kind.single and is_read_in_backward(site.forward.node, state.flow)
     kernels = {role: decision.kernel for role, decision in site.decisions.items()}
     groups = 0 if site.groups is None else hint(site.groups.count)
     return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute, groups,

@@ -242,6 +242,21 @@ def priced(model, x, grad=True, policy="auto"):
     return {(r.fqn, r.role): r.kernel is not None for r in records}, records
 
 
+@pytest.mark.parametrize("options, again", [
+    ({}, False), ({"memory": "fastest"}, False), ({"recompute": "none"}, False), ({"memory": "recipe"}, True),
+    ({"memory": "least"}, True), ({"memory": 0.5}, True), ({"recompute": "gemm"}, True)])
+def test_a_product_that_the_default_budget_keeps_is_priced_once(monkeypatch, options, again):
+    """Of a product whose result gelu reads in backward, in graphs with backward and without."""
+    seen = []
+    monkeypatch.setattr(pays, "predict", lambda recipe, layer, rates: seen.append(layer.recompute))
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU()).bfloat16()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            explain(model, bf16(32, 64), options={"policy": "auto", **options}, target="sm_90")
+        assert set(seen) == {again}
+        seen.clear()
+
+
 def bf16(tokens, width=1024):
     return torch.zeros(tokens, width, dtype=torch.bfloat16)
 
