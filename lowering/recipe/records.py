@@ -114,7 +114,8 @@ class MemoryRecord:
     """What was chosen to be kept of one compiled graph.
 
     Args:
-        budget: what was asked for. limit: in bytes; None for no limit.
+        budget: what was asked for. limit: in bytes; None for no limit, as for the fewest bytes.
+        lossless: only among choices that change no number, as by default.
         unquantised_bytes: what the same graph keeps between forward and backward without us, in its own dtypes.
         saved_bytes: what it keeps now. least: the fewest bytes that could have been chosen.
         seconds: predicted, of a step, beyond keeping everything exactly.
@@ -126,6 +127,7 @@ class MemoryRecord:
 
     budget: str
     limit: int | None
+    lossless: bool
     unquantised_bytes: int
     saved_bytes: int
     least: int
@@ -139,7 +141,12 @@ class MemoryRecord:
     @property
     def fits(self) -> bool:
         """Whether what is kept is within the budget."""
-        return self.limit is None or self.limit == 0 or self.saved_bytes <= self.limit
+        return self.limit is None or self.saved_bytes <= self.limit
+
+    @property
+    def open(self) -> bool:
+        """Whether anything could be chosen: a tensor to be kept in fewer bits, or a product to run again."""
+        return len(self.frontier) > 1
 
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON-serialisable values."""

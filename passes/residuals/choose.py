@@ -125,17 +125,20 @@ def measured(plan: Plan, frontier: Frontier, point: Point, records: Sequence[Sav
              config: Compilation) -> MemoryRecord:
     """What has come of a plan: what is kept of the graph as it was divided.
 
+    A share is of all that a model keeps: a graph in which nothing can be chosen is not held to it.
+
     Raises:
         BudgetError: more than the budget, under ``strict``.
     """
+    budget, kept = plan.budget, sum(record.saved_bytes for record in records)
     nominal = any(record.seconds is None for record in (*records, *plan.again))
     points = plan.frontier or tradeoffs(frontier, plan.plain)
     found = MemoryRecord(
-        str(plan.budget), plan.budget.limit(plan.plain), plan.plain, sum(r.saved_bytes for r in records),
-        min(point.bytes for point in points), (point.time + plan.time) / FEMTO, nominal,
+        str(budget), None if budget.kind == "least" else budget.limit(plan.plain), budget.lossless, plan.plain, kept,
+        min(kept, *(point.bytes for point in points)), (point.time + plan.time) / FEMTO, nominal,
         len(plan.again), sum(r.saved is not None for r in records), plan.slack + frontier.slack, points)
-    if not found.fits and not plan.budget.lossless:
-        text = (f"memory={plan.budget} is {found.limit} bytes of what one graph keeps for backward, where "
+    if not (found.fits or budget.lossless) and (found.open or budget.kind == "bytes"):
+        text = (f"memory={budget} is {found.limit} bytes of what one graph keeps for backward, where "
                 f"{plan.plain} are unquantised; {found.saved_bytes} are kept, and the least that can be is "
                 f"{found.least}, {found.least / max(plan.plain, 1):.3f} of the unquantised. "
                 "Activation checkpointing keeps less")

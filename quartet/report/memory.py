@@ -13,10 +13,13 @@ from quartet.report.text import human_bytes
 def memory_lines(records: Sequence[MemoryRecord]) -> Iterator[str]:
     """A line a graph: what is kept of what it keeps unquantised, by which choices, in what time."""
     for r in records:
+        if r.lossless and not (r.fits or r.open):
+            continue  # nobody has asked, and there was nothing to choose
         parts = [f"{human_bytes(r.saved_bytes)} of {human_bytes(r.unquantised_bytes)} unquantised"
                  f" ({r.saved_bytes / max(r.unquantised_bytes, 1):.3f}) under memory={r.budget}"]
         if not r.fits:
-            parts.append("which is the least that can be")
+            parts.append("where nothing can be chosen" if not r.open else
+                         "which is the least without loss" if r.lossless else "which is the least that can be")
         if r.again:
             parts.append(f"{r.again} × products again")
         if r.encoded:

@@ -20,6 +20,7 @@ from quartet.lowering import registry
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
 from quartet.passes.residuals.budget import Budget, BudgetError, default
+from quartet.report.memory import memory_lines
 from quartet.report.text import human_bytes
 from quartet.runtime import compat
 from quartet.runtime.capture import Capture
@@ -219,6 +220,20 @@ def test_by_default_frozen_parameters_are_held_without_moments():
     assert memory.limit == int(0.8 * (memory.unquantised_bytes + held)) - held > 0
 
 
+def test_by_default_the_report_says_that_nothing_is_lost_and_nothing_where_nothing_can_be_chosen():
+    def lines(model, dtype=torch.bfloat16, **options):
+        torch._dynamo.reset()
+        report = quartet.explain(model.to(dtype), X()[0][:64].detach().to(dtype), target="rtx 3090", options=options)
+        return [line for line in report.summary() if line.startswith("memory")]
+
+    chain = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    assert lines(chain) == lines(chain, torch.float32) == []
+    assert "where nothing can be chosen" in lines(chain, memory="1KiB", policy=Policy(None))[0]
+    assert "which is the least that can be" in lines(Net(), memory=0.01, policy="quartet")[0]
+    (line,) = lines(Net(), policy="quartet")  # its parameters are most of a step
+    assert "which is the least without loss" in line
+
+
 def test_by_default_no_recipe_becomes_slower_than_it_says_and_a_users_partitioner_is_left_alone():
     for options in ({"policy": "fp8"}, {"recompute": "gemm"}, {"custom_partitioner_fn": Own()}, {"memory": "recipe"}):
         assert not explained(Net(), X()[0], **options).memory
@@ -331,6 +346,24 @@ def test_graph_breaks_have_a_budget_each():
     got, _, memory, _ = run(model, X(), fullgraph=False, memory=0.5)
     assert len(memory) == 2 and all(r.fits for r in memory)
     assert_close(got, step(model, model, X()), least=0.7)
+
+
+def test_a_share_is_not_asked_of_a_graph_in_which_nothing_can_be_chosen():
+    class Broken(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            torch._dynamo.graph_break()
+            return y[:4].sin()
+
+    model = Broken()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "quartet: memory")
+        _, _, memory, _ = run(model, X(), fullgraph=False, memory=0.5, strict=True)
+    first, second = memory
+    assert first.fits and first.open and not second.open and not second.fits
+    assert "where nothing can be chosen" in list(memory_lines(memory))[1]
+    with pytest.raises(Exception, match="Budget.* is 200 bytes of what one graph keeps"):
+        run(model, X(), fullgraph=False, memory="200 B", strict=True)
 
 
 def test_checkpointing_stays_what_the_user_asked_for():
