@@ -86,6 +86,7 @@ class Kernel:
         group_align: what it needs the tokens of a group to be a multiple of where it contracts them.
         price: what ``quartet.lowering.cost`` adds up, see there; without it the kernel is not measured.
         variants: what options change about it.
+        row_major: it reads codes that lie row by row, so that codes and their transpose are two tensors.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Kernel:
     supports_kind: SupportsKind = matrices
     price: Price = unmeasured
     variants: tuple[Variant, ...] = ()
+    row_major: bool = False
 
     def refuses(self, target: Target, dtype: torch.dtype, operands: Operands, product: OpOverload) -> str | None:
         """None where the kernel computes a product of these operands into ``dtype``, else why not."""
@@ -152,10 +154,10 @@ KERNELS: tuple[Kernel, ...] = (
            cuda.lower_fold, reads=cuda.supports, supports_kind=fp8_products.supports_kind, price=cuda_price.folded,
            variants=(_PROMOTED,)),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", fp8.supports, fp8.lower,
-           fp8_products.supports_pair, fp8_products.ALIGN, price=fp8_price.cast, variants=(_PROMOTED,)),
+           fp8_products.supports_pair, fp8_products.ALIGN, price=fp8_price.cast, variants=(_PROMOTED,), row_major=True),
     Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches",
            fp8.supports_grouped, fp8.lower, fp8_products.supports_pair, fp8_products.ALIGN,
-           supports_kind=_groups_and_batches, price=fp8_price.cast, variants=(_PROMOTED,)),
+           supports_kind=_groups_and_batches, price=fp8_price.cast, variants=(_PROMOTED,), row_major=True),
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
            align=int8.ALIGN, price=int8_price.integers),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,

@@ -25,10 +25,11 @@ from torch.fx import GraphModule, Node
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering.ir.graph import shape, val
+from quartet.lowering.ir.operands import Product
 from quartet.lowering.recipe.records import MemoryRecord, SavedRecord, Tradeoff
 from quartet.passes.compilation import Compilation
 from quartet.passes.naming import module_of
-from quartet.passes.residuals.boundary import Storage, shown_roots, stored_bytes
+from quartet.passes.residuals.boundary import Storage, byte_count, shown_roots, stored_bytes
 from quartet.passes.residuals.budget import Budget, BudgetError
 from quartet.passes.residuals.formats import Formats
 from quartet.passes.residuals.knapsack import Choice, Frontier, Point
@@ -94,7 +95,7 @@ def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
     sites = {node.name: site for node, site in candidates.items()}
     prices = {node.name: Prices.of(state.config.target_of(val(node).device)).again(candidates[node])
               for node in candidates}
-    items = _items(kept, again, sites)
+    items = _items(kept, again, sites, {node.name: _beside(node, site) for node, site in candidates.items()})
     formats = formats_of(state.config, kept, not budget.lossless)
     choices = [_choices(item, formats, prices) for item in items]
     frontier = Frontier(choices)
@@ -156,8 +157,12 @@ def tradeoffs(frontier: Frontier, plain: int) -> tuple[Tradeoff, ...]:
                  for size, time in (frontier.totals[i] for i in shown))
 
 
-def _items(kept: Division, again: Division, sites: Mapping[str, Quantized]) -> list[_Item]:
-    """The knapsack's items: what both divisions keep one by one, the rest with its products."""
+def _items(kept: Division, again: Division, sites: Mapping[str, Quantized],
+           beside: Mapping[str, Sequence[Node]]) -> list[_Item]:
+    """The knapsack's items: what both divisions keep one by one, the rest with its products.
+
+    ``beside``: codes that are kept for a product to run again, of which no division knows; who shares some is one item.
+    """
     ours, theirs = kept.storages(), again.storages()
     stays = {storage.root.name for storage in theirs}
     common = {storage.root.name for storage in ours} & stays
@@ -172,7 +177,19 @@ def _items(kept: Division, again: Division, sites: Mapping[str, Quantized]) -> l
         made = [name for name in _products(storage.root, common, sites) if name in groups]
         if made:
             _joined(groups, made).instead += stored_bytes(storage)
+    for codes in dict.fromkeys(codes for name in groups for codes in beside[name]):
+        _joined(groups, [name for name in groups if codes in beside[name]]).instead += byte_count(codes)
     return items + list({id(item): item for item in groups.values()}.values())
+
+
+def _beside(product: Node, site: Quantized) -> list[Node]:
+    """The codes that a product multiplies and of which backward otherwise reads transposes, tensors of their own."""
+    found = []
+    for role, operand in zip(("wgrad", "dgrad"), Product.of(product).operands, strict=True):
+        kernel = site.decisions[role].kernel
+        if kernel is not None and kernel.row_major and operand.spec.commutes_with_transpose:
+            found.append(operand.codes)
+    return found
 
 
 def _joined(groups: dict[str, _Item], products: Sequence[str]) -> _Item:

@@ -220,6 +220,15 @@ def test_by_default_frozen_parameters_are_held_without_moments():
     assert memory.limit == int(0.8 * (memory.unquantised_bytes + held)) - held > 0
 
 
+@pytest.mark.parametrize("memory", ["least", 0.7, 0.6])
+def test_codes_that_a_product_multiplies_again_are_kept_beside_their_transposes(memory):
+    (record,) = explained(Net(), X()[0].repeat(8, 1), target="h200", policy="fp8", memory=memory).memory
+    assert record.saved_bytes == record.least if memory == "least" else record.fits
+    (none,) = explained(Net(), X()[0].repeat(8, 1), target="h200", policy="fp8", memory="least",
+                          recompute="none").memory
+    assert record.least < none.saved_bytes  # both products of an input run again, and its codes are kept once
+
+
 def test_by_default_the_report_says_that_nothing_is_lost_and_nothing_where_nothing_can_be_chosen():
     def lines(model, dtype=torch.bfloat16, **options):
         torch._dynamo.reset()
