@@ -39,6 +39,7 @@ class Layer:
         recompute: backward runs the product of forward again, whose result it needs.
         groups: how many weights the tokens are divided among; 0 for one weight.
         batch: how many such layers are multiplied at once.
+        summed: the gradients of a shared X are added up in the basis of its codes, and leave it together.
     """
 
     kernels: Mapping[str, Priced | None]
@@ -49,6 +50,7 @@ class Layer:
     recompute: bool = False
     groups: Size = 0
     batch: Size = 1
+    summed: bool = False
 
     @property
     def several(self) -> bool:

@@ -35,10 +35,11 @@ def quantisers(recipe: Recipe, layer: Layer, role: str) -> Passes:
 
 
 def unrotated(recipe: Recipe, layer: Layer, role: str) -> Passes:
-    """What takes a gradient out of the basis of the codes that forward saved; those of one X are added up before."""
+    """What takes a gradient out of the basis of the codes that forward saved: once for all of one X where they are
+    surely added up before (``Layer.summed``), else each by itself."""
     saved = getattr(recipe, role).b.source == "saved"
     if saved and recipe.fprop is not None and recipe.fprop.rotation is not None:
-        yield "unrotate", layer.result(role) / (layer.sharing if role == "dgrad" else 1)
+        yield "unrotate", layer.result(role) / (layer.sharing if role == "dgrad" and layer.summed else 1)
 
 
 def generated_rotations(recipe: Recipe, layer: Layer, role: str) -> Passes:

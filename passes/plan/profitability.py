@@ -10,15 +10,15 @@ and the cheapest set is taken. A backward product that starts from what forward 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from torch.fx import Node
 
 from quartet.lowering.cost import Cost, Layer, predict, simulated
-from quartet.lowering.ir.graph import val
+from quartet.lowering.ir.graph import source_of, val
 from quartet.lowering.rates import Host, Rates, kept, rates_of
 from quartet.lowering.recipe.types import ROLES, WEIGHED, Recipe
 from quartet.passes.classify.aside import tokens
@@ -26,7 +26,7 @@ from quartet.passes.flow import Flow
 from quartet.passes.sites import Found, Planned
 from quartet.passes.state import State
 from quartet.runtime.sizes import hint
-from quartet.runtime.view_ops import PASSED_ON
+from quartet.runtime.view_ops import PASSED_ON, VIEWS
 
 HELP = "`quartet calibrate` measures them, and a rule that names it quantises it"
 _MULTIPLES = ("aten.mul.", "aten.div.", "aten.clone", "aten.expand", "aten.split", "aten.unbind", "aten._to_copy",
@@ -53,14 +53,14 @@ def leave_slower(state: State) -> None:
 
 def _warn_changed(state: State, before: Iterable[Planned]) -> None:
     """Say which layers were quantised otherwise in graphs that evaluated the model before it was trained."""
-    sharing = Counter(site.x_group for site in state.at(Planned))
+    groups = _groups(state)
     changed = []
     for site in before:
         rates = _rates(state, site)
         guess = state.config.guessed.get(site.fqn)
         if guess is None or rates is None or not _is_weighed(site):
             continue
-        layer = replace(_layer(state, site, max(sharing[site.x_group], 1)), m=guess)
+        layer = replace(_layer(state, site, groups.get(site.x_group, [site])), m=guess)
         then, _ = _cheapest(site.recipe, layer, rates)
         now = state.site(site.index)
         if then != (frozenset(now.recipe.roles) if isinstance(now, Planned) else frozenset()):
@@ -75,7 +75,7 @@ def _warn_changed(state: State, before: Iterable[Planned]) -> None:
 
 def _once(state: State, costs: dict[int, Cost]) -> bool:
     """One round; fills in the costs of what stays. Whether anything has left."""
-    sharing = Counter(site.x_group for site in state.at(Planned))
+    groups = _groups(state)
     left = False
     for site in state.at(Planned):
         if not _is_weighed(site):
@@ -84,7 +84,7 @@ def _once(state: State, costs: dict[int, Cost]) -> bool:
         if rates is None:
             reasons = _unknown(site, state)
         else:
-            layer = _layer(state, site, sharing[site.x_group])
+            layer = _layer(state, site, groups[site.x_group])
             reasons = _slower(site, layer, rates, costs, _basis(site, state))
         if reasons:
             state.advance(site.without(reasons))
@@ -173,8 +173,16 @@ def _basis(site: Found, state: State) -> str:
     return f"forward and backward{'' if same else f' of {count} tokens'}, by {'' if rates is None else rates.source}"
 
 
-def _layer(state: State, site: Planned, sharing: int) -> Layer:
-    """The layer of a site with the three products that it has in training.
+def _groups(state: State) -> Mapping[int, list[Planned]]:
+    """The sites that quantise the same X, by its first."""
+    groups: defaultdict[int, list[Planned]] = defaultdict(list)
+    for site in state.at(Planned):
+        groups[site.x_group].append(site)
+    return groups
+
+
+def _layer(state: State, site: Planned, group: Sequence[Planned]) -> Layer:
+    """The layer of a site, of a ``group`` that quantises one X, with the three products that it has in training.
 
     Whether backward runs the product of forward again is the recipe's to say, or the option's. The default budget
     decides it after the plan, and keeps the result unless memory is short: the layer is priced with it kept.
@@ -183,10 +191,39 @@ def _layer(state: State, site: Planned, sharing: int) -> Layer:
     lossless = config.memory is not None and config.memory.lossless
     asked = config.recompute or ("none" if lossless else site.recipe.recompute)
     recompute = asked == "gemm" and site.kind.single and is_read_in_backward(site.forward.node, state.flow)
+    summed = "sum_first" not in config.disable_passes and are_summed(group, state.flow)
     kernels = {role: decision.kernel for role, decision in site.decisions.items()}
     groups = 0 if site.groups is None else hint(site.groups.count)
-    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), sharing, recompute, groups,
-                 1 if site.batch is None else hint(site.batch))
+    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), len(group), recompute, groups,
+                 1 if site.batch is None else hint(site.batch), summed)
+
+
+def are_summed(group: Sequence[Planned], flow: Flow) -> bool:
+    """Whether backward surely adds up the gradients of a group's X before they leave the basis of its codes
+    (``quartet.passes.quantize.sum_first``): X is one value, where autocast has a cast for each, behind which a gradient
+    is cast before the addition; nothing but the group's products reads it; checkpointing has all of them or none.
+
+    It is told by what forward does with X, so that a graph without backward gives the same answer.
+    """
+    roots = {root_of(site.x[0]) for site in group}
+    products = {site.forward.node for site in group}
+    again = {(node.meta.get("recompute"), node.meta.get("ac_graph_id")) for node in products}
+    (root, *more) = roots
+    return not more and len(again) == 1 and set(_readers(root, flow)) == products
+
+
+def root_of(node: Node) -> Node:
+    """What a node is a view of, through every view."""
+    while node.target in VIEWS:
+        node = source_of(node)
+    return node
+
+
+def _readers(node: Node, flow: Flow) -> Iterator[Node]:
+    """What reads a value in forward, or a view of it."""
+    for user in node.users:
+        if user in flow.order:
+            yield from _readers(user, flow) if user.target in VIEWS else (user,)
 
 
 def is_read_in_backward(y: Node, flow: Flow) -> bool:

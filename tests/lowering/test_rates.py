@@ -85,10 +85,10 @@ def test_whole_steps_that_were_measured():
     for host, pays in ((Host(91e-6, 10e-6), dict.fromkeys(sizes, False)), (rates_of(target).host, sizes)):
         known = replace(rates_of(target), host=host)
         for (n, k, sharing), expected in pays.items():
-            layer = Layer(kernels("quartet", target), 8192, n, k, sharing)
+            layer = Layer(kernels("quartet", target), 8192, n, k, sharing, summed=True)
             assert predict(recipes()["quartet"], layer, known).pays is expected, (host, n, k)
             if host.ours < 20e-6 and n > 512:
-                layer = Layer(kernels("fp8", target), 8192, n, k, sharing)
+                layer = Layer(kernels("fp8", target), 8192, n, k, sharing, summed=True)
                 assert predict(recipes()["fp8"], layer, known).pays, (n, k)
 
 
@@ -117,7 +117,7 @@ def test_the_default_quantises_what_pays_and_nothing_else(name):
     chosen, known = kernels("quartet", target), rates_of(target)
 
     def pays(m, n, k, sharing, again):
-        cost = predict(recipes()["quartet"], Layer(chosen, m, n, k, sharing, again), known)
+        cost = predict(recipes()["quartet"], Layer(chosen, m, n, k, sharing, again, summed=True), known)
         return cost is not None and cost.pays
 
     assert {kernel.name for kernel in chosen.values()} == {

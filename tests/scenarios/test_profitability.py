@@ -15,11 +15,14 @@ import quartet
 from quartet import Policy, explain, recipes
 from quartet.backend import compile_graph
 from quartet.lowering import registry
+from quartet.lowering.cost import Cost
 from quartet.lowering.rates import PASSES, Rates
 from quartet.lowering.recipe.types import ROLES
 from quartet.model import trained
 from quartet.options import Options
+from quartet.passes import pipeline
 from quartet.passes.plan import profitability as pays
+from quartet.passes.quantize import sum_first
 from quartet.runtime.capture import Pretence
 from quartet.runtime.devices import Target
 
@@ -201,6 +204,58 @@ def test_what_leaves_shares_no_cost_any_more(rates):
     assert {r.kernel for r in unlike.records} == {None}
 
 
+class Branches(nn.Module):
+    """Three layers that read one X, and what else may be done with it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.above, self.below = kind, nn.Linear(64, 64), nn.Linear(192, 64)
+        self.norm = nn.RMSNorm(64) if kind == "a norm" else nn.Tanh()
+        self.layers = nn.ModuleList(nn.Linear(64, out) for out in (64, 32, 96))
+
+    def forward(self, x):
+        x = self.norm(self.above(x))
+        with torch.autocast("cpu", torch.bfloat16, self.kind == "a cast"):
+            y = checkpoint(self.read, x, use_reentrant=False) if self.kind == "all again" else self.read(x)
+            return self.below(y) + (x if self.kind == "a residual" else 0)
+
+    def read(self, x):
+        one, *others = self.layers
+        first = checkpoint(one, x, use_reentrant=False) if self.kind == "one again" else one(x)
+        return torch.cat([torch.tanh(y) for y in (first, *(layer(x) for layer in others))], -1)
+
+
+@pytest.mark.parametrize("kind, summed", [("nothing", True), ("a norm", True), ("all again", True),
+                                          ("a residual", False), ("a cast", False), ("one again", False),
+                                          ("one left", False), ("without the pass", False)])
+def test_gradients_of_one_x_leave_its_basis_at_one_price_where_they_are_added_up_before(monkeypatch, kind, summed):
+    """Told alike with backward and without it, of which checkpointing cannot be seen."""
+    seen, added, move = [], [], sum_first._move
+
+    def note(recipe, layer, rates):
+        seen.append((layer.sharing, layer.summed))
+        return Cost(1.0, 2.0)
+
+    def moved(state, add):
+        before = len(state.gm.graph.nodes)
+        move(state, add)
+        added.append(len(state.gm.graph.nodes) > before)
+
+    monkeypatch.setattr(pays, "predict", note)
+    monkeypatch.setattr(sum_first, "_move", moved)
+    policy = Policy("quartet", where_it_pays=True)
+    policy, sharing = (policy.on("layers.1", None), 2) if kind == "one left" else (policy, 3)
+    model = Branches(kind).to(torch.float32 if kind == "a cast" else torch.bfloat16)
+    x = torch.zeros(32, 64, dtype=model.below.weight.dtype)
+    more = {"disable_passes": "sum_first"} if kind == "without the pass" else {}
+    priced(model, x, True, policy, **more)
+    assert {one for of, one in seen if of > 1} == {summed} and max(seen)[0] == sharing
+    assert sum(added) == 2 or not summed
+    seen.clear()
+    priced(model, x, False, policy, **more)
+    assert {one for of, one in seen if of > 1} == {summed or kind == "one again"}
+
+
 @pytest.mark.parametrize("name", ["quartet", "fp8", "fp8-rowwise", "fp8-delayed", "halo-fp8-2", "mxfp8", "bitnet"])
 @pytest.mark.parametrize("sizes", [(64, 64, 96), (4096, 1024, 2048)])
 def test_by_the_measured_rates_nothing_slower_is_chosen(name, sizes):
@@ -228,9 +283,10 @@ class Chain(nn.Module):
         return x
 
 
-def priced(model, x, grad=True, policy="auto"):
+def priced(model, x, grad=True, policy="auto", **more):
     """(module, role) → whether it is quantised in a compilation for a Hopper GPU, which counts as one; the records."""
-    options = replace(Options.parse(options={"policy": policy}), target=Target.named("sm_90"))
+    parsed = Options.parse(options={"policy": policy, **more}, passes=pipeline.OPTIONAL)
+    options = replace(parsed, target=Target.named("sm_90"))
     records = []
 
     def compile(gm, inputs):
