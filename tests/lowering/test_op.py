@@ -78,7 +78,7 @@ def test_the_fake_of_what_kernels_compute_has_the_shapes_of_its_reference(op):
 
 def test_all_ops_are_declared_here():
     known = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
-             if name.startswith("quartet::")}
+             if name.startswith("quartet::") and not name.startswith("quartet::test_")}  # those of other tests live on
     assert {op.name for op in ops()} == known
     assert op_of(torch.ops.aten.mm.default) is None
 
