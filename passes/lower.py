@@ -57,8 +57,7 @@ def lower(state: State) -> None:
         if kernel.lower is not None:
             with editing(state.gm) as graph:
                 kernel.lower(graph, nodes, partial(kernel.takes, state.config.target_of(device)))
-    with editing(state.gm) as graph:
-        lower_sums(graph, lambda device: _undoes_rotations(state.config, device))
+    lower_sums(state.gm, lambda device: _undoes_rotations(state.config, device))
     for option, value, rewrite in dict.fromkeys(variant for kernel, _ in chosen for variant in kernel.variants):
         if getattr(state.config, option) == value:
             rewrite(state.gm.graph)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import Builder, argument, aten, is_backward, shape, source_of, val
+from quartet.lowering.ir.graph import Builder, argument, aten, editing, is_backward, shape, source_of, val
 from quartet.lowering.ir.ops.fused import UNROTATE
 from quartet.lowering.ir.views import ApplyMask, Hadamard
 
@@ -72,14 +72,20 @@ def finish(build: Builder, gemm: Node, out: Node, gain: float, follows: Epilogue
                                   at.size(shape(last)[1]), follows.dtype))
 
 
-def lower_sums(graph: Graph, has_kernel: Callable[[torch.device], bool]) -> None:
+def lower_sums(gm: GraphModule, has_kernel: Callable[[torch.device], bool]) -> None:
     """The same of sums of products (``passes/quantize/sum_first.py``), on devices where a kernel does it.
 
     What the products are multiplied by, if it is one number, is left to that kernel.
     """
-    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         follows = Epilogue.of(node) if is_backward(node) and val(node).dim() == 2 else None
         if follows is not None and follows.rotation and has_kernel(val(node).device) and follows.takes(shape(node)[1]):
+            found.append((node, follows))
+    if not found:
+        return
+    with editing(gm) as graph:
+        for node, follows in found:
             build = Builder(graph, like=node, before=node, backward=True)
             gains = {argument(leaf, "other") if _is_multiple(leaf) else 1.0 for leaf in _addends(node)}
             gain = gains.pop() if len(gains) == 1 else 1.0

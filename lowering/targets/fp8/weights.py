@@ -38,11 +38,11 @@ def scales_of_weights(graph: Graph, quantizers: list[Node], traced: Traced) -> d
             continue
         build = Builder(graph, like=members[0][0], before=min(node for node, _ in members), backward=False)
         build.meta = {"partitioner_tag": FORWARD}
-        amax = build(AMAX_OF_EACH, list(dict.fromkeys(weight for _, weight in members)))
-        both = traced(build, _scales_by(spec), [amax], "weights", spec)
-        rows = {weight: row for row, weight in enumerate(dict.fromkeys(weight for _, weight in members))}
+        weights = list(dict.fromkeys(weight for _, weight in members))
+        multipliers, scales = traced(build, _scales_by(spec), [build(AMAX_OF_EACH, weights)], "weights", spec)
         for node, weight in members:
-            found[node] = _row(build, both[0], rows[weight]), _row(build, both[1], rows[weight])
+            row = weights.index(weight)
+            found[node] = _row(build, multipliers, row), _row(build, scales, row)
     return found
 
 
