@@ -210,6 +210,13 @@ def files(names: str, suffix: str) -> list[Path]:
     return sorted(path for path in found if _FILE.fullmatch(path.name) and path.is_file())
 
 
+def latest(names: str, source: str) -> Path | None:
+    """The intact object that was built last of those whose stems match ``names`` and whose notes have this ``source``;
+    None without one. Raises BuildError where the cache folder cannot be used."""
+    found = [path for path in files(names, "so") if notes_of(path).get("source") == source and intact(path)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def clear(spared: str | None = None) -> tuple[int, int]:
     """Remove from the cache folder what this package made and does not build just now; (objects, bytes) removed.
 

@@ -10,15 +10,14 @@ from typing import Any
 from quartet.kernels.build_cache import (
     BuildError,
     build_once,
-    files,
     fingerprint,
     intact,
-    notes_of,
+    latest,
     run_compiler,
     target_of,
 )
 from quartet.kernels.cutlass.build import resources
-from quartet.kernels.cutlass.toolchain import find_nvcc, nvcc_version
+from quartet.kernels.cutlass.toolchain import code_for, find_nvcc, nvcc_version
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +25,7 @@ FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "quantizers.cu"
 ARCHITECTURE = "sm_90"
 NAME = f"quartet_cuda_{ARCHITECTURE}"
-FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas=-v", "-gencode",
-         f"arch=compute_{ARCHITECTURE.removeprefix('sm_')},code={ARCHITECTURE}")
+FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas=-v", *code_for(ARCHITECTURE))
 TIMEOUT_SECONDS = 600.0
 REMEDY = "install a CUDA toolkit of 12.0 or newer and put its bin folder on PATH, or set CUDA_HOME"
 OLDEST_NVCC = (12, 0)
@@ -76,11 +74,9 @@ def library() -> Path:
 def built_ahead() -> Path | None:
     """An intact object of the kernels in the cache, of any nvcc, the latest of several; None without one."""
     try:
-        found = [path for path in files(f"{NAME}-*", "so")
-                 if notes_of(path).get("source") == _source() and intact(path)]
+        return latest(f"{NAME}-*", _source())
     except BuildError:
         return None
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _source() -> str:

@@ -17,9 +17,9 @@ from quartet.kernels.build_cache import (
     BuildError,
     build_once,
     cache_dir,
-    files,
     fingerprint,
     intact,
+    latest,
     notes_of,
     run_compiler,
     target_of,
@@ -27,7 +27,7 @@ from quartet.kernels.build_cache import (
 from quartet.kernels.cutlass.configuration import Configuration, table
 from quartet.kernels.cutlass.memory import compile_slot
 from quartet.kernels.cutlass.template import render
-from quartet.kernels.cutlass.toolchain import FALLBACK, Toolchain, toolchain
+from quartet.kernels.cutlass.toolchain import FALLBACK, Toolchain, code_for, toolchain
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ Report = Callable[[Configuration, "Build | BuildError | None"], None]
 
 def flags(arch: str) -> tuple[str, ...]:
     """Arguments of nvcc for an architecture, without those that name files. Exactly one code is generated."""
-    return (*FLAGS, "-gencode", f"arch=compute_{arch.removeprefix('sm_')},code={arch}")
+    return (*FLAGS, *code_for(arch))
 
 
 def target(configuration: Configuration, tools: Toolchain) -> Path:
@@ -77,10 +77,7 @@ def source_of(configuration: Configuration) -> str:
 
 def built_ahead(configuration: Configuration) -> Path | None:
     """An intact object of the kernel in the cache, of any nvcc and headers, the latest of several; None without one."""
-    source = source_of(configuration)
-    found = [path for path in files(f"{configuration.name}-*", "so")
-             if notes_of(path).get("source") == source and intact(path)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return latest(f"{configuration.name}-*", source_of(configuration))
 
 
 def is_built(configuration: Configuration) -> bool:

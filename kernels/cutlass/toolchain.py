@@ -70,6 +70,11 @@ def find_nvcc() -> Path:
     raise BuildError(f"nvcc is missing: {NVCC_REMEDY}")
 
 
+def code_for(arch: str) -> tuple[str, str]:
+    """Arguments of nvcc that generate code for an architecture, ``"sm_90"``, and nothing else."""
+    return "-gencode", f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
+
+
 def nvcc_version(nvcc: Path) -> str:
     """``"13.0.88"``, as nvcc says. Raises BuildError when it does not run or says something else."""
     status = nvcc.stat()
