@@ -1,5 +1,6 @@
 """Low-precision training as a compiler pass: ``torch.compile(model, backend="quartet")``."""
 
+from quartet.compile import compile
 from quartet.explain import explain
 from quartet.extend import register_pass, unregister_pass
 from quartet.kernels.spec import QuantSpec, SpecError
@@ -11,5 +12,5 @@ from quartet.statistics import statistics
 
 __version__ = "0.1.0"
 __all__ = ["Delayed", "Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "Saved",
-           "SpecError", "explain", "load_state_dict", "recipes", "register", "register_pass", "state_dict",
+           "SpecError", "compile", "explain", "load_state_dict", "recipes", "register", "register_pass", "state_dict",
            "statistics", "unregister_pass"]

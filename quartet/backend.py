@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -38,6 +39,7 @@ from quartet.runtime.slots.weights import REUSED
 from quartet.runtime.streams import data_parallel_stream
 
 log = logging.getLogger("quartet")
+compat.warn_of_skipped(sys._getframe())  # the first use of the backend imports this module; later ones ask nobody
 compat.register_log()
 inductor.register()
 

@@ -164,7 +164,7 @@ class Options:
             if name in given:
                 raise OptionError(f"option {name!r} is given twice, with '-' and with '_'")
             given[name] = value
-        own, inductor = cls.declared(), _of_mode(mode)
+        own, inductor = cls.declared(), of_mode(mode)
         for name in [name for name in given if name not in own]:
             inductor[name] = _inductor_value(name, given.pop(name), tuple(own))
         known = {"pass": passes, "kernel": kernels}
@@ -185,7 +185,8 @@ class Options:
 KEYS = tuple(Options.declared())
 
 
-def _of_mode(mode: str | None) -> dict[str, Any]:
+def of_mode(mode: str | None) -> dict[str, Any]:
+    """What a mode of ``torch.compile`` tells Inductor; raises OptionError for one that does not exist."""
     if mode is None:
         return {}
     from quartet.runtime.compat import list_mode_options

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen
+from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen, not_compiled
 from quartet.runtime.sizes import hint
 from quartet.runtime.slots.amax import frozen
 from quartet.runtime.view_ops import ORDERS, RESHAPES, aten
@@ -96,14 +96,15 @@ def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put buffers, gradients and the random state back afterwards; compile as if for the first time, and without using
-    up dynamo's limits.
+    """Put buffers, gradients and the random state back afterwards; compile as if for the first time, whatever of the
+    model is compiled in place, and without using up dynamo's limits.
 
     The histories of delayed scaling are not written meanwhile.
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
     gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
-    with torch.random.fork_rng(), any_number_of_compilations(), no_sizes_seen(), frozen():
+    in_place = not_compiled(model) if isinstance(model, torch.nn.Module) else nullcontext()
+    with torch.random.fork_rng(), any_number_of_compilations(), no_sizes_seen(), frozen(), in_place:
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ PRIVATE = (
     ("torch._dynamo", "config", "explain() compiles once more without using up the limits of recompilation"),
     ("torch._dynamo.config", "recompile_limit", "the limit for one piece of code"),
     ("torch._dynamo.config", "accumulated_recompile_limit", "the limit for all of it"),
+    ("torch._dynamo.config", "wrap_top_frame", "compiles layers of torch.nn in place, whose code dynamo skips"),
+    ("torch._dynamo.trace_rules", "check", "whether dynamo skips a function"),
     ("torch._dynamo", "pgo", "explain() neither meets nor leaves sizes that make others symbolic"),
     ("torch._dynamo.pgo", "_CODE_STATE", "the sizes that each piece of code has seen"),
     ("torch._dynamo.pgo", "CodeState", "those of one"),
@@ -209,9 +211,56 @@ def every_pass() -> Iterator[None]:
         yield
 
 
+def is_wrapped(model: torch.nn.Module) -> bool:
+    """Whether ``torch.compile`` has returned this module."""
+    return isinstance(model, _load("torch._dynamo.eval_frame", "OptimizedModule"))
+
+
+def is_skipped(model: torch.nn.Module) -> bool:
+    """Whether ``model.compile(…)`` would compile nothing of the module itself: dynamo skips code of ``torch.nn``."""
+    return bool(_load("torch._dynamo.trace_rules", "check")(model.forward))
+
+
+def warn_of_skipped(frame: FrameType | None) -> None:
+    """A warning if ``frame`` is inside of a ``model.compile(…)`` that compiles nothing of ``model`` itself."""
+    while frame is not None and frame.f_code is not torch.nn.Module.compile.__code__:
+        frame = frame.f_back
+    if frame is None or frame.f_back is None or not is_skipped(model := frame.f_locals["self"]):
+        return
+    name = type(model).__name__
+    warnings.warn_explicit(
+        f"{name}.compile(…) leaves {name} itself uncompiled, and unquantised: its forward is PyTorch's own code, which "
+        "dynamo skips there. quartet.compile(model) and torch.compile(model) compile it", UserWarning,
+        frame.f_back.f_code.co_filename, frame.f_back.f_lineno)
+
+
+def compile_in_place(model: torch.nn.Module, **settings: Any) -> None:
+    """``model.compile(**settings)``, which captures what ``torch.compile(model, **settings)`` does."""
+    patch = importlib.import_module("torch._dynamo.config").patch
+    with patch(wrap_top_frame=True) if is_skipped(model) else nullcontext():
+        model.compile(**settings)
+
+
+@contextmanager
+def not_compiled(model: torch.nn.Module) -> Iterator[None]:
+    """No module of ``model`` is one that ``Module.compile`` has compiled."""
+    found = [(module, made) for module in model.modules()
+             if (made := vars(module).get("_compiled_call_impl")) is not None]
+    for module, _ in found:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, made in found:
+            module._compiled_call_impl = made
+
+
 def compiled_settings(model: Any) -> tuple[str | None, dict[str, Any] | None]:
-    """mode and options that ``torch.compile(model, backend="quartet", …)`` was given; Nones for any other model."""
-    backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    """mode and options of a model that ``torch.compile(model, backend="quartet", …)`` or ``quartet.compile`` has
+    compiled; Nones for any other."""
+    in_place = getattr(model, "_compiled_call_impl", None)
+    backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None) or (
+        in_place and inspect.getclosurevars(in_place).nonlocals.get("callback"))
     while backend is not None and not hasattr(backend, "compiler_name"):
         backend = getattr(backend, "_torchdynamo_orig_backend", None)
     if getattr(backend, "compiler_name", None) != "quartet":

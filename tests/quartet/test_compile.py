@@ -1,0 +1,133 @@
+"""``quartet.compile``: in place, with the model's own class and keys, of layers of ``torch.nn`` too."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import quartet
+from quartet.options import OptionError
+from quartet.recipes import PolicyError
+from quartet.runtime.compat import is_skipped
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """The backend runs its graphs uncompiled; what it quantised in each is listed."""
+    from quartet.backend import compile_graph
+    from quartet.lowering import registry
+    from quartet.options import Options
+    from quartet.passes import pipeline
+    from quartet.runtime.capture import Capture
+
+    torch._dynamo.reset()
+    found = []
+
+    def backend(gm, inputs, *, mode=None, options=None):
+        parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.NAMES)
+        records = []
+        compiled = compile_graph(gm, inputs, parsed, inner_compile=Capture(), collect=records.extend)
+        found.append({r.fqn for r in records if r.lowered})
+        return compiled
+
+    torch._dynamo.lookup_backend("quartet")
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "quartet", backend)
+    return found
+
+
+def test_the_model_is_itself_and_runs_quantised(graphs):
+    model = MLP()
+    keys, exact = list(model.state_dict()), model(x := torch.randn(32, 64))
+    assert quartet.compile(model, "quartet", strict=True) is model and type(model) is MLP
+    assert list(model.state_dict()) == keys
+    assert 0 < (model(x) - exact).norm() / exact.norm() < 0.5
+    assert graphs == [{"up", "down"}]
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(64, 96), lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU()),
+                                   lambda: nn.Sequential(MLP(), MLP()), MLP])
+def test_layers_of_torch_are_captured_as_torch_compile_captures_them(graphs, build):
+    model, x = build(), torch.randn(32, 64)
+    torch.compile(model, backend="quartet", options={"policy": "quartet"})(x)
+    torch._dynamo.reset()
+    quartet.compile(model, "quartet")(x)
+    assert len(graphs) == 2 and graphs[0] == graphs[1] != set()
+
+
+def test_a_mode_and_options_together(graphs):
+    model = quartet.compile(MLP(), "fp8", mode="max-autotune-no-cudagraphs", strict=True)
+    model(torch.randn(32, 64))
+    assert graphs == [{"up", "down"}]
+
+
+def test_the_last_call_counts(graphs):
+    model, x = MLP(), torch.randn(32, 64)
+    exact = model(x)
+    quartet.compile(quartet.compile(model, "quartet"), "bf16")
+    assert torch.equal(model(x), exact) and graphs == [set()]
+
+
+def test_a_copy_is_not_compiled(graphs):
+    model = quartet.compile(MLP(), "quartet")
+    copy.deepcopy(model)(torch.randn(32, 64))
+    assert graphs == []
+
+
+def test_explained_with_its_own_options_and_left_compiled(graphs):
+    model, x = quartet.compile(MLP(), quartet.Policy("fp8").on("down", None)), torch.randn(32, 64)
+    rows = [r.fqn for r in quartet.explain(model, x).records if r.lowered]
+    assert set(rows) == {"up"} and graphs == []
+    model(x)
+    assert graphs == [{"up"}]
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), [
+    (dict(policy="quartte"), PolicyError, "did you mean 'quartet'"),
+    (dict(strickt=True), OptionError, "did you mean 'strict'"),
+    (dict(mode="fast"), OptionError, "unknown mode 'fast'"),
+    (dict(options={"strict": True}), OptionError, "no argument 'options'"),
+    (dict(backend="inductor"), OptionError, "no argument 'backend'"),
+])
+def test_wrong_arguments_are_refused_where_they_are_given(arguments, error, text):
+    with pytest.raises(error, match=text):
+        quartet.compile(MLP(), **arguments)
+
+
+def test_only_models_are_taken():
+    with pytest.raises(TypeError, match="takes an nn.Module, not function; for a function"):
+        quartet.compile(lambda x: x)
+    with pytest.raises(TypeError, match="what torch.compile returned"):
+        quartet.compile(torch.compile(MLP(), backend="quartet"))
+
+
+def test_what_dynamo_skips():
+    assert is_skipped(nn.Linear(2, 2)) and is_skipped(nn.Sequential(MLP())) and not is_skipped(MLP())
+
+
+@pytest.mark.parametrize(("build", "said"), [("nn.Sequential(nn.Linear(8, 8))", True), ("Own()", False)])
+def test_a_compile_that_does_nothing_says_so(build, said):
+    """The first use of the backend in a process, by its name alone."""
+    code = f"""
+import torch, warnings
+from torch import nn
+class Own(nn.Module):
+    def forward(self, x): return x
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    {build}.compile(backend="quartet")
+print([(w.filename, str(w.message)) for w in caught if "uncompiled" in str(w.message)])
+"""
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ("quartet.compile(model)" in made.stdout and "<string>" in made.stdout) == said, made.stdout
