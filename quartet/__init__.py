@@ -8,9 +8,10 @@ from quartet.lowering.recipe.types import Delayed, Gemm, Operand, Recipe, Rotati
 from quartet.policy import Policy, Rule
 from quartet.recipes import PolicyError, recipes, register
 from quartet.runtime.slots.state import load_state_dict, state_dict
+from quartet.runtime.slots.stateful import State
 from quartet.statistics import statistics
 
 __version__ = "0.1.0"
 __all__ = ["Delayed", "Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "Saved",
-           "SpecError", "compile", "explain", "load_state_dict", "recipes", "register", "register_pass", "state_dict",
-           "statistics", "unregister_pass"]
+           "SpecError", "State", "compile", "explain", "load_state_dict", "recipes", "register", "register_pass",
+           "state_dict", "statistics", "unregister_pass"]

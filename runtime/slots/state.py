@@ -69,11 +69,22 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         next(owners).averages[part] = average
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by name, and those that FSDP2 gathers of them: they are what its forward computes with."""
+def names_of_parameters(model: nn.Module) -> list[str]:
+    """Names that the keys of a model's state begin with."""
+    return list(dict(_unwrapped(model).named_parameters()))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, not {type(model).__name__}")
     inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by name, and those that FSDP2 gathers of them: they are what its forward computes with."""
+    inner = _unwrapped(model)
     yield from inner.named_parameters()
     for prefix, module in inner.named_modules():
         if _is_sharded(module):
