@@ -30,6 +30,7 @@ from quartet.passes.residuals.budget import Budget, default
 from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
+from quartet.recipes import PolicyError
 from quartet.report.dump import GraphDump
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
@@ -116,6 +117,10 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     """The joint-graph pass for one dynamo graph, whose names are looked up unless given."""
     names = names or names_of(gm, example_inputs)
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    if names.views and remembers(options.policy):
+        raise PolicyError("a recipe of the policy keeps histories or averages of each parameter, and FSDP version 1 "
+                          "computes with views that it makes anew for every forward. Shard by fully_shard of "
+                          "torch.distributed.fsdp, or take a recipe without them, such as 'fp8'")
     training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
     if options.dump is not None:

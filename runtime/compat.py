@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -348,7 +349,13 @@ def inside(module: torch.nn.Module) -> torch.nn.Module | None:
         return module._orig_mod
     if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
         return module.module
-    return None
+    flat = sys.modules.get("torch.distributed.fsdp")
+    return module.module if flat is not None and isinstance(module, flat.FullyShardedDataParallel) else None
+
+
+def is_flattened(module: torch.nn.Module) -> bool:
+    """Whether FSDP version 1 holds the parameters of a module in a flat one."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
 def trace(function: Callable[..., Any], inputs: list[torch.Tensor]) -> torch.fx.GraphModule:

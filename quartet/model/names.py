@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from quartet.model.flat import all_parameters, is_view, own_parameters, path_in_model
 from quartet.passes import pipeline
 from quartet.passes.naming import module_name, module_path, parameter_path, stacks
 from quartet.runtime import compat
@@ -46,6 +47,7 @@ class Names:
         serves: name of the module in ``model`` whose code the graph is of. alike: names of others of its class.
         unbroken: nothing of what was compiled is still to come. complete: nor of the model.
         plain: name of a tensor that is the weight of a linear layer and no parameter; empty where there is none.
+        views: parameters are views that FSDP version 1 makes anew for each forward.
     """
 
     weights: Mapping[int, str] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Names:
     unbroken: bool = True
     complete: bool = True
     plain: str = ""
+    views: bool = False
 
     def full(self, name: str) -> str:
         """The name in ``model`` of what is called ``name`` in the compiled module."""
@@ -83,12 +86,13 @@ def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
     """The names for a graph that dynamo has captured, and is compiling now if they are to be those of the model."""
     models = _Models()
     weights = {index: models.parameter(node, value) for index, (node, value) in enumerate(
-        zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)) if isinstance(value, nn.Parameter)}
+        zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)) if models.is_parameter(node, value)}
     modules = {path: models.module(key, path) for key, path in stacks(gm)}
     regions, twins = _regions(gm, weights)
     inputs = dict(models.inputs(gm, example_inputs))
     return models.around(Names(weights, modules, regions, models.widths(), models.written(), models.layers(), inputs,
-                               models.compiled(), models.place(), twins=twins, plain=_plain(gm, weights)))
+                               models.compiled(), models.place(), twins=twins, plain=_plain(gm, weights),
+                               views=bool(models.views)))
 
 
 def _holds(path: str, other: str) -> bool:
@@ -101,9 +105,10 @@ class _Members:
 
     def __init__(self, root: nn.Module) -> None:
         self.root, self.names = root, dict[int, str]()
-        for path, module in nn.Module.named_modules(root):
+        for wrapped, module in nn.Module.named_modules(root):
+            path = path_in_model(wrapped)
             self.names.setdefault(id(module), path)
-            for name, parameter in nn.Module.named_parameters(module, recurse=False):
+            for name, parameter in own_parameters(module).items():
                 self.names.setdefault(id(parameter), f"{path}.{name}" if path else name)
 
 
@@ -118,8 +123,21 @@ class _Models:
         self.part = None if part is None else unwrapped(part)
         self._members: dict[int, _Members] = {}
         self.roots: dict[int, nn.Module] = {}  # those that have given names
+        self.views: list[str] = []  # names of the inputs that are parameters and views
 
-    def parameter(self, node: Node, value: nn.Parameter) -> str:
+    def is_parameter(self, node: Node, value: Any) -> bool:
+        """Whether an input of dynamo's graph is a parameter, or a view of FSDP's that stands for one."""
+        if isinstance(value, nn.Parameter) or node.name in self.views:
+            return True
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if source is None or self.scope is None or not is_view(value):
+            return False
+        held = id(self.scope.value(source))
+        if any(held in self._of(root).names for root in self._candidates(source)):
+            self.views.append(node.name)
+        return node.name in self.views
+
+    def parameter(self, node: Node, value: torch.Tensor) -> str:
         """The name of a parameter, the input ``node`` of dynamo's graph."""
         source = getattr(node.meta.get("grapharg"), "source", None)
         seen = None if self.scope is None or source is None else self.scope.value(source)
@@ -150,7 +168,7 @@ class _Models:
 
     def layers(self) -> int:
         """How many parameters of the model have two dimensions or more."""
-        return sum(parameter.dim() > 1 for root in self._whole() for parameter in nn.Module.parameters(root))
+        return sum(parameter.dim() > 1 for root in self._whole() for parameter in all_parameters(root))
 
     def inputs(self, gm: GraphModule, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """The inputs that are the model's own floating-point arguments, where the graph starts with the model."""
@@ -159,7 +177,7 @@ class _Models:
         if not starts or any(module is not roots[0] for module in self._compiled()) or self.layers() < 2:
             return
         for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), values, strict=False)):
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not self.is_parameter(node, value):
                 source = getattr(node.meta.get("grapharg"), "source", None)
                 if source is not None and self._first_module(source) is None:
                     yield index, parameter_path(compat.source_name(source)) or node.name
@@ -182,12 +200,12 @@ class _Models:
         if model is None:
             return names
         members, scope = self._of(model).names, self.scope
-        matrices = [members[id(p)] for p in nn.Module.parameters(model) if p.dim() > 1 and id(p) in members]
+        matrices = [members[id(p)] for p in all_parameters(model) if p.dim() > 1 and id(p) in members]
         compiled = self._compiled()
         unbroken = (scope is None or not scope.broken) and not self.bucketed and all(m is compiled[0] for m in compiled)
         running = compiled[-1] if compiled else model
         serves = members.get(id(running), "")
-        alike = [path for path, module in nn.Module.named_modules(model) if type(module) is type(running)
+        alike = [path_in_model(path) for path, module in nn.Module.named_modules(model) if type(module) is type(running)
                  and module is not running and not _holds(path, serves)
                  and not _holds(serves, path)] if serves else []
         return replace(names, model=model, known=frozenset(map(module_name, members.values())),
@@ -251,7 +269,7 @@ def _read(root: nn.Module) -> Iterator[int]:
     """
     for module in nn.Module.modules(root):
         width = vars(module).get("in_features")
-        weight = dict(nn.Module.named_parameters(module, recurse=False)).get("weight")
+        weight = own_parameters(module).get("weight")
         if isinstance(width, int):
             yield width
         elif weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -274,7 +292,7 @@ def _made(root: nn.Module) -> Iterator[int]:
     for module in nn.Module.modules(root):
         known = (vars(module).get(name) for name in ("out_features", "embedding_dim", "out_channels", "hidden_size"))
         width = next((size for size in known if isinstance(size, int)), None)
-        weight = dict(nn.Module.named_parameters(module, recurse=False)).get("weight")
+        weight = own_parameters(module).get("weight")
         if width is not None:
             yield width
         elif weight is not None and weight.dim() == 2:
