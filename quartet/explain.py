@@ -11,35 +11,45 @@ from typing import Any
 import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
+from quartet.model.eager import Products, records_of, wanted
+from quartet.model.names import Names
 from quartet.options import Options
 from quartet.passes.compilation import Observer
+from quartet.passes.naming import module_name
 from quartet.policy import Policy
 from quartet.report.advice import UNPAID, advice
 from quartet.report.table import Report
+from quartet.runtime.breaks import Break, functions_left, graph_break
+from quartet.runtime.capture import referred_to, unchanged
 from quartet.runtime.devices import FEATURES, Target
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, mode: str | None = None,
             target: str | None = None, **kwargs: Any) -> Report:
-    """Compile ``model(*args, **kwargs)`` without generating code and report every matmul.
+    """Compile ``model(*args, **kwargs)`` without generating code and report every matmul, also those of layers that
+    no graph holds, which run in eager after a graph break: to find these, a model that has any runs a second time.
 
-    The model's buffers, gradients, training flags and the random state are as before afterwards. Sizes are those of the
+    The model's buffers, gradients, training flags and the random state are as before afterwards; of a function, those
+    of the modules that it refers to, and what optimizers that it refers to have stepped. Sizes are those of the
     inputs, whatever other sizes PyTorch has seen, unless they are marked dynamic. A model that
     ``torch.compile(…, backend="quartet")`` returned is explained with its own mode and options unless given here.
 
     Args:
-        model: the module, compiled or not. args, kwargs: inputs of its forward.
+        model: the module, or a function such as a training step; compiled or not. args, kwargs: its inputs.
         options, mode: as for ``torch.compile(model, backend="quartet")``.
         target: ``"b200"``, ``"rtx 3090"``, ``"sm_90"``, ``"gfx950"``, …: as if the tensors were on such a GPU. Nothing
             runs then.
     Returns:
         A :class:`quartet.report.table.Report`; print it, ``to_dict()``, ``to_html()``.
+
+    Raises:
+        UnsupportedMatmul: under ``strict``, a matmul that the policy quantises and that cannot be, or is in no graph.
     """
     from quartet.backend import compile_graph
     from quartet.lowering import registry
     from quartet.model.judge import Judge
     from quartet.passes import pipeline
-    from quartet.runtime.capture import Capture, Pretence, settings_of, unchanged
+    from quartet.runtime.capture import Capture, Pretence, settings_of
 
     inner, own_mode, own_options = settings_of(model)
     if options is None and mode is None:
@@ -49,6 +59,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     records: list[MatmulRecord] = []
     saved: list[SavedRecord] = []
     memory: list[MemoryRecord] = []
+    breaks: list[Break] = []
     capture = Capture()
     if target is not None:
         parsed, capture = replace(parsed, target=Target.named(target)), Pretence()
@@ -60,20 +71,58 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
             warnings.warn(text, stacklevel=2)
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        breaks.extend(filter(None, [graph_break()]))
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
                              collect_saved=saved.extend, collect_memory=memory.extend, say=noted, remember=False,
                              observers=(stand_ins,))
 
     stand_ins = _StandIns(parsed)
-    with unchanged(inner):
+    roots = referred_to(inner)
+    with unchanged(inner), functions_left(breaks):
         torch.compile(inner, backend=backend)(*args, **kwargs)
+    eager, unused = _outside(inner, args, kwargs, records, graphs, breaks, parsed.policy)
+    if parsed.strict:
+        _refuse(eager, parsed.policy)
+    records += eager
     for text in judge.unmatched(graphs[-1], known=True) if graphs else ():
         warnings.warn(text, stacklevel=2)
-    device = next((t.device for t in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
+    tensors = (t for root in roots for t in (*root.parameters(), *root.buffers()))
+    device = next((t.device for t in tensors), torch.device("cpu"))
     chosen_for = parsed.target or Target.of(device)
-    notes = (*capture.notes, *_prices(parsed.policy, chosen_for, records), *_foreign(chosen_for), *stand_ins.notes())
+    notes = (*capture.notes, *_prices(parsed.policy, chosen_for, records), *_foreign(chosen_for), *stand_ins.notes(),
+             *unused)
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved, memory=memory)
+
+
+def _outside(model: Any, args: Any, kwargs: Any, records: Sequence[MatmulRecord], graphs: Sequence[Names],
+             breaks: Sequence[Break], policy: Policy) -> tuple[list[MatmulRecord], list[str]]:
+    """Records of the products that no graph holds, and notes on the layers that did not run at all."""
+    roots = referred_to(model)
+    held = {module_name(weight) for names in graphs for weight in names.weights.values()} | {r.fqn for r in records}
+    layers = {module_name(name): p.numel() for root in roots for name, p in root.named_parameters() if p.dim() > 1}
+    if not breaks and layers.keys() <= held:
+        return [], []
+    if not breaks and not isinstance(model, torch.nn.Module):
+        return [], []
+    products = Products(roots)
+    with unchanged(model), products:
+        model(*args, **kwargs)
+    eager = records_of(products.found, records, breaks, policy)
+    idle = [name for name in layers if name not in held and name not in {r.fqn for r in eager}]
+    shown = ", ".join(idle[:3]) + (", …" if len(idle) > 3 else "")
+    return eager, [f"{len(idle)} parameters take no part with these inputs: {shown}"] if idle else []
+
+
+def _refuse(eager: Sequence[MatmulRecord], policy: Policy) -> None:
+    """Raise UnsupportedMatmul for layers that the policy quantises and no graph holds."""
+    from quartet.passes.plan.plan import UnsupportedMatmul
+
+    refused = wanted(eager, policy)
+    names = list(dict.fromkeys(r.fqn or f"a {r.op_class} product" for r in refused))
+    if names:
+        others = f"; likewise {', '.join(names[1:])}" if len(names) > 1 else ""
+        raise UnsupportedMatmul(f"strict=True, and {names[0]} cannot be quantised: {refused[0].reason}{others}")
 
 
 class _StandIns(Observer):

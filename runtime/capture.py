@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen, not_compiled
@@ -94,22 +98,63 @@ def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
     return inner, mode, options
 
 
+def referred_to(model: Any) -> list[nn.Module]:
+    """The module itself; of a function the modules that it is a method of, closes over, names or has as defaults, the
+    largest of those that hold each other."""
+    if isinstance(model, nn.Module):
+        return [model]
+    found = {id(value): value for value in _variables(model) if isinstance(value, nn.Module)}
+    inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
+    return [module for module in found.values() if id(module) not in inner]
+
+
+def _variables(function: Any) -> Iterator[Any]:
+    """What a function refers to: its variables and theirs where they are compiled or plain functions."""
+    seen: set[int] = set()
+    left = [function]
+    while left:
+        value = left.pop(0)
+        value = getattr(value, "_torchdynamo_orig_callable", value)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if inspect.ismethod(value):
+            left += [value.__self__, *vars(value.__self__).values()] if hasattr(value.__self__, "__dict__") else []
+            value = value.__func__
+        if isinstance(value, functools.partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif inspect.isfunction(value):
+            known = inspect.getclosurevars(value)
+            left += [*known.nonlocals.values(), *known.globals.values(), *(value.__defaults__ or ())]
+
+
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put buffers, gradients and the random state back afterwards; compile as if for the first time, whatever of the
-    model is compiled in place, and without using up dynamo's limits.
+    """Put buffers, gradients and the random state back afterwards, and of a function what its optimizers have stepped;
+    compile as if for the first time, whatever of the model is compiled in place, and without using up dynamo's limits.
 
     The histories of delayed scaling are not written meanwhile.
     """
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
-    gradients = [(p, p.grad) for p in model.parameters()] if isinstance(model, torch.nn.Module) else []
-    in_place = not_compiled(model) if isinstance(model, torch.nn.Module) else nullcontext()
+    roots = referred_to(model)
+    buffers = [(b, b.detach().clone()) for root in roots for b in root.buffers()]
+    gradients = [(p, p.grad) for root in roots for p in root.parameters()]
+    if not isinstance(model, nn.Module):
+        gradients = [(p, None if grad is None else grad.clone()) for p, grad in gradients]
+    optimizers = [] if isinstance(model, nn.Module) else [
+        (value, copy.deepcopy(value.state_dict())) for value in _variables(model)
+        if isinstance(value, torch.optim.Optimizer)]
+    stepped = [(p, p.detach().clone()) for optimizer, _ in optimizers for g in optimizer.param_groups
+               for p in g["params"]]
+    in_place = not_compiled(model) if isinstance(model, nn.Module) else nullcontext()
     with torch.random.fork_rng(), any_number_of_compilations(), no_sizes_seen(), frozen(), in_place:
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for value, kept in (*buffers, *stepped):
+                    value.copy_(kept)
             for parameter, grad in gradients:
                 parameter.grad = grad
+            for optimizer, state in optimizers:
+                optimizer.load_state_dict(state)

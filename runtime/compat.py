@@ -54,6 +54,9 @@ PRIVATE = (
     ("torch._dynamo.utils", "counters", "cache hits, for tests"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator", "which code a graph comes from, and so its modules"),
     ("torch._dynamo.eval_frame", "OptimizedModule", "the module inside of a compiled one"),
+    ("torch._dynamo.utils", "get_compilation_metrics", "where dynamo has given up a function, and why"),
+    ("torch._dynamo.utils", "set_compilation_metrics_limit", "for how many functions it remembers that"),
+    ("torch._C", "_current_graph_task_id", "tells a product of backward from one of forward"),
 )
 
 
@@ -290,7 +293,7 @@ class Scope:
 def compiling() -> Scope | None:
     """The code whose graph a backend has been given; None outside of a compilation by dynamo."""
     try:
-        output = _load("torch._dynamo.symbolic_convert", "InstructionTranslator").current_tx().output
+        output = dynamo_output()
         root, reason = output.root_tx, output.compile_subgraph_reason
         return Scope(root.f_locals, root.f_globals, root.f_code.co_name.startswith("torch_dynamo_resume"),
                      bool(getattr(reason, "graph_break", False)))
@@ -314,33 +317,20 @@ def source_bases(source: Any) -> list[Any]:
     return found
 
 
-def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn.Module], torch.nn.Module | None]:
-    """The modules whose calls ``frame`` is inside of, the outermost first: those outside of what torch.compile made,
-    those inside, and the module that it was given; None for a function that is no method and takes none first.
-
-    Only frames of torch are looked into: reading the variables of a user's frame would keep them alive.
-    """
-    called = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
-    outside: list[torch.nn.Module] = []
-    inside: list[torch.nn.Module] = []
-    part = None
-    while frame is not None:
-        if frame.f_code in called:
-            outside.insert(0, frame.f_locals["self"])
-        elif (frame.f_code.co_name, frame.f_globals.get("__name__")) == ("compile_wrapper", "torch._dynamo.eval_frame"):
-            inside, outside = outside + inside, []
-            arguments = frame.f_locals.get("args") or ()
-            owner = _owner(frame.f_locals.get("fn"), arguments[0] if arguments else None)
-            part = owner if isinstance(owner, torch.nn.Module) else None
-        frame = frame.f_back
-    return outside, inside, part
+def dynamo_output() -> Any:
+    """What dynamo has made of the code that it is compiling on this thread. Raises AttributeError outside of that."""
+    return _load("torch._dynamo.symbolic_convert", "InstructionTranslator").current_tx().output
 
 
-def _owner(function: Any, first: Any) -> Any:
-    """What a function is a method of, else ``first``; dynamo wraps the modules whose code it would skip, torch's own
-    layers, in a function."""
-    wrapped = inspect.unwrap(function, stop=lambda inner: isinstance(inner, torch.nn.Module))
-    return wrapped if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__self__", first)
+def compilation_metrics(limit: int) -> list[Any]:
+    """What dynamo notes of each function that it has compiled or given up, from now on of so many."""
+    _load("torch._dynamo.utils", "set_compilation_metrics_limit")(limit)
+    return list(_load("torch._dynamo.utils", "get_compilation_metrics")())
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread."""
+    return _load("torch._C", "_current_graph_task_id")() != -1
 
 
 def inside(module: torch.nn.Module) -> torch.nn.Module | None:

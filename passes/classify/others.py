@@ -42,11 +42,27 @@ def without_site(graph: Graph, origin: Mapping[Node, str]) -> Iterator[MatmulRec
             (batch, m, k), n = shape(a), shape(node)[-1]
             yield _of_weights(node, (a, b), (m, n, k), batch,
                               "adds up a batch; only mm, addmm, bmm and baddbmm are quantised", origin)
+        elif node.target is aten._trilinear.default:
+            yield _bilinear(node, origin)
         elif node.target in _SUMS and str(node.meta.get("original_aten")) in _WRITTEN_AS_SUMS:
             product = source_of(node)
             (*batch, m, n), k = (1, 1, *shape(node))[-max(2, len(shape(node))):], shape(product)[-1]
             yield _of_weights(node, product.all_input_nodes, (m, n, k), prod(batch),
                               "a product with a vector, which PyTorch writes as a multiplication and a sum", origin)
+
+
+def _bilinear(node: Node, origin: Mapping[Node, str]) -> MatmulRecord:
+    """A record of ``Y[m, n] = Σ X₁[m, i] W[n, i, j] X₂[m, j]``, or of one of its gradients."""
+    backward, (first, *last) = is_backward(node), shape(node)
+    weight = next((x for x in node.all_input_nodes if len(shape(x)) == 3), None)
+    if weight is None:
+        sizes, role = (first, prod(last), shape(node.all_input_nodes[0])[0]), "wgrad"
+    else:
+        sizes = first, prod(last), prod(shape(weight)) // prod(last)
+        role = "dgrad" if backward else "fprop"
+    fqn = None if weight is None or weight not in origin else module_name(origin[weight])
+    return left_alone(node, "linear", role, sizes, val(node).dtype,
+                      "a product of three tensors; only products of two are quantised", fqn)
 
 
 def _of_weights(node: Node, operands: Any, mnk: tuple[Any, Any, Any], batch: Any, reason: str,

@@ -22,6 +22,7 @@ from quartet.model.flat import all_parameters, is_view, own_parameters, path_in_
 from quartet.passes import pipeline
 from quartet.passes.naming import module_name, module_path, parameter_path, stacks
 from quartet.runtime import compat
+from quartet.runtime.frames import calls
 
 _seen: dict[int, ref[nn.Module]] = {}  # modules that have given names, the latest last
 
@@ -117,7 +118,7 @@ class _Models:
 
     def __init__(self) -> None:
         self.scope = compat.compiling()
-        outside, inside, part = compat.calls(sys._getframe())
+        outside, inside, part = calls(sys._getframe())
         self.outside, self.inside = _unwrapped(outside), _unwrapped(inside)
         self.bucketed = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in (*outside, *inside))
         self.part = None if part is None else unwrapped(part)

@@ -1,0 +1,56 @@
+"""Where dynamo stops: the ends of graphs, and the functions that it leaves to Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from quartet.runtime import compat
+
+LIMIT = 1 << 12  # functions that dynamo compiles meanwhile
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where dynamo ends a graph, or leaves a whole function to Python.
+
+    Attributes:
+        why: the first line of its reason. places: (file, line), the innermost call first.
+        function: (file, first line) of the function that is left to Python; None where the graph only ends.
+    """
+
+    why: str
+    places: tuple[tuple[str, int], ...]
+    function: tuple[str, int] | None = None
+
+
+def graph_break() -> Break | None:
+    """What ends the graph that a backend has been given; None where it ends with its function."""
+    try:
+        reason = compat.dynamo_output().compile_subgraph_reason
+        if not reason.graph_break:
+            return None
+        return Break(_first_line(reason.reason), tuple((f.filename, f.lineno) for f in reversed(reason.user_stack)))
+    except (ImportError, AttributeError):
+        return None
+
+
+@contextmanager
+def functions_left(to: list[Break]) -> Iterator[None]:
+    """Append to a list, at the end, the functions that dynamo has meanwhile left to Python as a whole."""
+    begin = time.time_ns() // 1000
+    compat.compilation_metrics(LIMIT)
+    try:
+        yield
+    finally:
+        for seen in compat.compilation_metrics(LIMIT):
+            if (seen.start_time_us or 0) >= begin and seen.fail_reason and seen.co_filename:
+                place = seen.fail_user_frame_filename or seen.co_filename, seen.fail_user_frame_lineno or 0
+                to.append(Break(_first_line(seen.fail_reason), (place,), (seen.co_filename, seen.co_firstlineno or 0)))
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "").strip()
+

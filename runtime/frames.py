@@ -1,0 +1,38 @@
+"""The calls of modules that Python is inside of."""
+
+from __future__ import annotations
+
+import inspect
+from types import FrameType
+from typing import Any
+
+import torch
+
+
+def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn.Module], torch.nn.Module | None]:
+    """The modules whose calls ``frame`` is inside of, the outermost first: those outside of what torch.compile made,
+    those inside, and the module that it was given; None for a function that is no method and takes none first.
+
+    Only frames of torch are looked into: reading the variables of a user's frame would keep them alive.
+    """
+    called = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
+    outside: list[torch.nn.Module] = []
+    inside: list[torch.nn.Module] = []
+    part = None
+    while frame is not None:
+        if frame.f_code in called:
+            outside.insert(0, frame.f_locals["self"])
+        elif (frame.f_code.co_name, frame.f_globals.get("__name__")) == ("compile_wrapper", "torch._dynamo.eval_frame"):
+            inside, outside = outside + inside, []
+            arguments = frame.f_locals.get("args") or ()
+            owner = _owner(frame.f_locals.get("fn"), arguments[0] if arguments else None)
+            part = owner if isinstance(owner, torch.nn.Module) else None
+        frame = frame.f_back
+    return outside, inside, part
+
+
+def _owner(function: Any, first: Any) -> Any:
+    """What a function is a method of, else ``first``; dynamo wraps the modules whose code it would skip, torch's own
+    layers, in a function."""
+    wrapped = inspect.unwrap(function, stop=lambda inner: isinstance(inner, torch.nn.Module))
+    return wrapped if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__self__", first)
