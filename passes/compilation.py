@@ -87,7 +87,6 @@ class Compilation:
         portable_rounding: the bits of the reference, also where a device has conversions or sums of its own.
         eval: what graphs without backward compute; None leaves them in the model's dtype.
         target: choose kernels for this instead of the devices that hold the tensors; nothing of it can run.
-        stream: added to the seed, so that data-parallel ranks draw different bits.
         observers: called around every pass; what they watch is in no cache.
         replayed: what runs on a GPU is recorded in CUDA graphs.
         autotune: kernels may measure, when they first run, which of them is fastest.
@@ -120,7 +119,6 @@ class Compilation:
     portable_rounding: bool = False
     eval: str | None = "as trained"
     target: Target | None = None
-    stream: int = 0
     observers: tuple[Observer, ...] = field(default=(), metadata=UNKEYED)
     replayed: bool = False
     autotune: bool = False

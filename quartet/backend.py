@@ -37,7 +37,7 @@ from quartet.runtime.devices import Target
 from quartet.runtime.slots.amax import Anchored, no_anchor
 from quartet.runtime.slots.anchored_graph import forget_examples, with_input
 from quartet.runtime.slots.weights import REUSED
-from quartet.runtime.streams import data_parallel_stream
+from quartet.runtime.streams import Streamed, stream_of
 
 log = logging.getLogger("quartet")
 compat.warn_of_skipped(sys._getframe())  # the first use of the backend imports this module; later ones ask nobody
@@ -99,6 +99,9 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if anchored:
         forget_examples(gm)
         compiled = Anchored(compiled, sorted(step.config.weights))
+    stream = stream_of(example_inputs, options.same_bits)
+    if stream is not None:
+        compiled = Streamed(compiled, stream)
     kept = [] if saved is None else saved.records
     if collect is not None:
         collect(step.records)
@@ -134,7 +137,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         told = replace(told, disable_passes=(*options.disable_passes, "canonicalize"))
     compilation = Compilation(
         **_shared(told), **_shared(names), options=options.key(), tokens=tokens.trained, guessed=tokens.guessed,
-        stream=data_parallel_stream(example_inputs), partition=_partition(told), observers=tuple(observers),
+        partition=_partition(told), observers=tuple(observers),
         replayed=replayed, autotune=compat.max_autotune(options.inductor), **_prices(tensors, told),
         anchor=len(example_inputs) if names.weights and remembers(options.policy) else None,
         answers=kernels_here(gm, example_inputs, options), threads=torch.get_num_threads(), version=torch.__version__)

@@ -12,6 +12,7 @@ from quartet.passes.residuals.budget import Budget
 from quartet.policy import AUTO, Policy
 from quartet.recipes import PolicyError, did_you_mean
 from quartet.runtime.devices import Target
+from quartet.runtime.streams import ranks_of
 
 AS_TRAINED = "as trained"
 Known = Mapping[str, Sequence[str]]  # "pass", "kernel" → the names that there are
@@ -92,6 +93,15 @@ def _memory(name: str, value: object, known: Known) -> Budget | None:
         raise OptionError(f"option {name!r} is {error}") from None
 
 
+def _ranks(name: str, value: object, known: Known) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return ranks_of(value)
+    except ValueError as error:
+        raise OptionError(f"option {name!r} is {error}") from None
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one compilation: those of the user, each declared once, and what Inductor is told beside them.
@@ -135,6 +145,10 @@ class Options:
         None, _memory, "what may be kept between forward and backward, within which the fastest is chosen: a share of "
         "what is kept unquantised (0.7), bytes of a graph ('12GiB'), 'least', 'fastest', or 'recipe' (nothing chosen). "
         "By default 0.8 by lossless choices alone, where the device's rates are known and a recipe recomputes products")
+    same_bits: tuple[int, ...] | None = option(
+        None, _ranks, "the ranks that draw the same random bits, as a ProcessGroup, a DeviceMesh or a list of ranks: "
+        "those that share a layer (tensor parallel), so that what they replicate stays equal. By default those of the "
+        "mesh of inputs that are DTensors, else each rank draws its own", **UNKEYED)
     eval: str | None = option(
         AS_TRAINED, _one_of(AS_TRAINED, none="evaluate in the model's own dtype"), "what graphs without a backward "
         "compute: 'as trained', with what training quantises, or None, in the model's own dtype")

@@ -6,14 +6,13 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.lowering.ir.graph import FORWARD, Builder, arguments, aten, is_backward
+from quartet.lowering.ir.graph import FORWARD, Builder, arguments, is_backward
 from quartet.lowering.ir.ops.state import SEED
 from quartet.passes.state import State
 from quartet.runtime.compat import OpOverload
 
 _DRAWS = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "bernoulli", "uniform",
           "normal_functional", "exponential", "native_dropout", "inductor_seed", "inductor_seeds"}
-STREAM_STRIDE = 0x1E3779B97F4A7C15  # odd, so that streams differ in every bit position
 SEED_KEY = "quartet_seed"  # node.meta key of the seed on a device: that device
 _PROBABILITIES = ("p", "dropout_p")
 
@@ -32,8 +31,6 @@ def draw_seed(state: State, device: torch.device) -> Node:
     build.meta = {"partitioner_tag": FORWARD, "recompute": CheckpointPolicy.MUST_SAVE}
     replayed = state.config.replayed and device.type == "cuda"
     seed = build(SEED, device, not replayed and moves_generator(graph, device))
-    if state.config.stream:
-        seed = build(aten.add.Tensor, seed, state.config.stream * STREAM_STRIDE % 2**62)
     seed.meta[SEED_KEY] = device
     return seed
 

@@ -89,12 +89,12 @@ def test_without_prices_only_batches_below_a_block_decide():
 
 
 WITHOUT_A_FIELD = {"open_attention": "compile_graph reads it", "dump": "an observer", "mode": "Inductor's",
-                   "inductor": "Inductor's"}
+                   "inductor": "Inductor's", "same_bits": "who runs a graph says it"}
 GIVEN = {  # a value of each option other than its default
     "policy": Policy("quartet"), "dump": "graphs", "strict": True, "disable_passes": ("share",),
     "disable_kernels": ("cpp",), "recompute": "none", "target": Target.named("sm_100a"), "mode": "max-autotune",
     "inductor": {"max_autotune": True}, "accumulation": "promoted", "reuse_weights": False, "portable_rounding": True,
-    "open_attention": True, "eval": None, "memory": Budget("share", 0.7),
+    "open_attention": True, "eval": None, "memory": Budget("share", 0.7), "same_bits": (0, 1),
 }
 
 
@@ -103,12 +103,12 @@ def test_every_option_is_in_the_key_and_reaches_the_passes(name):
     given = {name: GIVEN[name]}
     changed, plain = Options(**given), Options()
     assert getattr(changed, name) != getattr(plain, name)
-    assert (changed.key() == plain.key()) == (name in ("dump", "mode", "inductor"))
+    assert (changed.key() == plain.key()) == (name in ("dump", "mode", "inductor", "same_bits"))
     if name in WITHOUT_A_FIELD:
         assert name not in {f.name for f in fields(Compilation)}
     else:
         assert getattr(compilation(**given), name) == GIVEN[name]
-    if name != "mode":
+    if name not in ("mode", "same_bits"):
         assert key(changed) != key()
 
 
@@ -173,10 +173,11 @@ def test_threads_and_the_version_of_torch_are_in_the_key(monkeypatch):
     assert key() == before
 
 
-def test_the_random_stream_of_a_rank_is_in_the_key(monkeypatch):
+def test_the_random_stream_of_a_rank_is_not_in_the_key(monkeypatch):
+    """Ranks share a compiled graph, and draw from the stream of the process that runs it."""
     before = key()
-    monkeypatch.setattr("quartet.backend.data_parallel_stream", lambda inputs: 3)
-    assert key() != before
+    monkeypatch.setattr("quartet.runtime.streams.rank", lambda: 3)
+    assert key() == key(Options(same_bits=(1, 3))) == before
 
 
 class Own(CustomGraphPass):
