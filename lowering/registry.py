@@ -31,6 +31,7 @@ from quartet.lowering.targets.chains import Accepts
 from quartet.lowering.targets.cpu import lower as cpu
 from quartet.lowering.targets.fp8 import lower as fp8
 from quartet.lowering.targets.fp8 import price as fp8_price
+from quartet.lowering.targets.fp8.experts import makes_codes
 from quartet.lowering.targets.int8 import lower as int8
 from quartet.lowering.targets.int8 import price as int8_price
 from quartet.lowering.targets.triton import lower as cuda
@@ -87,6 +88,8 @@ class Kernel:
         price: what ``quartet.lowering.cost`` adds up, see there; without it the kernel is not measured.
         variants: what options change about it.
         row_major: it reads codes that lie row by row, so that codes and their transpose are two tensors.
+        makes_codes: whether its products of groups make the codes of a quantiser of weights themselves, once an
+            optimizer step where they may be kept; backward then makes its own.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Kernel:
     price: Price = unmeasured
     variants: tuple[Variant, ...] = ()
     row_major: bool = False
+    makes_codes: Callable[[Node], bool] = lambda quantizer: False
 
     def refuses(self, target: Target, dtype: torch.dtype, operands: Operands, product: OpOverload) -> str | None:
         """None where the kernel computes a product of these operands into ``dtype``, else why not."""
@@ -157,7 +161,8 @@ KERNELS: tuple[Kernel, ...] = (
            fp8_products.supports_pair, fp8_products.ALIGN, price=fp8_price.cast, variants=(_PROMOTED,), row_major=True),
     Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches",
            fp8.supports_grouped, fp8.lower, fp8_products.supports_pair, fp8_products.ALIGN,
-           supports_kind=_groups_and_batches, price=fp8_price.cast, variants=(_PROMOTED,), row_major=True),
+           supports_kind=_groups_and_batches, price=fp8_price.cast, variants=(_PROMOTED,), row_major=True,
+           makes_codes=makes_codes),
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
            align=int8.ALIGN, price=int8_price.integers),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,

@@ -13,6 +13,7 @@ from torch.fx import Node
 from quartet.lowering.ir.graph import Builder, argument, aten, shape, source, source_of
 from quartet.lowering.ir.operands import Kind
 from quartet.lowering.ir.ops.grouped import GROUPED_MM
+from quartet.runtime.view_ops import SAME
 
 SWAP = [0, 2, 1]
 
@@ -44,9 +45,20 @@ def unturned(x: Node) -> tuple[Node, Any] | None:
 def turned_stack(x: Node) -> Node | None:
     """``[count, cols, rows]``, each matrix transposed, which ``x`` shows below each other; None where it does not."""
     swapped = source(x) if x.target is aten.reshape.default else None
-    if swapped is None or swapped.target is not aten.permute.default or argument(swapped, "dims") != SWAP:
-        return None
-    return swapped
+    return swapped if swapped is not None and _swaps(swapped) else None
+
+
+def shown_stack(x: Node) -> tuple[Node, bool] | None:
+    """``[count, rows, cols]`` whose matrices ``x`` shows below each other, and whether each is transposed; None where
+    it shows none."""
+    stack, flipped = source(x) if x.target is aten.reshape.default else None, False
+    while stack is not None and (stack.target in SAME or _swaps(stack)):
+        stack, flipped = source_of(stack), flipped != _swaps(stack)
+    return (stack, flipped) if stack is not None and len(shape(stack)) == 3 else None
+
+
+def _swaps(x: Node) -> bool:
+    return x.target is aten.permute.default and argument(x, "dims") == SWAP
 
 
 def stacked(build: Builder, count: Any, x: Node) -> Node:

@@ -17,6 +17,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import BACKWARD, Builder, aten, set_argument, shape, val
 from quartet.lowering.ir.operands import Kind
+from quartet.lowering.ir.ops import experts as expert_ops
 from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned_stack, unturned
 from quartet.runtime.compat import OpOverload
@@ -26,7 +27,7 @@ from quartet.runtime.sizes import same, same_sizes, unbacked
 ALIGN = 16
 _OURS = "quartet_product"  # marks a product that is not the user's own
 _FAST = {aten._scaled_mm.default: "use_fast_accum", aten._scaled_grouped_mm.default: "use_fast_accum",
-         fp8_ops.MM: "fast", fp8_ops.BMM: "fast"}
+         fp8_ops.MM: "fast", fp8_ops.BMM: "fast", expert_ops.MM: "fast"}
 
 
 def supports_kind(target: Target, product: OpOverload) -> str | None:
@@ -54,7 +55,7 @@ def multiply(build: Builder, kind: Kind, a: Node, a_scales: Any, b: Node, b_scal
     cols = 1 if aligned else ALIGN
     if kind.single:
         return _matrices(build, a, a_scales, b, b_scales, dtype, cols)
-    a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
+    a_scales, b_scales = per_row(build, a, a_scales), per_row(build, b, b_scales)
     if kind.over_tokens:
         assert kind.ends is not None
         groups = shape(kind.ends)[0]
@@ -67,7 +68,7 @@ def multiply(build: Builder, kind: Kind, a: Node, a_scales: Any, b: Node, b_scal
     b_scales = build.padded(_in_rows(build, b_scales, count), cols=ALIGN)
     if kind.ends is None:
         left, a_scales = stacked(build, count, left), _in_rows(build, a_scales, count)
-        return flat(build, _marked(build(fp8_ops.BMM, left, each, a_scales, b_scales, dtype, True)))
+        return flat(build, marked(build(fp8_ops.BMM, left, each, a_scales, b_scales, dtype, True)))
     a_scales = build(aten.reshape.default, a_scales, [-1])
     return _grouped(build, left, build(aten.permute.default, each, SWAP), a_scales, b_scales, kind, dtype)
 
@@ -101,26 +102,28 @@ def row_major(build: Builder, codes: Node, copies: dict[Node, Node]) -> Node:
 
 def _matrices(build: Builder, a: Node, a_scales: Any, b: Node, b_scales: Any, dtype: Any, cols: int) -> Node:
     if any(not isinstance(r, int) or r != 1 for r in (shape(a_scales)[0], shape(b_scales)[0])):
-        a_scales, b_scales = _per_row(build, a, a_scales), _per_row(build, b, b_scales)
+        a_scales, b_scales = per_row(build, a, a_scales), per_row(build, b, b_scales)
         b_scales = build.transpose(build.padded(b_scales, rows=ALIGN))
     a, b = build.padded(a, cols=cols), build.padded(b, rows=ALIGN, cols=cols)
     if any(map(unbacked, shape(a))):
-        return _marked(build(fp8_ops.MM, a, b, a_scales, b_scales, dtype, True))
-    return _marked(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True))
+        return marked(build(fp8_ops.MM, a, b, a_scales, b_scales, dtype, True))
+    return marked(build(aten._scaled_mm.default, a, build.transpose(b), a_scales, b_scales, None, None, dtype, True))
 
 
 def _grouped(build: Builder, left: Node, right: Node, left_scales: Node, right_scales: Node, kind: Kind,
              dtype: Any) -> Node:
-    return _marked(build(aten._scaled_grouped_mm.default, left, right, left_scales, right_scales, kind.ends, None, None,
+    return marked(build(aten._scaled_grouped_mm.default, left, right, left_scales, right_scales, kind.ends, None, None,
                          dtype, True))
 
 
-def _marked(node: Node) -> Node:
+def marked(node: Node) -> Node:
+    """``node``, a product of ours, as :func:`promote` finds it."""
     node.meta[_OURS] = True
     return node
 
 
-def _per_row(build: Builder, codes: Node, scales: Node) -> Node:
+def per_row(build: Builder, codes: Node, scales: Node) -> Node:
+    """fp32 ``[rows, 1]`` of one a row or one of the tensor."""
     if same(shape(scales)[0], shape(codes)[0]):
         return scales
     every = build(aten.expand.default, scales, [build.size(shape(codes)[0]), 1])

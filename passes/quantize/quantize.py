@@ -104,7 +104,7 @@ def _product(state: State, histories: Histories, site: Quantized, role: str, rot
     qa = quantize_node(state, histories, build, a, a_spec, bits[0], (site, names[0]), ends)
     qb = saved or quantize_node(state, histories, build, b, b_spec, bits[1], (site, names[1]), ends)
     if state.config.reuse_weights and not gradient and len(site.products) > 1:
-        _mark_reusable(state, qb)
+        _mark_reusable(state, site, qb)
     left, right = (Operand.quantized(q.codes, q.scales, q.amax) for q in (qa, qb))
     out = keep_as(Product(left, right, val(mm).dtype, rotated.kind).emit(build), site.products[role].node)
     out.meta[SITE_KEY] = (site.index, role)
@@ -112,7 +112,10 @@ def _product(state: State, histories: Histories, site: Quantized, role: str, rot
         out = _masked(build, site, role, out)
     state.replace(mm, out)
     site = site.computed(role, "reference")
-    return site if gradient else replace(site, operands={"x": qa, "w": qb}, saved_bytes=_saved_bytes(site, qa, qb))
+    if gradient:
+        return site
+    site = replace(site, operands={"x": qa, "w": qb})
+    return replace(site, saved_bytes=_saved_bytes(site, qa, qb))
 
 
 def _straight_through(state: State, site: Quantized, role: str, mm: Node, start: Start) -> Quantized:
@@ -133,7 +136,7 @@ def _masked(build: Builder, site: Quantized, role: str, out: Node) -> Node:
     return out if mask is None else ApplyMask(out, mask).emit(build)
 
 
-def _mark_reusable(state: State, weight: QuantizedOperand) -> None:
+def _mark_reusable(state: State, site: Planned, weight: QuantizedOperand) -> None:
     """Name the parameter whose quantised form is the same in every forward of an optimizer step."""
     quantizer = Quantizer.of(weight.codes).node
     source = Source.of(quantizer)
@@ -144,11 +147,23 @@ def _mark_reusable(state: State, weight: QuantizedOperand) -> None:
                 return
             flipped = not flipped
         origin = source_of(origin)
-    if flipped:  # matrices that were transposed one by one have the shape and the strides of any others
-        return
+    if flipped and not _made_by_products(site, quantizer):
+        return  # matrices that were transposed one by one have the shape and the strides of any others
     fixed = not weight.spec.stochastic and source.fixed_basis and "recompute" not in quantizer.meta
     if fixed and input_indices(state.gm.graph).get(origin) in state.config.weights:
         quantizer.meta[REUSABLE] = origin
+
+
+def _made_by_products(site: Planned, quantizer: Node) -> bool:
+    """Whether the products of groups that read these weights make the codes themselves."""
+    kernels = [site.decisions[role].kernel for role in ("fprop", "dgrad") if site.active(role) is not None]
+    return site.groups is not None and all(kernel is not None and kernel.makes_codes(quantizer) for kernel in kernels)
+
+
+def _keeps_weights(site: Quantized) -> bool:
+    """Whether backward reads the codes that forward has made of W."""
+    quantizer = Quantizer.of(site.operands["w"].codes).node
+    return site.recipe.keep_weights and not (REUSABLE in quantizer.meta and _made_by_products(site, quantizer))
 
 
 def quantize_node(state: State, histories: Histories, build: Builder, x: Node, spec: QuantSpec, bits: int,
@@ -184,11 +199,14 @@ def _transposed(build: Builder, q: QuantizedOperand) -> QuantizedOperand:
 
 
 def _saved(state: State, site: Quantized, role: str, start: Start) -> QuantizedOperand:
-    """What fprop made of operand b; where the recipe does not keep the weight, quantised again before its transpose."""
+    """What fprop made of operand b; where the weight is not kept, quantised again before its transpose."""
     made = site.operands[OPERANDS[role][1]]
-    if role == "dgrad" and not site.recipe.keep_weights and is_backward(site.gradients[role].node):
-        return _quantize_again(state, start.reader, start.source, made)
-    return made
+    if role != "dgrad" or _keeps_weights(site) or not is_backward(site.gradients[role].node):
+        return made
+    again = _quantize_again(state, start.reader, start.source, made)
+    if site.recipe.keep_weights:  # the products make the codes, where they may be reused
+        Quantizer.of(again.codes).node.meta[REUSABLE] = Quantizer.of(made.codes).node.meta[REUSABLE]
+    return again
 
 
 def _saved_codes(state: State, build: Builder, site: Quantized, role: str, rotated: RotatedGemm, start: Start,
@@ -230,7 +248,7 @@ def _quantize_again(state: State, before: Node, source: Node, made: QuantizedOpe
     return q if first.layout == ROWS else _transposed(at, q)
 
 
-def _saved_bytes(site: Planned, x: QuantizedOperand, w: QuantizedOperand) -> int | None:
+def _saved_bytes(site: Quantized, x: QuantizedOperand, w: QuantizedOperand) -> int | None:
     """Bytes of codes, scales and masks that backward reads, those of a shared X counted at its first site."""
     total = 0
     for name, made, role, gradient in (("x", x, "wgrad", "dgrad"), ("w", w, "dgrad", "wgrad")):
@@ -238,7 +256,7 @@ def _saved_bytes(site: Planned, x: QuantizedOperand, w: QuantizedOperand) -> int
         if name == "x" and (site.recomputes_x or site.x_group != site.index):
             continue
         gemm = site.active(role)
-        if gemm is not None and gemm.b.source == "saved" and (name == "x" or site.recipe.keep_weights):
+        if gemm is not None and gemm.b.source == "saved" and (name == "x" or _keeps_weights(site)):
             parts += [made.codes, made.scales]
         if made.mask is not None and site.active(gradient) is not None:
             parts.append(made.mask)

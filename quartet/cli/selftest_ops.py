@@ -11,13 +11,14 @@ from torch import Tensor
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.op import REFERENCE, Op, Provider
-from quartet.lowering.ir.ops import core, fp8, fused
+from quartet.lowering.ir.ops import core, experts, fp8, fused
 from quartet.lowering.targets.blackwell import ops as blackwell
 from quartet.lowering.targets.cpu import ops as cpu
 from quartet.runtime.devices import Target
 
 NEAREST, MASKED, STOCHASTIC = "e2m1/32 e8m0 quest(rms,nearest) nearest", \
     "e2m1/32 e8m0 quest(rms,nearest) nearest mask", "e2m1/32 e8m0 headroom stochastic"
+TENSOR = "e4m3/tensor fp32 amax nearest"
 ROTATION, SITE = 32, 5
 Example = tuple[Op, tuple[Any, ...]]
 
@@ -64,6 +65,22 @@ def _of_fp8(x: Tensor) -> Iterator[Example]:
     codes, _ = fp8.fp8_cast.reference(x, multiplier, "e4m3", True, False)
     yield fp8.fp8_cast, (x, multiplier, "e4m3", True, True)
     yield fp8.fp8_row_major, (codes.t(),)
+    yield experts.expert_amax, (x.unsqueeze(0),)
+    target = Target.of(x.device)
+    if target.type == "cuda" and target.lacks("fp8 grouped products") is None:
+        yield from _of_experts(x)
+
+
+def _of_experts(x: Tensor) -> Iterator[Example]:
+    """x as two experts' weights, and tokens for each."""
+    w = torch.stack((x, -2 * x)).to(torch.bfloat16)
+    multiplier, scale = reference.scale_of_amax(reference.largest_magnitude(w), QuantSpec.parse(TENSOR))
+    ends = torch.tensor([16, 48], dtype=torch.int32, device=x.device)
+    for turned in (False, True):
+        codes = experts.codes_of(w, multiplier, TENSOR, not turned)[0]
+        a = codes.view(torch.uint8)[:1].repeat(48, 1).view(codes.dtype)
+        yield experts.expert_mm, (a, scale.expand(48, 1).reshape(-1), w, multiplier, scale, ends, TENSOR, turned,
+                                  torch.bfloat16, True)
 
 
 def provided(device: torch.device) -> Iterator[tuple[Op, Provider, tuple[Any, ...], str | None]]:

@@ -93,8 +93,18 @@ class ReusedWeights:
         nothing = results[0].new_empty(0, dtype=torch.uint8)
         return (nothing, nothing.clone(), nothing.clone(), *results[3:])  # type: ignore[return-value]
 
+    def share(self, parameter: Tensor, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """One result of a parameter, made now or earlier in this step, for a caller that writes nothing to it."""
+        kept = self.find(parameter, what)
+        if kept is not None:
+            return kept[0]
+        made = make()
+        if self._expects_more(parameter, what):
+            self._keep(parameter, what, (made,))
+        return made
+
     def find(self, parameter: Tensor, what: Hashable) -> tuple[Tensor, ...] | None:
-        """The codes, scales and mask that are kept, or None."""
+        """What is kept, such as codes, scales and mask, or None."""
         number, key = storage_number(parameter), _key(parameter, what)
         made = self._step.get(number, {}).get(key)
         if made is None or made.kept is None or not self._may_keep(parameter):

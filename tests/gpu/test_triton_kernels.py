@@ -256,6 +256,24 @@ def test_cast(element, dtype, shape, device):
          + expected.difference("transpose", cast.transpose(wanted), wanted.t()))
 
 
+@pytest.mark.parametrize("shape", ((1, 33, 70), (5, 130, 96), (3, 64, 256), (2, 0, 16)), ids=label)
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("turned", (False, True))
+def test_cast_of_matrices(turned, dtype, shape, device):
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    count, rows, cols = shape
+    x = expected.data(count * rows, cols, dtype, device).view(shape)
+    x.view(-1)[:3] = torch.tensor([float("nan"), float("-inf"), 60000.0], device=device)[:x.numel()]
+    multiplier = torch.full((1, 1), 7.3, device=device)
+    exact = torch.where(x.isfinite(), x.float() * multiplier, float("nan"))
+    wanted = ref.fp8_encode(exact.flatten(0, 1), "e4m3").view(shape)
+    for laid in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        codes = cast.cast_stack(laid, multiplier, wanted.dtype, turned=turned)
+        assert codes.is_contiguous()
+        assert torch.equal(codes.view(torch.uint8), (wanted.mT if turned else wanted).contiguous().view(torch.uint8))
+
+
 def test_what_is_too_wide_for_a_grid_is_refused_by_name(device):
     c = chain("quest", device)
     x = torch.ones(1, 64 * 65536, dtype=torch.bfloat16, device=device)

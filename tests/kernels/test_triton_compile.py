@@ -93,6 +93,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "cast-both": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=True),
     "cast-e5m2-both": lambda: cast.cast(X, SCALE, torch.float8_e5m2, plain=True, transposed=True),
     "cast-columns": lambda: cast.cast(X, torch.ones(4096), torch.float8_e4m3fn, plain=False, transposed=True),
+    "cast-turned": lambda: cast.cast_stack(X.view(4, -1, X.shape[1]), SCALE, torch.float8_e4m3fn, turned=True),
     "transpose": lambda: cast.transpose(CODES),
     "unrotate-masked": lambda: unrotate(MASK, None),
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),

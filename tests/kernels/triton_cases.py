@@ -349,8 +349,9 @@ def check_cast(multiplier: float) -> list[str]:
     wanted = ~x.isfinite() | (multiplier != multiplier)
     plain, _ = cast.cast(x, torch.full((1,), multiplier), torch.float8_e5m2, plain=True, transposed=False)
     _, turned = cast.cast(x, torch.full((70,), multiplier), torch.float8_e5m2, plain=False, transposed=True)
+    stack = cast.cast_stack(x.bfloat16().view(2, 20, 70), torch.full((1,), multiplier), torch.float8_e5m2, turned=True)
     return [f"{name}: {int((codes.float().isnan() != wanted).sum())} codes are NaN or not, and should not or be"
-            for name, codes in (("plain", plain), ("transposed", turned.t()))
+            for name, codes in (("plain", plain), ("transposed", turned.t()), ("stack", stack.mT.flatten(0, 1)))
             if not torch.equal(codes.float().isnan(), wanted)]
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
 
 import torch  # noqa: E402
-from test_grouped_products import COUNTS, ENDS, TOKENS, Experts, on, scaled_grouped_mm  # noqa: E402
+from experts_on_hopper import COUNTS, ENDS, TOKENS, on, scaled_grouped_mm  # noqa: E402
+from test_grouped_products import Experts  # noqa: E402
 from traced import carry_out  # noqa: E402
 
 from quartet.lowering.ir.ops import fused as cuda_ops  # noqa: E402

@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from experts_on_hopper import COUNTS, ENDS, TOKENS, on, scaled_grouped_mm
 from torch import nn
 from traced import assert_no_semantics, carry_out, targets, trace
 
-from quartet import Policy
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
+from quartet.lowering.ir.ops import experts as expert_ops
 from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.ops import fused as cuda_ops
 from quartet.lowering.ir.ops import grouped as grouped_ops
@@ -18,9 +19,6 @@ from quartet.runtime.devices import Target
 
 aten = torch.ops.aten
 BF16 = torch.bfloat16
-COUNTS = (5, 0, 17, 40, 2)
-ENDS = torch.tensor(COUNTS).cumsum(0).to(torch.int32)
-TOKENS = 70  # six of them in no group
 
 
 class Experts(nn.Module):
@@ -47,10 +45,6 @@ def products(gm):
     return [([arg.meta["val"] for arg in node.args[:4]], node.args[4:]) for node in found]
 
 
-def on(op, recipe):
-    return Policy(None).on(op, recipe)
-
-
 @pytest.mark.parametrize("recipe, kernel", [("fp8", "fp8-grouped"), ("fp8-rowwise", "fp8-grouped"),
                                             ("quartet", "triton-fp8"), ("tetrajet", "triton-fp8")])
 @pytest.mark.parametrize("out, width", [(48, 64), (40, 64), (48, 72)])
@@ -58,7 +52,7 @@ def test_experts_take_the_tensor_cores(recipe, kernel, out, width):
     """PyTorch's own checks of shapes and strides run as the nodes are made."""
     records = []
     forward, backward = trace("sm_90", Experts(out, width), tokens(width), ENDS, policy=on("grouped", recipe),
-                              records=records)
+                              records=records, reuse_weights=False)
     assert {(r.role, r.kernel) for r in records} == {(role, kernel) for role in ("fprop", "dgrad", "wgrad")}
     if width % 32 == 0 or kernel != "triton-fp8" or recipe == "quartet":
         assert_no_semantics(forward, backward)  # else W is cut from whole blocks before it is turned
@@ -82,13 +76,13 @@ def test_sizes_may_be_symbolic(recipe):
     a, b = (torch.randn(3, *size, dtype=BF16, requires_grad=True) for size in ((40, 64), (64, 48)))
     for model, inputs, op, product in ((Experts(), (tokens(), ENDS), "grouped", aten._scaled_grouped_mm.default),
                                        (Batches(), (a, b), "bmm", fp8_ops.BMM)):
-        forward, *_, backward = trace("sm_90", model, *inputs, policy=on(op, recipe), dynamic=True)
+        forward, *_, backward = trace("sm_90", model, *inputs, policy=on(op, recipe), dynamic=True, reuse_weights=False)
         assert [targets(gm)[product] for gm in (forward, backward)] == [1, 2]
 
 
 def test_a_tensor_of_weights_with_one_scale_is_quantised_once():
-    """dgrad reads the codes of fprop, every expert's matrix turned: nothing is quantised again."""
-    forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=on("grouped", "fp8"))
+    """Where nothing is reused, dgrad reads the codes of fprop, every expert's matrix turned."""
+    forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=on("grouped", "fp8"), reuse_weights=False)
     assert targets(forward)[fp8_ops.CAST] == 2 and targets(backward)[fp8_ops.CAST] == 1  # X and W; E with its transpose
     (copy,) = backward.graph.find_nodes(op="call_function", target=fp8_ops.ROW_MAJOR)
     assert copy.args[0].meta["val"].shape == (len(COUNTS), 64, 48) and not targets(backward)[ir.DEQUANTIZE]
@@ -139,30 +133,14 @@ def test_where_groups_have_no_fp8_their_quantisers_are_fused_still(target, kerne
 
 
 def test_accumulation_can_be_promoted():
-    forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=on("grouped", "fp8"), accumulation="promoted")
+    options = {"policy": on("grouped", "fp8"), "accumulation": "promoted"}
+    forward, backward = trace("sm_90", Experts(), tokens(), ENDS, reuse_weights=False, **options)
     assert [rest[-1] for gm in (forward, backward) for _, rest in products(gm)] == [False] * 3
+    for gm in trace("sm_90", Experts(), tokens(), ENDS, **options):
+        assert [node.args[-1] for node in gm.graph.find_nodes(op="call_function", target=expert_ops.MM)] == [False]
 
 
-# the numbers: this library's grouped product, written down for a CPU
-
-def scaled_grouped_mm(a, b, scale_a, scale_b, offs=None, bias=None, scale_result=None, out_dtype=None, fast=False):
-    """What ``aten._scaled_grouped_mm`` computes; what it leaves undefined is NaN."""
-    a, b = a.float(), b.float()
-    if offs is None:
-        assert len(a) <= fp8_ops.MOST_GROUPS or not fast
-        return ((a @ b) * scale_a.unsqueeze(2) * scale_b.unsqueeze(1)).to(out_dtype)
-    bounds = list(zip([0, *offs.tolist()], offs.tolist(), strict=False))
-    if b.dim() == 3:
-        out = torch.full((a.shape[0], b.shape[2]), float("nan"))
-        for group, (start, end) in enumerate(bounds):
-            out[start:end] = (a[start:end] @ b[group]) * scale_a[start:end, None] * scale_b[group]
-        return out.to(out_dtype)
-    assert all((end - start) % 16 == 0 for start, end in bounds)
-    left, right = scale_a.reshape(len(bounds), -1, 1), scale_b.reshape(len(bounds), 1, -1)
-    return torch.stack([(a[:, start:end] @ b[start:end]) * left[group] * right[group]
-                        for group, (start, end) in enumerate(bounds)]).to(out_dtype)
-
-
+# the numbers
 @pytest.fixture
 def written_down():
     library = torch.library.Library("aten", "IMPL")
@@ -185,7 +163,8 @@ def test_experts_are_the_references(written_down, recipe, out, width):
     gradient = torch.randn(TOKENS, out).to(BF16)
     run = partial(carry_out, "sm_90", model, x, on("grouped", recipe), gradient, rest=(ENDS,))
     got, graphs = run()
-    assert sum(targets(gm)[aten._scaled_grouped_mm.default] for gm in graphs) == 3
+    assert sum(targets(gm)[product] for gm in graphs for product in (
+        aten._scaled_grouped_mm.default, expert_ops.MM)) == 3
     wanted, plain = run(disable_kernels=["fp8-grouped"])
     assert not any(targets(gm)[aten._scaled_grouped_mm.default] for gm in plain)
     assert_near(got, wanted)

@@ -36,6 +36,21 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
 
 
 @triton.jit
+def _cast_turned_tile(x, multiplier, out, rows, cols, matrix_stride, row_stride, TYPE: tl.constexpr, M: tl.constexpr,
+                      N: tl.constexpr):
+    i, j, matrix = tile_in_stack((rows + M - 1) // M, (cols + N - 1) // N)
+    row = i.to(tl.int64) * M + tl.arange(0, M)
+    col = j * N + tl.arange(0, N)
+    x += matrix * matrix_stride
+    out += matrix * rows * cols
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.where(tl.abs(tile) < float("inf"), tile * tl.load(multiplier), float("nan"))
+    made = scaled.to(TYPE).to(tl.uint8, bitcast=True)
+    tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(made), mask=tl.trans(inside))
+
+
+@triton.jit
 def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
     i, j, matrix = tile_in_stack((rows + M - 1) // M, (cols + N - 1) // N)
     row = i.to(tl.int64) * M + tl.arange(0, M)
@@ -80,6 +95,30 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
                 (x, multiplier, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
                 TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, M=m, N=n, num_warps=8)
     return codes, flipped
+
+
+def cast_stack(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, turned: bool) -> Tensor:
+    """:func:`cast` of matrices ``[E, R, K]`` by one multiplier, row-major ``[E, R, K]``; each one's transpose where
+    ``turned``, ``[E, K, R]``.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    if x.dim() != 3 or x.dtype not in DTYPES or dtype not in _TYPES or multiplier.numel() != 1:
+        raise ValueError(f"cast_stack needs a 3-D float tensor, one multiplier and an FP8 dtype, got {x.dtype} "
+                         f"{list(x.shape)}, {list(multiplier.shape)} and {dtype}")
+    e, r, k = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    if not turned or x.dtype is torch.float32:  # see cast
+        codes, _ = cast(x.flatten(0, 1), multiplier, dtype, plain=True, transposed=False)
+        return transpose(codes.view(e, r, k)) if turned else codes.view(e, r, k)
+    out = x.new_empty(e, k, r, dtype=dtype)
+    if x.numel():
+        with on_device(x):
+            launch(_cast_turned_tile, (cdiv(r, 64) * cdiv(k, 128) * e,),
+                   (x, multiplier, out.view(torch.uint8), r, k, x.stride(0), x.stride(1)),
+                   TYPE=_TYPES[dtype], M=64, N=128, num_warps=8)
+    return out
 
 
 def transpose(x: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, Traced, aten, hand_over, is_backward, keep_as, results, shape
-from quartet.lowering.ir.operands import Product, readers
+from quartet.lowering.ir.operands import TURNED, Product, quantizer_of, readers
 from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
+from quartet.lowering.targets.fp8.experts import Experts, experts_of
+from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
 from quartet.lowering.targets.fp8.weights import Scales, scales_of_weights
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.runtime.devices import Target
@@ -54,8 +56,11 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     """Rewrite the chosen products, and the quantise nodes that no other family's product reads."""
     copies: dict[Node, Node] = {}
     traced, quantizers = Traced(), accepted(graph, gemms, accepts)
+    experts = experts_of(graph, quantizers, traced)
     scales = scales_of_weights(graph, quantizers, traced)
     for quantizer in quantizers:
+        if quantizer in experts:
+            continue
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
             _cast(graph, quantizer, traced, scales.get(quantizer))
@@ -65,7 +70,7 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         if readers(node) <= set(gemms):
             _cast_groups(graph, node)
     for gemm in gemms:
-        _gemm(graph, gemm, copies)
+        _gemm(graph, gemm, copies, experts)
 
 
 def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None) -> None:
@@ -113,8 +118,13 @@ def _cast_groups(graph: Graph, node: Node) -> None:
     hand_over(node, [build.item(both, 0), build.item(both, 1)])
 
 
-def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node]) -> None:
+def _gemm(graph: Graph, gemm: Node, copies: dict[Node, Node], experts: dict[Node, Experts]) -> None:
     build, product = Builder(graph, like=gemm, before=gemm, backward=is_backward(gemm)), Product.of(gemm)
-    a, b = (row_major(build, operand.codes, copies) for operand in product.operands)
-    out = keep_as(multiply(build, product.kind, a, product.a.scales, b, product.b.scales, product.dtype), gemm)
-    gemm.replace_all_uses_with(build.columns(out, shape(gemm)[1]))
+    a, b = product.operands
+    left, made = row_major(build, a.codes, copies), quantizer_of(b.codes)
+    if made is not None and made.node in experts:
+        out = multiply_by_experts(build, product.kind, left, a.scales, experts[made.node], made.layout == TURNED,
+                                  product.dtype)
+    else:
+        out = multiply(build, product.kind, left, a.scales, row_major(build, b.codes, copies), b.scales, product.dtype)
+    gemm.replace_all_uses_with(build.columns(keep_as(out, gemm), shape(gemm)[1]))
