@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from types import MappingProxyType
 
 from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.recipe.op_classes import op_classes
 from quartet.lowering.recipe.types import OP_CLASSES, Gemm, Operand, Recipe, Rotation, Saved
+from quartet.nearest import did_you_mean
 
 
 class PolicyError(ValueError):
@@ -26,13 +26,6 @@ class PolicyError(ValueError):
     def under(self, *prefix: str | int) -> PolicyError:
         """The same error, seen from further out in the data."""
         return PolicyError(str(self), (*prefix, *self.path))
-
-
-def did_you_mean(name: object, legal: Iterable[str]) -> str:
-    """``"did you mean 'x'? "`` for the nearest of ``legal``, or the empty string when nothing is near."""
-    by_lower = {option.lower(): option for option in legal}
-    near = get_close_matches(str(name).lower(), by_lower, n=1)
-    return f"did you mean {by_lower[near[0]]!r}? " if near else ""
 
 
 def unknown(what: str, name: object, legal: Iterable[str], path: tuple[str | int, ...] = ()) -> PolicyError:

@@ -11,9 +11,6 @@ import torch
 from quartet.runtime import gpus
 from quartet.runtime.gpus import Gpu
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-AMD = ("gfx90a", "gfx942", "gfx950")
-
 
 @dataclass(frozen=True)
 class Feature:
@@ -100,16 +97,10 @@ class Target:
         Raises:
             ValueError: another name; the message has all that are possible.
         """
-        if name == "cpu":
+        architecture, gpu = gpus.target(str(name))
+        if architecture is None:
             return Target("cpu", pretended=True)
-        if (gpu := gpus.named(str(name))) is not None:
-            return Target("cuda", gpu.architecture, pretended=True, name=str(name), gpu=gpu)
-        match = re.fullmatch(r"(sm_\d+)[af]?|(gfx\w+)", str(name))
-        architecture = match and (match[1] or match[2])
-        if architecture not in ARCHITECTURES + AMD:
-            raise ValueError(f"there is no target {name!r}; possible: cpu, {', '.join(ARCHITECTURES + AMD)}, or a "
-                             f"GPU: {', '.join(gpus.NAMES)}")
-        return Target("cuda", architecture, pretended=True, gpu=gpus.typical(architecture))
+        return Target("cuda", architecture, pretended=True, name=str(name) if gpus.named(str(name)) else None, gpu=gpu)
 
     @property
     def title(self) -> str:

@@ -101,6 +101,8 @@ TYPICAL: Mapping[str, str] = {
     "sm_120": "rtx pro 6000", "sm_121": "gb10",
 }
 """Architecture → the GPU that stands for it where none is named."""
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+AMD = ("gfx90a", "gfx942", "gfx950")
 NAMES: tuple[str, ...] = tuple(gpu.name for gpu in GPUS)
 _BY_NAME = {gpu.name: gpu for gpu in GPUS}
 _PER_CYCLE = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192, (12, 0): 1024,
@@ -118,6 +120,21 @@ def named(name: str) -> Gpu | None:
     """The GPU of a target's name or of a device's, ``"NVIDIA H100 80GB HBM3"``; None where it is not known."""
     words = plain(name)
     return _BY_NAME.get(words) or next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, words)), None)
+
+
+def target(name: str) -> tuple[str | None, Gpu | None]:
+    """The architecture and the GPU that a target's name stands for: ``"h100"``, ``"sm_100a"``, ``"gfx950"``, of an
+    architecture the usual GPU; Nones of ``"cpu"``. Raises ValueError for another name, with all that are possible."""
+    if name == "cpu":
+        return None, None
+    if (gpu := named(name)) is not None:
+        return gpu.architecture, gpu
+    match = re.fullmatch(r"(sm_\d+)[af]?|(gfx\w+)", name)
+    architecture = match and (match[1] or match[2])
+    if architecture not in ARCHITECTURES + AMD:
+        raise ValueError(f"there is no target {name!r}; possible: cpu, {', '.join(ARCHITECTURES + AMD)}, or a "
+                         f"GPU: {', '.join(NAMES)}")
+    return architecture, typical(architecture)
 
 
 def typical(architecture: str | None) -> Gpu | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from quartet.lowering.recipe.types import ROLES
 
@@ -68,6 +70,11 @@ class MatmulRecord:
         """The fields, ``flops`` and ``lowered``, as JSON-serialisable values."""
         return {**asdict(self), "notes": list(self.notes), "flops": self.flops, "lowered": self.lowered}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MatmulRecord:
+        """A record from what :meth:`as_dict` made of it."""
+        return cls(**_fields(cls, data) | {"notes": tuple(data["notes"])})
+
 
 @dataclass(frozen=True)
 class SavedRecord:
@@ -98,6 +105,11 @@ class SavedRecord:
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON-serialisable values."""
         return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SavedRecord:
+        """A record from what :meth:`as_dict` made of it."""
+        return cls(**_fields(cls, data) | {"shape": tuple(data["shape"])})
 
 
 @dataclass(frozen=True)
@@ -151,3 +163,12 @@ class MemoryRecord:
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON-serialisable values."""
         return {**asdict(self), "frontier": [asdict(point) for point in self.frontier]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryRecord:
+        """A record from what :meth:`as_dict` made of it."""
+        return cls(**_fields(cls, data) | {"frontier": tuple(Tradeoff(**point) for point in data["frontier"])})
+
+
+def _fields(record: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: data[f.name] for f in fields(record) if f.name in data}

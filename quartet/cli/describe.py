@@ -1,6 +1,8 @@
-"""A recipe in full, as ``quartet recipes NAME`` prints it."""
+"""The recipes, as ``quartet recipes`` lists them and prints one in full."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from quartet.lowering.recipe.types import ROLES, Gemm, Operand, Recipe, Rotation
 
@@ -9,6 +11,21 @@ EQUATIONS = {
     "dgrad": ("gX = E · W", "out", "E", "W"),
     "wgrad": ("gW = Eᵀ · X", "tokens", "E", "X"),
 }
+
+
+def listing(known: Mapping[str, Recipe]) -> str:
+    """A line a recipe, and its paper."""
+    width = max(map(len, known))
+    lines = ((recipe.name, recipe.summary, recipe.paper) for recipe in known.values())
+    return "\n".join(f"{name:<{width}}  {summary}" + (f"\n{'':<{width}}  {paper}" if paper else "")
+                     for name, summary, paper in lines)
+
+
+def as_data(recipe: Recipe) -> dict[str, object]:
+    """A recipe's name, words, and its three GEMMs as text, JSON-serialisable."""
+    gemms = {role: None if (gemm := getattr(recipe, role)) is None else {
+        "a": _operand(gemm.a), "b": _operand(gemm.b), "rotation": _rotation(gemm.rotation)} for role in ROLES}
+    return {"name": recipe.name, "summary": recipe.summary, "paper": recipe.paper, **gemms, "skips": list(recipe.skip)}
 
 
 def describe_recipe(recipe: Recipe) -> str:

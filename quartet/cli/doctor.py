@@ -6,8 +6,8 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -87,41 +87,126 @@ def devices() -> Iterator[tuple[torch.device, str]]:
         yield torch.device("cuda", index), said
 
 
-def doctor(target: str | None = None) -> tuple[str, bool]:
-    """The whole report, and whether every device has a kernel for at least one format.
+@dataclass
+class Device:
+    """A device of the machine, or a pretended one.
+
+    Attributes:
+        rates: by what the default decides; empty where it decides nothing. failure: why its kernels are not known.
+        formats: format → (kernel, why not or None) in order of preference. ops: op → (provider, why not or None).
+    """
+
+    name: str
+    description: str
+    gpu: bool
+    rates: str = ""
+    failure: str = ""
+    formats: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+    ops: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether some format has a kernel."""
+        return any(reason is None for kernels in self.formats.values() for _, reason in kernels)
+
+    def lines(self, verbose: bool) -> Iterator[str]:
+        """What the table says of it."""
+        yield f"{self.name} ({self.description})"
+        if self.rates:
+            yield f"  what the default quantises is decided by {self.rates}"
+        if self.failure:
+            yield f"  probing failed: {self.failure}"
+        elif not verbose:
+            rows = [("format", "kernel"), *((format, _chosen(kernels)) for format, kernels in self.formats.items())]
+            yield table(rows)
+        else:
+            for kind, what in (("format", self.formats), ("op", self.ops)):
+                yield table([(kind, "kernel" if kind == "format" else "provider", ""),
+                             *(row for name, kernels in what.items() for row in _order(name, kernels))])
+
+
+@dataclass
+class Diagnosis:
+    """What ``quartet doctor`` found."""
+
+    packages: list[tuple[str, str]]
+    compilers: list[tuple[str, str]]
+    devices: list[Device]
+    pretended: bool
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every device has a kernel for at least one format."""
+        return all(device.healthy for device in self.devices)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        bad = [device.name for device in self.devices if not device.healthy]
+        if bad:
+            return f"Not ready: nothing is quantised on {' and '.join(bad)}, for the reasons above (-v has all)."
+        gpus = [device for device in self.devices if device.gpu]
+        if not gpus:
+            return ("Ready, as a simulation: numbers and memory of low precision are real on a CPU, its speed is not; "
+                    "`quartet explain … --target h100` shows what a GPU would run.")
+        formats = [name for name, kernels in gpus[0].formats.items() if _fast(kernels)]
+        fast = f"{', '.join(formats)} on tensor cores" if formats else "no format on tensor cores"
+        return f"{'It would be' if self.pretended else 'Ready:'} {gpus[0].name} multiplies {fast}."
+
+    def text(self, verbose: bool) -> str:
+        """The report; ``verbose``: every kernel and op with its reasons, and all versions."""
+        head = (["versions", table(self.packages)] if verbose else
+                [", ".join(f"{name} {said}" for name, said in self.packages if name in ("torch-quartet", "torch"))])
+        return "\n".join([*head, "compilers", table(self.compilers),
+                          *(line for device in self.devices for line in device.lines(verbose)), self.verdict])
+
+    def as_dict(self) -> dict[str, object]:
+        """The same, JSON-serialisable."""
+        return {"versions": dict(self.packages), "compilers": dict(self.compilers), "healthy": self.healthy,
+                "verdict": self.verdict, "devices": [asdict(device) for device in self.devices]}
+
+
+def doctor(target: str | None = None) -> Diagnosis:
+    """Look at this machine.
 
     ``target``: of such a device, ``"sm_100a"``, as if it were here, and not of those that are. Raises ValueError where
     there is no such.
     """
+    shown: Iterable[tuple[torch.device | Target, str]] = devices()
+    if target is not None:
+        shown = [(Target.named(target), "pretended, with every compiler")]
+    return Diagnosis(list(packages()), list(compilers()), [_probe(*one) for one in shown], target is not None)
+
+
+def _probe(device: torch.device | Target, description: str) -> Device:
     from quartet.lowering.ir.providers import listing
     from quartet.lowering.rates import rates_of
     from quartet.lowering.registry import probe
 
-    shown: Iterable[tuple[torch.device | Target, str]] = devices()
-    if target is not None:
-        shown = [(Target.named(target), "pretended, with every compiler")]
-    out = ["versions", table(list(packages())), "compilers", table(list(compilers()))]
-    healthy = True
-    for device, description in shown:
-        out.append(f"{device} ({description})")
-        if (rates := rates_of(Target.of(device))) is not None:
-            out.append(f"  what the default quantises is decided by {rates.source}")
-        try:
-            probed = probe(device)
-        except Exception as error:
-            out.append(f"  probing failed: {type(error).__name__}: {error}")
-            healthy = False
-            continue
-        rows = [("format", "kernel", "")]
-        for format, group in groupby(probed, key=lambda row: row[0]):
-            rows += _order(format, [(kernel, reason) for _, kernel, reason in group])
-        out.append(table(rows))
-        rows = [("op", "provider", "")]
-        for op, group in groupby(listing(Target.of(device)), key=lambda row: row[0]):
-            rows += _order(op, [(provider, reason) for _, provider, reason in group])
-        out.append(table(rows))
-        healthy = healthy and any(reason is None for _, _, reason in probed)
-    return "\n".join(out), healthy
+    found = Device(str(device), description, device.type == "cuda")
+    if (rates := rates_of(Target.of(device))) is not None:
+        found.rates = rates.source
+    try:
+        for format, kernel, reason in probe(device):
+            found.formats.setdefault(format, []).append((kernel, reason))
+    except Exception as error:
+        found.failure = f"{type(error).__name__}: {error}"
+        return found
+    for op, provider, reason in listing(Target.of(device)):
+        found.ops.setdefault(op, []).append((provider, reason))
+    return found
+
+
+def _chosen(kernels: Sequence[tuple[str, str | None]]) -> str:
+    """The first that takes a format, or why none does."""
+    first = next((kernel for kernel, reason in kernels if reason is None), None)
+    return first or f"none: {'; '.join(f'{kernel}: {reason}' for kernel, reason in kernels)}"
+
+
+def _fast(kernels: Sequence[tuple[str, str | None]]) -> bool:
+    """Whether a format is multiplied as it is quantised."""
+    return not _chosen(kernels).startswith(("none:", "inductor", "triton", "cpp", "grouped-mm")) or (
+        _chosen(kernels) == "triton-fp8")
 
 
 def _order(format: str, kernels: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, str, str]]:

@@ -90,6 +90,14 @@ def list_cache() -> str:
     return "\n".join([summary, *([table(rows)] if len(rows) > 1 else []), *tuned, *measured])
 
 
+def cache_data() -> dict[str, Any]:
+    """What :func:`list_cache` shows, JSON-serialisable: sizes in bytes, times in seconds since 1970."""
+    objects = [{"file": str(entry.path), "bytes": entry.size, "built": entry.built, "intact": entry.intact,
+                "notes": dict(entry.notes)} for entry in entries()]
+    return {"folder": str(cache_dir(create=False)), "objects": objects, "rates": list(kept.listed()),
+            "tuned": {device: list(products) for device, products in measured_classes()}}
+
+
 def clear_cache(rates: bool = False) -> str:
     """Empty the cache, of what ``quartet calibrate`` measured only where ``rates``; what was removed and what stays."""
     before = kept.listed()

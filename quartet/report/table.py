@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import html
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from textwrap import wrap
+from typing import Any
 
 import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import ROLES
 from quartet.report import memory as frontiers
-from quartet.report.text import human_bytes, shorten
+from quartet.report.difference import Difference
+from quartet.report.text import INDEX, human_bytes, percent, shorten
 
 WIDTH = 140
 LEFT_ALONE = "left alone"
 SMALL = 1 << 13  # bytes of a tensor that gets no line of its own
 HEADER = ("matmul", "class", "role", "×", "m × n × k", "dtype", "recipe", "kernel", "kept", "remarks")
 FAIR = (34, 6, 5, 4, 14, 5, 7, 12, 10, 4)
+LEAST = (8, 6, 5, 2, 10, 5, 6, 7, 8, 3)
 RIGHT = ("×", "kept")
+DISPENSABLE = ("dtype", "class", "×")
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -83,21 +87,18 @@ def remarks(record: MatmulRecord) -> tuple[str, ...]:
     return tuple(filter(None, (reason, *record.notes)))
 
 
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
 def rows(records: Sequence[MatmulRecord], collapse: bool = True) -> list[Row]:
     """One row a matmul; with ``collapse``, ``layers.{0..7}.q_proj`` where every other column is equal."""
     if not collapse:
         return sorted((Row(r.fqn or f"matmul {r.site}", r, 1) for r in records), key=Row.place)
     groups: dict[tuple[str, MatmulRecord], list[MatmulRecord]] = {}
     for r in records:
-        groups.setdefault((_INDEX.sub("#", r.fqn), replace(r, site=0, fqn="")), []).append(r)
+        groups.setdefault((INDEX.sub("#", r.fqn), replace(r, site=0, fqn="")), []).append(r)
     out = []
     for (template, _), members in groups.items():
         by_index: dict[tuple[int, ...], list[MatmulRecord]] = {}
         for r in members:
-            by_index.setdefault(tuple(int(i) for i in _INDEX.findall(r.fqn)), []).append(r)
+            by_index.setdefault(tuple(int(i) for i in INDEX.findall(r.fqn)), []).append(r)
         for box in _boxes(set(by_index)):
             name = template
             for slot in box:
@@ -114,7 +115,7 @@ def saved_table(records: Sequence[SavedRecord]) -> str:
     one for everything beside activations, and the reasons below."""
     groups: dict[SavedRecord, list[str]] = {}
     for r in records:
-        blank = replace(r, name="", fqn=_INDEX.sub("#", r.fqn))
+        blank = replace(r, name="", fqn=INDEX.sub("#", r.fqn))
         if r.saved is None and (not r.dtype.endswith(("float16", "float32")) or r.bytes < SMALL):
             blank = replace(blank, fqn="(small, or no activation)", op="", shape=(), dtype="", bytes=0, saved_bytes=0,
                             reason="codes, scales, masks, indices, statistics and small tensors stay as they are")
@@ -123,7 +124,7 @@ def saved_table(records: Sequence[SavedRecord]) -> str:
     rows, reasons = [], list(dict.fromkeys(g.reason for g in groups))
     for g, names in sorted(groups.items(), key=lambda item: -item[0].bytes * len(item[1])):
         fqn = g.fqn
-        for slot in zip(*{tuple(int(i) for i in _INDEX.findall(name)) for name in names if "#" in fqn}, strict=True):
+        for slot in zip(*{tuple(int(i) for i in INDEX.findall(name)) for name in names if "#" in fqn}, strict=True):
             fqn = fqn.replace("#", _ranges(set(slot)), 1)
         before, after = (human_bytes(n * len(names) if g.shape else aside) for n in (g.bytes, g.saved_bytes))
         time = frontiers.seconds(g.seconds * len(names)) if g.seconds else ""
@@ -207,8 +208,8 @@ class Report:
         shares = [(role, self.flops_share(role)) for role in ROLES]
         lines = [
             f"lowered   {len(self.lowered)} of {len(self.records)} matmuls",
-            "FLOPs     " + ", ".join(f"{role} {_percent(s)}" for role, s in shares if s is not None)
-            + f"{'; ' if any(s is not None for _, s in shares) else ''}in total {_percent(self.flops_share())}"
+            "FLOPs     " + ", ".join(f"{role} {percent(s)}" for role, s in shares if s is not None)
+            + f"{'; ' if any(s is not None for _, s in shares) else ''}in total {percent(self.flops_share())}"
             + (f" ({symbolic} with symbolic sizes not counted)" if symbolic else ""),
             f"kept      {human_bytes(self.saved_bytes_total)} between forward and backward",
             *frontiers.memory_lines(self.memory),
@@ -224,31 +225,59 @@ class Report:
         return "quartet · " + " · ".join(filter(None, parts))
 
     def table(self, collapse: bool = True, width: int = WIDTH) -> str:
-        """The table alone, no line longer than ``width`` (at least 120) characters."""
-        if width < 120:
-            raise ValueError(f"a report is at least 120 columns wide, not {width}")
+        """The table alone, no line longer than ``width`` characters, 60 or more; where columns have no room, the least
+        telling are left out: the dtype, the class, then how many."""
+        if width < 60:
+            raise ValueError(f"a report is at least 60 columns wide, not {width}")
         number = {text: f"[{i}]" for i, text in enumerate(self.remarks, 1)}
         cells = [[*row.cells(), " ".join(number[text] for text in row.remarks)] for row in rows(self.records, collapse)]
-        widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
-        while sum(widths) + 2 * (len(widths) - 1) > width:
-            widths[max(range(len(widths)), key=lambda i: widths[i] - FAIR[i])] -= 1
         for above, row in reversed(list(pairwise(cells))):
             if row[:2] == above[:2]:
                 row[:2] = "", ""
+        full = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
+        shown = list(range(len(HEADER)))
+        for name in DISPENSABLE:
+            if sum(min(full[i], FAIR[i]) + 2 for i in shown) - 2 > width:
+                shown.remove(HEADER.index(name))
+        widths = [full[i] for i in shown]
+        room = width - 2 * (len(widths) - 1)
+        share = FAIR if sum(FAIR[i] for i in shown) <= room else LEAST
+        while sum(widths) > room:
+            widths[max(range(len(widths)), key=lambda i: widths[i] - share[shown[i]])] -= 1
 
         def line(values: Sequence[str]) -> str:
-            return "  ".join(shorten(v, w).rjust(w) if h in RIGHT else shorten(v, w).ljust(w)
-                             for h, v, w in zip(HEADER, values, widths, strict=True)).rstrip()
+            return "  ".join(shorten(values[i], w).rjust(w) if HEADER[i] in RIGHT else shorten(values[i], w).ljust(w)
+                             for i, w in zip(shown, widths, strict=True)).rstrip()
 
         rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
         return "\n".join([line(HEADER), rule, *map(line, cells), rule])
 
-    def __str__(self) -> str:
+    def text(self, width: int = WIDTH) -> str:
+        """All of it, in lines of at most ``width`` characters."""
         saved = ["", saved_table(self.saved)] if self.saved else []
-        return "\n".join([self.title(), self.table(), *self.summary(), *saved])
+        if width >= WIDTH:
+            return "\n".join([self.title(), self.table(width=width), *self.summary(), *saved])
+        lines = [line for text in self.summary() for line in wrap(text, width, subsequent_indent=" " * 10)]
+        title = wrap(self.title(), width, subsequent_indent=" " * 10)
+        return "\n".join([*title, self.table(width=max(width, 60)), *lines, *saved])
+
+    def __str__(self) -> str:
+        return self.text()
 
     def __repr__(self) -> str:
         return f"<Report: {len(self.lowered)} of {len(self.records)} matmuls lowered>"
+
+    def __sub__(self, before: Report) -> Difference:
+        """What changed from another report to this one."""
+        return Difference(before, self) if isinstance(before, Report) else NotImplemented
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """A report from what :meth:`to_dict` made of it. Raises KeyError or TypeError for anything else."""
+        return cls([MatmulRecord.from_dict(row) for row in data["matmuls"]], data["saved_bytes_total"],
+                   torch_version=data["torch"], device=data["device"], policy=data["policy"], notes=data["notes"],
+                   saved=[SavedRecord.from_dict(row) for row in data.get("saved", ())],
+                   memory=[MemoryRecord.from_dict(row) for row in data.get("memory", ())])
 
     def to_dict(self) -> dict[str, object]:
         """Everything, uncollapsed, JSON-serialisable."""
@@ -291,10 +320,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         return f"<style>{TABLE_STYLE}</style>{self.html_fragment()}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 TABLE_STYLE = """

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # the numbers in a module's name
+
 
 def shorten(text: str, width: int) -> str:
     """``text`` with its middle replaced by ``…`` so that it fits ``width`` characters."""
@@ -22,3 +26,8 @@ def human_bytes(count: int | None) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def percent(share: float | None) -> str:
+    """``"62.5 %"``; ``"–"`` for None."""
+    return "–" if share is None else f"{100 * share:.1f} %"

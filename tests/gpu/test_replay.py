@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from quartet.cli.selftest_ops import provided  # noqa: E402
+from quartet.cli.selftest.ops import provided  # noqa: E402
 from quartet.lowering.ir.ops import fused  # noqa: E402
 from quartet.runtime.devices import Target  # noqa: E402
 from quartet.runtime.replay.library import LAUNCHER  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from traced import linear, targets, trace
 
-from quartet.cli.selftest_ops import examples
+from quartet.cli.selftest.ops import examples
 from quartet.kernels.reference import chains
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry

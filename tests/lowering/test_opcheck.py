@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quartet.cli.selftest_products import Operand
+from quartet.cli.selftest.products import Operand
 from quartet.kernels import reference
 from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec

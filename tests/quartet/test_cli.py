@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,14 +12,16 @@ import torch
 from cutlass_tools import fake_toolchain
 
 import quartet.explain  # noqa: F401  the fixture replaces its function
+from quartet.cli import usage
 from quartet.cli.describe import describe_recipe
 from quartet.cli.main import main
+from quartet.cli.parser import COMMANDS
 from quartet.kernels.cutlass import toolchain
 from quartet.lowering import registry
 from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import Rotation
-from quartet.recipes import recipes
+from quartet.recipes import built_in, recipes
 from quartet.report.table import Report
 from quartet.runtime.devices import Target
 
@@ -197,15 +200,19 @@ def test_an_import_error_inside_the_module_is_not_a_usage_error(example):
 def test_doctor_shows_versions_compilers_and_kernels(monkeypatch, capsys):
     monkeypatch.setattr(registry, "probe", lambda device: [
         ("mxfp4", "first", None), ("mxfp4", "second", "needs sm_100"), ("mxfp8", "first", "block 16 only")])
-    assert main(["doctor"]) == 0
+    assert main(["doctor", "-v"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "g++" in out and "nvcc" in out and "cpu (" in out
     assert "no: needs sm_100" in out and "no: block 16 only" in out
     assert out.count("mxfp4") == out.count("mxfp8") >= 1
+    assert main(["doctor"]) == 0
+    brief = capsys.readouterr().out
+    assert len(brief) < len(out) and "needs sm_100" not in brief and brief.rstrip().endswith(".")
+    assert brief.splitlines()[-1] == out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("probe, message", [
-    (lambda device: [("mxfp4", "only", "not here")], "no: not here"),
+    (lambda device: [("mxfp4", "only", "not here")], "none: only: not here"),
     (lambda device: 1 // 0, "probing failed: ZeroDivisionError"),
 ])
 def test_doctor_reports_a_device_without_kernels_by_its_status(monkeypatch, capsys, probe, message):
@@ -237,7 +244,7 @@ def test_doctor_finds_the_compiler_that_builds(tmp_path, monkeypatch, capsys):
 def test_doctor_marks_what_a_format_gets(monkeypatch, capsys):
     monkeypatch.setattr(registry, "probe", lambda device: [
         ("mxfp4", "first", "no nvcc"), ("mxfp4", "second", None), ("mxfp4", "third", None), ("int8", "first", None)])
-    main(["doctor"])
+    main(["doctor", "-v"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[-2:] for row in rows if {"first", "second", "third"} & set(row)][:4] == [
         ["no", "nvcc"], ["yes,", "chosen"], ["third", "yes"], ["yes,", "chosen"]]
@@ -247,7 +254,7 @@ def test_doctor_marks_what_a_format_gets(monkeypatch, capsys):
                                             ("rtx 3090", "triton"), ("h100", "triton-fp8")])
 def test_doctor_shows_the_order_of_a_pretended_gpu(capsys, target, kernel):
     pytest.importorskip("triton")
-    assert main(["doctor", "--target", target]) == 0
+    assert main(["doctor", "-v", "--target", target]) == 0
     out = capsys.readouterr().out
     order = out[out.index("\n  mx e2m1 ") + 1:].splitlines()
     chosen, = (line for line in order[:len(registry.KERNELS)] if "yes, chosen" in line)
@@ -278,3 +285,82 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys, argv, status):
         runpy.run_module("quartet", run_name="__main__")
     assert exit.value.code == status
     assert ("quartet-paper" if status == 0 else "did you mean 'recipes'?") in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("argv, status", [
+    (["--help"], 0), (["--version"], 0), (["explain", "--help"], 0), (["docter"], 2),
+    (["explain", "a:b", "--polici"], 2),
+    (["explain", "a:b", "--policy", "quartet-papr"], 2), (["explain", "a:b", "--policy", "no.toml"], 2),
+    (["explain", "a:b", "--target", "b201"], 2), (["explain", "a"], 2), (["explain", "a:b", "--json", "no/a.json"], 2),
+    (["explain", "a:b", "--dump", "a_file/graphs"], 2), (["bench", "a:b", "--policy", "fp8,fp9"], 2),
+    (["bench", "a:b", "--steps", "1"], 2), (["diff", "a.json", "b.json"], 2), (["recipes", "fp9"], 2),
+    (["build", "--arch", "b201"], 2), (["tune", "1,2"], 2), (["calibrate", "--seconds", "0"], 2), (["cache", "lst"], 2),
+])
+def test_what_is_typed_is_answered_before_pytorch_is_imported(tmp_path, argv, status):
+    (tmp_path / "a_file").touch()
+    program = ("import sys\nfrom quartet.cli.main import main\ntry:\n    status = main(sys.argv[1:])\n"
+               "except SystemExit as end:\n    status = end.code\nassert 'torch' not in sys.modules\nsys.exit(status)")
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.splitlines()) <= (2 if status else 0)
+
+
+def test_the_names_of_recipes_are_known_without_pytorch():
+    assert usage.RECIPES == tuple(recipe.name for recipe in built_in())
+
+
+def test_each_command_shows_an_example(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0 and f"  quartet {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, key", [(["doctor"], "verdict"), (["recipes", "fp8"], "fprop"), (["cache"], "objects")])
+def test_data_is_written_alone_to_the_standard_output(capsys, tmp_path, argv, key):
+    assert main([*argv, "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert key in data
+    assert main([*argv, "--json", str(tmp_path / "a.json")]) == 0
+    assert capsys.readouterr().out and json.loads((tmp_path / "a.json").read_text()).keys() == data.keys()
+
+
+def test_cache_lists_without_making_a_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUARTET_CACHE_DIR", str(tmp_path / "none"))
+    assert main(["cache"]) == 0 and "0 objects" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_report_fits_a_narrow_terminal(example, explained, capsys, monkeypatch):
+    monkeypatch.setattr("quartet.cli.output.terminal_width", lambda: 80)
+    assert main(["explain", "an_example_model:make"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_diff_shows_what_changed_between_two_reports(tmp_path, capsys):
+    for name, kernel in (("a", None), ("b", "cpp")):
+        records = [MatmulRecord(i, f"layers.{i}.up", "linear", "fprop", 1, 2, 3, "float32", recipe="fp8", kernel=kernel,
+                                reason="" if kernel else "skipped") for i in range(2)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(Report(records, 64, policy="fp8").to_dict()))
+    argv = ["diff", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "lowered   0 of 2 → 2 of 2", "FLOPs     0.0 % → 100.0 %",
+        "layers.*.up fprop × 2: left alone (skipped) → fp8 by cpp"]
+    assert main([argv[0], argv[1], argv[1]]) == 0 and capsys.readouterr().out == "nothing changed\n"
+    (tmp_path / "b.json").write_text("{}")
+    assert "is no report of `quartet explain --json`" in fails(capsys, *argv)
+
+
+def test_bench_compares_the_model_as_it_is_with_each_policy(example, capsys, monkeypatch):
+    (example / "an_example_model.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(8, 8), (torch.ones(4, 8),)\n")
+    monkeypatch.setattr(torch, "compile", lambda model, **chosen: model)
+    argv = ["bench", "an_example_model:make", "--policy", "fp8,quartet", "--steps", "5", "--json", "a.json"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "as it is" in out and "mean square of its first output" in out and "simulation" in out
+    runs = json.loads((example / "a.json").read_text())["runs"]
+    assert [run["policy"] for run in runs] == ["as it is", "fp8", "quartet"]
+    assert all(len(run["losses"]) == 5 and run["losses"] == runs[0]["losses"] for run in runs)
+    assert runs[0]["losses"][-1] < runs[0]["losses"][0] and runs[0]["kept_bytes"] > 0

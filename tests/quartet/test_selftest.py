@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quartet.cli import main as cli
-from quartet.cli import selftest as st
+from quartet.cli.selftest import run as st
 from quartet.kernels import reference
 from quartet.recipes import recipes
 from quartet.runtime.devices import Target
@@ -27,7 +27,7 @@ def explodes():
 BROKEN = st.Check("triton-fp8", "300×144×4096", explodes)
 INTERPRETED = """
 import torch
-from quartet.cli import selftest as st
+from quartet.cli.selftest import run as st
 from quartet.kernels.triton.quantize import ops, rotations
 checks = list(st.quantizer_checks(torch.device("cpu"), ((5, 40),), (64, 64)))
 rows, healthy = st.outcomes(checks)
@@ -49,8 +49,8 @@ print("right")
 
 PROVIDERS = """
 import torch
-from quartet.cli import selftest as st
-from quartet.cli.selftest_ops import examples
+from quartet.cli.selftest import run as st
+from quartet.cli.selftest.ops import examples
 from quartet.lowering.ir.ops import fused
 cpu, seen = torch.device("cpu"), set()
 for op, arguments in examples(cpu, [(5, 64)]):

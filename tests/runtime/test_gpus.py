@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from quartet.runtime import gpus
-from quartet.runtime.devices import ARCHITECTURES, Target
+from quartet.runtime.devices import Target
 
 
 @pytest.mark.parametrize("device, name", [
@@ -35,12 +35,12 @@ def test_what_is_another_gpu(device):
 def test_a_gpu_is_a_target_by_its_name(name):
     for text in (name, name.upper(), name.replace(" ", "-")):
         target = Target.named(text)
-        assert target.gpu.name == name and str(target) == target.gpu.architecture in ARCHITECTURES
+        assert target.gpu.name == name and str(target) == target.gpu.architecture in gpus.ARCHITECTURES
         assert target.pretended and target.title == text
 
 
 def test_every_architecture_has_a_gpu_that_stands_for_it():
-    for name in ARCHITECTURES:
+    for name in gpus.ARCHITECTURES:
         assert Target.named(name).gpu.architecture == name and Target.named(name).title == name
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from quartet.cli.selftest_ops import examples  # noqa: E402
+from quartet.cli.selftest.ops import examples  # noqa: E402
 from quartet.kernels.launcher import Function, launch  # noqa: E402
 from quartet.kernels.triton import draws, host  # noqa: E402
 from quartet.kernels.triton.quantize import cast, fold, groups, ops, rotations  # noqa: E402

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quartet.runtime.devices import AMD, ARCHITECTURES, FEATURES, Target
+from quartet.runtime.devices import FEATURES, Target
+from quartet.runtime.gpus import AMD, ARCHITECTURES
 
 FP8 = {"fp8 tensor cores", "fp8 conversions"}
 ALWAYS = {"nvidia instructions", "int8 tensor cores"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from quartet.cli.doctor import table
-from quartet.cli.selftest_ops import provided, results
-from quartet.cli.selftest_products import NVFP4, NVFP4_TILE, PRODUCTS, Operand, Product, exact
+from quartet.cli.selftest.ops import provided, results
+from quartet.cli.selftest.products import NVFP4, NVFP4_TILE, PRODUCTS, Operand, Product, exact
 from quartet.kernels import reference
 from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.spec import QuantSpec

@@ -1,0 +1,70 @@
+"""The user's model and inputs, by the name of the function that makes them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from quartet.cli.usage import UsageError
+from quartet.nearest import did_you_mean
+
+
+def example(target: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, keyword inputs and model of ``"MODULE:FACTORY"``."""
+    module_name, _, name = target.partition(":")
+    factory = _factory(_import(module_name), name)
+    _check_callable(target, factory)
+    made = factory()
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, Mapping))):
+        shape = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+        raise UsageError(f"{target} returned {shape}; expected (model, inputs) with inputs a tuple or a dict, "
+                         "for example 'return model, (tokens,)'")
+    model, inputs = made
+    return ((), dict(inputs), model) if isinstance(inputs, Mapping) else (inputs, {}, model)
+
+
+def _check_callable(target: str, factory: Callable[[], Any]) -> None:
+    """Refuse a factory that needs arguments."""
+    try:
+        parameters = inspect.signature(factory)
+    except (TypeError, ValueError):  # of a builtin that does not say
+        return
+    try:
+        parameters.bind()
+    except TypeError as error:
+        raise UsageError(f"{target} takes {parameters} and is called without arguments: {error}; give them defaults, "
+                         "or name a function that needs none") from None
+
+
+def _import(name: str) -> ModuleType:
+    if not all(name.split(".")):
+        raise UsageError(f"{name!r} is not a module's name: write it from {os.getcwd()} or the Python path on, with a "
+                         "dot between folders, for example 'package.my_model'")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise
+        parent = Path(*name.split(".")[:-1])
+        beside = [".".join((*parent.parts, path.stem)) for path in sorted(parent.iterdir())
+                  if path.suffix == ".py" or (path / "__init__.py").exists()] if parent.is_dir() else []
+        raise UsageError(f"no module {name!r} (searched {os.getcwd()} and the Python path); "
+                         f"{did_you_mean(name, beside)}write it with dots and without '.py'") from None
+
+
+def _factory(module: ModuleType, name: str) -> Callable[[], Any]:
+    found = getattr(module, name, None)
+    if callable(found):
+        return found
+    own = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+    wrong = f"is not a function but {type(found).__name__}" if found is not None else "does not exist"
+    raise UsageError(f"{name!r} {wrong} in module {module.__name__}; {did_you_mean(name, own)}"
+                     f"possible: {', '.join(own) or 'nothing, it defines no function'}")

@@ -1,0 +1,58 @@
+"""What commands print and write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quartet.cli.usage import STDOUT, UsageError
+from quartet.options import OptionError, Options
+from quartet.recipes import PolicyError
+from quartet.report.table import WIDTH, Report
+
+
+def show(text: str, data: Any, path: Path | None) -> None:
+    """Print a text and write the same as data; where that goes to the standard output, it alone."""
+    if path != STDOUT:
+        print(text)
+    if path is not None:
+        made = json.dumps(data, indent=1) + "\n"
+        if path == STDOUT:
+            print(made, end="")
+        else:
+            write(path, made)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file; raises UsageError where that fails."""
+    from quartet.kernels.files import write_text
+
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; where the output is none, those of a report."""
+    return min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+
+
+def refused(options: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that cannot be."""
+    try:
+        Options.parse(options=options)
+    except (OptionError, PolicyError) as error:
+        raise UsageError(str(error)) from None
+
+
+def read_report(path: Path) -> Report:
+    """A report that ``quartet explain --json`` wrote."""
+    try:
+        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UsageError(f"{path} is no report of `quartet explain --json`: {error}") from None

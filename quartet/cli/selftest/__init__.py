@@ -1,0 +1,1 @@
+"""``quartet selftest``: what this machine's GPUs compute, compared with the reference."""

@@ -1,0 +1,108 @@
+"""What a command line may not say, told in one line and before any work. Nothing here imports PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from quartet.nearest import did_you_mean
+from quartet.runtime import gpus
+
+STDOUT = Path("-")
+RECIPES = ("quartet", "quartet-paper", "bf16", "fp8", "fp8-rowwise", "fp8-block", "fp8-delayed", "fp8-trillion",
+           "mxfp8", "nvfp4", "quartet2", "tetrajet", "tetrajet-ema", "fp4-dge", "halo-fp8-0", "halo-fp8-1",
+           "halo-fp8-2", "halo-int8-0", "halo-int8-1", "halo-int8-2", "int8", "int8-all", "bitnet", "e4m3/16",
+           "e4m3/16-attention", "mesa8")  # the names of quartet.recipes.built_in()
+
+
+class UsageError(Exception):
+    """What the user typed cannot be done; the message says what could."""
+
+
+def check_policy(text: str | None) -> None:
+    """Refuse what is neither a recipe nor a file that can be read."""
+    if text is None or text in RECIPES or text in ("auto", "none"):
+        return
+    if not text.endswith(".toml"):
+        raise UsageError(f"unknown recipe {text!r}; {did_you_mean(text, RECIPES)}possible: auto, {', '.join(RECIPES)}, "
+                         "or a policy in a .toml file")
+    if not os.access(text, os.R_OK):
+        raise UsageError(f"cannot read the policy {text}: {'you may not' if Path(text).exists() else 'no such file'}")
+
+
+def check_target(name: str | None) -> None:
+    """Refuse a device that is not known."""
+    try:
+        if name is not None:
+            gpus.target(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def check_example(target: str) -> None:
+    """Refuse what is not written ``MODULE:FACTORY``."""
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"{target!r} is not MODULE:FACTORY; for example 'my_model:make'")
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse a file that cannot be written; ``-`` is the standard output."""
+    if path is None or path == STDOUT:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: the folder {folder} does not exist; make it first")
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: you may not write there; name a file in a folder of yours")
+
+
+def check_folder(path: str | None) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    if path is None:
+        return
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write to {path}: {folder} is a file")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to {path}: you may not write to {folder}; name a folder of yours")
+
+
+def check_input(path: Path) -> None:
+    """Refuse a file that cannot be read."""
+    if not os.access(path, os.R_OK) or path.is_dir():
+        raise UsageError(f"cannot read {path}: "
+                         f"{'it is no file, or you may not' if path.exists() else 'there is no such file'}")
+
+
+def names(option: str, text: str, legal: Sequence[str]) -> list[str]:
+    """The parts of a comma-separated list, each one of ``legal``."""
+    found = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in found:
+        if name not in legal:
+            raise UsageError(f"{option} {name!r} does not exist; {did_you_mean(name, legal)}"
+                             f"possible: {', '.join(legal)}")
+    return found
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """``M,N,K`` as numbers."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"{text!r} is not M,N,K; for example 8192,4096,4096")
+    m, n, k = map(int, parts)
+    return m, n, k
+
+
+def archs(text: str, legal: Sequence[str]) -> list[str]:
+    """Architectures to compile for, of which a GPU's name stands for its own: ``"b200"`` for ``"sm_100a"``."""
+    found = []
+    for name in text.split(","):
+        gpu = gpus.named(name)
+        found.append(name.strip() if gpu is None else f"{gpu.architecture}a")
+    return names("--arch", ",".join(found), legal)
