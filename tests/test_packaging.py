@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+BESIDE = ("MANIFEST.in", "Makefile", "CONTRIBUTING.md", "constraints.txt", "docs", "examples", "benchmarks", "tests")
 SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "quartet", "passes", "lowering", "kernels", "runtime")
 
 TRAIN_ONE_STEP = """
@@ -48,7 +50,7 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
 def source(tmp_path_factory) -> Path:
     """A folder with what is shipped, so that builds leave nothing in the checkout."""
     folder = tmp_path_factory.mktemp("source")
-    for name in SHIPPED:
+    for name in (*BESIDE, *SHIPPED):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -101,6 +103,10 @@ def test_the_rooms_are_where_their_import_path_says():
 def test_a_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
     python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source), cwd=tmp_path)
     (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"Makefile", "CONTRIBUTING.md", "constraints.txt", "docs/architecture.md", "examples/train_llama.py",
+            "benchmarks/cpu_step.py", "tests/conftest.py"} <= inside
     again = build_wheel(archive, tmp_path)
     assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
@@ -135,6 +141,16 @@ def test_the_entry_point_trains_away_from_the_checkout(installed, tmp_path):
     assert Path(result["file"]).is_relative_to(installed)
     assert result["version"] == PROJECT["version"]
     assert 0.01 < result["error"] < 0.5, "the gradient should be that of 4-bit GEMMs: close to the exact one, not equal"
+
+
+def test_nothing_is_imported_before_it_is_used(installed, tmp_path):
+    program = ("import sys, time; import quartet; early = 'torch' in sys.modules; import torch; "
+               "print(early, quartet.optim.__name__, quartet.direct.__name__, quartet.extend.__name__, "
+               "quartet.explain.__module__, all(hasattr(quartet, name) for name in quartet.__all__), "
+               "isinstance(quartet.recipes, type(lambda: 0)))")
+    printed = python("-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert printed.split() == ["False", "quartet.optim", "quartet.direct", "quartet.extend", "quartet.explain", "True",
+                               "True"]
 
 
 def test_the_command_line_is_installed(installed, tmp_path):

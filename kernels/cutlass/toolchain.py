@@ -16,7 +16,7 @@ FALLBACK = 'options={"disable_kernels": ["cutlass"]} of torch.compile takes the 
 NVCC_REMEDY = ("install the CUDA toolkit 13.0 or newer (NVIDIA's Debian repository: apt-get install cuda-nvcc-13-0 "
                "cuda-cudart-dev-13-0) and put its bin folder on PATH, or set CUDA_HOME, or copy here the cache folder "
                f"of a machine where `quartet build` has run; {FALLBACK}")
-HEADERS_REMEDY = f"run `pip install 'torch-quartet[cutlass]'` (or pip install nvidia-cutlass); {FALLBACK}"
+HEADERS_REMEDY = f"run `pip install nvidia-cutlass`; {FALLBACK}"
 OLDEST_CUTLASS = (4, 2)
 OLDEST_NVCC = {"sm_100a": (12, 8), "sm_103a": (12, 9), "sm_120a": (12, 8), "sm_121a": (12, 9)}
 
