@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     from quartet.passes import pipeline
     from quartet.runtime.capture import Capture, Pretence, settings_of
 
+    _check_arguments(model, kwargs)
     inner, own_mode, own_options = settings_of(model)
     if options is None and mode is None:
         options, mode = own_options, own_mode
@@ -93,6 +95,18 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
              *unused)
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved, memory=memory)
+
+
+def _check_arguments(model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that is given as an argument of the model, which takes no such."""
+    options = Options.declared().keys() & kwargs.keys()
+    if not options:
+        return
+    taken = inspect.signature(getattr(model, "forward", model)).parameters
+    for name in sorted(options - taken.keys()):
+        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            raise TypeError(f"{name} is an option, not an argument of the model: explain(model, …, "
+                            f"options={{{name!r}: {kwargs[name]!r}}})")
 
 
 def _outside(model: Any, args: Any, kwargs: Any, records: Sequence[MatmulRecord], graphs: Sequence[Names],

@@ -271,6 +271,8 @@ def resolve(recipe: str | Recipe | None) -> Recipe | None:
         return check(recipe)
     if not isinstance(recipe, str):
         raise PolicyError(f"a recipe is a name, a Recipe or None, not {type(recipe).__name__} {recipe!r}", ("recipe",))
+    if recipe == "none":
+        raise PolicyError("recipe 'none' is written None: it leaves a matmul in high precision", ("recipe",))
     if (found := _BUILT_IN.get(recipe) or _registered.get(recipe)) is None:
         raise unknown("recipe", recipe, recipes(), ("recipe",))
     return found
@@ -296,6 +298,9 @@ def check(recipe: Recipe) -> Recipe:
     if recipe != _BUILT_IN.get(name, recipe):
         raise PolicyError(f"recipe {name!r} is built in and differs from this one; give yours another name, "
                           f"for example dataclasses.replace(recipe, name='my-{name}')")
+    if not (recipe.quantizes or recipe.saved or name in _BUILT_IN):
+        raise PolicyError(f"recipe {name!r} quantises nothing: give it fprop, dgrad, wgrad or saved; None in its place "
+                          "leaves a matmul in high precision")
     if not isinstance(recipe.skip, tuple):
         raise PolicyError(f"recipe {name!r}: skip is a tuple of op classes, not {type(recipe.skip).__name__}",
                           ("skip",))

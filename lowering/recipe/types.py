@@ -65,6 +65,11 @@ class Operand:
     source: str = "original"
 
     def __post_init__(self) -> None:
+        if isinstance(self.spec, str):
+            object.__setattr__(self, "spec", QuantSpec.parse(self.spec))
+        elif self.spec is not None and not isinstance(self.spec, QuantSpec):
+            raise SpecError(f"an operand has a QuantSpec, its text or None, not {type(self.spec).__name__} "
+                            f"{self.spec!r}")
         if self.source not in ("original", "saved"):
             raise SpecError(f"operand source {self.source!r} does not exist; possible: 'original', 'saved'")
 
@@ -91,6 +96,9 @@ class Gemm:
         return None if self.a.spec is None or self.b.spec is None else (self.a.spec, self.b.spec)
 
     def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            if not isinstance(getattr(self, name), Operand):
+                object.__setattr__(self, name, Operand(getattr(self, name)))
         if (self.a.spec is None) != (self.b.spec is None):
             raise SpecError("either both operands of a GEMM are quantised or neither: "
                             f"a={self.a.spec}, b={self.b.spec}")

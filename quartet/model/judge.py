@@ -20,6 +20,7 @@ from quartet.passes.naming import module_name
 from quartet.policy import Policy, Rule
 from quartet.policy.recipes import quantizes, recipes_of
 from quartet.policy.saved import unmatched_saved
+from quartet.policy.shadowed import shadowed
 from quartet.policy.unmatched import Site
 from quartet.report.advice import UNPAID, advice, narrower
 from quartet.runtime.devices import Target
@@ -51,9 +52,13 @@ class Judge:
         self._matched |= set(range(len(policy.rules))) - about_none
 
     def unmatched(self, names: Names, known: bool = False) -> Iterator[str]:
-        """The rules that are about nothing, as far as that is known after the graph of ``names``; ``known``: no other
-        graph comes."""
+        """The rules that a later one leaves nothing; those that are about nothing, as far as that is known after the
+        graph of ``names``; ``known``: no other graph comes."""
         policy = self.policy.at(names.place)
+        for i, text in shadowed(self.policy.rules):
+            if ("shadowed", i) not in self._said:
+                self._said.add(("shadowed", i))
+                yield f"quartet policy: {text}"
         layers = sorted(map(module_name, names.matrices))
         found = [*(policy.unmatched(list(self._sites), layers) if self._sites else ()),
                  *(unmatched_saved(policy, self._saved) if self._saved else ())]

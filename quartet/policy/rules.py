@@ -142,6 +142,8 @@ def _roles(roles: object) -> tuple[str, ...]:
                           ("role",))
     named = set()
     for role in given:
+        if role == "backward":
+            raise PolicyError("role 'backward' is two products: role=('dgrad', 'wgrad')", ("role",))
         if role not in (*ROLES, *ROLE_ALIASES):
             raise unknown("role", role, (*ROLES, *ROLE_ALIASES), ("role",))
         named.add(ROLE_ALIASES.get(role, role))

@@ -141,6 +141,10 @@ class LowBitWeight(Tensor):
                     f"{func} does not take low-bit weights. If DistributedDataParallel called it: "
                     "DistributedDataParallel(quartet.direct.broadcast(model), init_sync=False). To join "
                     "matrices: those of weight.dequantize()")
+            if getattr(func, "_schema", None) is not None and func._schema.is_mutable:
+                raise NotImplementedError(
+                    f"{func} writes to a low-bit weight, which has no high-precision copy to write to. If an optimizer "
+                    "called it: quartet.direct.Optimizer(torch.optim.AdamW(model.parameters()))")
             raise NotImplementedError(
                 f"{func} is not defined on a low-bit weight; use torch.nn.functional.linear, or weight.dequantize() "
                 "for a matrix of numbers")

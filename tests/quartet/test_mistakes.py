@@ -1,0 +1,71 @@
+"""What cannot be meant is refused, or said, where it is written."""
+
+import warnings
+
+import pytest
+import torch
+
+import quartet
+from quartet import Gemm, Operand, Policy, PolicyError, QuantSpec, Recipe, SpecError
+from quartet.policy.shadowed import shadowed
+
+MX = "e2m1/32 e8m0 floor nearest"
+
+
+def test_an_operand_is_written_as_text_too():
+    assert Operand(MX) == Operand(QuantSpec.parse(MX)) and Gemm(MX, MX) == Gemm(Operand(MX), Operand(MX))
+    for wrong in (lambda: Operand("e2m1/32"), lambda: Operand(4), lambda: Gemm(MX, 4)):
+        with pytest.raises(SpecError):
+            wrong()
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: Policy(Recipe("mine")), "quantises nothing: give it fprop, dgrad, wgrad or saved"),
+    (lambda: quartet.register(Recipe("mine")), "quantises nothing"),
+    (lambda: Policy("fp8").on("a", "bf16", role="backward"), r"role=\('dgrad', 'wgrad'\)"),
+    (lambda: Policy("fp8").on("a", "none"), "is written None"),
+])
+def test_a_policy_that_cannot_be_meant(make, said):
+    with pytest.raises(PolicyError, match=said):
+        make()
+
+
+@pytest.mark.parametrize("policy, found", [
+    (Policy("fp8").on("a", "bf16").on("*", "mxfp8"), [0]),
+    (Policy("fp8").on("a", "bf16").on("a", "mxfp8"), [0]),
+    (Policy("fp8").on("a", "bf16").on("a", "mxfp8", role="wgrad"), []),
+    (Policy("fp8").on("a", "bf16", role="wgrad").on("a", "mxfp8"), [0]),
+    (Policy("fp8").on("*", "mxfp8").on("a", "bf16"), []),
+    (Policy("fp8").on("a.*", "bf16").on("linear", "mxfp8"), []),
+    (Policy("fp8").on("attention_qk", "mxfp8").on("attention", "mxfp8"), [0]),
+    (Policy("fp8").on("lm_head", "mxfp8").on(recipe="mxfp8"), []),
+    (Policy("fp8").on("lm_head", "mxfp8").on(recipe=None), [0]),
+    (Policy("fp8").on("linear", "mxfp8").on(recipe="mxfp8"), [0]),
+    (Policy("fp8").on("a", "mxfp8").on("a", "bf16", shape="k > 64"), []),
+    (Policy("fp8").on("a", "e4m3/16", op="saved").on("a", "bf16"), []),
+])
+def test_a_rule_that_a_later_one_leaves_nothing_is_told(policy, found):
+    assert [i for i, _ in shadowed(policy.rules)] == found
+
+
+def test_it_is_said_once_when_the_model_is_compiled():
+    policy = Policy("fp8").on("1", "bf16").on("*", "mxfp8")
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quartet.explain(model, torch.randn(32, 32), options={"policy": policy})
+    assert sum("decides nothing" in str(w.message) for w in seen) == 1
+
+
+def test_explain_tells_an_option_from_an_argument_of_the_model():
+    with pytest.raises(TypeError, match="policy is an option.*options={'policy': 'fp8'}"):
+        quartet.explain(torch.nn.Linear(32, 32), torch.randn(32, 32), policy="fp8")
+
+
+def test_a_plain_optimizer_of_low_bit_weights_names_ours():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    quartet.direct.convert(model, bits=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 64)).sum().backward()
+    with pytest.raises(NotImplementedError, match="quartet.direct.Optimizer"):
+        optimizer.step()
