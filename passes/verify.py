@@ -13,7 +13,7 @@ from torch.fx import Node
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import aten, is_backward, shape, val
 from quartet.lowering.ir.op import Op, op_of, ops
-from quartet.lowering.ir.operands import ROWS, SCALED, Operand, Product, quantizer_of
+from quartet.lowering.ir.operands import ROWS, SCALED, Operand, Product, given, quantizer_of
 from quartet.lowering.ir.ops import grouped, outliers, weights
 from quartet.lowering.ir.ops import state as slots
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
@@ -124,6 +124,8 @@ def _check_maker(operand: Operand, views: tuple[type[Any], ...], node: Node, aft
     """What an operand is said to be against the quantiser that made it, where that is found; where another node stands
     between them, whether rows may come from anywhere."""
     spec, made, scaled = operand.spec, quantizer_of(operand.codes), quantizer_of(operand.scales)
+    if given(operand.codes) and given(operand.scales):
+        return
     if made is None or scaled is None:
         _require(spec.row_local, after, node, f"only rows of a row-local quantiser are moved, and {spec} is none")
         _require(same(shape(operand.codes)[0], shape(operand.scales)[0]), after, node,

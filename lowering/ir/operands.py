@@ -179,6 +179,13 @@ def quantizer_of(operand: Node) -> Quantizer | None:
     return Quantizer(node, view, (TURNED if stacked else TRANSPOSED) if flipped else ROWS)
 
 
+def given(operand: Node) -> bool:
+    """Whether codes or scales are an input of the graph, through copies and transposes: they were quantised before."""
+    while operand.target in _SHOWS_ROWS:
+        operand = source_of(operand)
+    return operand.op == "placeholder"
+
+
 def readers(quantizer: Node) -> set[Node]:
     """The products that read a quantiser's results, through what :func:`quantizer_of` finds it."""
     waiting, found = list(quantizer.users), set[Node]()

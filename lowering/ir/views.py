@@ -16,7 +16,7 @@ from torch.fx import Node
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, arguments, parameters
-from quartet.lowering.ir.ops import grouped
+from quartet.lowering.ir.ops import gathered, grouped
 from quartet.runtime.compat import OpOverload
 
 
@@ -130,4 +130,21 @@ class ApplyMask(View):
     mask: Node
 
 
-VIEWS: tuple[type[View], ...] = (Signs, FixedSigns, Hadamard, Quantize, QuantizeGroups, Dequantize, ApplyMask)
+@dataclass(frozen=True)
+class GatheredWeight(View):
+    """``mask`` and ``amax`` where the spec has them; ``signs`` of the rotation before the quantiser, if it has any."""
+
+    op = gathered.GATHERED
+    codes: Node
+    scales: Node
+    mask: Node | None
+    amax: Node | None
+    spec: QuantSpec
+    rotation: int
+    signs: list[int] | None
+    cols: int
+    dtype: torch.dtype
+
+
+VIEWS: tuple[type[View], ...] = (Signs, FixedSigns, Hadamard, Quantize, QuantizeGroups, Dequantize, ApplyMask,
+                                 GatheredWeight)

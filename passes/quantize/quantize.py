@@ -115,7 +115,7 @@ def _product(state: State, histories: Histories, site: Quantized, role: str, rot
     if gradient:
         return site
     site = replace(site, operands={"x": qa, "w": qb})
-    return replace(site, saved_bytes=_saved_bytes(site, qa, qb))
+    return replace(site, saved_bytes=saved_bytes(site, qa, qb))
 
 
 def _straight_through(state: State, site: Quantized, role: str, mm: Node, start: Start) -> Quantized:
@@ -248,7 +248,7 @@ def _quantize_again(state: State, before: Node, source: Node, made: QuantizedOpe
     return q if first.layout == ROWS else _transposed(at, q)
 
 
-def _saved_bytes(site: Quantized, x: QuantizedOperand, w: QuantizedOperand) -> int | None:
+def saved_bytes(site: Quantized, x: QuantizedOperand, w: QuantizedOperand) -> int | None:
     """Bytes of codes, scales and masks that backward reads, those of a shared X counted at its first site."""
     total = 0
     for name, made, role, gradient in (("x", x, "wgrad", "dgrad"), ("w", w, "dgrad", "wgrad")):
@@ -260,7 +260,7 @@ def _saved_bytes(site: Quantized, x: QuantizedOperand, w: QuantizedOperand) -> i
             parts += [made.codes, made.scales]
         if made.mask is not None and site.active(gradient) is not None:
             parts.append(made.mask)
-        for node in parts:
+        for node in (part for part in parts if part.op != "placeholder"):
             size = val(node).numel() * val(node).element_size()
             if not isinstance(size, int):
                 return None

@@ -111,7 +111,10 @@ class _Watch(Observer):
 
     def _input(self, node: Node) -> str:
         number = node.name.removeprefix("tangents_")
-        return self.inputs[node.meta["desc"].idx] if number == node.name else f"g{'' if number == '1' else number}"
+        if number != node.name:
+            return f"g{'' if number == '1' else number}"
+        desc = node.meta["desc"]
+        return self.inputs[desc.idx] if hasattr(desc, "idx") else f"{self.inputs[desc.base.idx]}.{desc.attr}"
 
     def _line(self, node: Node) -> str:
         arguments = [self._text(a) for a in node.args] + [f"{key}={self._text(a)}" for key, a in node.kwargs.items()]

@@ -1,0 +1,1 @@
+"""Quantised tensors on their way between ranks."""
