@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.lowering.recipe.resolution import Choice, Resolution, SavedChoice
+from quartet.lowering.recipe.types import Recipe
 from quartet.passes.residuals.budget import Budget
 from quartet.runtime.devices import Target
 
@@ -33,6 +34,13 @@ class Observer:
 
     def saved(self, records: Sequence[SavedRecord], forward: GraphModule, backward: GraphModule) -> None:
         """The graph has been parted into forward and backward."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What statistics are recorded of a graph; ``what_if``: other recipes that its tensors are measured under."""
+
+    what_if: tuple[Recipe, ...] = ()
 
 
 class Decides(Protocol):
@@ -91,6 +99,8 @@ class Compilation:
         replayed: what runs on a GPU is recorded in CUDA graphs.
         autotune: kernels may measure, when they first run, which of them is fastest.
         anchor: index of the dynamo input by which delayed scaling finds its histories (``quartet.runtime.slots.amax``).
+        inspection: what statistics are recorded, None for none. check: ``"finite"`` looks at each product.
+        token: index of the dynamo input by which what is recorded finds its call (``quartet.runtime.inspect.calls``).
         modules: what dynamo writes for a module → its name in the model.
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
         written: how many features they make. layers: how many weights of two dimensions or more the model has.
@@ -123,6 +133,9 @@ class Compilation:
     replayed: bool = False
     autotune: bool = False
     anchor: int | None = None
+    inspection: Inspection | None = None
+    check: str | None = None
+    token: int | None = None
     modules: Mapping[str, str] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()

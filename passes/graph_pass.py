@@ -27,6 +27,7 @@ class GraphPass:
         reads: the phase of the sites that it takes; None where it looks at the graph alone.
         writes: the latest phase that it leaves sites in; None where it leaves all as they are.
         optional: whether ``disable_passes`` may name it.
+        unplanned: whether it also runs behind ``plan`` on a graph in which nothing is planned.
         summary: what it does, in a line of ``docs/architecture.md``.
     """
 
@@ -35,6 +36,7 @@ class GraphPass:
     writes: type[Found] | None = None
     optional: bool = False
     summary: str = ""
+    unplanned: bool = False
 
     @property
     def name(self) -> str:
@@ -51,9 +53,9 @@ class GraphPass:
 
 
 def graph_pass(*, reads: type[Found] | None = None, writes: type[Found] | None = None, optional: bool = False,
-               summary: str = "") -> Callable[[Callable[[State], None]], GraphPass]:
+               summary: str = "", unplanned: bool = False) -> Callable[[Callable[[State], None]], GraphPass]:
     """Declare a function to be a pass; the arguments are those of :class:`GraphPass`."""
-    return lambda function: GraphPass(function, reads, writes, optional, summary)
+    return lambda function: GraphPass(function, reads, writes, optional, summary, unplanned)
 
 
 def in_order(*passes: GraphPass) -> tuple[GraphPass, ...]:

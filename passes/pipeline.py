@@ -31,6 +31,8 @@ from quartet.passes.find.find_matmuls import find_matmuls
 from quartet.passes.find.tag import tag
 from quartet.passes.find.unfold import unfold
 from quartet.passes.graph_pass import GraphPass, in_order
+from quartet.passes.inspect.check import check
+from quartet.passes.inspect.observe import observe
 from quartet.passes.lower import lower
 from quartet.passes.naming import name_modules
 from quartet.passes.plan.plan import plan
@@ -59,7 +61,7 @@ log = logging.getLogger("quartet")
 Signature = tuple[str, ...]
 PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
-    estimator, toward, rotate, quantize, gathered, delayed, share, sum_first, draw, save, lower,
+    estimator, toward, rotate, quantize, gathered, delayed, share, sum_first, draw, observe, check, save, lower,
 )
 NAMES = tuple(p.name for p in PASSES)
 OPTIONAL = tuple(p.name for p in PASSES if p.optional)
@@ -149,7 +151,7 @@ class Pipeline(CustomGraphPass):
             self._bodies.add(body)
         elif self._bodies:
             return None
-        return replace(self.config, weights=self.config.regions.get(body, {}), anchor=None, memory=None)
+        return replace(self.config, weights=self.config.regions.get(body, {}), anchor=None, token=None, memory=None)
 
     def uuid(self) -> str | None:
         """Cache key: source of the package and of what is registered, the compilation, the earlier passes' own keys.
@@ -190,7 +192,10 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
     if trains and config.memory is not None:
         begin(gm, config)
     name_modules(gm.graph, config.modules)
+    planned = True
     for index, step in enumerate(p for p in PASSES if p.name not in config.disable_passes):
+        if not (planned or step.unplanned):
+            continue
         name = step.name
         for observer in config.observers:
             observer.before(index, name, gm)
@@ -201,8 +206,8 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
         for observer in config.observers:
             observer.after(index, name, gm, seconds)
         log.debug("%-13s %6.1f ms  %s", name, seconds * 1e3, _difference(counts, _ops(gm)))
-        if name == "plan" and not state.at(Planned):
-            break
+        if name == "plan":
+            planned = bool(state.at(Planned))
     records = _records(state)
     for record in records:
         if record.kernel is None:

@@ -14,7 +14,7 @@ from quartet.lowering import ir
 from quartet.lowering.ir.graph import aten, is_backward, shape, val
 from quartet.lowering.ir.op import Op, op_of, ops
 from quartet.lowering.ir.operands import ROWS, SCALED, Operand, Product, given, quantizer_of
-from quartet.lowering.ir.ops import grouped, outliers, weights
+from quartet.lowering.ir.ops import grouped, inspect, outliers, weights
 from quartet.lowering.ir.ops import state as slots
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.passes.sites import SITE_KEY, Quantized
@@ -33,6 +33,8 @@ SPECIFICATION: dict[str, tuple[Callable[..., Any], ...]] = {  # pass → the ops
                  ir.APPLY_MASK, *SCALED),
     "delayed": (slots.AMAX_RECORD,),
     "draw": (ir.SIGN_TABLE,),
+    "observe": (inspect.OBSERVE,),
+    "check": (inspect.CHECK_FINITE,),
 }
 
 

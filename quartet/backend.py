@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quartet.inspect.inspector import recorder_of
 from quartet.lowering import registry
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
@@ -25,7 +26,7 @@ from quartet.model.names import Names, names_of
 from quartet.model.trained import tokens_for
 from quartet.options import Options
 from quartet.passes import pipeline
-from quartet.passes.compilation import Compilation, Observer
+from quartet.passes.compilation import Compilation, Inspection, Observer
 from quartet.passes.residuals.budget import Budget, default
 from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
@@ -34,6 +35,7 @@ from quartet.recipes import PolicyError
 from quartet.report.dump import GraphDump
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
+from quartet.runtime.inspect.calls import Inspected, Layers, no_token
 from quartet.runtime.slots.amax import Anchored, no_anchor
 from quartet.runtime.slots.anchored_graph import forget_examples, with_input
 from quartet.runtime.slots.weights import REUSED
@@ -88,6 +90,9 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     anchored = step.config.anchor is not None
     if anchored:
         gm, example_inputs = with_input(gm, example_inputs, no_anchor())
+    inspected = step.config.token is not None
+    if inspected:
+        gm, example_inputs = with_input(gm, example_inputs, no_token(), "quartet_token")
     patches = {**options.inductor, "joint_custom_pre_pass": step}
     saved = make_partitioner(step, options)
     if saved is not None:
@@ -96,8 +101,11 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
             compat.every_pass() if watched else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
-    if anchored:
+    if anchored or inspected:
         forget_examples(gm)
+    if inspected:
+        compiled = Inspected(compiled, recorder_of(options.inspect, names.model), _layers(names))
+    if anchored:
         compiled = Anchored(compiled, sorted(step.config.weights))
     stream = stream_of(example_inputs, options.same_bits)
     if stream is not None:
@@ -135,11 +143,14 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         told = replace(told, recompute="none")
     if not quantizes(options.policy):
         told = replace(told, disable_passes=(*options.disable_passes, "canonicalize"))
+    anchored = bool(names.weights) and remembers(options.policy)
+    token = len(example_inputs) + anchored if options.inspect or options.check else None
     compilation = Compilation(
         **_shared(told), **_shared(names), options=options.key(), tokens=tokens.trained, guessed=tokens.guessed,
         partition=_partition(told), observers=tuple(observers),
         replayed=replayed, autotune=compat.max_autotune(options.inductor), **_prices(tensors, told),
-        anchor=len(example_inputs) if names.weights and remembers(options.policy) else None,
+        anchor=len(example_inputs) if anchored else None, token=token,
+        inspection=None if options.inspect is None else Inspection(options.inspect.recipes),
         answers=kernels_here(gm, example_inputs, options), threads=torch.get_num_threads(), version=torch.__version__)
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(compilation, tuple(earlier))
@@ -149,6 +160,12 @@ def _shared(source: Any) -> dict[str, Any]:
     """The fields of a record that a compilation has too."""
     wanted = {f.name for f in fields(Compilation)} - {"options"}
     return {f.name: getattr(source, f.name) for f in fields(source) if f.name in wanted}
+
+
+def _layers(names: Names) -> Layers:
+    """How the layers are told apart that one graph serves."""
+    return Layers.of(names.place, names.model if names.alike else None, names.serves,
+                     {index: names.full(name) for index, name in names.weights.items()})
 
 
 def _prices(tensors: Iterable[torch.Tensor], options: Options) -> dict[str, Any]:

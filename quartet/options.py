@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin
 
 from quartet.passes.compilation import UNKEYED, key_of, keyed_by
 from quartet.passes.residuals.budget import Budget
@@ -13,6 +13,9 @@ from quartet.policy import AUTO, Policy
 from quartet.recipes import PolicyError, did_you_mean
 from quartet.runtime.devices import Target
 from quartet.runtime.streams import ranks_of
+
+if TYPE_CHECKING:
+    from quartet.inspect.inspector import Inspector
 
 AS_TRAINED = "as trained"
 Known = Mapping[str, Sequence[str]]  # "pass", "kernel" → the names that there are
@@ -102,6 +105,15 @@ def _ranks(name: str, value: object, known: Known) -> tuple[int, ...] | None:
         raise OptionError(f"option {name!r} is {error}") from None
 
 
+def _inspector(name: str, value: object, known: Known) -> Inspector | None:
+    from quartet.inspect import coerce
+
+    try:
+        return coerce(value)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"option {name!r}: {error}") from None
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one compilation: those of the user, each declared once, and what Inductor is told beside them.
@@ -149,6 +161,12 @@ class Options:
         None, _ranks, "the ranks that draw the same random bits, as a ProcessGroup, a DeviceMesh or a list of ranks: "
         "those that share a layer (tensor parallel), so that what they replicate stays equal. By default those of the "
         "mesh of inputs that are DTensors, else each rank draws its own", **UNKEYED)
+    inspect: Inspector | None = option(
+        None, _inspector, "statistics of operands and gradients: a quartet.inspect.Inspector, or every how many steps "
+        "quartet.inspect.default() records them", **keyed_by(lambda options: options.inspect and options.inspect.key()))
+    check: str | None = option(
+        None, _one_of("finite", none="look at nothing"), "'finite': the first product, of forward or backward, with an "
+        "operand or a result that is not finite is an error before the optimizer steps (quartet.inspect.NotFinite)")
     eval: str | None = option(
         AS_TRAINED, _one_of(AS_TRAINED, none="evaluate in the model's own dtype"), "what graphs without a backward "
         "compute: 'as trained', with what training quantises, or None, in the model's own dtype")

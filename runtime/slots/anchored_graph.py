@@ -12,14 +12,15 @@ from torch.fx import Graph, GraphModule
 from quartet.runtime.compat import detect_fake_mode
 
 
-def with_input(gm: GraphModule, example_inputs: Sequence[Any], tensor: torch.Tensor) -> tuple[GraphModule, list[Any]]:
-    """A copy of ``gm`` with an unused input for ``tensor`` after its own, and its example inputs."""
+def with_input(gm: GraphModule, example_inputs: Sequence[Any], tensor: torch.Tensor,
+               name: str = "quartet_anchor") -> tuple[GraphModule, list[Any]]:
+    """A copy of ``gm`` with an unused input ``name`` for ``tensor`` after its own, and its example inputs."""
     graph = Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     copied: dict[Any, Any] = {}
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
         copied[node] = graph.node_copy(node)
-    added = graph.placeholder("quartet_anchor")
+    added = graph.placeholder(name)
     added.meta["example_value"] = _like_an_input(gm, tensor)
     added._dynamo_source = None  # as an intermediate value that DDP makes an input
     graph.output(graph.graph_copy(gm.graph, copied))

@@ -9,6 +9,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import quartet
 from quartet.backend import make_pipeline
+from quartet.inspect import Inspector
 from quartet.lowering import registry
 from quartet.lowering.rates import rates_of
 from quartet.lowering.recipe.types import ROLES
@@ -89,12 +90,14 @@ def test_without_prices_only_batches_below_a_block_decide():
 
 
 WITHOUT_A_FIELD = {"open_attention": "compile_graph reads it", "dump": "an observer", "mode": "Inductor's",
-                   "inductor": "Inductor's", "same_bits": "who runs a graph says it"}
+                   "inductor": "Inductor's", "inspect": "inspection, what of it shapes a graph",
+                   "same_bits": "who runs a graph says it"}
 GIVEN = {  # a value of each option other than its default
     "policy": Policy("quartet"), "dump": "graphs", "strict": True, "disable_passes": ("share",),
     "disable_kernels": ("cpp",), "recompute": "none", "target": Target.named("sm_100a"), "mode": "max-autotune",
     "inductor": {"max_autotune": True}, "accumulation": "promoted", "reuse_weights": False, "portable_rounding": True,
     "open_attention": True, "eval": None, "memory": Budget("share", 0.7), "same_bits": (0, 1),
+    "inspect": Inspector(what_if=["fp8"]), "check": "finite",
 }
 
 

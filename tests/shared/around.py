@@ -2,11 +2,12 @@
 
     change = around("share", model, x, policy="fp8")
 
-compiles the model through dynamo, AOTAutograd and the passes and keeps the graph before and after the named pass,
-a line a node. Nodes are numbered in the order in which the text names them. Inputs are called by the parameter they
+compiles the model through dynamo, AOTAutograd and the passes and keeps the graph before and after the named pass, a
+line a node. Nodes are numbered in the order in which the text names them. Inputs are called by the parameter they
 are, or ``x``, ``x1``, … what the model is called with, ``g`` the gradient of its result, ``anchor`` what delayed
-scaling finds its histories by. After the bar stands ``bwd`` for a node of backward, ``!`` where a node is pinned to its
-direction, ``?`` where it has none, and what activation checkpointing is told.
+scaling finds its histories by, ``token`` what statistics are recorded by. After the bar stands ``bwd`` for a node of
+backward, ``!`` where a node is pinned to its direction, ``?`` where it has none, and what activation checkpointing is
+told.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from traced import options_for
 from quartet.backend import compile_graph
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.passes.compilation import Observer
+from quartet.policy.recipes import remembers
 from quartet.report.graph_code import DTYPE_NAMES, describe, op_name
 from quartet.runtime.capture import Pretence
 
@@ -76,7 +78,8 @@ def around(name: str, model: nn.Module, *inputs: Tensor, policy: Any = "quartet"
     parsed, change = options_for(target, policy, **options), Change()
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        watch = _Watch(name, change, _names(model, example_inputs))
+        anchors = ["anchor"] if remembers(parsed.policy) else []
+        watch = _Watch(name, change, [*_names(model, example_inputs), *anchors, "token"])
         return compile_graph(gm, example_inputs, parsed, Pretence(), change.records.extend, say=lambda *_: None,
                              remember=False, observers=(watch,))
 
@@ -143,8 +146,7 @@ def _names(model: nn.Module, example_inputs: Sequence[Any]) -> list[str]:
         kind = "x" if isinstance(value, Tensor) else "s"
         number = sum(re.fullmatch(rf"{kind}\d*", name) is not None for name in names)
         names.append(own.get(id(value)) or f"{kind}{number or ''}")
-    return [*names, "anchor"]
-
+    return names
 
 
 def matrix(*shape: int, grad: bool = True) -> Tensor:

@@ -1,0 +1,103 @@
+"""What was recorded, on the host: a value of each thing in each step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quartet.kernels.reference.statistics import BINS, COLUMNS, LOWEST
+from quartet.runtime.inspect.recorder import Row
+
+COLUMNS_OF: Mapping[str, tuple[str, ...]] = {
+    "operand": COLUMNS, "product": ("cosine", "error"), "what-if": ("error",), "alignment": ("mean", "largest"),
+    "loss": ("loss",)}
+_NAME = re.compile(r"(?P<layer>.*) (?P<role>fprop|dgrad|wgrad)(?: (?P<operand>[xwe])(?: (?P<recipe>.*))?)?")
+Errors = dict[tuple[str, str, str], float]  # (layer, role, recipe)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was recorded of one thing in one step.
+
+    Args:
+        step: of training.
+        kind: ``"operand"``: of a quantised product; ``"product"``: a gradient beside that of the unquantised operands,
+            in 64 columns; ``"what-if"``: an operand under another recipe; ``"alignment"``: of the weights of a gated
+            layer; ``"loss"``.
+        layer, role, operand, recipe: what it is of, empty where that does not apply.
+        values: name → value. Shares are between 0 and 1, ``error`` is Σ(q − x)² / Σx², and 1 − cosine is small.
+        scales: k → how many scales are in [2^k, 2^(k+1)), of an operand.
+    """
+
+    step: int
+    kind: str
+    layer: str
+    role: str = ""
+    operand: str = ""
+    recipe: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def snr(self) -> float:
+        """−10 log₁₀ of the error, in dB; infinite of what is exact."""
+        error = self.values.get("error", math.nan)
+        return math.inf if error == 0 else -10 * math.log10(error) if error > 0 else math.nan
+
+    @property
+    def name(self) -> str:
+        """All that it is of, in a line."""
+        return " ".join(filter(None, (self.layer, self.role, self.operand, self.recipe)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without what is empty or NaN; an infinity is text."""
+        named = {key: getattr(self, key) for key in ("step", "kind", "layer", "role", "operand", "recipe")}
+        known = {key: value if math.isfinite(value) else str(value) for key, value in self.values.items()
+                 if not math.isnan(value)}
+        return {key: value for key, value in named.items() if value != ""} | known | (
+            {"scales": {str(k): n for k, n in self.scales.items()}} if self.scales else {})
+
+
+def fetched(rows: Sequence[Row]) -> Iterator[Record]:
+    """The records of what a recorder holds: one copy from each device for rows of one length, which waits for it."""
+    groups: dict[tuple[torch.device, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault((row.values.device, row.values.numel()), []).append(number)
+    values: dict[int, list[float]] = {}
+    for numbers in groups.values():
+        held = torch.stack([rows[number].values for number in numbers]).tolist()
+        values |= dict(zip(numbers, held, strict=True))
+    for number, row in enumerate(rows):
+        yield from _records(row, values[number])
+
+
+def _records(row: Row, values: list[float]) -> Iterator[Record]:
+    columns = COLUMNS_OF[row.kind]
+    scales = {LOWEST + k: int(n) for k, n in enumerate(values[len(columns):]) if n}
+    assert len(values) in (len(columns), len(columns) + BINS)
+    for name in row.names:
+        found = _NAME.fullmatch(name) if row.kind in ("operand", "product", "what-if") else None
+        of = {"layer": name} if found is None else {key: text or "" for key, text in found.groupdict().items()}
+        yield Record(row.step, row.kind, **of, values=dict(zip(columns, values, strict=False)), scales=scales)
+
+
+def product_errors(records: Iterable[Record]) -> Errors:
+    """Relative error ``√(e_a + e_b)`` of each product A·Bᵀ under each recipe, root mean square over the steps.
+
+    ``e`` is Σ(q − x)² / Σx² of an operand. Errors of two operands that are independent of each other and of the values
+    add up so, to first order, if neither operand has a direction of its own.
+    """
+    sums: dict[tuple[str, str, str], list[float]] = {}
+    steps: dict[tuple[str, str, str], set[int]] = {}
+    for record in records:
+        if record.kind != "what-if":
+            continue
+        key = record.layer, record.role, record.recipe
+        sums.setdefault(key, []).append(record.values["error"])
+        steps.setdefault(key, set()).add(record.step)
+    return {key: math.sqrt(math.fsum(errors) / len(steps[key])) for key, errors in sums.items()}

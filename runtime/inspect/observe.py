@@ -1,0 +1,33 @@
+"""The two ops of inspected graphs: statistics of tensors, and whether the tensors of a product are finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet.runtime.inspect.calls import call_of
+from quartet.runtime.inspect.program import parsed
+from quartet.runtime.inspect.recorder import Flags
+
+
+@torch.no_grad()
+def observe(token: Tensor, tensors: list[Tensor], program: str) -> None:
+    """Run a program (``quartet.runtime.inspect.program``) where this step is recorded."""
+    call = call_of(token)
+    if call is not None and call.takes(program):
+        for one in parsed(program):
+            one.run(tensors, call)
+
+
+@torch.no_grad()
+def check_finite(token: Tensor, tensors: list[Tensor], layer: str, role: str, names: str) -> None:
+    """Note whether each of some tensors of a product is finite; ``names``: theirs, with ``|`` between them."""
+    call = call_of(token)
+    if call is not None:
+        finite = torch.stack([torch.isfinite(_largest(tensor)) for tensor in tensors])
+        call.recorder.flag(Flags(call.step, f"{role} of {call.rename(layer)}", tuple(names.split("|")), finite))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """NaN or infinite where any element is."""
+    return torch.linalg.vector_norm(x.detach(), float("inf")) if x.numel() else x.new_zeros(())
