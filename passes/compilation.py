@@ -32,6 +32,9 @@ class Observer:
     def finish(self, records: Sequence[MatmulRecord], gm: GraphModule) -> None:
         """All passes have run."""
 
+    def kept(self, size: int) -> None:
+        """Forward leaves so many bytes for backward."""
+
     def saved(self, records: Sequence[SavedRecord], forward: GraphModule, backward: GraphModule) -> None:
         """The graph has been parted into forward and backward."""
 

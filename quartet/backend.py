@@ -32,7 +32,7 @@ from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
 from quartet.recipes import PolicyError
-from quartet.report.dump import GraphDump
+from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
 from quartet.runtime.inspect.calls import Inspected, Layers, no_token
@@ -98,6 +98,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if saved is not None:
         patches["custom_partitioner_fn"] = saved
     extra = {} if inner_compile is None else {"inner_compile": inner_compile}
+    if step.config.observers:
+        extra = {"inner_compile": telling(inner_compile or compat.compile_fx_inner(), step.config.observers)}
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
             compat.every_pass() if watched else nullcontext():
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
@@ -135,7 +137,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
     if options.dump is not None:
-        observers = (*observers, GraphDump(options.dump, emit_artifact=compat.emit_artifact))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        observers = (*observers, dump_of(options, names.weights, device))
     replayed = compat.cuda_graphs(options.inductor)
     told = replace(options, reuse_weights=options.reuse_weights and not replayed,
                    memory=_budget(tensors, [example_inputs[i] for i in names.weights], options))

@@ -19,6 +19,7 @@ from quartet.passes.compilation import Observer
 from quartet.passes.naming import module_name
 from quartet.policy import Policy
 from quartet.report.advice import UNPAID, advice
+from quartet.report.predicted import predicted_speed
 from quartet.report.table import Report
 from quartet.runtime.breaks import Break, functions_left, graph_break
 from quartet.runtime.capture import referred_to, unchanged
@@ -94,7 +95,9 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     notes = (*capture.notes, *_prices(parsed.policy, chosen_for, records), *_foreign(chosen_for), *stand_ins.notes(),
              *unused)
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
-                  policy=str(parsed.policy), notes=notes, saved=saved, memory=memory)
+                  policy=str(parsed.policy), notes=notes, saved=saved, memory=memory,
+                  predicted=predicted_speed(records, parsed.policy, chosen_for),
+                  graphs=None if parsed.dump is None else f"{parsed.dump}/index.html")
 
 
 def _check_arguments(model: Any, kwargs: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ TESTED = ("2.11", "2.13", "2.15")
 
 PRIVATE = (
     ("torch._inductor.compile_fx", "compile_fx", "Inductor's entry: AOTAutograd, partitioner, code generation"),
+    ("torch._inductor.compile_fx", "compile_fx_inner", "what forward keeps, told before its code is generated"),
     ("torch._inductor.custom_graph_pass", "CustomGraphPass", "a graph pass with a cache key"),
     ("torch._inductor", "list_mode_options", "what mode= means as configuration"),
     ("torch._inductor", "config", "valid option names, and the user's own joint pass"),
@@ -100,6 +101,11 @@ TorchDispatchMode: Any = _load("torch.utils._python_dispatch", "TorchDispatchMod
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
 statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")
+
+
+def compile_fx_inner() -> Callable[..., Any]:
+    """What compiles the halves of a graph that was split."""
+    return _load("torch._inductor.compile_fx", "compile_fx_inner")
 
 
 def function_of(overload: Any) -> Callable[..., Any]:

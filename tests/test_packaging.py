@@ -80,7 +80,7 @@ def test_every_source_file_is_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     expected = set()
     for room in SHIPPED[3:]:
-        for pattern in ("*.py", "*.cpp", "*.cu.in", "py.typed"):
+        for pattern in ("*.py", "*.cpp", "*.cu.in", "py.typed", "*.html", "*.css", "*.js"):
             for path in (ROOT / room).rglob(pattern):
                 relative = path.relative_to(ROOT).as_posix()
                 expected.add(relative if room == "quartet" else f"quartet/{relative}")

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import functools
-import html
 import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import unified_diff
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 import networkx as nx
 import torch
+from markupsafe import Markup
 from torch import fx
 
 from quartet.kernels.files import opener, write_text
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.passes.compilation import Observer
-from quartet.report.graph_code import op_name, print_graph
+from quartet.report import html, pages
+from quartet.report.graph_code import GraphCode, op_name, print_graph
 from quartet.report.svg import dataflow, draw, kind_of
-from quartet.report.table import Report, page, saved_table
+from quartet.report.table import Report, saved_table
+from quartet.report.text import human_bytes
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -46,24 +49,33 @@ def format_diff(change: dict[str, int]) -> str:
 
 @dataclass
 class _Step:
+    """A pass: the file of the graph after it, and the lines that changed; none where it changed nothing."""
+
     name: str
-    stem: str
     before: Counter[str]
+    file: str = ""
     seconds: float = 0.0
     change: dict[str, int] = field(default_factory=dict)
+    diff: list[str] = field(default_factory=list)
 
 
 @dataclass
 class _Graph:
-    """What is known of the graph that is being compiled."""
+    """What is known of the graph that is being compiled, and the file and lines of it that were written last."""
 
     name: str
     folder: Path | None
     steps: dict[int, _Step] = field(default_factory=dict)
+    file: str = ""
+    lines: list[str] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     flow: nx.DiGraph | None = None
     flow_after: str = ""
     flow_quantized: int = 0
     finished: bool = False
+    report: Report | None = None
+    nodes: int = 0
+    drawing: str = ""
 
 
 def _harmless(method: Callable[Concatenate[GraphDump, P], None]) -> Callable[Concatenate[GraphDump, P], None]:
@@ -87,14 +99,15 @@ class GraphDump(Observer):
     """Observer of the pipeline that writes every graph before and after every pass.
 
     Each compiled graph gets a folder of its own under ``directory``: ``graph_000``, ``graph_001``, …
-    (``rank3_graph_000`` under torch.distributed), with
+    (``rank3_graph_000`` under torch.distributed), which ``directory/index.html`` lists, with
 
-        index.html               passes, op-count diffs, the table and the drawing
-        03_quantize.before.py    the graph, runnable
-        03_quantize.after.py
-        03_quantize.diff.txt     operations added and removed, seconds
+        index.html               what was compiled, passes with the lines that they changed, the drawing, the table
+        00_captured.py           the graph before the first pass, runnable
+        03_quantize.py           after a pass, where that has changed it
+        03_quantize.diff         the lines that it has changed
         matmuls.json             the report as data
         matmuls.svg              the dataflow between matmuls, after the last pass with the most quantised ones
+        about.json               what was compiled: policy, device, options, versions
         saved.forward.py         where activations are saved in eight bits: the two graphs after partitioning,
         saved.backward.py        and what is kept between them
         saved.txt, saved.json
@@ -104,10 +117,15 @@ class GraphDump(Observer):
     Args:
         directory: where to write, made when missing; None writes nothing, for ``emit_artifact`` alone.
         emit_artifact: receives (name, text) of each text file as well, for ``TORCH_TRACE`` and tlparse.
+        about: what is compiled, in words, for the page.
+        names: of the parameters behind a graph's placeholders.
     """
 
-    def __init__(self, directory: str | Path | None, emit_artifact: Callable[[str, str], None] | None = None) -> None:
+    def __init__(self, directory: str | Path | None, emit_artifact: Callable[[str, str], None] | None = None,
+                 about: Mapping[str, str] | None = None,
+                 names: Callable[[fx.Graph], Mapping[str, str]] = lambda graph: {}) -> None:
         self.directory = None if directory is None else Path(directory)
+        self.about, self.names = dict(about or {}), names
         self.emit_artifact = emit_artifact
         self.failed = False
         self._graph: _Graph | None = None
@@ -124,8 +142,9 @@ class GraphDump(Observer):
         graph = self._graph
         if graph is None or graph.finished or index <= max(graph.steps, default=-1):
             graph = self._open()
-        step = graph.steps[index] = _Step(name, f"{index:02d}_{name}", op_counts(gm))
-        self._code(graph, f"{step.stem}.before", f"{graph.name}, before pass {index} {name}", gm)
+        graph.steps[index] = _Step(name, op_counts(gm))
+        if not graph.file:
+            self._changed(graph, "00_captured", f"{graph.name}, before the first pass", gm)
 
     @_harmless
     def after(self, index: int, name: str, gm: fx.GraphModule, seconds: float) -> None:
@@ -139,22 +158,32 @@ class GraphDump(Observer):
         quantized = sum(kind_of(n) == "matmul" for n in gm.graph.nodes if n.op == "call_function")
         if quantized >= graph.flow_quantized:
             graph.flow, graph.flow_after, graph.flow_quantized = dataflow(gm), name, quantized
-        lines = [f"{index:02d} {name}, {seconds * 1e3:.1f} ms", *(f"{n:+6d} {op}" for op, n in step.change.items())]
-        self._text(graph, f"{step.stem}.diff.txt", "\n".join(lines) + "\n")
-        self._code(graph, f"{step.stem}.after", f"{graph.name}, after pass {index} {name}", gm)
+        stem = f"{index:02d}_{name}"
+        step.diff = self._changed(graph, stem, f"{graph.name}, after pass {index} {name}", gm)
+        step.file = graph.file
+        if step.diff:
+            self._text(graph, f"{stem}.diff", "\n".join(step.diff) + "\n")
 
     @_harmless
     def finish(self, records: Sequence[MatmulRecord] | Report, gm: fx.GraphModule) -> None:
-        """The pipeline is done: write the table, the drawing and the index; the next ``before`` opens a new graph."""
+        """The pipeline is done: write the table, the drawing and the pages; the next ``before`` opens a new graph."""
         graph = self._open() if self._graph is None or self._graph.finished else self._graph
-        report = records if isinstance(records, Report) else Report(records)
+        graph.report = records if isinstance(records, Report) else Report(
+            records, policy=self.about.get("policy"), device=self.about.get("device"))
         flow = graph.flow if graph.flow is not None else dataflow(gm)
         where = f" after pass {graph.flow_after}" if graph.flow_after else ""
-        drawing = draw(flow, f"{graph.name}: matmuls{where}")
-        self._text(graph, "matmuls.json", json.dumps(report.to_dict(), indent=1) + "\n")
-        self._text(graph, "matmuls.svg", drawing)
-        self._text(graph, "index.html", _index(graph, report, drawing))
+        graph.drawing, graph.nodes = draw(flow, f"{graph.name}: matmuls{where}"), sum(op_counts(gm).values())
+        self._text(graph, "matmuls.svg", graph.drawing)
+        self._pages(graph)
         graph.finished = True
+
+    @_harmless
+    def kept(self, size: int) -> None:
+        """The graph was split: forward leaves so many bytes for backward, which the pages then say."""
+        graph = self._graph
+        if graph is not None and graph.report is not None:
+            graph.report.saved_bytes_total = size
+            self._pages(graph)
 
     @_harmless
     def saved(self, records: Sequence[SavedRecord], forward: fx.GraphModule, backward: fx.GraphModule) -> None:
@@ -185,30 +214,62 @@ class GraphDump(Observer):
             self._graph = _Graph(folder.name, folder)
             return self._graph
 
+    def _pages(self, graph: _Graph) -> None:
+        """Write what shows the report."""
+        report = graph.report
+        assert report is not None
+        self._text(graph, "matmuls.json", json.dumps(report.to_dict(), indent=1) + "\n")
+        self._text(graph, "about.json", json.dumps(
+            {**self.about, "lowered": f"{len(report.lowered)} of {len(report)}", "operations": graph.nodes,
+             "kept": human_bytes(report.saved_bytes_total)}, indent=1) + "\n")
+        self._text(graph, "index.html", _page(graph, report, self.about))
+        if self.directory is not None:
+            write_text(self.directory / "index.html", _listing(self.directory))
+
     def _text(self, graph: _Graph, name: str, text: str) -> None:
         if graph.folder is not None:
             write_text(graph.folder / name, text)
         if self.emit_artifact is not None:
             self.emit_artifact(f"quartet_{graph.name}_{name}", text)
 
+    def _changed(self, graph: _Graph, stem: str, title: str, gm: fx.GraphModule) -> list[str]:
+        """Write a graph if it is another one than was written last; the lines that differ."""
+        code = print_graph(gm, title, f"{stem}.constants.pt", self.names(gm.graph))
+        lines = code.source.replace(f"{stem}.constants.pt", "constants.pt").splitlines()[1:]
+        same = lines == graph.lines and code.constants.keys() == graph.constants.keys() and all(
+            torch.equal(value, graph.constants[name]) for name, value in code.constants.items())
+        if same:
+            return []
+        diff = list(unified_diff(graph.lines, lines, graph.file, f"{stem}.py", lineterm="")) if graph.file else []
+        self._write(graph, stem, code)
+        graph.file, graph.lines, graph.constants = f"{stem}.py", lines, code.constants
+        return diff or ["other constants"]
+
     def _code(self, graph: _Graph, stem: str, title: str, gm: fx.GraphModule) -> None:
-        code = print_graph(gm, title, f"{stem}.constants.pt")
+        self._write(graph, stem, print_graph(gm, title, f"{stem}.constants.pt", self.names(gm.graph)))
+
+    def _write(self, graph: _Graph, stem: str, code: GraphCode) -> None:
         self._text(graph, f"{stem}.py", code.source)
         if code.constants and graph.folder is not None:
             with open(graph.folder / f"{stem}.constants.pt", "wb", opener=opener) as file:
                 torch.save(code.constants, file)
 
 
-def _index(graph: _Graph, report: Report, drawing: str) -> str:
-    rows = []
-    for index, step in sorted(graph.steps.items()):
-        links = " ".join(f'<a href="{html.escape(step.stem)}.{side}.py">{side}</a>' for side in ("before", "after"))
-        cells = (f"<td class=num>{index}</td>", f"<td>{html.escape(step.name)}</td>", f"<td>{links}</td>",
-                 f"<td class=num>{step.seconds * 1e3:.1f} ms</td>",
-                 f"<td>{html.escape(format_diff(step.change))}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    passes = ('<div class="quartet"><table><thead><tr><th></th><th>pass</th><th>graph</th><th>time</th>'
-              f'<th>operations</th></tr></thead><tbody>\n{chr(10).join(rows)}\n</tbody></table></div>')
-    return page(f"quartet: {graph.name}", f'<h2>Passes</h2>{passes}<h2>Matmuls</h2>'
-                f'<p><a href="matmuls.json">as data</a></p>{report.html_fragment()}<h2>Dataflow</h2>'
-                f'<p><a href="matmuls.svg">alone</a></p><div class="wide" style="overflow:auto">{drawing}</div>')
+def _page(graph: _Graph, report: Report, about: Mapping[str, str]) -> str:
+    kinds = {"+": "add", "-": "del", "@": "at"}
+    steps = [{"index": index, "name": step.name, "file": step.file, "time": f"{step.seconds * 1e3:.1f} ms",
+              "change": format_diff(step.change),
+              "diff": [{"text": line, "kind": kinds.get(line[:1], "")} for line in step.diff]}
+             for index, step in sorted(graph.steps.items())]
+    return pages.render("graph.html", title=f"quartet: {graph.name}", about=about, steps=steps, nodes=graph.nodes,
+                        final=graph.file, drawing=Markup(graph.drawing), **html.data_of(report))
+
+
+def _listing(directory: Path) -> str:
+    """The page of all graphs that a folder holds."""
+    header = ("policy", "device", "lowered", "kept", "operations", "compiled")
+    graphs = []
+    for path in sorted(directory.glob("*graph_*/about.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        graphs.append({"name": path.parent.name, "cells": [str(about.get(name, "")) for name in header]})
+    return pages.render("graphs.html", title="quartet: graphs", header=("graph", *header), graphs=graphs)

@@ -10,6 +10,7 @@ import inspect
 import math
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,8 @@ class GraphCode:
 
 
 class _Printer:
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
         self.imports = {"torch"}
         self.constants: dict[str, torch.Tensor] = {}
         self.obstacles: list[str] = []
@@ -167,7 +169,8 @@ class _Printer:
     def graph_class(self, class_name: str, gm: fx.GraphModule) -> str:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         lines = [f"class {class_name}(torch.nn.Module):", "    def forward(", "        self,"]
-        lines += [f"        {n.name},".ljust(40) + f"  # {describe(n.meta.get('val'))}" for n in placeholders]
+        lines += [f"        {n.name},".ljust(40) + f"  # {describe(n.meta.get('val'))}  {self.names.get(n.name, '')}"
+                  .rstrip() for n in placeholders]
         lines.append("    ):")
         last_use: dict[fx.Node, fx.Node] = {}
         for node in gm.graph.nodes:
@@ -214,11 +217,16 @@ def random(shape, stride, dtype, device="cpu"):
     return out.expand(shape)
 '''
 
+RUNS = ("Run it: random inputs of the traced shapes, or `python FILE inputs.pt` with yours, a tuple that torch.save",
+        "wrote: one value a placeholder, in the order and of the shapes that inputs() has.")
 MAIN = '''
 if __name__ == "__main__":
+    import sys
+
     torch.manual_seed(0)
+    given = torch.load(sys.argv[1], weights_only=True) if len(sys.argv) > 1 else inputs()
     with torch.no_grad():
-        results = Graph()(*inputs())
+        results = Graph()(*given)
     for index, result in enumerate(results if isinstance(results, (list, tuple)) else [results]):
         if isinstance(result, torch.Tensor):
             print(f"{index:4d}  {str(result.dtype).removeprefix('torch.'):14s} {str(tuple(result.shape)):24s}"
@@ -228,20 +236,21 @@ if __name__ == "__main__":
 '''
 
 
-def print_graph(gm: fx.GraphModule, title: str, constants_file: str = "constants.pt") -> GraphCode:
+def print_graph(gm: fx.GraphModule, title: str, constants_file: str = "constants.pt",
+                names: Mapping[str, str] | None = None) -> GraphCode:
     """Print ``gm`` as a module with a class ``Graph``, a function ``inputs()`` and a main part.
 
     Args:
         gm: a graph with ``meta["val"]`` on its placeholders; symbolic sizes become their hints.
         title: first line of the module's docstring.
         constants_file: name, beside the module, from which it loads the tensors of ``get_attr`` nodes.
+        names: of the parameters behind placeholders, by the placeholder's.
     """
-    printer = _Printer()
+    printer = _Printer(names or {})
     graph = printer.graph_class("Graph", gm)
     values = [(n.name, printer.random_input(n.meta.get("val"))) for n in gm.graph.nodes if n.op == "placeholder"]
     obstacles = tuple(dict.fromkeys(printer.obstacles))
-    doc = [title, "", *([f"Does not run as it stands; it has {o}." for o in obstacles] or
-                        ["Run it: random inputs of the traced shapes."])]
+    doc = [title, "", *([f"Does not run as it stands; it has {o}." for o in obstacles] or RUNS)]
     parts = ['"""' + "\n".join(doc).replace("\\", "\\\\").replace('"""', "'''") + '\n"""', ""]
     parts += [f"import {name}" + ("  # defines torch.ops.quartet" if name == OP_MODULE else "")
               for name in sorted(printer.imports)]
@@ -252,6 +261,7 @@ def print_graph(gm: fx.GraphModule, title: str, constants_file: str = "constants
     for nested in printer.classes:
         parts += [nested, "", ""]
     parts += [graph, "", "", "def inputs():", '    """One value a placeholder, in order."""', "    return ("]
-    parts += [f"        {text},".ljust(72) + f"  # {name}" for name, text in values]
+    parts += [f"        {text},".ljust(72) + f"  # {name}  {printer.names.get(name, '')}".rstrip()
+              for name, text in values]
     parts += ["    )", "", MAIN.rstrip(), ""]
     return GraphCode("\n".join(parts), printer.constants, obstacles)

@@ -23,7 +23,7 @@ from quartet.report.text import shorten
 MATMULS = frozenset(f"aten.{name}" for name in (
     "mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "_scaled_mm_v2", "_grouped_mm", "_scaled_grouped_mm",
     "_scaled_grouped_mm_v2"))
-UNDRAWN = frozenset({"quartet.signs", "quartet.fixed_signs"})
+UNDRAWN = frozenset(f"quartet.{name}" for name in ("signs", "fixed_signs", "seed", "sign_table", "random_bits"))
 MAX_SITES = 40
 BOX, GAP, ROW, MARGIN, TOP = (148, 34), 14, 58, 24, 92
 

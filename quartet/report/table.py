@@ -1,8 +1,7 @@
-"""The table "matmul → kernel, or why not", as text, data and HTML."""
+"""The table "matmul → kernel, or why not", as text and data."""
 
 from __future__ import annotations
 
-import html
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import ROLES
+from quartet.report import html
 from quartet.report import memory as frontiers
 from quartet.report.difference import Difference
 from quartet.report.text import INDEX, human_bytes, percent, shorten
@@ -62,7 +62,12 @@ class Row:
 
     name: str
     record: MatmulRecord
-    count: int
+    members: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.members)
 
     def place(self) -> tuple[int, int]:
         """Where the row stands: by site, then fprop, dgrad, wgrad."""
@@ -90,7 +95,7 @@ def remarks(record: MatmulRecord) -> tuple[str, ...]:
 def rows(records: Sequence[MatmulRecord], collapse: bool = True) -> list[Row]:
     """One row a matmul; with ``collapse``, ``layers.{0..7}.q_proj`` where every other column is equal."""
     if not collapse:
-        return sorted((Row(r.fqn or f"matmul {r.site}", r, 1) for r in records), key=Row.place)
+        return sorted((Row(r.fqn or f"matmul {r.site}", r, (r.fqn,)) for r in records), key=Row.place)
     groups: dict[tuple[str, MatmulRecord], list[MatmulRecord]] = {}
     for r in records:
         groups.setdefault((INDEX.sub("#", r.fqn), replace(r, site=0, fqn="")), []).append(r)
@@ -106,7 +111,7 @@ def rows(records: Sequence[MatmulRecord], collapse: bool = True) -> list[Row]:
             inside = [r for index, rs in by_index.items() if all(i in s for i, s in zip(index, box, strict=True))
                       for r in rs]
             out.append(Row(name or (f"matmul {inside[0].site}" if len(inside) == 1 else "(no module)"),
-                           inside[0], len(inside)))
+                           inside[0], tuple(r.fqn for r in inside)))
     return sorted(out, key=Row.place)
 
 
@@ -153,12 +158,15 @@ class Report:
         notes: remarks on the whole graph.
         saved: what is kept between forward and backward, where the policy is about it or a budget.
         memory: what was chosen for a budget, a record a graph.
+        predicted: how many times faster the linear layers are than in the model's dtype; None where that is not known.
+        graphs: address of the dump of its graphs, for a link.
     """
 
     def __init__(self, records: Iterable[MatmulRecord], saved_bytes_total: int | None = None, *,
                  torch_version: str | None = None, device: str | None = None, policy: str | None = None,
                  notes: Iterable[str] = (), saved: Iterable[SavedRecord] = (),
-                 memory: Iterable[MemoryRecord] = ()) -> None:
+                 memory: Iterable[MemoryRecord] = (), predicted: float | None = None,
+                 graphs: str | None = None) -> None:
         self.records = tuple(records)
         self.torch_version = torch_version or torch.__version__
         self.device = device
@@ -166,6 +174,8 @@ class Report:
         self.notes = tuple(notes)
         self.saved = tuple(saved)
         self.memory = tuple(memory)
+        self.predicted = predicted
+        self.graphs = graphs
         known = [r.saved_bytes for r in self.records if r.saved_bytes is not None]
         self.saved_bytes_total = saved_bytes_total if saved_bytes_total is not None else sum(known) if known else None
 
@@ -213,6 +223,8 @@ class Report:
             + (f" ({symbolic} with symbolic sizes not counted)" if symbolic else ""),
             f"kept      {human_bytes(self.saved_bytes_total)} between forward and backward",
             *frontiers.memory_lines(self.memory),
+            *([] if self.predicted is None else
+              [f"predicted {self.predicted:.2f} times the speed of the linear layers in the model's dtype"]),
         ]
         for number, (text, count) in enumerate(self.remarks.items(), 1):
             lines.append(f"{f'[{number}]':<9} {count} × {text}")
@@ -277,7 +289,8 @@ class Report:
         return cls([MatmulRecord.from_dict(row) for row in data["matmuls"]], data["saved_bytes_total"],
                    torch_version=data["torch"], device=data["device"], policy=data["policy"], notes=data["notes"],
                    saved=[SavedRecord.from_dict(row) for row in data.get("saved", ())],
-                   memory=[MemoryRecord.from_dict(row) for row in data.get("memory", ())])
+                   memory=[MemoryRecord.from_dict(row) for row in data.get("memory", ())],
+                   predicted=data.get("predicted_speed"))
 
     def to_dict(self) -> dict[str, object]:
         """Everything, uncollapsed, JSON-serialisable."""
@@ -286,7 +299,7 @@ class Report:
             "saved_bytes_total": self.saved_bytes_total,
             "lowered": len(self.lowered), "total": len(self.records),
             "flops_share": {**{role: self.flops_share(role) for role in ROLES}, "total": self.flops_share()},
-            "reasons": self.reasons,
+            "predicted_speed": self.predicted, "reasons": self.reasons,
             "matmuls": [r.as_dict() for r in self.records],
             **({"saved": [r.as_dict() for r in self.saved]} if self.saved else {}),
             **({"memory": [r.as_dict() for r in self.memory]} if self.memory else {}),
@@ -299,50 +312,9 @@ class Report:
         """
         frontiers.plot(self.memory, path)
 
-    def html_fragment(self, collapse: bool = True) -> str:
-        """Table and totals without a page around them."""
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in HEADER)
-        body = []
-        for row in rows(self.records, collapse):
-            cells = (*row.cells(), "; ".join(row.remarks))
-            style = "lowered" if row.record.lowered else "alone"
-            body.append(f'<tr class="{style} {row.record.role}">' + "".join(
-                f'<td{" class=num" if h in RIGHT else ""}>{html.escape(c)}</td>'
-                for h, c in zip(HEADER, cells, strict=True)) + "</tr>")
-        saved = ["", saved_table(self.saved)] if self.saved else []
-        summary = html.escape("\n".join([*self.summary(), *saved]))
-        return (f'<div class="quartet"><p>{html.escape(self.title())}</p><div class="wide"><table><thead><tr>{head}'
-                f'</tr></thead><tbody>\n{chr(10).join(body)}\n</tbody></table></div><pre>{summary}</pre></div>')
-
     def to_html(self) -> str:
         """One self-contained page, light or dark as the reader prefers."""
-        return page("Matmuls", self.html_fragment(collapse=False))
+        return html.explain_page(self)
 
     def _repr_html_(self) -> str:
-        return f"<style>{TABLE_STYLE}</style>{self.html_fragment()}"
-
-
-TABLE_STYLE = """
-.quartet { font: 14px/1.45 system-ui, sans-serif; }
-.quartet .wide { overflow-x: auto; }
-.quartet table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.quartet th, .quartet td { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid color-mix(in srgb, currentColor 15%, transparent); }
-.quartet td:last-child { white-space: normal; min-width: 20em; }
-.quartet td.num { text-align: right; }
-.quartet tr.alone { opacity: .65; }
-.quartet pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; }
-"""
-
-PAGE_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1.5em; max-width: 110em; }
-h1 { font-weight: 600; } h2 { margin-top: 2em; font-weight: 600; }
-"""
-
-
-def page(title: str, body: str) -> str:
-    """A self-contained HTML page; ``body`` is HTML, ``title`` plain text."""
-    name = html.escape(title)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-            f"<style>{PAGE_STYLE}{TABLE_STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n")
+        return html.fragment(self)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from xml.etree import ElementTree
@@ -232,7 +233,7 @@ def test_describe_names_dtypes_and_structure():
 def test_dumped_files_run_as_programs(tmp_path):
     dump = GraphDump(tmp_path)
     observe(dump, traced())
-    ran = subprocess.run([sys.executable, str(tmp_path / "graph_000" / "00_quantize.after.py")], capture_output=True,
+    ran = subprocess.run([sys.executable, str(tmp_path / "graph_000" / "00_quantize.py")], capture_output=True,
                          text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     assert [line.split()[1] for line in ran.stdout.splitlines()] == ["float32"] * 3
@@ -243,8 +244,8 @@ def test_before_and_after_are_the_graphs_before_and_after(tmp_path):
     gm = traced()
     expected_before = gm(*example())
     observe(GraphDump(tmp_path), gm)
-    for side, expected in (("before", expected_before), ("after", gm(*example()))):
-        printed = runpy.run_path(str(tmp_path / "graph_000" / f"00_quantize.{side}.py"), run_name="dumped")
+    for stem, expected in (("00_captured", expected_before), ("00_quantize", gm(*example()))):
+        printed = runpy.run_path(str(tmp_path / "graph_000" / f"{stem}.py"), run_name="dumped")
         for ours, theirs in zip(printed["Graph"]()(*example()), expected, strict=True):
             assert torch.equal(ours, theirs)
     assert not torch.equal(expected_before[0], gm(*example())[0])
@@ -255,8 +256,8 @@ def test_dumped_constants_belong_to_their_file(tmp_path):
     gm = make_fx(lambda x: x * table)(torch.ones(3))
     dump = GraphDump(tmp_path)
     observe(dump, gm, run=lambda gm: setattr(gm, "_tensor_constant0", table + 10))
-    results = [runpy.run_path(str(tmp_path / "graph_000" / f"00_quantize.{side}.py"), run_name="dumped")["Graph"]()(
-        torch.ones(3)) for side in ("before", "after")]
+    results = [runpy.run_path(str(tmp_path / "graph_000" / f"{stem}.py"), run_name="dumped")["Graph"]()(
+        torch.ones(3)) for stem in ("00_captured", "00_quantize")]
     assert torch.equal(results[0], table) and torch.equal(results[1], table + 10)
 
 
@@ -266,8 +267,10 @@ def test_the_diff_counts_operations(tmp_path):
     observe(GraphDump(tmp_path), gm)
     assert count_diff(before, op_counts(gm)) == {"operator.getitem": 4, "quartet.quantize": 2, "aten.t": 1,
                                                  "quartet.scaled_mm": 1, "aten.mm": -1}
-    text = (tmp_path / "graph_000" / "00_quantize.diff.txt").read_text()
-    assert "250.0 ms" in text and "+2 quartet.quantize" in text and "-1 aten.mm" in text
+    lines = (tmp_path / "graph_000" / "00_quantize.diff").read_text().splitlines()
+    assert lines[:2] == ["--- 00_captured.py", "+++ 00_quantize.py"]
+    assert any(line.startswith("+") and "quartet.quantize" in line for line in lines)
+    assert any(line.startswith("-") and "aten.mm" in line for line in lines)
 
 
 def test_diff_as_text():
@@ -284,8 +287,9 @@ def test_index_links_to_what_is_there(tmp_path):
     folder = tmp_path / "graph_000"
     page = (folder / "index.html").read_text()
     links = [part.split('"')[0] for part in page.split('href="')[1:]]
-    assert len(links) == 6 and all((folder / link).is_file() for link in links)
-    assert "+2 quartet.quantize" in page and "no op added or removed" in page
+    assert len(links) == 5 and all((folder / link).is_file() for link in links)
+    assert "+2 quartet.quantize" in page and "changed nothing" in page and "250.0 ms" in page
+    assert not list(folder.glob("01_*")), "a graph that is the same is written once"
     assert "layers.0.q" in page and "<svg" in page
     assert json.loads((folder / "matmuls.json").read_text())["matmuls"] == [RECORD.as_dict()]
 
@@ -297,7 +301,8 @@ def test_each_graph_and_each_process_gets_its_own_folder(tmp_path):
     observe(second, gm, run=lambda gm: None)
     first.finish([], gm)
     observe(first, gm, run=lambda gm: None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph_000", "graph_001", "graph_002"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph_000", "graph_001", "graph_002",
+                                                          "index.html"]
     assert first.folder == tmp_path / "graph_002"
     assert (tmp_path / "graph_000" / "index.html").exists()
 
@@ -307,7 +312,7 @@ def test_a_compilation_that_stopped_half_way_does_not_mix_with_the_next(tmp_path
     dump.before(0, "a", traced())
     dump.before(1, "b", traced())
     dump.before(0, "a", traced())
-    assert [p.name for p in sorted((tmp_path / "graph_001").iterdir())] == ["00_a.before.py"]
+    assert [p.name for p in sorted((tmp_path / "graph_001").iterdir())] == ["00_captured.py"]
 
 
 def test_the_rank_is_in_the_name(tmp_path, monkeypatch):
@@ -338,9 +343,37 @@ def test_artifacts_are_emitted_even_without_a_folder():
         dump.finish([RECORD], gm)
         observe(dump, gm, run=lambda gm: None)
     assert set(seen) == {f"quartet_graph_000_{name}" for name in (
-        "00_quantize.before.py", "00_quantize.after.py", "00_quantize.diff.txt", "matmuls.json", "matmuls.svg",
-        "index.html")} | {f"quartet_graph_001_00_quantize.{name}" for name in ("before.py", "after.py", "diff.txt")}
+        "00_captured.py", "00_quantize.py", "00_quantize.diff", "matmuls.json", "matmuls.svg", "about.json",
+        "index.html")} | {"quartet_graph_001_00_captured.py"}
     assert dump.folder is None
+
+
+def test_the_pages_say_what_was_compiled_and_keep_what_a_model_names_from_being_markup(tmp_path):
+    gm = traced()
+    for policy in ("fp8", "<b>own</b>"):
+        dump = GraphDump(tmp_path, about={"policy": policy, "device": "cpu"}, names=lambda graph: {"x_1": "a.weight"})
+        observe(dump, gm, run=lambda gm: None)
+        dump.finish([replace(RECORD, fqn="<script>alert(1)</script>")], gm)
+        dump.kept(3 << 20)
+    page, listing = (tmp_path / "graph_001" / "index.html").read_text(), (tmp_path / "index.html").read_text()
+    assert "&lt;b&gt;own&lt;/b&gt;" in page and "<b>own" not in page + listing and "alert(1)</script>" not in page
+    assert listing.count('href="graph_00') == 2 and "fp8" in listing and "3.0 MiB" in page and "3.0 MiB" in listing
+    assert json.loads((tmp_path / "graph_000" / "matmuls.json").read_text())["saved_bytes_total"] == 3 << 20
+    assert json.loads((tmp_path / "graph_000" / "about.json").read_text())["policy"] == "fp8"
+
+
+def test_parameters_are_named_at_their_placeholders():
+    code = print_graph(traced(), "t", names={"w0_1": "layers.0.weight"}).source
+    assert sum("layers.0.weight" in line for line in code.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_dumped_graph_runs_on_tensors_of_the_user(tmp_path):
+    observe(GraphDump(tmp_path), traced(), run=lambda gm: None)
+    torch.save(example(), tmp_path / "inputs.pt")
+    ran = subprocess.run([sys.executable, str(tmp_path / "graph_000" / "00_captured.py"), str(tmp_path / "inputs.pt")],
+                         capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0 and ran.stdout.count("finite True") == 3, ran.stderr
 
 
 # ── the drawing ──

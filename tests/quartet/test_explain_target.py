@@ -9,7 +9,8 @@ from torch import nn
 import quartet
 from quartet.lowering import registry
 from quartet.lowering.rates import PASSES, Rates
-from quartet.runtime.devices import ARCHITECTURES, Target
+from quartet.runtime.devices import Target
+from quartet.runtime.gpus import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)
