@@ -290,7 +290,10 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
         with open_lock(path) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_at(path, os.fstat(handle.fileno())):
-                yield
+                try:
+                    yield
+                finally:
+                    fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has the handle open too
                 return
 
 

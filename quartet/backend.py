@@ -36,6 +36,7 @@ from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
 from quartet.runtime.inspect.calls import Inspected, Layers, no_token
+from quartet.runtime.replay.library import LAUNCHER
 from quartet.runtime.slots.amax import Anchored, no_anchor
 from quartet.runtime.slots.anchored_graph import forget_examples, with_input
 from quartet.runtime.slots.weights import REUSED
@@ -84,6 +85,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
     if options.policy.where_it_pays and options.target is None and not watched:
         calibrate_once(device)
+    if device.type == "cuda" and options.target is None and not watched:
+        LAUNCHER.prepare()
     step = make_pipeline(gm, example_inputs, options, names, remember, observers)
     if step.config.reuse_weights:
         REUSED.watch()

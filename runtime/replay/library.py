@@ -66,6 +66,27 @@ class _Offer:
         return getattr(getattr(torch.ops.quartet, self.name), self.overload or "default")
 
 
+class _Building(threading.Thread):
+    """:func:`library`, asked for on a thread of its own, which does not keep the process from ending."""
+
+    def __init__(self) -> None:
+        super().__init__(name="quartet-launcher", daemon=True)
+        self._found: Path | BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._found = library()
+        except (BuildError, OSError, RuntimeError) as error:
+            self._found = error
+
+    def result(self) -> Path:
+        """Raises what it has raised."""
+        self.join()
+        if isinstance(self._found, BaseException):
+            raise self._found
+        return self._found or library()  # a forked process has no thread that was begun before
+
+
 @dataclass
 class Launcher:
     """The library and the ops that are offered to it.
@@ -81,6 +102,7 @@ class Launcher:
     _claim: Callable[[], int] = int
     _direct: Callable[[bytes, Any], Any] | None = None
     _guard: threading.RLock = field(default_factory=threading.RLock)
+    _building: _Building | None = None
     _python: torch.library.Library = field(default_factory=lambda: torch.library.Library(_PYTHON, "FRAGMENT"))
 
     def offer(self, called: str, schema: str, run: Run, device: str = "cuda", owner: int = -1) -> Run:
@@ -118,13 +140,20 @@ class Launcher:
             call_through(offer.overload_of(), getattr(function, "usual", function))
             self._ops.detach(called)
 
+    def prepare(self) -> None:
+        """Begin to build the library where it has not been, while the caller goes on; :meth:`start` waits for it."""
+        with self._guard:
+            if self._ops is None and self.missing is None and self._building is None:
+                self._building = _Building()
+                self._building.start()
+
     def start(self) -> None:
         """Build the library where it has not been, load it, and put it before the ops offered so far."""
         with self._guard:
             if self._ops is not None or self.missing is not None:
                 return
             try:
-                self.load(library(), launcher.DRIVER)
+                self.load(library() if self._building is None else self._building.result(), launcher.DRIVER)
             except (BuildError, OSError, RuntimeError) as error:
                 self.missing = str(error)
                 log.warning("kernels are launched from Python, which takes some 90 µs each: %s", self.missing)

@@ -469,6 +469,36 @@ def test_without_a_compiler_python_launches_and_says_so(monkeypatch, caplog, tmp
     assert caplog.text.count("launched from Python") == 1 and "install g++" in made.missing
 
 
+def test_start_waits_for_the_build_that_was_begun_before(monkeypatch, stub, driver):
+    begun, go, built, calls = threading.Event(), threading.Event(), library.library(), []
+
+    def slow():
+        calls.append(threading.current_thread())
+        begun.set()
+        assert go.wait(20)
+        return built
+
+    monkeypatch.setattr(library, "library", slow)
+    made = Launcher()
+    made.prepare()
+    made.prepare()
+    assert begun.wait(20) and made.status() != "C++, loaded"
+    threading.Timer(0.1, go.set).start()
+    made.start()
+    assert made.status() == "C++, loaded"
+    assert len(calls) == 1 and calls[0] is not threading.current_thread()
+
+
+def test_a_build_begun_before_fails_once(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    made = Launcher()
+    made.prepare()
+    with caplog.at_level(logging.WARNING, "quartet"):
+        made.start()
+    made.prepare()
+    assert caplog.text.count("launched from Python") == 1 and "install g++" in made.missing
+
+
 def test_the_user_may_want_python(monkeypatch):
     monkeypatch.setenv(library.VARIABLE, "python")
     assert Launcher().status() == f"Python: {library.VARIABLE}=python"
