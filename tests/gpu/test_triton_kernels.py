@@ -274,6 +274,24 @@ def test_cast_of_matrices(turned, dtype, shape, device):
         assert torch.equal(codes.view(torch.uint8), (wanted.mT if turned else wanted).contiguous().view(torch.uint8))
 
 
+@pytest.mark.parametrize("rule", ("amax", "amax_pow2"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+def test_cast_by_the_largest_magnitude(dtype, rule, device):
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    spec = QuantSpec.parse(f"e4m3/tensor fp32 {rule} nearest")
+    x = expected.data(130, 4096, dtype, device)
+    for value in (ref.largest_magnitude(x).item(), *torch.logspace(-38, 38, 40).tolist(), 0.0, float("inf"),
+                  float("nan")):
+        amax = torch.full((1, 1), value, device=device)
+        multiplier, wanted = ref.scale_of_amax(amax, spec)
+        codes, flipped, scale = cast.quantize(x, amax, spec, plain=True, transposed=True)
+        torch.testing.assert_close(scale, wanted, rtol=0, atol=0, equal_nan=True)
+        for mine, other in zip((codes, flipped), cast.cast(x, multiplier, codes.dtype, plain=True, transposed=True),
+                               strict=True):
+            assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+
+
 def test_what_is_too_wide_for_a_grid_is_refused_by_name(device):
     c = chain("quest", device)
     x = torch.ones(1, 64 * 65536, dtype=torch.bfloat16, device=device)

@@ -355,10 +355,31 @@ def check_cast(multiplier: float) -> list[str]:
             if not torch.equal(codes.float().isnan(), wanted)]
 
 
+def check_scale_of_amax(rule: str) -> list[str]:
+    """Scales, bit for bit, of largest magnitudes of all sizes; the interpreter divides fp64 as the reference does."""
+    found, x = [], expected.data(40, 70)
+    spec = QuantSpec.parse(f"e5m2/tensor fp32 {rule} nearest")
+    for value in (0.0, 1e-45, 1e-39, 3e-38, 1.7, 448.0, 57344.0, 3.3e38, float("inf"), float("nan"), *torch.rand(40)):
+        amax = torch.tensor([value], dtype=torch.float32)
+        codes, turned, scale = cast.quantize(x, amax, spec, plain=True, transposed=True)
+        multiplier, wanted = ref.scale_of_amax(amax.reshape(1, 1), spec)
+        again = cast.cast(x, multiplier.reshape(1), torch.float8_e5m2, plain=True, transposed=True)
+        if not torch.equal(scale.view(torch.int32), wanted.view(torch.int32)) and not wanted.isnan().all():
+            found.append(f"amax {value}: the scale is {scale.item()!r}, not {wanted.item()!r}")
+        if wanted.isnan().all() != scale.isnan().all():
+            found.append(f"amax {value}: the scale is {scale.item()}, not {wanted.item()}")
+        for mine, other in zip((codes, turned), again, strict=True):
+            if not torch.equal(mine.view(torch.uint8), other.view(torch.uint8)):
+                found.append(f"amax {value}: other codes than by the multiplier")
+    return found
+
+
 for name, (check, arguments) in two_level_cases.cases():
     case(name, check, *arguments)
 case("cast-keeps-what-is-not-finite", check_cast, 2.0)
 case("cast-under-a-broken-scale", check_cast, float("nan"))
+for rule in ("amax", "amax_pow2", "delayed"):
+    case(f"cast-by-{rule}", check_scale_of_amax, rule)
 
 
 @triton.jit

@@ -142,7 +142,8 @@ def test_layout_is_what_scaled_mm_wants(a_spec, b_spec, flips, m, n, k):
     assert b_scales.shape == ((1, ceil16(n)) if rows else (1, 1))
     assert gm.graph.output_node().args[0].meta["val"].shape == (m, n)
     if min(m, n, k) > 1:
-        copied = len(calls(gm, fp8_ops.ROW_MAJOR)) + sum(c.args[4] for c in calls(gm, fp8_ops.CAST))
+        copied = len(calls(gm, fp8_ops.ROW_MAJOR)) + sum(
+            c.args[4] for target in (fp8_ops.CAST, fp8_ops.QUANTIZE) for c in calls(gm, target))
         assert copied == sum(flips)
 
 
@@ -152,7 +153,7 @@ def test_codes_that_lie_well_are_neither_copied_nor_padded():
     gm = lowered(partial(product, a_spec=TENSOR, b_spec=TENSOR, dtype=torch.bfloat16), x, w)
     assert not calls(gm, fp8_ops.ROW_MAJOR) and not calls(gm, aten.constant_pad_nd.default)
     assert {cut.meta["val"].dtype for cut in calls(gm, aten.slice.Tensor)} <= {torch.float32}  # of scales, not of codes
-    assert [cast.args[3:] for cast in calls(gm, fp8_ops.CAST)] == [(True, False)] * 2  # each once, no transpose
+    assert [cast.args[3:] for cast in calls(gm, fp8_ops.QUANTIZE)] == [(True, False)] * 2  # each once, no transpose
 
 
 def test_a_quantiser_that_another_family_reads_too_stays_for_it():
@@ -250,7 +251,7 @@ def test_a_scale_from_earlier_steps_hides_nothing(element, amax):
 
     with FakeTensorMode() as mode:
         gm = lowered(codes, *map(mode.from_tensor, (x, w, given)))
-    (cast,) = [node for node in calls(gm, fp8_ops.CAST) if node.args[2:] == (element, True, True)]
+    (cast,) = [node for node in calls(gm, fp8_ops.QUANTIZE) if node.args[2:] == (str(spec), True, True)]
     outputs = gm.graph.output_node()
     outputs.args = (outputs.args[0][:3],)
     gm.graph.eliminate_dead_code()

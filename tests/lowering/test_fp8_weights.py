@@ -133,7 +133,7 @@ def test_products_are_bit_for_bit_those_of_scales_one_by_one(monkeypatch):
     results = []
     for together in (True, False):
         if not together:
-            monkeypatch.setattr(lower, "scales_of_weights", lambda *_: {})
+            monkeypatch.setattr(lower, "amax_of_weights", lambda *_: {})
         gm = lowered_products()
         assert bool(gm.graph.find_nodes(op="call_function", target=AMAX_OF_EACH)) == together
         gm.recompile()

@@ -1,4 +1,4 @@
-"""Triton kernels for one-byte operands with one scale: the cast of a tensor and of its transpose, and transposition."""
+"""Triton kernels for one-byte operands with one scale: cast of a tensor and of its transpose, and transposition."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quartet.kernels.spec import QuantSpec
 from quartet.kernels.triton.host import DTYPES, cdiv, on_device
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import tile_in_stack
@@ -17,8 +18,19 @@ _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
 @triton.jit
-def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: tl.constexpr, PLAIN: tl.constexpr,
-               TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _multiplier_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """``reference.scale_of_amax``: fp64 quotients, rounded to fp32."""
+    by = tl.minimum(1.0 / amax.to(tl.float64) * LARGEST, 2.0**126).to(tl.float32)
+    if POWER_OF_TWO:
+        by = (by.to(tl.int32, bitcast=True) & ~0x7FFFFF).to(tl.float32, bitcast=True)
+    return tl.where(amax < float("inf"), tl.where(amax == 0, 1.0, by), float("nan"))
+
+
+@triton.jit
+def _cast_tile(x, multiplier, scale, codes, transposed, rows, cols, row_stride, TYPE: tl.constexpr,
+               PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
+               POWER_OF_TWO: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """``multiplier`` holds the largest magnitude instead where the element format's, ``LARGEST``, is given."""
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -27,6 +39,10 @@ def _cast_tile(x, multiplier, codes, transposed, rows, cols, row_stride, TYPE: t
         by = tl.load(multiplier + col, mask=col < cols, other=0.0)[None, :]
     else:
         by = tl.load(multiplier)
+        if LARGEST > 0:
+            by = _multiplier_of(by, LARGEST, POWER_OF_TWO)
+            if tl.program_id(0) == 0 and tl.program_id(1) == 0:
+                tl.store(scale, (1.0 / by.to(tl.float64)).to(tl.float32))
     scaled = tl.where(tl.abs(tile) < float("inf"), tile * by, float("nan"))  # the conversion saturates infinities
     made = scaled.to(TYPE).to(tl.uint8, bitcast=True)
     if PLAIN:
@@ -62,6 +78,25 @@ def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constex
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
+def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, *, plain: bool,
+             transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cast` by the multiplier that follows from a largest magnitude, and the scale.
+
+    Args:
+        amax: one fp32. spec: of an FP8 element with one fp32 scale a tensor, by rule ``amax``, ``amax_pow2`` or
+            ``delayed``.
+    Returns:
+        codes ``[R, K]`` and ``[K, R]`` as of :func:`cast`, and the scale fp32 ``[1, 1]`` of
+        ``reference.scale_of_amax``.
+    """
+    dtype, largest = spec.format.storage, (spec.max, spec.rule == "amax_pow2")
+    scale = x.new_empty(1, 1, dtype=torch.float32)
+    if x.numel() == 0 or amax.numel() != 1 or amax.dtype is not torch.float32:
+        raise ValueError(f"quantising needs elements and one fp32 amax, got {list(x.shape)} and {amax.dtype} "
+                         f"{list(amax.shape)}")
+    return *_cast(x, amax, dtype, plain, transposed, scale, largest), scale
+
+
 def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
          transposed: bool) -> tuple[Tensor, Tensor]:
     """``x · multiplier`` to nearest even, saturating, and its transpose, from one read of ``x``; NaN where x is not
@@ -76,6 +111,11 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
     Raises:
         ValueError: another dtype or shape.
     """
+    return _cast(x, multiplier, dtype, plain, transposed)
+
+
+def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transposed: bool,
+          scale: Tensor | None = None, largest: tuple[float, bool] = (0.0, False)) -> tuple[Tensor, Tensor]:
     r, k = x.shape if x.dim() == 2 else (0, 0)
     columns = multiplier.numel() != 1
     if x.dim() != 2 or x.dtype not in DTYPES or dtype not in _TYPES or columns and (multiplier.numel() != k or plain):
@@ -84,7 +124,7 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.dtype is torch.float32 and not columns and transposed:
         # Triton 3.6 writes a wrong transpose of bytes that were made from fp32 in the same kernel
-        codes, _ = cast(x, multiplier, dtype, plain=True, transposed=False)
+        codes, _ = _cast(x, multiplier, dtype, True, False, scale, largest)
         return codes if plain else codes.new_empty(0), transpose(codes)
     codes = x.new_empty((r, k) if plain else 0, dtype=dtype)
     flipped = x.new_empty((k, r) if transposed else 0, dtype=dtype)
@@ -92,8 +132,9 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
         m, n = (64, 128) if transposed else (16, 512)
         with on_device(x):
             launch(_cast_tile, (cdiv(r, m), cdiv(k, n)),
-                (x, multiplier, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
-                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, M=m, N=n, num_warps=8)
+                (x, multiplier, scale, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
+                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, LARGEST=largest[0],
+                POWER_OF_TWO=largest[1], M=m, N=n, num_warps=8)
     return codes, flipped
 
 

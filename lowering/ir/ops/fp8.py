@@ -1,6 +1,9 @@
 """Graph ops of the FP8 lowering whose results have a fixed, row-major layout.
 
-    amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1]
+    amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1], each at a
+                    multiple of 16 bytes
+    fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element → codes of x, and of its
+                    transpose, from one read, and their scale [1, 1]
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.reference.formats.elements import fp8_encode
+from quartet.kernels.reference.formats.scales import scale_of_amax
 from quartet.kernels.reference.products import grouped
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
@@ -25,20 +29,28 @@ from quartet.lowering.ir import FLOAT8
 from quartet.lowering.ir.op import op
 from quartet.runtime.devices import Target
 
+_APART = 4         # fp32 numbers: kernels are compiled for pointers at multiples of 16 bytes, and for others
 MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
 Two = tuple[Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
-@op(fake=lambda xs: xs[0].new_empty(len(xs), 1, 1, dtype=torch.float32), strides="any")
+def _apart(xs: list[Tensor]) -> Tensor:
+    return xs[0].new_empty_strided((len(xs), 1, 1), (_APART, 1, 1), dtype=torch.float32)
+
+
+@op(fake=_apart, strides="any")
 def amax_of_each(xs: list[Tensor]) -> Tensor:
-    return torch.stack([largest_magnitude(x) for x in xs])
+    made = _apart(xs)
+    return made.copy_(torch.stack([largest_magnitude(x) for x in xs]))
 
 
 @amax_of_each.provider("foreach", "cuda")
 def _amax_foreach(xs: list[Tensor]) -> Tensor:
-    return torch.stack(torch.ops.aten._foreach_norm.Scalar(xs, float("inf"))).to(torch.float32).reshape(-1, 1, 1)
+    made = _apart(xs)
+    return made.copy_(torch.stack(torch.ops.aten._foreach_norm.Scalar(xs, float("inf"))).reshape(-1, 1, 1))
 
 
 def _cast_fake(x, multiplier, element, plain, transposed):
@@ -66,6 +78,24 @@ def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, trans
         return fp8_cast.reference(x, multiplier, element, plain, transposed)
     transposed_codes, codes = cast.cast(x.t(), multiplier, FLOAT8[element], plain=False, transposed=True)
     return codes, codes.t().contiguous() if transposed else transposed_codes
+
+
+def _quantize_fake(x, amax, spec, plain, transposed):
+    return (*_cast_fake(x, amax, QuantSpec.parse(spec).element, plain, transposed), amax.new_empty(1, 1))
+
+
+@op(fake=_quantize_fake)
+def fp8_quantize(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+    q = QuantSpec.parse(spec)
+    multiplier, scale = scale_of_amax(amax.reshape(1, 1), q)
+    return *fp8_cast.reference(x, multiplier, q.element, plain, transposed), scale
+
+
+@fp8_quantize.provider("triton", "cuda", replayed=True)
+def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+    from quartet.kernels.triton.quantize import cast
+
+    return cast.quantize(x, amax, QuantSpec.parse(spec), plain=plain, transposed=transposed)
 
 
 def _cast_groups_fake(x, spec, ends):
@@ -126,6 +156,6 @@ def _row_major_triton(codes: Tensor) -> Tensor:
     return fp8_row_major.reference(codes)
 
 
-AMAX_OF_EACH, CAST, CAST_GROUPS = amax_of_each.overload, fp8_cast.overload, fp8_cast_groups.overload
-ROW_MAJOR = fp8_row_major.overload
+AMAX_OF_EACH, QUANTIZE = amax_of_each.overload, fp8_quantize.overload
+CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

@@ -1,13 +1,15 @@
 """Lower products of FP8 operands with one scale a tensor or a row to the FP8 tensor cores.
 
-A scale becomes the aten ops of the reference, in the graph: there Inductor fuses the largest magnitude with what
-computes the operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the
-other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the rows
-of a transposed tensor that are quantised. Rows that have a scale in each group of tokens are cast by an op of their
-own. Codes that do not lie row by row, as the product wants them, are copied.
+A largest magnitude becomes the aten ops of the reference, in the graph: there Inductor fuses it with what computes the
+operand. With one scale a tensor, one op then makes that of it, and writes the codes and, for the product that contracts
+the other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the
+rows of a transposed tensor that are quantised. Rows that have a scale in each group of tokens are cast by an op of
+their own. Codes that do not lie row by row, as the product wants them, are copied.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch.fx import Graph, Node
@@ -22,7 +24,7 @@ from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
 from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
-from quartet.lowering.targets.fp8.weights import Scales, scales_of_weights
+from quartet.lowering.targets.fp8.weights import amax_of_weights
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.runtime.devices import Target
 
@@ -57,13 +59,13 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     copies: dict[Node, Node] = {}
     traced, quantizers = Traced(), accepted(graph, gemms, accepts)
     experts = experts_of(graph, quantizers, traced)
-    scales = scales_of_weights(graph, quantizers, traced)
+    known = amax_of_weights(graph, quantizers)
     for quantizer in quantizers:
         if quantizer in experts:
             continue
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
-            _cast(graph, quantizer, traced, scales.get(quantizer))
+            _cast(graph, quantizer, traced, known.get(quantizer))
         else:
             _quantize(graph, quantizer, traced)
     for node in graph.find_nodes(op="call_function", target=QuantizeGroups.op):
@@ -73,22 +75,23 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         _gemm(graph, gemm, copies, experts)
 
 
-def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None) -> None:
-    """A quantise as its scale in aten ops, unless that is known, and one cast for the codes and their transpose."""
+def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None) -> None:
+    """A quantise as its largest magnitude in aten ops, unless that is known, and one op for the codes, their transpose
+    and the scale; as its scale in aten ops and one cast where no largest magnitude decides that."""
     made = Quantize.of(node)
     x, spec = made.x, made.spec
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-
-    def scales(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(ir.STORE(value) for value in reference.fp32_scale(inputs[0], spec, *inputs[1:]))
-
-    inputs = [x] if made.amax is None else [x, made.amax]
-    multiplier, scale = known or traced(build, scales, inputs, "scale", spec)
     items = results(node)
     users = list(items[0].users) if 0 in items else []
     flipped = [user for user in users if user.target is aten.permute.default]
     plain = len(flipped) < len(users)
-    both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
+    if spec.block == "tensor" and spec.rule != "absmean":
+        amax = known or made.amax or traced(build, lambda t: (reference.largest_magnitude(t),), [x], "amax")[0]
+        both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, bool(flipped))
+        scale = build.item(both, 2)
+    else:
+        multiplier, scale = traced(build, partial(_scales, spec), [x], "scale", spec)
+        both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
     if spec.block == "tensor":
         both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
     codes, transposed = build.item(both, 0), build.item(both, 1)
@@ -97,6 +100,10 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None) -> Non
     for index, value in enumerate((codes, scale)):
         if index in items:
             items[index].replace_all_uses_with(value)
+
+
+def _scales(spec: QuantSpec, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(map(ir.STORE, reference.fp32_scale(x, spec)))
 
 
 def _quantize(graph: Graph, node: Node, traced: Traced) -> None:

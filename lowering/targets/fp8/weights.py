@@ -1,28 +1,20 @@
-"""Scales of all weights of a graph at once: one reduction over a list of tensors in place of two launches for each."""
+"""Largest magnitudes of all weights of a graph at once: one reduction over a list of tensors, not two launches each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from quartet.kernels import reference
-from quartet.kernels.spec import QuantSpec
-from quartet.lowering import ir
-from quartet.lowering.ir.graph import FORWARD, Builder, Traced, aten, is_backward, source, val
+from quartet.lowering.ir.graph import FORWARD, Builder, aten, is_backward, source, val
 from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH
 from quartet.lowering.ir.views import Quantize
 from quartet.runtime.view_ops import ORDERS, SAME
 
-_APART = 4  # fp32 numbers: cuBLASLt takes scales at multiples of 16 bytes
-Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
 
-
-def scales_of_weights(graph: Graph, quantizers: list[Node], traced: Traced) -> dict[Node, Scales]:
-    """Multiplier and scale of the quantisers of forward whose X is an input of the graph, with one scale a tensor: the
-    weights, and the model's own X where a layer reads it.
+def amax_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Node]:
+    """Largest magnitude fp32 ``[1, 1]`` for the quantisers of forward whose X is an input of the graph, with one scale
+    a tensor: the weights, and the model's own X where a layer reads it.
 
     They stand before the first of them and in no region of the user's checkpointing: they are a few bytes.
     """
@@ -31,29 +23,18 @@ def scales_of_weights(graph: Graph, quantizers: list[Node], traced: Traced) -> d
         made = Quantize.of(node)
         weight = _parameter(made.x)
         if weight is not None and made.amax is None and made.spec.block == "tensor" and made.spec.rule != "absmean":
-            groups.setdefault((made.spec, val(weight).device, val(weight).dtype), []).append((node, weight))
-    found: dict[Node, Scales] = {}
-    for (spec, *_), members in groups.items():
+            groups.setdefault((val(weight).device, val(weight).dtype), []).append((node, weight))
+    found: dict[Node, Node] = {}
+    for members in groups.values():
         if len(members) < 2:
             continue
         build = Builder(graph, like=members[0][0], before=min(node for node, _ in members), backward=False)
         build.meta = {"partitioner_tag": FORWARD}
         weights = list(dict.fromkeys(weight for _, weight in members))
-        multipliers, scales = traced(build, _scales_by(spec), [build(AMAX_OF_EACH, weights)], "weights", spec)
+        together = build(AMAX_OF_EACH, weights)
         for node, weight in members:
-            row = weights.index(weight)
-            found[node] = _row(build, multipliers, row), _row(build, scales, row)
+            found[node] = build(aten.select.int, together, 0, weights.index(weight))
     return found
-
-
-def _scales_by(spec: QuantSpec) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """As tables in memory, whose rows need no kernel of their own: each number stands four times."""
-    return lambda amax: tuple(map(ir.STORE, reference.scale_of_amax(amax.expand(-1, _APART, 1), spec)))
-
-
-def _row(build: Builder, table: Node, row: int) -> Node:
-    """fp32 ``[1, 1]`` that lies at a multiple of 16 bytes."""
-    return build(aten.slice.Tensor, build(aten.select.int, table, 0, row), 0, 0, 1)
 
 
 def _parameter(x: Node) -> Node | None:
