@@ -13,7 +13,7 @@ VENV   ?= .venv$(addprefix -,$(TORCH))
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 COMMA  := ,
-EXTRAS := test,demo$(if $(TORCH),,$(COMMA)zoo)# a torchvision, which timm needs, is made for one PyTorch only
+EXTRAS := test,demo,clients$(if $(TORCH),,$(COMMA)zoo)# a torchvision, which timm needs, is made for one PyTorch only
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
 
 named  = $(patsubst %,tests/$1/test_%.py,$2)

@@ -1,0 +1,35 @@
+"""Quartet's state of a model as a file in the folder of a checkpoint, one a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quartet.runtime.slots.state import load_state_dict, state_dict
+from quartet.runtime.streams import rank
+
+
+def file_of(folder: str | Path) -> Path:
+    """Where this rank's state is."""
+    return Path(folder) / f"quartet_state_{rank()}.pt"
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write what :func:`quartet.state_dict` has, also where that is nothing. All ranks call it."""
+    state = state_dict(model)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(state, file_of(folder))
+
+
+def load(model: nn.Module, folder: str | Path) -> bool:
+    """Put back what :func:`save` wrote for this rank; False where there is no such file.
+
+    Raises:
+        ValueError: the state is of another model.
+    """
+    if not file_of(folder).exists():
+        return False
+    load_state_dict(model, torch.load(file_of(folder), weights_only=True))
+    return True
