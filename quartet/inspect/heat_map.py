@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quartet.inspect.records import COLUMNS_OF, Record
-from quartet.report.table import page
+from quartet.report.html import page
 
 _LOGARITHMIC = ("amax", "rms", "error", "underflow", "clipped", "zeros", "not_finite", "unfolded")
 _LOW, _HIGH = (237, 244, 250), (176, 24, 60)
