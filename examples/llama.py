@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
 
         def split(t: Tensor) -> Tensor:
             return t.view(batch, length, self.heads, -1).transpose(1, 2)
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         q = rotate(split(self.q_proj(x)), cos, sin)
         k = rotate(split(self.k_proj(x)), cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, split(self.v_proj(x)), is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # as many heads as this rank has
 
 
 class FeedForward(nn.Module):
