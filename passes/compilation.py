@@ -21,7 +21,13 @@ UNKEYED: Mapping[str, Any] = {"key": None}  # metadata of a field that no key ho
 
 
 class Observer:
-    """Watches the pipeline: dumps, logs, tests. What a subclass does not define does nothing."""
+    """Watches the pipeline: dumps, logs, tests. What a subclass does not define does nothing.
+
+    Attributes:
+        cached: the caches may answer although it watches; it then sees nothing.
+    """
+
+    cached = False
 
     def before(self, index: int, name: str, gm: GraphModule) -> None:
         """A pass is about to run."""

@@ -159,7 +159,7 @@ class Pipeline(CustomGraphPass):
         None, which keeps the graph out of the caches, when somebody observes the passes, or an earlier one or something
         registered has no key.
         """
-        if self.config.observers:
+        if not all(getattr(observer, "cached", False) for observer in self.config.observers):
             return None
         others: list[Any] = [extension.digest(), *(getattr(p, "uuid", lambda: None)() for p in self.earlier)]
         if None in others:

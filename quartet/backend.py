@@ -32,6 +32,7 @@ from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
 from quartet.recipes import PolicyError
+from quartet.report.announce import decided, patiently
 from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
 from quartet.runtime.devices import Target
@@ -104,8 +105,10 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if step.config.observers:
         extra = {"inner_compile": telling(inner_compile or compat.compile_fx_inner(), step.config.observers)}
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
-            compat.every_pass() if watched else nullcontext():
+            compat.every_pass() if watched else patiently(gm):
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    if not watched:
+        decided(gm, example_inputs, step, bool(names.weights))
     if anchored or inspected:
         forget_examples(gm)
     if inspected:
@@ -139,9 +142,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                           "torch.distributed.fsdp, or take a recipe without them, such as 'fp8'")
     training = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
-    if options.dump is not None:
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        observers = (*observers, dump_of(options, names.weights, device))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    observers = (*observers, *filter(None, [dump_of(options, names.weights, device)]))
     replayed = compat.cuda_graphs(options.inductor)
     told = replace(options, reuse_weights=options.reuse_weights and not replayed,
                    memory=_budget(tensors, [example_inputs[i] for i in names.weights], options))

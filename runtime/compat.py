@@ -28,6 +28,7 @@ PRIVATE = (
     ("torch._inductor.custom_graph_pass", "CustomGraphPass", "a graph pass with a cache key"),
     ("torch._inductor", "list_mode_options", "what mode= means as configuration"),
     ("torch._inductor", "config", "valid option names, and the user's own joint pass"),
+    ("torch._inductor.runtime.cache_dir_utils", "cache_dir", "what was decided is kept beside what was compiled"),
     ("torch._inductor.lowering", "register_lowering", "decomposition of our ops inside Inductor"),
     ("torch._inductor.lowering", "process_subgraph_nodes", "inlines a traced reference into Inductor's IR"),
     ("torch._inductor.lowering", "lowerings", "Inductor's own copy of a tensor"),
@@ -101,6 +102,11 @@ TorchDispatchMode: Any = _load("torch.utils._python_dispatch", "TorchDispatchMod
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
 statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")
+
+
+def inductor_cache_dir() -> str:
+    """Where Inductor keeps what it has compiled."""
+    return str(_load("torch._inductor.runtime.cache_dir_utils", "cache_dir")())
 
 
 def compile_fx_inner() -> Callable[..., Any]:

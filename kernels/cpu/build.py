@@ -6,6 +6,7 @@ The object's name holds a hash of everything that decides its content: source, f
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import shlex
@@ -25,6 +26,7 @@ from quartet.kernels.build_cache import (
 
 __all__ = ["BuildError", "cache_dir", "functions", "library"]
 
+log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("quartet_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 _REMEDY = "install g++ 9 or newer with OpenMP (Debian: apt-get install g++), or point CXX at one"
@@ -88,6 +90,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], source: Path, path: Path) -> None:
+    log.warning("compiling %s with %s: up to a minute, this once", source.name, shlex.join(compiler))
     _run([*compiler, *FLAGS, str(source), "-o", str(path)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,11 @@ from quartet.runtime import compat
 from quartet.runtime.capture import saved_bytes
 
 
-def dump_of(options: Options, weights: Mapping[int, str], device: Any) -> GraphDump:
-    """Writes the graphs of a compilation to the folder of its option ``dump``; ``weights``: input → parameter."""
+def dump_of(options: Options, weights: Mapping[int, str], device: Any) -> GraphDump | None:
+    """Writes the graphs of a compilation to the folder of its option ``dump``, and as artifacts where PyTorch writes a
+    structured trace; None where nobody asks for either. ``weights``: input → parameter."""
+    if options.dump is None and not os.environ.get("TORCH_TRACE"):
+        return None
     given = {name: getattr(options, name) for name, f in Options.declared().items()
              if name not in ("policy", "dump") and f.default is not MISSING and getattr(options, name) != f.default}
     about = {
@@ -30,7 +34,9 @@ def dump_of(options: Options, weights: Mapping[int, str], device: Any) -> GraphD
         "mode": options.mode or "default", "torch": torch.__version__, "quartet": __version__,
         "python": platform.python_version(), "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    return GraphDump(options.dump, compat.emit_artifact, about, lambda graph: _parameters(graph, weights))
+    made = GraphDump(options.dump, compat.emit_artifact, about, lambda graph: _parameters(graph, weights))
+    made.cached = options.dump is None
+    return made
 
 
 def _parameters(graph: Graph, weights: Mapping[int, str]) -> dict[str, str]:

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -67,18 +68,33 @@ def train(options, steps):
     return sha256(b"".join(t.detach().numpy().tobytes() for t in (y, x.grad, model.weight.grad))).hexdigest()
 
 
+class Said(logging.Handler):
+    """What the log says of a compilation."""
+
+    lines = []
+
+    def emit(self, record):
+        if record.levelno == logging.INFO and "compile" in record.msg:
+            self.lines.append(record.getMessage())
+
+
 def main(names):
     torch.set_num_threads(1)
+    log = logging.getLogger("quartet")
+    log.setLevel(logging.INFO)
+    log.addHandler(Said())
     found = {}
     for name in names:
         options, surroundings = CASES[name]
         counters.clear()
+        Said.lines.clear()
         with surroundings():
             result = train(options, TOKENS.get(name, (32,)))
         fx, aot = counters["inductor"], counters["aot_autograd"]
         found[name] = {"result": result, "fx": (fx["fxgraph_cache_hit"], fx["fxgraph_cache_miss"]),
                        "aot": (aot["autograd_cache_hit"], aot["autograd_cache_miss"]),
-                       "bypass": fx["fxgraph_cache_bypass"] + aot["autograd_cache_bypass"]}
+                       "bypass": fx["fxgraph_cache_bypass"] + aot["autograd_cache_bypass"],
+                       "said": list(Said.lines)}
     print(json.dumps(found))
 
 

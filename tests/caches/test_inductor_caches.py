@@ -45,6 +45,12 @@ def test_an_unchanged_process_hits_the_graph_cache(runs):
     assert runs[1]["base without AOTAutogradCache"]["aot"] == UNASKED
 
 
+def test_a_hit_says_what_was_decided_when_it_was_compiled(runs):
+    (cold,), (warm,) = runs[0]["base"]["said"], runs[1]["base"]["said"]
+    assert cold.startswith("compiled: 3 of 3 matmuls quantised; 3 × quartet by ")
+    assert warm.startswith("from the compile cache: compiled 20") and warm.endswith(cold.removeprefix("compiled"))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_misses(runs, change):
     assert runs[1][change]["aot"] == MISS and runs[1][change]["fx"] == [0, 2]
