@@ -31,7 +31,7 @@ SPECIFICATION: dict[str, tuple[Callable[..., Any], ...]] = {  # pass → the ops
                grouped.GATHER_ROWS, grouped.GROUPED_MM),
     "quantize": (slots.AMAX_BEGIN, slots.AMAX_READ, ir.AMAX, ir.QUANTIZE, grouped.QUANTIZE_GROUPS, ir.DEQUANTIZE,
                  ir.APPLY_MASK, *SCALED),
-    "delayed": (slots.AMAX_RECORD,),
+    "delayed": (slots.AMAX_SEEN, slots.AMAX_NOTE, slots.AMAX_RECORD),
     "draw": (ir.SIGN_TABLE,),
     "observe": (inspect.OBSERVE,),
     "check": (inspect.CHECK_FINITE,),

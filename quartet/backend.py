@@ -38,8 +38,8 @@ from quartet.runtime import compat
 from quartet.runtime.devices import Target
 from quartet.runtime.inspect.calls import Inspected, Layers, no_token
 from quartet.runtime.replay.library import LAUNCHER
-from quartet.runtime.slots.amax import Anchored, no_anchor
-from quartet.runtime.slots.anchored_graph import forget_examples, with_input
+from quartet.runtime.slots.amax import no_anchor
+from quartet.runtime.slots.anchored_graph import Anchored, forget_examples, with_input
 from quartet.runtime.slots.weights import REUSED
 from quartet.runtime.streams import Streamed, stream_of
 

@@ -59,7 +59,7 @@ PRIVATE = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "the module inside of a compiled one"),
     ("torch._dynamo.utils", "get_compilation_metrics", "where dynamo has given up a function, and why"),
     ("torch._dynamo.utils", "set_compilation_metrics_limit", "for how many functions it remembers that"),
-    ("torch._C", "_current_graph_task_id", "tells a product of backward from one of forward"),
+    ("torch._C", "_current_graph_task_id", "tells what runs in backward from what runs in forward"),
 )
 
 
@@ -122,6 +122,11 @@ def function_of(overload: Any) -> Callable[..., Any]:
 def call_through(overload: Any, function: Callable[..., Any]) -> None:
     """Let calls of an operator from Python end in ``function``."""
     overload._op = function
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call it when the backward that autograd is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def known_symbols(environment: Any) -> Mapping[Any, Any]:

@@ -4,9 +4,9 @@ A slot's magnitude is that of its history, or of the tensor itself while the his
 
     used = 2^margin · (history > 0 ? history : amax(x))
 
-The histories advance once, at the start of forward and outside of any checkpointed region; what forward and backward
-see is recorded once, at the end of each. Both are ops of ``quartet.runtime.slots.amax``.
-"""
+The histories are read at the start of forward, outside of any checkpointed region; what forward and backward have seen
+is recorded once, at the end of backward: a forward whose backward does not run, and one that is computed again, leave
+nothing. Both are ops of ``quartet.runtime.slots.amax``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import (
     BACKWARD,
+    FORWARD,
     Builder,
     argument,
     aten,
@@ -29,7 +31,7 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.ir.ops.state import AMAX_BEGIN, AMAX_READ, AMAX_RECORD
+from quartet.lowering.ir.ops.state import AMAX_BEGIN, AMAX_NOTE, AMAX_READ, AMAX_RECORD, AMAX_SEEN
 from quartet.lowering.ir.views import Hadamard
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
@@ -131,24 +133,35 @@ def _origin(x: Node) -> Node:
 
 @graph_pass(reads=Quantized, summary="what the operands' largest magnitudes were is recorded for the next step")
 def delayed(state: State) -> None:
-    """Record what the graph's tensors had, at the end of forward and of backward."""
+    """Record what the tensors of forward and backward had, at the end of backward."""
     graph = state.gm.graph
     slots = {node.meta[SLOT_KEY]: node for node in graph.find_nodes(op="call_function", target=ir.AMAX)
              if SLOT_KEY in node.meta}
     with editing(state.gm):
         for begin in graph.find_nodes(op="call_function", target=AMAX_BEGIN):
-            for backward in (False, True):
-                seen = {slot: node for (device, slot), node in slots.items()
-                        if device == val(begin).device and is_backward(node) == backward}
-                if seen:
-                    _record(state, begin, dict(sorted(seen.items())), backward)
+            seen = {slot: node for (device, slot), node in sorted(slots.items(), key=lambda item: item[0][1])
+                    if device == val(begin).device}
+            if seen:
+                _record(graph, begin, seen)
 
 
-def _record(state: State, begin: Node, seen: dict[int, Node], backward: bool) -> None:
-    last = max(seen.values())
-    build = Builder(state.gm.graph, like=begin, before=last.next, backward=backward)
-    build.meta = {"partitioner_tag": BACKWARD if backward else MUST_BE_IN_FORWARD}
-    build(AMAX_RECORD, argument(begin, "anchor"), argument(begin, "table"), list(seen), list(seen.values()))
+def _record(graph: Graph, begin: Node, seen: dict[int, Node]) -> None:
+    """``seen``: slot → its magnitude. Those of forward are kept for backward as one vector."""
+    forward = {slot: node for slot, node in seen.items() if not is_backward(node)}
+    backward = {slot: node for slot, node in seen.items() if slot not in forward}
+    kept: list[Node] = []
+    if forward:
+        build = Builder(graph, like=begin, before=begin.next, backward=False)
+        build.meta = {"partitioner_tag": FORWARD, "recompute": CheckpointPolicy.MUST_SAVE}
+        kept = [build(AMAX_SEEN, begin, len(forward))]
+        build = Builder(graph, like=begin, before=max(forward.values()).next, backward=False)
+        build.meta = {"partitioner_tag": MUST_BE_IN_FORWARD}
+        build(AMAX_NOTE, *kept, 0, list(forward.values()))
+    last = max(*seen.values(), next(node for node in graph.nodes if is_backward(node)))
+    build = Builder(graph, like=begin, before=last.next, backward=True)
+    build.meta = {"partitioner_tag": BACKWARD}
+    build(AMAX_RECORD, argument(begin, "anchor"), argument(begin, "table"), [*forward, *backward],
+          [*kept, *backward.values()])
 
 
 def _anchor(state: State) -> Node | None:

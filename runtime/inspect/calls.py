@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quartet.runtime.inspect.clock import CLOCK
 from quartet.runtime.inspect.recorder import Recorder, Row
-from quartet.runtime.slots.amax import SLOTS
+from quartet.runtime.slots.rows import SLOTS
 
 _MOST = 4096  # layers of one graph; it begins anew then
 

@@ -1,15 +1,40 @@
-"""Give a graph that dynamo captured one more input, without touching the original."""
+"""Graphs with one more input, the anchor by which what is remembered of their weights is found
+(``quartet.runtime.slots.amax``)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
 
 from quartet.runtime.compat import detect_fake_mode
+from quartet.runtime.slots.amax import Anchor
+from quartet.runtime.slots.steps import STEPS
+
+
+class Anchored:
+    """A compiled graph whose last input is an anchor, found anew for each call's weights."""
+
+    def __init__(self, compiled: Callable[..., Any], weights: Sequence[int]) -> None:
+        self.compiled, self.indices = compiled, tuple(weights)
+        self._anchors: dict[int, Anchor] = {}
+        STEPS.watch()
+
+    def __call__(self, *args: Any) -> Any:
+        STEPS.after_compiled_steps()
+        return self.compiled(*args, self._find(args).tensor)
+
+    def _find(self, args: Sequence[Any]) -> Anchor:
+        weights = {index: args[index] for index in self.indices}
+        key = id(weights[self.indices[0]])
+        found = self._anchors.get(key)
+        if found is None or not found.stands_for(weights):
+            self._anchors = {k: anchor for k, anchor in self._anchors.items() if anchor.alive}
+            found = self._anchors[key] = Anchor(weights)
+        return found
 
 
 def with_input(gm: GraphModule, example_inputs: Sequence[Any], tensor: torch.Tensor,

@@ -3,11 +3,11 @@
     advance(anchor, w, weight, name, decay)    average ← decay·average + (1 − decay)·w, where it is due
     read(anchor, w, weight, name, decay)       the average, fp32 and of the shape of w; advances nothing
 
-The first of them starts an average at w. As with histories of magnitudes (``quartet.runtime.slots.amax``) a graph finds
-its state through its anchor: ``weight`` is the input of the graph that is the parameter, ``name`` tells apart what is
-made of one parameter. When an average is due, ``quartet.runtime.slots.remembered`` says. Forwards without a backward
-read the average as the next training step will have it.
-"""
+The first of them starts an average at w. As with histories of magnitudes (``quartet.runtime.slots.amax``) a graph
+finds its state through its anchor: ``weight`` is the input of the graph that is the parameter, ``name`` tells apart
+what is made of one parameter. An average is due in every forward of a training graph; once an optimizer of
+``torch.optim``'s kind has stepped its weight, in the first after each step. Forwards without a backward read the
+average as the next training step will have it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quartet.runtime.compat import in_backward
 from quartet.runtime.slots.amax import weight_of
 from quartet.runtime.slots.remembered import Counted, Weight
 
@@ -45,7 +46,7 @@ def advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> 
     if average is None:
         with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
             average = owner.averages[name] = Average(w.to(torch.float32, copy=True).contiguous())
-    elif average.due:
+    elif average.due and not in_backward():  # a forward that runs there is computed again
         average.value.lerp_(w.to(torch.float32), 1.0 - decay)
     average.due = not average.counted
 

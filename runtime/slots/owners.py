@@ -9,7 +9,7 @@ that it lies in. What is kept goes when both have gone.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -64,6 +64,23 @@ class ByParameter(Generic[Value]):
     def values(self) -> list[Value]:
         return [entry.value for entry in list(self._entries.values())]
 
+    def present(self) -> dict[int, Value]:
+        """``id`` of the parameter that is now where one of ours was → what is kept of ours.
+
+        FSDP2 puts the parameter that it gathers there for a forward, and its shard back.
+        """
+        found: dict[int, Value] = {}
+        for number, entry in list(self._entries.items()):
+            module = None if entry.place is None else entry.place.module()
+            now = None if entry.place is None or module is None else module._parameters.get(entry.place.name)
+            found[number if now is None else id(now)] = entry.value
+        return found
+
+    def module_of(self, parameter: Tensor) -> nn.Module | None:
+        """The module that has the parameter."""
+        entry = self._entries.get(id(parameter))
+        return None if entry is None or entry.place is None else entry.place.module()
+
     def put(self, values: Sequence[tuple[Tensor, Value]]) -> None:
         """Replace the values of parameters. New ones make this look once at every object of the process."""
         if any(not self._placed(id(parameter)) for parameter, _ in values):
@@ -90,12 +107,16 @@ class ByParameter(Generic[Value]):
         return found is not None and found.holds(number)
 
 
+def living(kind: type | tuple[type, ...]) -> Iterator[Any]:
+    """All objects of a kind, by a look at every object of the process."""
+    return (value for value in gc.get_objects() if issubclass(type(value), kind))
+
+
 def _all_places() -> dict[int, Place]:
     """``id`` of each parameter that a module has → its place."""
     found: dict[int, Place] = {}
-    for module in gc.get_objects():
-        if issubclass(type(module), nn.Module):
-            parameters = vars(module).get("_parameters")
-            if isinstance(parameters, dict):
-                found.update({id(p): Place(ref(module), name) for name, p in parameters.items() if p is not None})
+    for module in living(nn.Module):
+        parameters = vars(module).get("_parameters")
+        if isinstance(parameters, dict):
+            found.update({id(p): Place(ref(module), name) for name, p in parameters.items() if p is not None})
     return found

@@ -1,10 +1,8 @@
-"""What is remembered of each weight from step to step, and when it is due.
+"""What is remembered of each weight from step to step, and who says when it advances.
 
-A history of magnitudes (``quartet.runtime.slots.amax``) and a moving average (``quartet.runtime.slots.averages``) are
-due at every forward of a training graph; once an optimizer of ``torch.optim``'s kind has stepped their weight, they are
-due at the first forward after each step, so that the micro-batches of a step count once. A compiled step is noticed as
-well. One that is captured in a CUDA graph is not when it is replayed: what it steps is due at every forward from then
-on.
+A weight is *counted* if an optimizer of ``torch.optim``'s kind steps it, or another weight of the same call: what is
+remembered of it then advances once an optimizer step, however many micro-batches that has
+(``quartet.runtime.slots.steps``). Anything else advances in every forward of a training graph.
 """
 
 from __future__ import annotations
@@ -12,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
-import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
 
-from quartet.runtime.slots.owners import ByParameter
+from quartet.runtime.slots.owners import ByParameter, living
+from quartet.runtime.slots.ranks.replicas import gathering
 
 
 @dataclass(eq=False)
@@ -30,15 +29,34 @@ class Counted:
 
 @dataclass(eq=False)
 class Weight:
-    """What is remembered of a weight, by name; ``observed``: all steps of its optimizer are seen."""
+    """What is remembered of a weight, by name.
+
+    Attributes:
+        counted: an optimizer tells when its slots advance. observed: all steps of that optimizer are seen.
+        holder: the optimizer that steps the weight itself, where one is known to.
+    """
 
     slots: dict[str, Any] = field(default_factory=dict)
     averages: dict[str, Any] = field(default_factory=dict)
+    counted: bool = False
     observed: bool = True
+    holder: ref[Optimizer] | None = None
+
+    def count(self) -> None:
+        """From now on an optimizer tells when the slots advance; nothing does while its steps are not all seen."""
+        self.counted = self.observed
+        for slot in self.slots.values():
+            slot.due, slot.counted = not self.counted, self.counted
 
     def stepped(self) -> None:
-        for kept in (*self.slots.values(), *self.averages.values()):
-            kept.due, kept.counted = True, self.observed
+        """An optimizer has stepped the weight, so that its averages are due."""
+        for average in self.averages.values():
+            average.due, average.counted = True, self.observed
+
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Whether no other optimizer is known to step it."""
+        holder = None if self.holder is None else self.holder()
+        return holder is None or holder is optimizer
 
 
 class Weights:
@@ -46,44 +64,36 @@ class Weights:
 
     def __init__(self) -> None:
         self.of: ByParameter[Weight] = ByParameter()
-        self._compiled_step = False
-        self._watching = False
+        self.known = 0  # counts weights that came to be known, and calls that they are found to share
 
     def of_all(self, parameters: Iterable[Tensor]) -> list[Weight]:
-        """What is remembered of each parameter, from now on."""
+        """What is remembered of the parameters of a call, from now on."""
         found = [(parameter, self.of.get(parameter)) for parameter in parameters]
-        new = {id(parameter): (parameter, Weight()) for parameter, weight in found if weight is None}
-        if new:
-            self.of.put(list(new.values()))
-        return [new[id(parameter)][1] if weight is None else weight for parameter, weight in found]
+        looked_up = {id(parameter): (parameter, weight or Weight()) for parameter, weight in found
+                     if weight is None or self.of.module_of(parameter) is None}
+        if looked_up:
+            self.of.put(list(looked_up.values()))
+            self._find_holders(looked_up)
+        weights = [looked_up[id(parameter)][1] if weight is None else weight for parameter, weight in found]
+        self.known += 1
+        if any(weight.counted for weight in weights):
+            for weight in weights:
+                if not weight.counted and weight.observed:
+                    weight.count()
+        return weights
 
-    def watch(self) -> None:
-        """Learn of optimizer steps from now on."""
-        if not self._watching:
-            self._watching = True
-            register_optimizer_step_post_hook(self._after_step)
-
-    def after_compiled_steps(self) -> None:
-        """Whatever optimizers count is due if a compiled one has stepped: it does not say which weights."""
-        if self._compiled_step:
-            self._compiled_step = False
-            for weight in self.of.values():
-                for kept in (*weight.slots.values(), *weight.averages.values()):
-                    kept.due = True
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._compiled_step = True  # dynamo repeats this after each run of the compiled step
-            return
-        if not len(self.of):
-            return
-        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                weight = self.of.get(parameter)
-                if weight is not None:
-                    weight.observed = weight.observed and not captured
-                    weight.stepped()
+    def _find_holders(self, new: dict[int, tuple[Tensor, Weight]]) -> None:
+        """Which of them an optimizer steps. Of what FSDP2 gathers it steps the shards, another parameter."""
+        shards = False
+        for optimizer in living(Optimizer):
+            for parameter in (p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]):
+                shards = shards or hasattr(parameter, "device_mesh")
+                if id(parameter) in new:
+                    weight = new[id(parameter)][1]
+                    weight.counted, weight.holder = True, ref(optimizer)
+        gathered = gathering() if shards else set()
+        for parameter, weight in new.values():
+            weight.counted = weight.counted or id(self.of.module_of(parameter)) in gathered
 
 
 WEIGHTS = Weights()

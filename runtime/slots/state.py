@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quartet.runtime.slots.amax import SLOTS, Slot
 from quartet.runtime.slots.averages import Average
 from quartet.runtime.slots.remembered import WEIGHTS, Weight
+from quartet.runtime.slots.rows import SLOTS, Home, Slot
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     for owner, operand, entry in slots:
         with torch.inference_mode(False), torch.no_grad():
             row = entry["amax"].detach().to(owner.device, torch.float32, copy=True).reshape(1, -1)
-        SLOTS.put(next(owners), operand, Slot(row, due=bool(entry["due"]), counted=bool(entry["counted"])))
+        SLOTS.put(next(owners), operand, Slot(Home(row), due=bool(entry["due"]), counted=bool(entry["counted"])))
     for _, part, average in averages:
         next(owners).averages[part] = average
 

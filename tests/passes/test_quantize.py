@@ -197,11 +197,13 @@ def test_a_slot_for_each_operand_scales_by_earlier_steps():
 def test_delayed_records_at_the_end_of_forward_and_of_backward():
     change = around("delayed", linear(trained=False), matrix(8, 32), policy="fp8-delayed")
     assert_expected_inline(change.text, """\
-  %0 = amax(g) : f32[1, 1] | bwd!
-  %1 = amax(weight) : f32[1, 1]
-  %2 = amax(x) : f32[1, 1]
-+ %3 = amax_record(anchor, '0.x/1024 0.w/1024 0.e/1024', [2], [%0]) : None | bwd!
-+ %4 = amax_record(anchor, '0.x/1024 0.w/1024 0.e/1024', [0, 1], [%2, %1]) : None | !""")
+  %0 = amax_begin(anchor, '0.x/1024 0.w/1024 0.e/1024', cpu) : f32[3] | !
+  %1 = amax(g) : f32[1, 1] | bwd!
+  %2 = amax(weight) : f32[1, 1]
+  %3 = amax(x) : f32[1, 1]
++ %4 = amax_seen(%0, 2) : f32[2] | must_save
++ %5 = amax_record(anchor, '0.x/1024 0.w/1024 0.e/1024', [0, 1, 2], [%4, %1]) : None | bwd!
++ %6 = amax_note(%4, 0, [%3, %2]) : None | !""")
 
 
 def test_delayed_records_nothing_without_backward_or_history():

@@ -1,0 +1,1 @@
+"""What ranks of a program have in common of what is remembered."""
