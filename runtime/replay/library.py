@@ -180,9 +180,14 @@ class Launcher:
 
     def permit(self, every: bool) -> None:
         """C++ may serve the like of the call that runs on this thread: every one, or the first after each time that its
-        owner is written to."""
+        owner is written to or an optimizer steps."""
         if self._ops is not None:
             self._ops.permit(every)
+
+    def stepped(self) -> None:
+        """An optimizer has stepped: owners may have been written to, whatever their version counters say."""
+        if self._ops is not None:
+            self._ops.stepped()
 
     def forbid(self) -> None:
         """C++ is not to serve the like of the call that runs on this thread."""

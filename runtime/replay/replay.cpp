@@ -7,7 +7,8 @@
 // no pure function of its signature is refused by the recorder, and stays in Python.
 //
 // An op may have an owner among its arguments, a tensor for which Python may keep the results (weights.py). While Python
-// permits it, a call is one without an owner: every call, or the first after each time that the owner is written to.
+// permits it, a call is one without an owner: every call, or the first after each time that the owner is written to or an
+// optimizer has stepped.
 
 #include <dlfcn.h>
 
@@ -294,6 +295,9 @@ struct Known {
 }  // namespace
 
 constexpr int64_t kEvery = -1;  // no version
+std::atomic<int64_t> steps{0};  // of optimizers: those that update by one fused kernel leave the version counter as it is
+
+int64_t version_of(const at::Tensor& owner) { return (steps.load() << 32) + owner._version(); }
 
 struct Attached {
   Attached(std::string name, c10::OperatorHandle python, c10::DispatchKey key, int64_t owner)
@@ -483,7 +487,7 @@ class Replay final : public c10::OperatorKernel {
       run(keys, stack);
       return;
     }
-    const int64_t version = arguments[op_.owner].toTensor()._version();
+    const int64_t version = version_of(arguments[op_.owner].toTensor());
     const auto before = find(op_, op_.permitted, signature);
     if (before && *before != version) {  // permitted, but without a plan yet
       if (*before != kEvery) remember(op_, op_.permitted, signature, version);
@@ -529,7 +533,7 @@ bool serve(Attached& op, IValue* arguments, size_t count, std::vector<at::Tensor
   int64_t version = kEvery;
   if (has_owner(op, arguments)) {
     if (!describe_owned(op, arguments, count, owned_signature)) return false;
-    version = arguments[op.owner].toTensor()._version();
+    version = version_of(arguments[op.owner].toTensor());
     const auto before = find(op, op.permitted, owned_signature);
     if (!before || *before == version) return false;
     if (*before == kEvery) version = kEvery;
@@ -661,6 +665,7 @@ TORCH_LIBRARY(quartet_replay, library) {
   library.def("permit(bool every) -> ()", [](bool every) { permit(every); });
   library.def("forbid() -> ()", [] { forbid(); });
   library.def("forbid_all() -> ()", [] { forbid_all(); });
+  library.def("stepped() -> ()", [] { ++steps; });
   library.def("repeated() -> bool", [] { return !owned.empty() && owned.back().repeated; });
   library.def("number(ScalarType dtype) -> int", [](c10::ScalarType dtype) { return static_cast<int64_t>(dtype); });
   library.def("refuse() -> ()", [] { refuse(); });

@@ -1,13 +1,14 @@
 """Quantised weights that the forwards of one optimizer step share, while gradients accumulate.
 
 What was made of a weight is kept from the second forward of a step on, and only for a parameter that an optimizer of
-``torch.optim``'s kind has stepped: the next step of any such optimizer drops everything. A changed version counter (an
-in-place update, a checkpoint loaded) or another storage (``parameter.data = …``, a module moved) makes a kept result
-void at once. A compiled step moves the version counter, and drops everything too. A step that was captured in a CUDA
-graph does neither when it is replayed, so nothing is kept of a parameter whose optimizer was ever captured. FSDP
-gathers its parameters into tensors that no optimizer holds, so theirs are made anew in every forward. Results belong to
-the CUDA stream that made them: micro-batches on two streams quantise a weight once on each, and neither has to wait for
-the other. The one change that goes unseen is a write through ``parameter.data`` between two forwards of the same step.
+``torch.optim``'s kind has stepped: the next step of any such optimizer drops everything, a fused one too, which moves
+no version counter. A changed version counter (an in-place update, a checkpoint loaded) or another storage
+(``parameter.data = …``, a module moved) makes a kept result void at once. A compiled step moves the version counter,
+and drops everything too. A step that was captured in a CUDA graph does neither when it is replayed, so nothing is kept
+of a parameter whose optimizer was ever captured. FSDP gathers its parameters into tensors that no optimizer holds, so
+theirs are made anew in every forward. Results belong to the CUDA stream that made them: micro-batches on two streams
+quantise a weight once on each, and neither has to wait for the other. The one change that goes unseen is a write
+through ``parameter.data`` between two forwards of the same step.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ class ReusedWeights:
         self._step = {}  # nothing is read before, so that dynamo repeats just this after each run of a compiled step
         if torch.compiler.is_compiling():
             return
+        LAUNCHER.stepped()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._captured[optimizer] = True
         held = self._asked, sum(len(group["params"]) for group in optimizer.param_groups)

@@ -96,10 +96,13 @@ def test_on_the_current_stream(work):
     same(made, wanted)
 
 
-def test_a_weight_is_made_once_a_step_and_kept_while_gradients_accumulate(device):
+@pytest.mark.parametrize("optimizer_of", [
+    lambda weight: torch.optim.SGD([weight], 0.1), lambda weight: torch.optim.AdamW([weight], 0.01, fused=True)],
+    ids=["counts", "fused"])  # a fused step leaves version counters as they are
+def test_a_weight_is_made_once_a_step_and_kept_while_gradients_accumulate(optimizer_of, device):
     REUSED.watch()
     weight = torch.nn.Parameter(torch.randn(64, 256, device=device, dtype=torch.bfloat16))
-    optimizer = torch.optim.SGD([weight], 0.1)
+    optimizer = optimizer_of(weight)
     signs = torch.ones(32, device=device)
 
     def make(owner):

@@ -285,6 +285,21 @@ def test_a_call_with_an_owner_is_served_once_a_version_while_python_permits_it(o
     call(0, [])
 
 
+def test_a_step_of_an_optimizer_counts_as_a_write(owned, launcher):
+    """AdamW's fused kernel leaves version counters as they are."""
+    call, write, _, counts = owned
+    call(0, [False])
+    call(0, [True])
+    for _ in range(3):
+        launcher.stepped()
+        call(0, [])
+        call(0, [True])
+    write(0)
+    launcher.stepped()
+    call(0, [])
+    assert counts().replays == 2  # one of the others was recorded
+
+
 def test_every_call_with_an_owner_is_served_until_that_is_forbidden(owned, launcher):
     call, write, permits, counts = owned
     permits[0] = True
