@@ -90,6 +90,7 @@ class Kernel:
         row_major: it reads codes that lie row by row, so that codes and their transpose are two tensors.
         makes_codes: whether its products of groups make the codes of a quantiser of weights themselves, once an
             optimizer step where they may be kept; backward then makes its own.
+        opaque: its quantisers are ops of their own, which read tensors that lie in memory, rounded to their dtype.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Kernel:
     variants: tuple[Variant, ...] = ()
     row_major: bool = False
     makes_codes: Callable[[Node], bool] = lambda quantizer: False
+    opaque: bool = False
 
     def refuses(self, target: Target, dtype: torch.dtype, operands: Operands, product: OpOverload) -> str | None:
         """None where the kernel computes a product of these operands into ``dtype``, else why not."""
@@ -145,7 +147,7 @@ _TUNED = Variant("autotune", True, block_scaled.autotune)
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("cpp", "fused C++ quantisers, dequantise + matmul in the model's dtype", cpu.supports, cpu.lower,
-           supports_kind=_every, group_align=1),
+           supports_kind=_every, group_align=1, opaque=True),
     Kernel("cutlass", "block-scaled tensor cores through CUTLASS; of MXFP4 fused Triton quantisers",
            block_scaled.supports_cutlass, block_scaled.lower_cutlass, block_scaled.supports_pair, reads=cuda.supports,
            price=blackwell_price.block_scaled, variants=(_PORTABLE, _TUNED)),
@@ -153,10 +155,11 @@ KERNELS: tuple[Kernel, ...] = (
            scaled_mm.lower, scaled_mm.supports_pair, reads=cuda.supports, price=blackwell_price.block_scaled,
            variants=(_PORTABLE,)),
     Kernel("dot-scaled", "fused Triton quantisers, block-scaled FP4 tensor cores through Triton", blackwell.supports,
-           blackwell.lower_dot, reads=cuda.supports, price=blackwell_price.dot_scaled, variants=(_PORTABLE,)),
+           blackwell.lower_dot, reads=cuda.supports, price=blackwell_price.dot_scaled, variants=(_PORTABLE,),
+           opaque=True),
     Kernel("triton-fp8", "fused Triton quantisers, an exact fold to E4M3, FP8 tensor cores", cuda.supports_fold,
            cuda.lower_fold, reads=cuda.supports, supports_kind=fp8_products.supports_kind, price=cuda_price.folded,
-           variants=(_PROMOTED,)),
+           variants=(_PROMOTED,), opaque=True),
     Kernel("cublaslt", "FP8 tensor cores through torch._scaled_mm", fp8.supports, fp8.lower,
            fp8_products.supports_pair, fp8_products.ALIGN, price=fp8_price.cast, variants=(_PROMOTED,), row_major=True),
     Kernel("fp8-grouped", "FP8 tensor cores through torch._scaled_grouped_mm, for groups and batches",
@@ -166,7 +169,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("int-mm", "exact products of INT8 in int32 through torch._int_mm", int8.supports, int8.lower,
            align=int8.ALIGN, price=int8_price.integers),
     Kernel("triton", "fused Triton quantisers, dequantise + matmul in the model's dtype", cuda.supports,
-           cuda.lower_plain, supports_kind=_every, price=simulated),
+           cuda.lower_plain, supports_kind=_every, price=simulated, opaque=True),
     Kernel("inductor", "the reference decomposed into Inductor's IR, fused with its neighbours", _inductor,
            supports_kind=lambda target, product: _among(product, SCALED_MM, SCALED_BMM), price=simulated),
     Kernel("grouped-mm", "the reference's groups, dequantised and multiplied in the model's dtype", _inductor,

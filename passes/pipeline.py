@@ -24,6 +24,7 @@ from quartet.lowering.ir.graph import is_backward
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.collectives.gathered import gathered
+from quartet.passes.collectives.travel import travel
 from quartet.passes.compilation import Compilation
 from quartet.passes.find.canonicalize import canonicalize
 from quartet.passes.find.find_grouped import find_grouped
@@ -61,7 +62,8 @@ log = logging.getLogger("quartet")
 Signature = tuple[str, ...]
 PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
-    estimator, toward, rotate, quantize, gathered, delayed, share, sum_first, draw, observe, check, save, lower,
+    estimator, toward, rotate, quantize, gathered, delayed, share, travel,
+    sum_first, draw, observe, check, save, lower,
 )
 NAMES = tuple(p.name for p in PASSES)
 OPTIONAL = tuple(p.name for p in PASSES if p.optional)
