@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from quartet.compile import compile
     from quartet.explain import explain
     from quartet.extend import register_pass, unregister_pass
+    from quartet.inspect.replay import replay
+    from quartet.inspect.suggest import suggest
     from quartet.kernels.spec import QuantSpec, SpecError
     from quartet.lowering.recipe.types import Delayed, Gemm, Operand, Recipe, Rotation, Saved
     from quartet.policy import Policy, Rule
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Delayed", "Gemm", "Operand", "Policy", "PolicyError", "QuantSpec", "Recipe", "Rotation", "Rule", "Saved",
            "SpecError", "State", "compile", "explain", "load_state_dict", "recipes", "register", "register_pass",
-           "state_dict", "statistics", "unregister_pass"]
+           "replay", "state_dict", "statistics", "suggest", "unregister_pass"]
 
 _HOMES = {
     "quartet.compile": ("compile",), "quartet.explain": ("explain",), "quartet.statistics": ("statistics",),
@@ -35,6 +37,7 @@ _HOMES = {
     "quartet.lowering.recipe.types": ("Delayed", "Gemm", "Operand", "Recipe", "Rotation", "Saved"),
     "quartet.policy": ("Policy", "Rule"), "quartet.recipes": ("PolicyError", "recipes", "register"),
     "quartet.runtime.slots.state": ("load_state_dict", "state_dict"), "quartet.runtime.slots.stateful": ("State",),
+    "quartet.inspect.replay": ("replay",), "quartet.inspect.suggest": ("suggest",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = ("direct", "distributed", "extend", "inspect", "optim")

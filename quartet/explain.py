@@ -58,6 +58,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     if options is None and mode is None:
         options, mode = own_options, own_mode
     parsed = Options.parse(mode, options, passes=pipeline.OPTIONAL, kernels=registry.disableable())
+    parsed = replace(parsed, inspect=None, check=None)  # they change no decision, and nothing trains here
     judge, graphs = Judge(parsed.policy), []
     records: list[MatmulRecord] = []
     saved: list[SavedRecord] = []

@@ -106,7 +106,7 @@ def _ranks(name: str, value: object, known: Known) -> tuple[int, ...] | None:
 
 
 def _inspector(name: str, value: object, known: Known) -> Inspector | None:
-    from quartet.inspect import coerce
+    from quartet.inspect.inspector import coerce
 
     try:
         return coerce(value)

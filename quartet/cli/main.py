@@ -1,9 +1,9 @@
 """The ``quartet`` command.
 
 Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` or ``tune`` could not build one,
-``calibrate`` could not keep what it measured or ``selftest`` found a wrong kernel, 2 wrong usage (the message names the
-nearest legal value), a file that cannot be written, or no GPU to test. What is typed is checked before PyTorch is
-imported.
+``calibrate`` could not keep what it measured, ``selftest`` found a wrong kernel or ``replay`` a value that is not
+finite, 2 wrong usage (the message names the nearest legal value), a file that cannot be written, or no GPU to test.
+What is typed is checked before PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -106,6 +106,42 @@ def _diff(arguments: argparse.Namespace) -> int:
     difference = read_report(arguments.after) - read_report(arguments.before)
     show(str(difference), difference.to_dict(), arguments.json)
     return 0
+
+
+def _suggest(arguments: argparse.Namespace) -> int:
+    usage.check_example(arguments.example)
+    usage.check_target(arguments.target)
+    usage.check_output(arguments.out)
+    from quartet.cli.example import example
+    from quartet.cli.output import write
+    from quartet.inspect.suggest import suggest
+
+    args, kwargs, model = example(arguments.example)
+    budget = arguments.error if arguments.time is None else f"{arguments.time}%"
+    try:
+        found = suggest(model, [kwargs or args], budget, target=arguments.target)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(found)
+    if arguments.out is not None:
+        write(arguments.out, found.policy.to_toml())
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    if arguments.inputs is not None:
+        usage.check_input(arguments.inputs)
+    import torch
+
+    from quartet.inspect.replay import ReplayError, replay
+
+    given = None if arguments.inputs is None else torch.load(arguments.inputs, weights_only=True)
+    try:
+        found = replay(arguments.dump, given)
+    except ReplayError as error:
+        raise UsageError(str(error)) from None
+    print(found)
+    return 0 if found.bad is None else 1
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
@@ -233,6 +269,7 @@ def _selftest(arguments: argparse.Namespace) -> int:
 
 
 RUN: Mapping[str, Callable[[Any], int]] = {
-    "doctor": _doctor, "explain": _explain, "bench": _bench, "diff": _diff, "recipes": _recipes, "build": _build,
-    "tune": _tune, "calibrate": _calibrate, "cache": _cache, "selftest": _selftest,
+    "doctor": _doctor, "explain": _explain, "bench": _bench, "diff": _diff, "suggest": _suggest,
+    "replay": _replay, "recipes": _recipes, "build": _build, "tune": _tune, "calibrate": _calibrate, "cache": _cache,
+    "selftest": _selftest,
 }

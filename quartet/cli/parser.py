@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from quartet.cli.usage import UsageError
 
-COMMANDS = ("doctor", "explain", "bench", "diff", "recipes", "calibrate", "build", "tune", "cache", "selftest")
+COMMANDS = ("doctor", "explain", "bench", "diff", "suggest", "replay", "recipes", "calibrate", "build", "tune", "cache",
+            "selftest")
 CACHE_ACTIONS = ("list", "clear")
 TARGET = "as if this machine had such a GPU: h100, b200, 'rtx 3090', sm_100a, …"
 EXAMPLE = "function without arguments that returns (model, inputs); inputs is a tuple or a dict"
@@ -19,6 +20,9 @@ EXAMPLES = {
     "bench": ["quartet bench my_model:make --policy quartet,fp8", "quartet bench my_model:make --json times.json"],
     "diff": ["quartet explain my_model:make --policy fp8 --json a.json",
              "quartet explain my_model:make --policy quartet --json b.json", "quartet diff a.json b.json"],
+    "suggest": ["quartet suggest my_model:make --error 0.1 --target h200",
+                "quartet suggest my_model:make --time 70 --target b200 --out policy.toml"],
+    "replay": ["quartet replay graphs/graph_000", "quartet replay graphs/graph_000 --inputs inputs.pt"],
     "recipes": ["quartet recipes", "quartet recipes quartet"],
     "calibrate": ["quartet calibrate", "quartet calibrate --out rates.json"],
     "build": ["quartet build --arch b200", "quartet build --arch sm_100a,sm_120a --kinds mxf4 -j 4"],
@@ -72,6 +76,20 @@ def parser(version: str) -> argparse.ArgumentParser:
     diff.add_argument("before", metavar="A.json", type=Path)
     diff.add_argument("after", metavar="B.json", type=Path)
     _json(diff)
+
+    suggest = command("suggest", "propose a recipe for each layer of your model, from its errors and predicted times")
+    suggest.add_argument("example", metavar="MODULE:FACTORY", help=EXAMPLE)
+    budget = suggest.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--error", metavar="E", type=float, help="that no layer may exceed: 0.1; the fastest within it")
+    budget.add_argument("--time", metavar="P", type=float,
+                        help="percent of the time in the model's dtype; the least error within it")
+    suggest.add_argument("--target", metavar="T", help="the GPU that times are predicted for; default: the model's own")
+    suggest.add_argument("--out", metavar="FILE", type=Path, help="write the policy as TOML")
+
+    replay = command("replay", "run a dumped graph, on your own tensors too, up to the first value that is not finite")
+    replay.add_argument("dump", metavar="DUMP", type=Path, help="a module of a dump, or the folder of one graph")
+    replay.add_argument("--inputs", metavar="FILE", type=Path,
+                        help="a list of its inputs or a dict of some by name, written by torch.save; default: random")
 
     recipes = command("recipes", "list the recipes, or show one in full")
     recipes.add_argument("name", nargs="?")

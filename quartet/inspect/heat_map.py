@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from quartet.inspect.records import COLUMNS_OF, Record
-from quartet.report.html import page
+from quartet.report import pages
 
 _LOGARITHMIC = ("amax", "rms", "error", "underflow", "clipped", "zeros", "not_finite", "unfolded")
 _LOW, _HIGH = (237, 244, 250), (176, 24, 60)
-_STYLE = """<style>.heat{overflow-x:auto}.heat table{border-collapse:collapse;font-size:12px}
-.heat th{font-weight:400;text-align:left;padding:1px 8px 1px 0;white-space:nowrap;position:sticky;left:0;
-background:Canvas;color:CanvasText}.heat td{min-width:9px;height:15px;padding:0;border:1px solid Canvas}
-.heat td.bad{background:repeating-linear-gradient(45deg,#000 0 3px,#fd0 3px 6px)}
-.heat .steps td{font-size:10px;color:GrayText;background:none;padding-right:3px}</style>"""
 
 
 @dataclass(frozen=True)
@@ -27,11 +22,22 @@ class _Colours:
     high: float
     logarithmic: bool
 
-    def of(self, value: float) -> str:
+    @staticmethod
+    def of(values: Iterable[float], logarithmic: bool) -> _Colours:
+        held = [value for value in values if math.isfinite(value) and not (logarithmic and value <= 0)]
+        return _Colours(min(held, default=1.0), max(held, default=1.0), logarithmic)
+
+    def __call__(self, value: float) -> str | None:
+        """None for what is not finite."""
+        if not math.isfinite(value):
+            return None
         at, low, high = (math.log(max(v, self.low)) if self.logarithmic else v for v in (value, self.low, self.high))
-        share = (at - low) / (high - low) if high > low else 0.0
-        mixed = (a + (b - a) * min(max(share, 0.0), 1.0) for a, b in zip(_LOW, _HIGH, strict=True))
+        share = min(max((at - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+        mixed = (a + (b - a) * share for a, b in zip(_LOW, _HIGH, strict=True))
         return "#" + "".join(f"{round(part):02x}" for part in mixed)
+
+    def __str__(self) -> str:
+        return f"from {self.low:.3g} (pale) to {self.high:.3g} (dark){', logarithmic' if self.logarithmic else ''}"
 
 
 def page_of(records: Iterable[Record], column: str = "error") -> str:
@@ -48,31 +54,15 @@ def page_of(records: Iterable[Record], column: str = "error") -> str:
         raise ValueError(f"no column {column!r} of operands or gradients; possible: {', '.join(columns)}")
     values: dict[str, dict[int, float]] = {}
     for record in records:
-        if record.kind in ("operand", "product") and column in record.values:
+        if record.kind in ("operand", "product") and not math.isnan(record.values.get(column, math.nan)):
             values.setdefault(record.name, {})[record.step] = record.values[column]
     steps = sorted({step for row in values.values() for step in row})
-    held = [v for row in values.values() for v in row.values() if math.isfinite(v)]
-    logarithmic = column in _LOGARITHMIC
-    positive = [v for v in held if v > 0]
-    low, high = (min(positive, default=1.0), max(positive, default=1.0)) if logarithmic else (
-        min(held, default=0.0), max(held, default=1.0))
-    colours = _Colours(low, high, logarithmic)
-    rows = "\n".join(f"<tr><th>{html.escape(name)}</th>{_cells(name, row, steps, colours)}</tr>"
-                     for name, row in values.items() if any(not math.isnan(v) for v in row.values()))
-    head = "".join(f"<td>{step}</td>" for step in steps)
-    scale = f"from {low:.3g} (pale) to {high:.3g} (dark){', logarithmic' if logarithmic else ''}; striped: not finite"
-    return page(f"quartet: {column} by step", f'{_STYLE}<p>{html.escape(scale)}</p><div class="heat"><table>'
-                f'<tr class="steps"><th>step</th>{head}</tr>\n{rows}\n</table></div>')
+    colours = _Colours.of((value for row in values.values() for value in row.values()), column in _LOGARITHMIC)
+    rows = [{"name": name, "cells": [_cell(name, step, row.get(step), colours) for step in steps]}
+            for name, row in values.items()]
+    return pages.render("heat_map.html", title=f"quartet: {column} by step", steps=steps, rows=rows,
+                        subtitle=f"{colours}; striped: not finite")
 
 
-def _cells(name: str, row: dict[int, float], steps: list[int], colours: _Colours) -> str:
-    return "".join(_cell(name, step, row.get(step), colours) for step in steps)
-
-
-def _cell(name: str, step: int, value: float | None, colours: _Colours) -> str:
-    if value is None:
-        return "<td></td>"
-    title = html.escape(f"{name}, step {step}: {value:.4g}", quote=True)
-    if not math.isfinite(value):
-        return f'<td class="bad" title="{title}"></td>'
-    return f'<td style="background:{colours.of(value)}" title="{title}"></td>'
+def _cell(name: str, step: int, value: float | None, colours: _Colours) -> dict[str, Any] | None:
+    return None if value is None else {"title": f"{name}, step {step}: {value:.4g}", "color": colours(value)}

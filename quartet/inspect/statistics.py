@@ -84,7 +84,7 @@ class Statistics(Sequence[Record]):
             found = Statistics(sorted(found, key=lambda r: (math.isnan(_value(r, by)), sign * _value(r, by))))
         rows = [(shorten(r.name, _WIDEST), *(_cell(column, _value(r, column)) for column in SHOWN))
                 for r in found[:limit]]
-        return _aligned(("operand or gradient", *SHOWN), rows) if rows else "nothing recorded yet"
+        return aligned(("operand or gradient", *SHOWN), rows) if rows else "nothing recorded yet"
 
     def where_kind(self, *kinds: str) -> Statistics:
         return Statistics(record for record in self if record.kind in kinds)
@@ -97,7 +97,7 @@ class Statistics(Sequence[Record]):
         rows = [(shorten(f"{layer} {role}", _WIDEST), *(
             f"{errors[layer, role, recipe]:.2%}" if (layer, role, recipe) in errors else "" for recipe in recipes))
             for layer, role in places]
-        return _aligned(("product", *recipes), rows) if rows else "nothing recorded yet: Inspector(what_if=[…])"
+        return aligned(("product", *recipes), rows) if rows else "nothing recorded yet: Inspector(what_if=[…])"
 
     def spikes(self, factor: float = 4.0, history: int = 16) -> list[Spike]:
         """Where the largest magnitude or the error of an operand, the error of a gradient or the alignment of weights
@@ -147,7 +147,7 @@ def _cell(column: str, value: float) -> str:
     return f"{value:.1f} dB" if column == "SNR" else f"{value:.4f}" if column == "cosine" else f"{value:.3g}"
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)

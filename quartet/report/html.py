@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from quartet.lowering.recipe.types import ROLES
 from quartet.report import pages
 from quartet.report.text import human_bytes, percent
@@ -16,11 +14,6 @@ if TYPE_CHECKING:
 
 COLORS = 8
 SHOWN = 500  # names of one group
-
-
-def page(title: str, body: str) -> str:
-    """A self-contained page in the style of the others; ``body`` is HTML, ``title`` plain text."""
-    return pages.render("plain.html", title=title, body=Markup(body))
 
 
 def explain_page(report: Report) -> str:

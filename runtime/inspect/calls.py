@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from quartet.runtime.inspect.clock import CLOCK
 from quartet.runtime.inspect.recorder import Recorder, Row
-from quartet.runtime.slots.rows import SLOTS
 
 _MOST = 4096  # layers of one graph; it begins anew then
 
@@ -68,8 +67,8 @@ _CALLS: WeakValueDictionary[int, Call] = WeakValueDictionary()
 
 
 def call_of(token: Tensor) -> Call | None:
-    """Whose token it is; None of :func:`no_token`, and while nothing may change what is remembered."""
-    return None if SLOTS.frozen else _CALLS.get(int(token.item()))
+    """Whose token it is; None of :func:`no_token`."""
+    return _CALLS.get(int(token.item()))
 
 
 def no_token() -> Tensor:

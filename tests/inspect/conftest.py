@@ -8,7 +8,7 @@ import pytest
 import torch
 
 logging.getLogger("torch.__trace").propagate = False  # pytest would format and keep every line
-sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "scenarios"), str(Path(__file__).parent)]
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from gated import Gated, data
 from harness import compile_eager, step
 from torch import nn
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 import quartet
@@ -18,24 +18,9 @@ from quartet.kernels.reference import statistics as definition
 from quartet.recipes import recipes
 
 
-class Gated(nn.Module):
-    def __init__(self, width=64, hidden=96):
-        super().__init__()
-        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return x + self.down(silu(self.gate(x)) * self.up(x))
-
-
 class Checkpointed(Gated):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
-
-
-def data():
-    torch.manual_seed(3)
-    return [torch.randn(128, 64).requires_grad_()]
 
 
 def one_step(model, policy, inspector, **options):
