@@ -5,6 +5,8 @@
 # make fuzz N=1000          so many random models through the passes, and calls through the optimizers
 # make zoo                  a training step of forty architectures from transformers, timm, diffusers and peft
 # make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; an hour on two cores)
+# make figures              README's tables and plot from the last demo
+# make site                 the documentation as a site, in site/
 # make lint | bench | docs  ruff and mypy | the step benchmark on a CPU | docs/recipes.md anew
 
 PYTHON ?= python3
@@ -23,7 +25,7 @@ QUICK  := tests/passes tests/quartet tests/runtime $(filter-out tests/test_packa
           $(call named,scenarios,cells layers masks recipe_formulas strict) $(call named,caches,cache_key) \
           $(call named,optim,state_format optimizers) $(call named,direct,weights derivatives)
 
-.PHONY: install demo check test fuzz zoo test-cutlass lint bench docs clean
+.PHONY: install demo check test fuzz zoo test-cutlass lint bench docs figures site clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/train_llama.py --out demo-out $(ARGS)
+	$(BIN)/python examples/train_llama.py --out demo-out --seeds 3 $(ARGS)
 
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK) $(ARGS)
@@ -64,5 +66,12 @@ docs: $(STAMP)
 	$(BIN)/quartet recipes --markdown > docs/recipes.md.new
 	mv docs/recipes.md.new docs/recipes.md
 
+figures: $(STAMP)
+	$(BIN)/python benchmarks/figures.py $(if $(wildcard demo-out/result.json),--demo demo-out/result.json)
+
+site: $(STAMP)
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info demo-out bench-out
+	rm -rf build dist *.egg-info demo-out bench-out site

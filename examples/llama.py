@@ -41,6 +41,7 @@ PRESETS = {
     "tiny": LlamaConfig(dim=64, layers=2, heads=2, ffn=192),
     "small": LlamaConfig(dim=256, layers=4, heads=4, ffn=768),
     "demo": LlamaConfig(dim=512, layers=8, heads=8, ffn=1536),
+    "large": LlamaConfig(dim=4096, layers=4, heads=32, ffn=12288),
 }
 
 

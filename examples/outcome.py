@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from train_llama import Run
 
 SMOOTHING = 0.9
+AGAIN = " #"  # in the name of a run that repeats the first with other roundings
 NO_PLOT = f"matplotlib is not installed, so there is no picture of the losses: `{INSTALL}` brings it"
 
 
@@ -37,12 +38,15 @@ def smooth(losses: Sequence[float]) -> list[float]:
 def show(runs: Sequence[Run], console: Console) -> None:
     """One column a run and, with a baseline, one that compares."""
     rows = [
-        ("validation loss, nats a byte", [r.validation for r in runs], "{:.4f}", "gap {:+.4f}"),
+        ("validation loss, nats a byte", [r.validation for r in runs], "{:.4f}", "gap"),
         ("first step, with compilation unless cached, s", [r.first_step for r in runs], "{:.1f}", ""),
         ("step after it, median, ms", [1e3 * median(r.seconds) for r in runs], "{:.1f}", "× {:.2f}"),
         ("kept for backward, MB", [r.saved_bytes / 1e6 for r in runs], "{:.2f}", "× {:.2f}"),
         ("optimizer's states, MB", [r.state_bytes / 1e6 for r in runs], "{:.2f}", "× {:.2f}"),
     ]
+    gap = gap_spread(runs)
+    runs = [run for run in runs if AGAIN not in run.name]
+    rows = [(name, values[:len(runs)], form, comparison) for name, values, form, comparison in rows]
     table = Table(title="result")
     table.add_column("")
     for run in runs:
@@ -53,9 +57,24 @@ def show(runs: Sequence[Run], console: Console) -> None:
         cells = [form.format(v) for v in values]
         if len(values) == 2:
             a, b = values
-            cells.append(comparison.format(a - b if comparison.startswith("gap") else a / b))
+            cells.append(gap if comparison.startswith("gap") else comparison.format(a / b))
         table.add_row(name, *cells)
     console.print(table)
+
+
+def gaps(runs: Sequence[Run]) -> list[float]:
+    """How much higher the validation loss of the first run is than that of the second, and of those that repeat it."""
+    if len(runs) < 2:
+        return []
+    return [run.validation - runs[1].validation for run in (runs[0], *(r for r in runs if AGAIN in r.name))]
+
+
+def gap_spread(runs: Sequence[Run]) -> str:
+    """The gap, or the mean of several with the least and the largest."""
+    found = gaps(runs)
+    if len(found) < 2:
+        return "".join(f"gap {gap:+.4f}" for gap in found)
+    return (f"gap {statistics.mean(found):+.4f}, {len(found)} roundings from {min(found):+.4f} to {max(found):+.4f}")
 
 
 def pyplot() -> Any:
@@ -106,10 +125,11 @@ def save(path: Path, runs: Sequence[Run], described: dict[str, Any]) -> dict[str
             for r in runs
         },
     }
-    if len(runs) == 2 and all(_known(r.validation) is not None for r in runs):
-        a, b = runs
+    if len(runs) > 1 and all(_known(r.validation) is not None for r in runs):
+        (a, b), known = runs[:2], gaps(runs)
         result["comparison"] = {
-            "validation_gap": a.validation - b.validation,
+            "validation_gap": statistics.mean(known),
+            "validation_gaps": known,
             "step_ratio": median(a.seconds) / median(b.seconds),
             "saved_ratio": a.saved_bytes / b.saved_bytes,
         }

@@ -3,8 +3,10 @@
     python examples/train_llama.py --out demo-out
     python examples/train_llama.py --size demo --policy quartet-paper --steps 200 --no-compare
 
-Both runs start from the same weights and see the same bytes in the same order. At the end: both validation losses,
-what happened to each matmul, the bytes kept for backward, and in ``--out`` the loss curves, the graphs and a JSON file.
+Both runs start from the same weights and see the same bytes in the same order; with ``--seeds 3`` the quantised one
+runs three times, which differ by how gradients were rounded. At the end: the validation losses, what happened to each
+matmul, the bytes kept for backward, and in ``--out`` the loss curves, the graphs and a JSON file. On a GPU, where there
+is one, the model is of a size at which the gain shows.
 """
 
 from __future__ import annotations
@@ -28,13 +30,16 @@ from corpus import Corpus, read_corpus
 from descent import adamw, descend, learning_rate
 from llama import PRESETS, Llama, LlamaConfig
 from measure import saved_for_backward, stored_bytes
-from outcome import NO_PLOT, median, plot, pyplot, save, show
+from outcome import AGAIN, NO_PLOT, median, plot, pyplot, save, show
 from output import check_folder, whole, write_text
+from predicted import predictions, told
 from torch import Tensor
 
 import quartet
 
 BASELINE = "inductor"
+SIMULATION = ("on a CPU low precision is a simulation: losses and bytes are real, times are not those of a GPU, of "
+              "which a prediction follows at the end")
 VALIDATION_BATCHES = 64
 
 
@@ -103,7 +108,7 @@ def sizes(args: argparse.Namespace) -> LlamaConfig:
 
 def make_runs(args: argparse.Namespace, config: LlamaConfig) -> list[Run]:
     """The run in low precision and, to compare, the same weights under plain Inductor."""
-    model = Llama(config, args.seq).to(args.device)
+    model = Llama(config, args.seq).to(args.device, torch.bfloat16 if args.device.startswith("cuda") else None)
     twin = copy.deepcopy(model)
     inductor = dict(torch._inductor.list_mode_options(args.compile_mode)) if args.compile_mode else {}
     options = {**inductor, **quartet_options(args), "dump": str(args.out / "graphs")}
@@ -111,6 +116,10 @@ def make_runs(args: argparse.Namespace, config: LlamaConfig) -> list[Run]:
     runs = [Run(args.backend, model, compiled, adamw(model, args.lr))]
     if args.compare:
         runs.append(Run(BASELINE, twin, torch.compile(twin, mode=args.compile_mode), adamw(twin, args.lr)))
+    for i in range(2, args.seeds + 1):
+        other = copy.deepcopy(model)
+        compiled = torch.compile(other, backend=args.backend, options={**inductor, **quartet_options(args)})
+        runs.append(Run(f"{args.backend}{AGAIN}{i}", other, compiled, adamw(other, args.lr)))
     return runs
 
 
@@ -168,7 +177,7 @@ def train(runs: list[Run], corpus: Corpus, args: argparse.Namespace, described: 
             batch = on_device(corpus, "train", args, step)
             for run in runs:
                 run.step(*batch, learning_rate(step, args.steps, args.lr))
-            line = " · ".join(standing(run, args.batch * args.seq) for run in runs)
+            line = " · ".join(standing(run, args.batch * args.seq) for run in runs if AGAIN not in run.name)
             progress.update(task, advance=1, description=line)
             if step == first or (step + 1) % max(1, args.steps // 10) == 0:
                 progress.console.print(f"step {step + 1:5d}  {line}", highlight=False)
@@ -187,7 +196,8 @@ def explain_matmuls(args: argparse.Namespace, run: Run, batch: tuple[Tensor, Ten
 
 def add_arguments(parser: argparse.ArgumentParser, size: str, steps: int, out: str) -> None:
     """What every program that trains with :func:`train` takes; ``size``, ``steps`` and ``out`` are defaults."""
-    parser.add_argument("--size", choices=PRESETS, default=size, help="tiny .1M, small 3.5M, demo 28M parameters")
+    parser.add_argument("--size", choices=PRESETS, default=size,
+                        help="tiny .1M, small 3.5M, demo 28M, large .9G parameters")
     parser.add_argument("--dim", type=int, help="width, with heads of 64 and a feed-forward of 3 times it")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int, default=steps, help="length of the learning-rate schedule")
@@ -208,11 +218,17 @@ def add_arguments(parser: argparse.ArgumentParser, size: str, steps: int, out: s
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, "small", 400, "demo-out")
+    add_arguments(parser, "small", 350, "demo-out")
     parser.add_argument("--policy", help="recipe name or .toml file; default: quartet's own")
     parser.add_argument("--backend", default="quartet", help="torch.compile backend to train with")
     parser.add_argument("--compile-mode", help="a mode of torch.compile, for both runs")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N",
+                        help="train the quantised model N times, which round differently: the spread of its gap")
+    parser.set_defaults(device=None, size=None, batch=8, seq=None)
     args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = args.device.startswith("cuda")
+    args.size, args.seq = args.size or ("large" if gpu else "small"), args.seq or (1024 if gpu else 64)
     args.stop_at = min(args.stop_at or args.steps, args.steps)
     if args.backend == BASELINE:
         args.compare = False
@@ -239,6 +255,8 @@ def announce(model: Llama, corpus: Corpus, args: argparse.Namespace, console: Co
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{parameters:,} parameters, {args.batch} × {args.seq} bytes a step\n"
                   f"{len(corpus.train):,} bytes of {corpus.source}", highlight=False)
+    if args.device == "cpu":
+        console.print(SIMULATION, highlight=False, markup=False)
     if pyplot() is None:
         console.print(NO_PLOT, highlight=False, markup=False)
 
@@ -263,8 +281,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     save(args.out / "result.json", runs, described)
     batch = on_device(corpus, "train", args, args.stop_at)
     matmuls = explain_matmuls(args, runs[0], batch, console) if args.backend == "quartet" else None
-    result = save(args.out / "result.json", runs, described | {"matmuls": matmuls})
+    ahead = list(predictions())
+    result = save(args.out / "result.json", runs, described | {"matmuls": matmuls, "predicted": ahead})
     show(runs, console)
+    console.print(told(ahead), highlight=False, markup=False)
     plot(runs, args.out / "loss.png")
     return result
 

@@ -43,12 +43,15 @@ def test_it_reports_what_it_measured(unbroken):
     assert abs(result["comparison"]["validation_gap"]) < 0.3
     assert 0 < ours["saved_bytes"] < peer["saved_bytes"]
     assert result["matmuls"]
+    assert {(row["model"], row["gpu"]) for row in result["predicted"]} == {
+        (model, gpu) for model in ("1B", "8B") for gpu in ("h200", "b200")}
+    assert all(0 < row["quartet"] < row["bf16"] for row in result["predicted"])
 
 
 def test_it_leaves_pictures_and_graphs(unbroken):
     assert (unbroken / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "<table" in (unbroken / "out/explain.html").read_text(encoding="utf-8")
-    assert list((unbroken / "out/graphs").rglob("*.after.py"))
+    assert list((unbroken / "out/graphs").rglob("*_lower.py"))
 
 
 def test_a_resumed_run_continues_bit_for_bit(unbroken, tmp_path):
