@@ -1,0 +1,45 @@
+"""What the site of the documentation has beside ``docs``: README as its first page, CONTRIBUTING, the API, a gallery of
+real pages; links to files of the repository that are no pages become plain text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+API = """# API
+
+Everything below is imported from `quartet`.
+
+{entries}
+"""
+NAMES = ("compile", "explain", "Policy", "Rule", "Recipe", "Gemm", "Operand", "Rotation", "QuantSpec", "Delayed",
+         "Saved", "recipes", "register", "register_pass", "statistics", "state_dict", "load_state_dict", "State")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are not in ``docs``."""
+    made = {
+        "index.md": (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "]("),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
+        "api.md": API.format(entries="\n\n".join(f"::: quartet.{name}" for name in NAMES)),
+    }
+    for name, text in made.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Keep the links that lead to pages; of others the words."""
+    def link(found: re.Match[str]) -> str:
+        words, target = found[1], found[2]
+        path = target.partition("#")[0].replace("../README.md", "index.md").replace("../CONTRIBUTING.md",
+                                                                                  "contributing.md")
+        if re.match(r"https?:|#|mailto:", target) or files.get_file_from_path(path) is not None:
+            return f"[{words}]({target.replace(target.partition('#')[0], path, 1) if path else target})"
+        return words
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", link, markdown)
