@@ -24,6 +24,7 @@ from quartet.model.first_use import calibrate_once
 from quartet.model.judge import Judge, judge_of
 from quartet.model.names import Names, names_of
 from quartet.model.trained import tokens_for
+from quartet.model.whole import Whole
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.compilation import Compilation, Inspection, Observer
@@ -125,8 +126,10 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         collect_saved(kept)
     if collect_memory is not None and saved is not None:
         collect_memory(saved.memory)
-    judge = partial(_say, judge_of(options.policy, names), options.target or Target.of(device))
-    (say or judge)(names, step.records, kept)
+    judge = judge_of(options.policy, names)
+    (say or partial(_say, judge, options.target or Target.of(device)))(names, step.records, kept)
+    if options.strict and say is None and names.model is not None:
+        compiled = Whole(compiled, judge, names)
     return compiled
 
 

@@ -40,15 +40,26 @@ def graph_break() -> Break | None:
 @contextmanager
 def functions_left(to: list[Break]) -> Iterator[None]:
     """Append to a list, at the end, the functions that dynamo has meanwhile left to Python as a whole."""
-    begin = time.time_ns() // 1000
+    begin = now()
     compat.compilation_metrics(LIMIT)
     try:
         yield
     finally:
-        for seen in compat.compilation_metrics(LIMIT):
-            if (seen.start_time_us or 0) >= begin and seen.fail_reason and seen.co_filename:
-                place = seen.fail_user_frame_filename or seen.co_filename, seen.fail_user_frame_lineno or 0
-                to.append(Break(_first_line(seen.fail_reason), (place,), (seen.co_filename, seen.co_firstlineno or 0)))
+        to += left_since(begin)
+
+
+def now() -> int:
+    """The time by dynamo's clock, in microseconds."""
+    return time.time_ns() // 1000
+
+
+def left_since(begin: int) -> list[Break]:
+    """The functions that dynamo has left to Python as a whole since a time, as far as it remembers them."""
+    return [Break(_first_line(seen.fail_reason),
+                  ((seen.fail_user_frame_filename or seen.co_filename, seen.fail_user_frame_lineno or 0),),
+                  (seen.co_filename, seen.co_firstlineno or 0))
+            for seen in compat.compilation_metrics(LIMIT)
+            if (seen.start_time_us or 0) >= begin and seen.fail_reason and seen.co_filename]
 
 
 def _first_line(text: str) -> str:

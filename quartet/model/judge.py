@@ -23,11 +23,16 @@ from quartet.policy.saved import unmatched_saved
 from quartet.policy.shadowed import shadowed
 from quartet.policy.unmatched import Site
 from quartet.report.advice import UNPAID, advice, narrower
+from quartet.runtime.breaks import now
 from quartet.runtime.devices import Target
 
 
 class Judge:
-    """What has been seen of one model under one policy. All texts are for the user; each is given once."""
+    """What has been seen of one model under one policy. All texts are for the user; each is given once.
+
+    Attributes:
+        records: of its graphs. broken: one of them ended in a graph break. since: when the first was made.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -38,11 +43,19 @@ class Judge:
         self._parameters: set[str] = set()
         self._said: set[object] = set()
         self._blind = False
+        self.broken = False
+        self.since = now()
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Names of the parameters that graphs hold."""
+        return frozenset(self._parameters)
 
     def add(self, names: Names, records: Sequence[MatmulRecord], saved: Sequence[SavedRecord]) -> None:
         """One more graph of the model; without records it came from a cache, and what is in it is not known."""
         self.records += records
         self._blind |= bool(names.weights and not records)
+        self.broken |= not names.unbroken
         self._saved.update(record.fqn for record in saved)
         self._parameters.update(map(names.full, names.weights.values()))
         layers, policy = layers_of(r.fqn for r in records), self.policy.at(names.place)

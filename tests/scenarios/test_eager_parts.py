@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import compile_eager
 from torch import nn
 
 from quartet import Policy, explain
@@ -174,3 +175,43 @@ def test_models_that_share_code_are_explained_with_their_own_sizes():
         model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         report = explain(model, torch.randn(width, width), options={"policy": "quartet"})
         assert all(isinstance(r.m, int) and r.flops for r in report)
+
+
+def strictly(model, policy="quartet"):
+    torch._dynamo.reset()
+    compiled, _ = compile_eager(model, policy, fullgraph=False, strict=True)
+    for _ in range(3):
+        compiled(x()).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["disable", "lstm"])
+def test_strict_refuses_them_too_when_the_model_has_run_once(name):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.inner = nn.Linear(WIDTH, WIDTH), INNER[name][0]()
+
+        def forward(self, x):
+            return self.second(self.before(x).relu())
+
+        @torch.compiler.disable
+        def second(self, x):
+            return self.inner(x)
+
+    with pytest.raises(UnsupportedMatmul, match="no graph holds inner") as error:
+        strictly(Outer())
+    assert all(layer in str(error.value) for layer in INNER[name][1])
+    strictly(Outer(), Policy("quartet").on("inner.*", None))
+
+
+def test_strict_lets_layers_be_that_are_in_another_graph_or_never_run():
+    class Model(Around):
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.last(x)
+
+    strictly(Model(nn.Identity()))
+    idle = Around(nn.Identity())
+    idle.never = nn.Linear(WIDTH, WIDTH)
+    strictly(idle)
