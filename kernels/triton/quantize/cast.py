@@ -19,8 +19,9 @@ _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 @triton.jit
 def _multiplier_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """``reference.scale_of_amax``: fp64 quotients, rounded to fp32."""
-    by = tl.minimum(1.0 / amax.to(tl.float64) * LARGEST, 2.0**126).to(tl.float32)
+    """``reference.scale_of_amax`` by fp32 division, as exact for 7 · 2^k: of a divisor and a midpoint of fp32 numbers,
+    the product, of 49 bits, differs from 7 · 2^k by 2^-49 of it at least, which fp64's rounding does not bridge."""
+    by = tl.minimum(tl.div_rn(LARGEST, amax), 2.0**126)
     if POWER_OF_TWO:
         by = (by.to(tl.int32, bitcast=True) & ~0x7FFFFF).to(tl.float32, bitcast=True)
     return tl.where(amax < float("inf"), tl.where(amax == 0, 1.0, by), float("nan"))
@@ -34,15 +35,16 @@ def _cast_tile(x, multiplier, scale, codes, transposed, rows, cols, row_stride, 
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if COLUMNS:
         by = tl.load(multiplier + col, mask=col < cols, other=0.0)[None, :]
     else:
         by = tl.load(multiplier)
+    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if not COLUMNS:
         if LARGEST > 0:
             by = _multiplier_of(by, LARGEST, POWER_OF_TWO)
             if tl.program_id(0) == 0 and tl.program_id(1) == 0:
-                tl.store(scale, (1.0 / by.to(tl.float64)).to(tl.float32))
+                tl.store(scale, tl.div_rn(1.0, by))
     scaled = tl.where(tl.abs(tile) < float("inf"), tile * by, float("nan"))  # the conversion saturates infinities
     made = scaled.to(TYPE).to(tl.uint8, bitcast=True)
     if PLAIN:
