@@ -80,8 +80,7 @@ def random_bits(seed: Tensor, site: int, rows: int, cols: int) -> Tensor:
     """
     group = torch.arange(rows * (cols // GROUP), device=seed.device)
     words = _call(seed, group, site, ROUNDING_STREAM)
-    shifts = torch.tensor(WINDOWS, device=seed.device)
-    return ((words.unsqueeze(-1) >> shifts) & 0x1FF).reshape(rows, cols)
+    return torch.stack([words >> start & 0x1FF for start in WINDOWS], dim=-1).reshape(rows, cols)
 
 
 def random_signs(seed: Tensor, site: int, n: int) -> Tensor:
