@@ -4,6 +4,7 @@
 # make test TORCH=2.15.0    the same with another PyTorch, in a virtual environment of its own
 # make fuzz N=1000          so many random models through the passes, and calls through the optimizers
 # make zoo                  a training step of forty architectures from transformers, timm, diffusers and peft
+# make examples             the programs for other people's tools, as shipped
 # make test-cutlass         compile and check every Blackwell kernel of the table (nvcc; an hour on two cores)
 # make figures              README's tables and plot from the last demo
 # make site                 the documentation as a site, in site/
@@ -25,7 +26,7 @@ QUICK  := tests/passes tests/quartet tests/runtime $(filter-out tests/test_packa
           $(call named,scenarios,cells layers masks recipe_formulas strict) $(call named,caches,cache_key) \
           $(call named,optim,state_format optimizers) $(call named,direct,weights derivatives)
 
-.PHONY: install demo check test fuzz zoo test-cutlass lint bench docs figures site clean
+.PHONY: install demo check test fuzz zoo examples test-cutlass lint bench docs figures site clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -51,6 +52,9 @@ fuzz: $(STAMP)
 
 zoo: $(STAMP)
 	QUARTET_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/zoo $(ARGS)
+
+examples: $(STAMP)
+	QUARTET_EXAMPLES=all $(BIN)/python -m pytest -q -n 0 tests/examples/test_programs_for_tools.py $(ARGS)
 
 test-cutlass: $(STAMP)
 	QUARTET_TEST_TABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels/test_cutlass_kernels.py $(ARGS)
