@@ -3,6 +3,7 @@
     python benchmarks/bench_grouped.py
     python benchmarks/bench_grouped.py --shapes single --columns bf16,torchao,fp8 --time-limit 420
     python benchmarks/bench_grouped.py --arbitrary
+    python benchmarks/bench_grouped.py --shapes goals --columns bf16,fp8,quartet --micro-batches 4 --repeat 8
     python benchmarks/bench_grouped.py --profile fp8 --shapes 16384x4096x14336x8
 
 A case is ``tokens x in x out x experts`` of one grouped product (``torch.nn.functional.grouped_mm``),
@@ -14,7 +15,8 @@ same ones; with ``--arbitrary`` sizes are multiples of nothing, and the peer is 
 
 ``bf16`` is Inductor, ``torchao`` its prototype of FP8 training with scales of rows (the op itself, compiled by
 Inductor), and other columns are our recipes on these products. How columns are compiled, timed and compared, what the
-table says and how a run continues are those of ``bench_linear.py``.
+table says and how a run continues are those of ``bench_linear.py``, what a step of several micro-batches is
+``micro_batches.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ COLUMNS = (common.BASELINE, PEER, *common.OURS)
 PRODUCT, SWIGLU, FUSED = "", "swiglu-", "fused-"
 PRODUCTS = {PRODUCT: 1, SWIGLU: 3, FUSED: 3}
 MODELS = ("16384x4096x14336x8", "16384x5120x2048x16", "32768x2048x1536x64", "65536x2048x768x128")
-GROUPS = {"single": MODELS, "swiglu": tuple(SWIGLU + name for name in MODELS),
+GOALS = tuple(SWIGLU + name for name in ("32768x4096x14336x8", MODELS[1], MODELS[2]))
+GROUPS = {"goals": GOALS, "single": MODELS, "swiglu": tuple(SWIGLU + name for name in MODELS),
           "fused": tuple(FUSED + name for name in MODELS)}
 UNIT = 16  # tokens; groups of the peer are multiples of it
 SPREAD = 0.5  # standard deviation of the logarithm of an expert's share

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import gpu_common as common
+import micro_batches
 import torch
 import torch.nn as nn
 from gpu_common import say
@@ -202,7 +203,7 @@ def measure(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
     """All columns of one case."""
     model = made(layer, args)
     buffers = Buffers(layer, args.device)
-    steps: dict[str, common.Case] = {}
+    steps: dict[str, micro_batches.Step] = {}
     columns: dict[str, dict[str, Any]] = {}
     exact: dict[str, Tensor] = {}
     for column in sorted(args.columns, key=lambda column: column != common.BASELINE):
@@ -215,9 +216,11 @@ def measure(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
             say(f"  {column:22} {columns[column]['failed']}")
     exact.clear()
     try:
-        for column, times in common.Clock(args.device).interleaved(steps, args.repeat).items():
-            columns[column] |= common.summary(times)
-            columns[column]["tflops"] = layer.flops / columns[column]["ms"] / 1e9
+        cases = micro_batches.cases(steps, args.micro_batches)
+        times = common.Clock(args.device).interleaved(cases, args.repeat)
+        for column in steps:
+            columns[column] |= micro_batches.summary(times, column, args.micro_batches)
+            columns[column]["tflops"] = args.micro_batches * layer.flops / columns[column]["ms"] / 1e9
     except Exception as error:  # whichever column it was, the times of none are complete
         columns = {column: common.failure(error) | columns[column] for column in columns}
     return layer.describe() | {"flops": layer.flops, "columns": {column: columns[column] for column in args.columns},
@@ -245,7 +248,8 @@ def report(record: common.Record, columns: Sequence[str], head: str = "tokens x 
            averaged: Sequence[str] = FIRST8, averaged_name: str = "the first 8") -> None:
     """Print the table and note the geometric means over what was measured of the cases ``averaged``."""
     rows = [[head, "bf16 ms", *columns]]
-    rows += [line(name, result, columns) for name, result in record.results.items()]
+    for name, result in record.results.items():
+        rows += [line(name, result, columns), *micro_batches.lines(result, columns)]
     done = [record.results[name]["ratios"] for name in averaged if name in record.results]
     means = {column: common.geometric_mean([r[column] for r in done]) for column in columns
              if done and all(column in r for r in done)}
@@ -260,11 +264,12 @@ def profile(args: argparse.Namespace) -> None:
     check_folder(args.out.parent, "--out")
     for name, layer in args.shapes.items():
         step = Step(layer, args.profile, made(layer, args), Buffers(layer, args.device), args)
+        case = micro_batches.cases({args.profile: step}, args.micro_batches)[args.profile]
         for i in range(3):
-            step.reset(i)
-            step.run(i)
+            case.reset(i)
+            case.run(i)
         say(f"{args.profile} {name}, one step")
-        rows = common.top_kernels(step, args.device, 5)
+        rows = common.top_kernels(case, args.device, 5)
         common.show_kernels(rows)
         path = args.out.with_name(f"{args.out.stem}-{args.profile}-{name}.json")
         write_json(path, rows)
@@ -281,6 +286,8 @@ def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str], group
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
     parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs, all columns")
+    parser.add_argument("--micro-batches", type=int, default=1, metavar="N",
+                        help="of an optimizer step, timed together; above 1 also a later one by itself")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -307,7 +314,8 @@ def measure_all(args: argparse.Namespace, benchmark: str, **more: Any) -> common
     """The record of all shapes, those measured that are not in it yet; None where a profile was asked for instead."""
     deadline = common.Deadline(args.time_limit)
     settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed, "compiler": args.compiler,
-                                                  "cuda_graphs": args.cuda_graphs, **more}
+                                                  "cuda_graphs": args.cuda_graphs,
+                                                  "micro_batches": args.micro_batches, **more}
     say(common.describe(settings))
     if args.profile:
         profile(args)

@@ -130,6 +130,18 @@ def test_every_form_is_that_of_each_expert(bench):
     assert [s.outputs for s in (one, swiglu, fused)] == [48, 32, 32]
 
 
+def test_a_step_of_several_micro_batches(bench, tmp_path, capsys):
+    out = tmp_path / "steps.json"
+    bench.main([*COMMAND, "--out", str(out), "--columns", "bf16,fp8", "--shapes", SHAPES[0], "--micro-batches", "3"])
+    (result,) = read(out)["results"].values()
+    for data in result["columns"].values():
+        assert data["later_ms"] > 0 and data["once_ms"] == pytest.approx(data["ms"] - 3 * data["later_ms"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    later = next(row for row in rows if row[:3] == ["a", "later", "micro-batch"])
+    once = next(row for row in rows if row[:4] == ["once", "a", "step,", "ms"])
+    assert later[4] == "1.00" and len(later) == 6 and len(once) == 6
+
+
 def test_our_recipes_are_for_grouped_products_alone(bench):
     shape = bench.Shape.parse(SHAPES[0], uneven=True, arbitrary=False, seed=0)
     assert shape.policy("bf16") is None and shape.policy("torchao") is None
@@ -148,7 +160,7 @@ def test_arbitrary_groups_are_not_for_the_peer(bench, capsys):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("64x32x48", "'64x32x48' is neither a group (single, swiglu, fused) nor TOKENSxINxOUTxEXPERTS"),
+    ("64x32x48", "'64x32x48' is neither a group (goals, single, swiglu, fused) nor TOKENSxINxOUTxEXPERTS"),
     ("70x32x48x4", "has 70 tokens for 4 experts; groups of multiples of 16 need"),
     ("64x32x48x0", "has 64 tokens for 0 experts"),
 ])
