@@ -42,6 +42,7 @@ from quartet.passes.quantize.draw import draw
 from quartet.passes.quantize.quantize import quantize
 from quartet.passes.quantize.rotate import rotate
 from quartet.passes.quantize.share import share
+from quartet.passes.quantize.stay_padded import stay_padded
 from quartet.passes.quantize.sum_first import sum_first
 from quartet.passes.recipe.embed import embed
 from quartet.passes.recipe.estimator import estimator
@@ -62,7 +63,7 @@ log = logging.getLogger("quartet")
 Signature = tuple[str, ...]
 PASSES = in_order(
     tag, canonicalize, unfold, find_matmuls, find_grouped, embed, plan, unchanged, smooth_swiglu, outliers,
-    estimator, toward, rotate, quantize, gathered, delayed, share, travel,
+    estimator, toward, rotate, quantize, gathered, delayed, share, travel, stay_padded,
     sum_first, draw, observe, check, save, lower,
 )
 NAMES = tuple(p.name for p in PASSES)

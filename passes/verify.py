@@ -32,6 +32,7 @@ SPECIFICATION: dict[str, tuple[Callable[..., Any], ...]] = {  # pass → the ops
     "quantize": (slots.AMAX_BEGIN, slots.AMAX_READ, ir.AMAX, ir.QUANTIZE, grouped.QUANTIZE_GROUPS, ir.DEQUANTIZE,
                  ir.APPLY_MASK, *SCALED),
     "delayed": (slots.AMAX_SEEN, slots.AMAX_NOTE, slots.AMAX_RECORD),
+    "stay_padded": (grouped.CLEAR_ROWS,),
     "draw": (ir.SIGN_TABLE,),
     "observe": (inspect.OBSERVE,),
     "check": (inspect.CHECK_FINITE,),

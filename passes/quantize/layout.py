@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering.ir.graph import Builder, aten, shape
 from quartet.lowering.ir.operands import Kind
-from quartet.lowering.ir.ops.grouped import GATHER_ROWS, GROUP_LAYOUT, PAD_GROUPS
+from quartet.lowering.ir.ops.grouped import ENDS, GATHER_ROWS, GROUP_LAYOUT, PAD_GROUPS, PLACE, SOURCE
 from quartet.lowering.ir.products import SWAP, flat, stacked, turned
 from quartet.lowering.recipe.types import Gemm
 from quartet.passes.matrices import Operand
@@ -102,7 +102,7 @@ class GroupedLayout(Layout):
         forward = site.forward.node
         build = Builder(forward.graph, like=forward, before=forward, backward=False)
         made = build(GROUP_LAYOUT, state.current(groups.offs), multiple, build.size(site.m))
-        self.ends, self.source, self.place = (build.item(made, i) for i in range(3))
+        self.ends, self.source, self.place = (build.item(made, i) for i in (ENDS, SOURCE, PLACE))
         self.padded_x = build(PAD_GROUPS, state.current(site.x[0]), self.source)
         self.padded_x.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
         padded = f", each padded to a multiple of {multiple} tokens" if multiple > 1 else ""

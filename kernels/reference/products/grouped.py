@@ -57,8 +57,12 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` of ``[rows, cols]``, zeros where the index is −1, whatever x holds."""
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         return x.new_zeros(index.shape[0], x.shape[1])
-    rows = x.index_select(0, index.clamp(min=0))
-    return torch.where((index >= 0).unsqueeze(1), rows, torch.zeros((), dtype=x.dtype, device=x.device))
+    return clear_rows(x.index_select(0, index.clamp(min=0)), index)
+
+
+def clear_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x with zeros in the rows whose index is −1, whatever they hold."""
+    return torch.where((index >= 0).unsqueeze(1), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def quantize_groups(x: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
     group_layout(offs, multiple, tokens)    [E] → ends [E], source [padded rows], place [tokens], int32
     gather_rows(x, index)                   [R, C] → [len(index), C], zeros where the index is −1
     pad_groups(x, source)                   the same, for what is quantised
+    clear_rows(x, source)                   [padded rows, C], zeros in the rows of no token
     quantize_groups(x, spec, ends)          [R, padded rows] → codes, scales [R, E], no mask
     grouped_mm(a, b, ends, over_tokens)     [rows, K] · [E·N, K]ᵀ → [rows, N], or over the tokens of each group
                                             [M, rows] · [N, rows]ᵀ → [E·M, N]
@@ -55,6 +56,11 @@ def pad_groups(x: Tensor, source: Tensor) -> Tensor:
     return grouped.gather_rows(x, source)
 
 
+@op(fake=lambda x, source: torch.empty_like(x), decompose=True, strides="any", mergeable=True)
+def clear_rows(x: Tensor, source: Tensor) -> Tensor:
+    return grouped.clear_rows(x, source)
+
+
 def _quantize_groups_fake(x, spec, ends):
     q = QuantSpec.parse(spec)
     dtype, width = ir.code_layout(q, ir.ceil_to(x.shape[1], q.multiple))
@@ -90,6 +96,8 @@ def scaled_grouped_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
                                      ends, over_tokens, a_amax, b_amax)
 
 
+ENDS, SOURCE, PLACE = range(3)  # results of GROUP_LAYOUT
 GROUP_LAYOUT, GATHER_ROWS, PAD_GROUPS = group_layout.overload, gather_rows.overload, pad_groups.overload
+CLEAR_ROWS = clear_rows.overload
 QUANTIZE_GROUPS, GROUPED_MM = quantize_groups.overload, grouped_mm.overload
 SCALED_GROUPED_MM = scaled_grouped_mm.overload
