@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, argument, aten, editing, is_backward, remaining, shape, source_of, val
+from quartet.lowering.ir.ops.grouped import GATHER_ROWS
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.share import frozen
 from quartet.passes.sites import Quantized
@@ -24,7 +25,7 @@ from quartet.passes.state import State
 from quartet.runtime.sizes import same_sizes
 from quartet.runtime.view_ops import CAST, ORDERS, PARTS, RESHAPES
 
-_LINEAR = RESHAPES | ORDERS | PARTS | {CAST, ir.HADAMARD, ir.APPLY_MASK}
+_LINEAR = RESHAPES | ORDERS | PARTS | {CAST, ir.HADAMARD, ir.APPLY_MASK, GATHER_ROWS}
 
 
 @graph_pass(reads=Quantized, optional=True,

@@ -67,6 +67,25 @@ def test_the_additions_come_before_mask_and_transform():
 + return [%2, None, %31, None, None]""")
 
 
+class Experts(nn.Module):
+    """gate and up of experts, of the same tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = (nn.Parameter(torch.randn(3, 32, 48).bfloat16()) for _ in range(2))
+
+    def forward(self, x, ends):
+        return torch.nn.functional.grouped_mm(x, self.gate, offs=ends) * torch.nn.functional.grouped_mm(x, self.up,
+                                                                                                         offs=ends)
+
+
+def test_gradients_of_tokens_are_added_up_in_the_padded_layout():
+    ends = torch.tensor([16, 16, 60], dtype=torch.int32)
+    change = around("sum_first", Experts(), matrix(64, 32), ends, policy=quartet.Policy(None).on("grouped", "quartet"))
+    assert (inverses(change.before), inverses(change.after)) == (4, 3)  # of two weights and of X
+    assert (backward(change.before, "gather_rows"), backward(change.after, "gather_rows")) == (2, 1)
+
+
 @pytest.mark.parametrize(("recipe", "gain"), [("quartet", 16 / 9), ("quartet-paper", 16 / 9), ("tetrajet", None)])
 @pytest.mark.parametrize("target", ["cpu", "sm_90", "sm_100"])
 def test_a_kernel_undoes_the_rotation_of_the_sum(recipe, gain, target):
