@@ -7,6 +7,7 @@ import triton_expected as expected
 pytest.importorskip("triton")
 
 from quartet.kernels import reference as ref  # noqa: E402
+from quartet.kernels.reference.products import grouped  # noqa: E402
 from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton import draws  # noqa: E402
 from quartet.kernels.triton.quantize import cast, ops, rotations
@@ -254,6 +255,23 @@ def test_cast(element, dtype, shape, device):
     _, flipped = cast.cast(x, multipliers, wanted.dtype, plain=False, transposed=True)
     same(expected.difference("columns", flipped, ref.fp8_encode(exact * multipliers, element).t(), finite.t())
          + expected.difference("transpose", cast.transpose(wanted), wanted.t()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("element", ("e4m3", "e5m2"))
+def test_cast_of_named_rows(element, dtype, device):
+    if element == "e4m3" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    x, spec = expected.data(130, 200, dtype, device), QuantSpec.parse(f"{element}/tensor fp32 amax nearest")
+    index = torch.randint(-40, 130, (300,), device=device).clamp(min=-1).to(torch.int32)
+    amax = ref.largest_magnitude(x)
+    multiplier, scale = ref.scale_of_amax(amax, spec)
+    wanted = ref.fp8_encode(grouped.gather_rows(x, index).float() * multiplier, element)
+    for plain, transposed in ((True, False), (False, True), (True, True)):
+        codes, flipped, found = cast.quantize(x, amax, spec, plain=plain, transposed=transposed, index=index)
+        assert torch.equal(found, scale)
+        for made in (codes,) * plain + (flipped.t(),) * transposed:
+            same(expected.difference("codes", made, wanted))
 
 
 @pytest.mark.parametrize("shape", ((1, 33, 70), (5, 130, 96), (3, 64, 256), (2, 0, 16)), ids=label)

@@ -350,6 +350,11 @@ def check_cast(multiplier: float) -> list[str]:
     plain, _ = cast.cast(x, torch.full((1,), multiplier), torch.float8_e5m2, plain=True, transposed=False)
     _, turned = cast.cast(x, torch.full((70,), multiplier), torch.float8_e5m2, plain=False, transposed=True)
     stack = cast.cast_stack(x.bfloat16().view(2, 20, 70), torch.full((1,), multiplier), torch.float8_e5m2, turned=True)
+    index = torch.tensor([3, -1, 39, 3, 0])
+    spec = QuantSpec.parse("e5m2/tensor fp32 amax nearest")
+    rows, *_ = cast.quantize(x, torch.full((1,), multiplier), spec, plain=True, transposed=False, index=index)
+    if multiplier == multiplier and not torch.equal(rows.float().isnan()[[0, 2, 3, 4]], wanted[index[[0, 2, 3, 4]]]):
+        return ["rows that an index names are others"]
     return [f"{name}: {int((codes.float().isnan() != wanted).sum())} codes are NaN or not, and should not or be"
             for name, codes in (("plain", plain), ("transposed", turned.t()), ("stack", stack.mT.flatten(0, 1)))
             if not torch.equal(codes.float().isnan(), wanted)]

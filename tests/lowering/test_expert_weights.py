@@ -13,6 +13,7 @@ from quartet.backend import compile_graph
 from quartet.lowering import ir
 from quartet.lowering.ir.ops import experts as ops
 from quartet.lowering.ir.ops import fp8 as fp8_ops
+from quartet.lowering.ir.ops import grouped as grouped_ops
 from quartet.runtime.capture import Capture
 from quartet.runtime.slots.weights import REUSED
 
@@ -160,3 +161,18 @@ def test_a_weight_that_changes_within_a_step_is_quantised_again(made):
         optimizer.step()
         models.append(model)
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def test_tokens_are_cast_where_they_lie():
+    """No padded copy of X or of E is made, and tokens of no group have no part in the scale."""
+    forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=FP8)
+    for gm in (forward, backward):
+        assert not targets(gm)[grouped_ops.PAD_GROUPS]
+        casts = gm.graph.find_nodes(op="call_function", target=fp8_ops.QUANTIZE)
+        assert sorted(len(node.args) for node in casts) == [5, 6]  # of what lies padded, and of what does not
+    model, x, gradient = Experts(), tokens().detach(), torch.randn(TOKENS, 72).to(BF16)
+    results = []
+    for behind in (0.0, 1e4, float("nan")):
+        x[ENDS[-1]:], gradient[ENDS[-1]:] = behind, behind
+        results.append(carry_out("sm_90", model, x, FP8, gradient, rest=(ENDS,))[0])
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))

@@ -70,7 +70,7 @@ def data(tokens=TOKENS, seed=0):
     return x.to(BF16).requires_grad_(), share.to(BF16).requires_grad_()
 
 
-def moved(model, recipe="fp8", **options):
+def moved(model, recipe="quartet", **options):
     """How many rows are padded, taken out and cleared in forward and backward."""
     x, share = data()
     graphs = trace("sm_90", model, x, ENDS, share, policy=on("grouped", recipe), **options)
@@ -122,12 +122,13 @@ def test_the_rows_of_tokens_are_cleared_of_the_others_and_not_moved():
 + %34 = quantize(%32, 'e4m3/row fp32 amax_pow2 nearest', None, 0) : (f8e4m3[144, 48], f32[144, 1], u8[0]) | bwd!""")
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "quartet"])
-def test_rows_are_padded_once_and_taken_out_once(recipe):
-    """X in, the result out and the shares in; the gradient in, of gate's, up's and the shares' products out."""
-    assert moved(Gated(), recipe, **OFF) == [(2, 3, 0), (3, 3, 0)]
-    (forward, backward) = moved(Gated(), recipe)
-    assert forward == (1, 2, 1) and backward[0] == 1 and backward[2] == 2
+@pytest.mark.parametrize("recipe, before, after", [("fp8-rowwise", (5, 3), 2), ("quartet", (3, 2), 1)])
+def test_rows_are_padded_once_and_taken_out_once(recipe, before, after):
+    """In forward X is padded, and the result and the shares are moved. In backward the gradient is padded, by
+    fp8-rowwise X once more, and the gradients of X and of the shares are taken out."""
+    assert moved(Gated(), recipe, **OFF) == [(2, 3, 0), (*before, 0)]
+    forward, (padded, _, cleared) = moved(Gated(), recipe)
+    assert forward == (1, 2, 1) and padded == after and cleared == before[0] - after
 
 
 def test_parts_of_rows_stay_padded():

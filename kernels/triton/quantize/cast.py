@@ -28,18 +28,24 @@ def _multiplier_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def _cast_tile(x, multiplier, scale, codes, transposed, rows, cols, row_stride, TYPE: tl.constexpr,
-               PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
-               POWER_OF_TWO: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """``multiplier`` holds the largest magnitude instead where the element format's, ``LARGEST``, is given."""
+def _cast_tile(x, index, multiplier, scale, codes, transposed, rows, cols, row_stride, TYPE: tl.constexpr,
+               PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, INDEXED: tl.constexpr,
+               LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """``multiplier`` holds the largest magnitude instead where the element format's, ``LARGEST``, is given. Row i is
+    ``index[i]`` of x where INDEXED, zeros where that is negative."""
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
+    if INDEXED:
+        read = tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
+        there = (read >= 0)[:, None] & (col < cols)[None, :]
+    else:
+        read, there = row, inside
     if COLUMNS:
         by = tl.load(multiplier + col, mask=col < cols, other=0.0)[None, :]
     else:
         by = tl.load(multiplier)
-    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    tile = tl.load(x + read[:, None] * row_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     if not COLUMNS:
         if LARGEST > 0:
             by = _multiplier_of(by, LARGEST, POWER_OF_TWO)
@@ -80,23 +86,24 @@ def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constex
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
-def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, *, plain: bool,
-             transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, *, plain: bool, transposed: bool,
+             index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`cast` by the multiplier that follows from a largest magnitude, and the scale.
 
     Args:
         amax: one fp32. spec: of an FP8 element with one fp32 scale a tensor, by rule ``amax``, ``amax_pow2`` or
-            ``delayed``.
+            ``delayed``. index: integers, contiguous: which row of x each row is of, −1 for zeros; R is then how many
+            there are.
     Returns:
         codes ``[R, K]`` and ``[K, R]`` as of :func:`cast`, and the scale fp32 ``[1, 1]`` of
         ``reference.scale_of_amax``.
     """
     dtype, largest = spec.format.storage, (spec.max, spec.rule == "amax_pow2")
     scale = x.new_empty(1, 1, dtype=torch.float32)
-    if x.numel() == 0 or amax.numel() != 1 or amax.dtype is not torch.float32:
+    if x.numel() == 0 or index is not None and not len(index) or amax.numel() != 1 or amax.dtype is not torch.float32:
         raise ValueError(f"quantising needs elements and one fp32 amax, got {list(x.shape)} and {amax.dtype} "
                          f"{list(amax.shape)}")
-    return *_cast(x, amax, dtype, plain, transposed, scale, largest), scale
+    return *_cast(x, amax, dtype, plain, transposed, scale, largest, index), scale
 
 
 def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
@@ -117,7 +124,8 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
 
 
 def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transposed: bool,
-          scale: Tensor | None = None, largest: tuple[float, bool] = (0.0, False)) -> tuple[Tensor, Tensor]:
+          scale: Tensor | None = None, largest: tuple[float, bool] = (0.0, False),
+          index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r, k = x.shape if x.dim() == 2 else (0, 0)
     columns = multiplier.numel() != 1
     if x.dim() != 2 or x.dtype not in DTYPES or dtype not in _TYPES or columns and (multiplier.numel() != k or plain):
@@ -126,17 +134,18 @@ def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transp
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.dtype is torch.float32 and not columns and transposed:
         # Triton 3.6 writes a wrong transpose of bytes that were made from fp32 in the same kernel
-        codes, _ = _cast(x, multiplier, dtype, True, False, scale, largest)
+        codes, _ = _cast(x, multiplier, dtype, True, False, scale, largest, index)
         return codes if plain else codes.new_empty(0), transpose(codes)
+    r = r if index is None else len(index)
     codes = x.new_empty((r, k) if plain else 0, dtype=dtype)
     flipped = x.new_empty((k, r) if transposed else 0, dtype=dtype)
-    if x.numel():
+    if r and k:
         m, n = (64, 128) if transposed else (16, 512)
         with on_device(x):
             launch(_cast_tile, (cdiv(r, m), cdiv(k, n)),
-                (x, multiplier, scale, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
-                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, LARGEST=largest[0],
-                POWER_OF_TWO=largest[1], M=m, N=n, num_warps=8)
+                (x, index, multiplier, scale, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
+                TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, INDEXED=index is not None,
+                LARGEST=largest[0], POWER_OF_TWO=largest[1], M=m, N=n, num_warps=8)
     return codes, flipped
 
 

@@ -3,7 +3,8 @@
     amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1], each at a
                     multiple of 16 bytes
     fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element → codes of x, and of its
-                    transpose, from one read, and their scale [1, 1]
+                    transpose, from one read, and their scale [1, 1]; with ``index`` of the rows of x that it names,
+                    zeros where it is −1
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
@@ -80,22 +81,26 @@ def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, trans
     return codes, codes.t().contiguous() if transposed else transposed_codes
 
 
-def _quantize_fake(x, amax, spec, plain, transposed):
+def _quantize_fake(x, amax, spec, plain, transposed, index=None):
+    x = x if index is None else x.new_empty(index.shape[0], x.shape[1])
     return (*_cast_fake(x, amax, QuantSpec.parse(spec).element, plain, transposed), amax.new_empty(1, 1))
 
 
 @op(fake=_quantize_fake)
-def fp8_quantize(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+def fp8_quantize(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool,
+                 index: Tensor | None = None) -> Three:
     q = QuantSpec.parse(spec)
+    x = x if index is None else grouped.gather_rows(x, index)
     multiplier, scale = scale_of_amax(amax.reshape(1, 1), q)
     return *fp8_cast.reference(x, multiplier, q.element, plain, transposed), scale
 
 
 @fp8_quantize.provider("triton", "cuda", replayed=True)
-def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool,
+                     index: Tensor | None = None) -> Three:
     from quartet.kernels.triton.quantize import cast
 
-    return cast.quantize(x, amax, QuantSpec.parse(spec), plain=plain, transposed=transposed)
+    return cast.quantize(x, amax, QuantSpec.parse(spec), plain=plain, transposed=transposed, index=index)
 
 
 def _cast_groups_fake(x, spec, ends):

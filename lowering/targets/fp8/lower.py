@@ -17,9 +17,23 @@ from torch.fx import Graph, Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import Builder, Traced, aten, hand_over, is_backward, keep_as, results, shape
+from quartet.lowering.ir.graph import (
+    Builder,
+    Traced,
+    argument,
+    aten,
+    hand_over,
+    is_backward,
+    keep_as,
+    maker,
+    results,
+    shape,
+    source_of,
+    val,
+)
 from quartet.lowering.ir.operands import TURNED, Product, quantizer_of, readers
 from quartet.lowering.ir.ops import fp8 as fp8_ops
+from quartet.lowering.ir.ops.grouped import CLEAR_ROWS, PAD_GROUPS, PLACE
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
@@ -84,15 +98,18 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None) -> None:
     items = results(node)
     users = list(items[0].users) if 0 in items else []
     flipped = [user for user in users if user.target is aten.permute.default]
-    plain = len(flipped) < len(users)
+    plain, rows = len(flipped) < len(users), list[Node]()
     if spec.block == "tensor" and spec.rule != "absmean":
-        amax = known or made.amax or traced(build, lambda t: (reference.largest_magnitude(t),), [x], "amax")[0]
-        both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, bool(flipped))
+        amax = known or made.amax
+        if amax is None:
+            x, grouped, *rows = _tokens_of(build, x)
+            (amax,) = traced(build, lambda t: (reference.largest_magnitude(t),), [grouped], "amax")
+        both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, bool(flipped), *rows)
         scale = build.item(both, 2)
     else:
         multiplier, scale = traced(build, partial(_scales, spec), [x], "scale", spec)
         both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
-    if spec.block == "tensor":
+    if spec.block == "tensor" and not rows:
         both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
     codes, transposed = build.item(both, 0), build.item(both, 1)
     for user in flipped:
@@ -100,6 +117,18 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None) -> None:
     for index, value in enumerate((codes, scale)):
         if index in items:
             items[index].replace_all_uses_with(value)
+
+
+def _tokens_of(build: Builder, x: Node) -> tuple[Node, ...]:
+    """What a quantiser with one scale reads, and what has the largest magnitude of it; of padded groups the tokens as
+    they lie, those of them that are in a group, and which of them each padded row is."""
+    if x.target is not PAD_GROUPS:
+        return x, x
+    tokens, source = source_of(x), argument(x, "source")
+    layout = maker(source)
+    if layout is None or not isinstance(shape(tokens)[0], int) or not val(tokens).numel():
+        return x, x
+    return tokens, build(CLEAR_ROWS, tokens, build.item(layout, PLACE)), source
 
 
 def _scales(spec: QuantSpec, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
