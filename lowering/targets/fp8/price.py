@@ -10,10 +10,20 @@ from quartet.lowering.targets.price_parts import Passes, generated_rotations, gr
 
 def cast(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
     """``Kernel.price`` of ``cublaslt`` and ``fp8-grouped``."""
-    around = [*generated_rotations(recipe, layer, role), *_casts(recipe, layer, role), *groups_moved(layer, role)]
+    around = [*generated_rotations(recipe, layer, role), *_casts(recipe, layer, role)]
+    if not _tokens_stay(recipe):
+        around += groups_moved(layer, role)
     if layer.several and role == "dgrad":
-        around.append(("copy", layer.operands(role)[1] / 2))  # the codes of the weights, turned
+        weights = layer.operands(role)[1]
+        around.append(("cast", weights) if layer.groups != 0 else ("copy", weights / 2))  # turned: anew, or their codes
     return with_passes(rates, "fp8", layer, role, around)
+
+
+def _tokens_stay(recipe: Recipe) -> bool:
+    """Whether casts read tokens of groups where they lie, as those by one scale do; rows of results are taken out by
+    what follows."""
+    gemms = filter(None, (recipe.fprop, recipe.dgrad, recipe.wgrad))
+    return all(side.spec is None or side.spec.block == "tensor" for gemm in gemms for side in (gemm.a, gemm.b))
 
 
 def _casts(recipe: Recipe, layer: Layer, role: str) -> Passes:
