@@ -75,7 +75,9 @@ figures: $(STAMP)
 
 site: $(STAMP)
 	$(PIP) --no-build-isolation --editable '.[docs]'
+	rm -rf docs/gallery
+	$(BIN)/python docs/site/gallery.py docs/gallery
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build dist *.egg-info demo-out bench-out site
+	rm -rf build dist *.egg-info demo-out bench-out site docs/gallery

@@ -16,6 +16,13 @@ Everything below is imported from `quartet`.
 
 {entries}
 """
+GALLERY = """# Gallery
+
+Real pages of a small Llama under a mixed policy, as on an H200: [what explain shows](gallery/explain.html), and
+[the dump of its graphs](gallery/graphs/index.html), of which this is the first.
+
+<iframe src="../gallery/graphs/graph_000/index.html" title="a dump" style="width:100%;height:80vh;border:0"></iframe>
+"""
 NAMES = ("compile", "explain", "Policy", "Rule", "Recipe", "Gemm", "Operand", "Rotation", "QuantSpec", "Delayed",
          "Saved", "recipes", "register", "register_pass", "statistics", "state_dict", "load_state_dict", "State")
 
@@ -27,6 +34,8 @@ def on_files(files: Files, config: Any) -> Files:
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
         "api.md": API.format(entries="\n\n".join(f"::: quartet.{name}" for name in NAMES)),
     }
+    there = (ROOT / "docs" / "gallery" / "explain.html").exists()
+    made["gallery.md"] = GALLERY if there else "# Gallery\n\n`make site` writes the pages that belong here.\n"
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
