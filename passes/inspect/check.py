@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import editing
+from quartet.lowering.ir.graph import editing, val
 from quartet.lowering.ir.ops.inspect import CHECK_FINITE
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.inspect.watching import Originals, after, layer_of, token_of
@@ -41,7 +41,7 @@ def _products(state: State) -> Iterator[tuple[str, str, dict[str, Node]]]:
         for role, product in site.products.items():
             operands = [originals.of(site, letter) for letter in _LETTERS[role]]
             named = {letter.upper(): operand[0] for letter, operand in zip(_LETTERS[role], operands, strict=True)
-                     if operand is not None}
+                     if operand is not None and val(operand[0]).dtype.itemsize > 1}  # codes are bounded
             if (out := originals.now(product.node)) is not None:
                 named[RESULT] = out
             if named:
