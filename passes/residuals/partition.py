@@ -29,7 +29,7 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY, QUANTIZE
+from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY, QUANTIZE, QUANTIZE_DELAYED
 from quartet.lowering.ir.ops.saved import DECODE, ENCODE
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.records import MemoryRecord, SavedRecord
@@ -242,7 +242,7 @@ class _Rewriting:
         items = {index: self.read[n] for index, n in results(user).items() if n in self.read}
         if user.target is ir.QUANTIZE:
             spec, codes, scales, flipped = str(Quantize.of(user).spec), items.get(0), items.get(1), False
-        elif user.target in (CAST, QUANTIZE) and CODES_KEY in user.meta:
+        elif user.target in (CAST, QUANTIZE, QUANTIZE_DELAYED) and CODES_KEY in user.meta:
             spec, scales = user.meta[CODES_KEY][0], self.scales.get(user.meta[CODES_KEY])
             flipped = 0 not in items
             codes = items.get(int(flipped))

@@ -310,6 +310,28 @@ def test_cast_by_the_largest_magnitude(dtype, rule, device):
             assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
 
 
+@pytest.mark.parametrize("shape", ((1, 1), (33, 70), (130, 4096), (5000, 3001)), ids=label)
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("element", ("e4m3", "e5m2"))
+def test_quantise_by_earlier_steps(element, dtype, shape, device):
+    if element == "e4m3" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    spec = QuantSpec.parse(f"{element}/tensor fp32 delayed nearest")
+    for odd in (1.0, float("inf"), float("nan")):
+        x = expected.data(*shape, dtype, device)
+        x[-1, -1] = odd
+        seen = ref.largest_magnitude(x)
+        for known in (0.0, 0.01, 1e4):
+            given = torch.full((1,), known, device=device)
+            for margin in (0, 2):
+                by = torch.where(given > 0, given, seen) * 2.0**margin
+                made = cast.quantize_delayed(x, given, cast.first_amax(x, given), spec, margin, plain=True,
+                                             transposed=True)
+                wanted = *cast.quantize(x, by, spec, plain=True, transposed=True), seen
+                for mine, other in zip(made, wanted, strict=True):
+                    assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8)), (odd, known, margin)
+
+
 def test_what_is_too_wide_for_a_grid_is_refused_by_name(device):
     c = chain("quest", device)
     x = torch.ones(1, 64 * 65536, dtype=torch.bfloat16, device=device)

@@ -29,7 +29,7 @@ GUARDED = QuantSpec(rule="quest", mask=True)
 X = torch.empty(64, 4096, dtype=torch.bfloat16)
 CODES, SCALES, MASK = (torch.empty(64, 4096 // n, dtype=torch.uint8) for n in (2, 32, 8))
 SCALE = torch.ones(1)
-INDEX = torch.empty(256, dtype=torch.int32)
+INDEX = PARTS = torch.empty(256, dtype=torch.int32)
 E4M3 = QuantSpec.parse("e4m3/tensor fp32 amax nearest")
 E4M3_POW2 = QuantSpec.parse("e4m3/tensor fp32 amax_pow2 nearest")
 CLIPPING, OLD_FORWARD = Chain(QUEST, 32), Chain(GUARDED, 32)
@@ -101,6 +101,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "cast-pow2": lambda: cast.quantize(X, SCALE, E4M3_POW2, plain=True, transposed=False),
     "cast-rows": lambda: cast.quantize(X, SCALE, E4M3, plain=True, transposed=True, index=INDEX),
     "cast-e5m2-turned": lambda: cast.cast_stack(X.view(4, -1, X.shape[1]), SCALE, torch.float8_e5m2, turned=True),
+    "cast-delayed": lambda: cast.quantize_delayed(X, SCALE, (PARTS, SCALE), E4M3, 1, plain=True, transposed=True),
+    "first-amax": lambda: cast.first_amax(X, SCALE),
     "transpose": lambda: cast.transpose(CODES),
     "unrotate-masked": lambda: unrotate(MASK, None),
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
@@ -109,7 +111,7 @@ OTHERS = (80, 89, 100, 120)
 EVERYWHERE = ("rows-quest-fold", "rows-default-fold", "rows-stochastic-fold", "rows-stochastic-clipped",
               "columns-quest", "both-stochastic", "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4",
               "amax-rotated", "requantize-stochastic", "fold", "dequantize", "signs", "bits", "cast-both",
-              "cast-amax", "cast-e5m2-both", "cast-e5m2-turned", "transpose", "unrotate-masked")
+              "cast-amax", "first-amax", "cast-e5m2-both", "cast-e5m2-turned", "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name not in ("cast-both", "cast-amax") or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100

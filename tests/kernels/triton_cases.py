@@ -379,8 +379,29 @@ def check_scale_of_amax(rule: str) -> list[str]:
     return found
 
 
+def check_delayed(known: float, margin: int) -> list[str]:
+    """As by the largest magnitude that counts, and the largest of x, bit for bit."""
+    found = []
+    spec = QuantSpec.parse("e5m2/tensor fp32 delayed nearest")
+    for value in (1.0, 0.0, float("inf"), float("nan")):
+        x = expected.data(70, 600) * 3.0
+        x = torch.zeros_like(x) if value == 0.0 else x
+        x[60, 577] = value
+        seen = ref.largest_magnitude(x)
+        given = torch.tensor([known])
+        by = torch.where(given > 0, given, seen) * 2.0**margin
+        made = cast.quantize_delayed(x, given, cast.first_amax(x, given), spec, margin, plain=True, transposed=True)
+        for name, mine, other in zip(("codes", "transposed codes", "scale", "largest magnitude"), made,
+                                     (*cast.quantize(x, by, spec, plain=True, transposed=True), seen), strict=True):
+            if not torch.equal(mine.view(torch.uint8), other.view(torch.uint8)):
+                found.append(f"{name} of data with {value}")
+    return found
+
+
 for name, (check, arguments) in two_level_cases.cases():
     case(name, check, *arguments)
+for known in (0.0, 2.5, 4000.0):
+    case(f"cast-by-earlier-{known:g}", check_delayed, known, int(known > 0))
 case("cast-keeps-what-is-not-finite", check_cast, 2.0)
 case("cast-under-a-broken-scale", check_cast, float("nan"))
 for rule in ("amax", "amax_pow2", "delayed"):

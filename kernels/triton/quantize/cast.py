@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,22 @@ from quartet.kernels.triton.host import DTYPES, cdiv, on_device
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import tile_in_stack
 
+_PARTS = 256  # that x is read in for its own largest magnitude
 _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+
+
+class _By(NamedTuple):
+    """What makes a multiplier of a largest magnitude, and the scale; the arguments of ``_cast_tile``."""
+
+    scale: Tensor | None = None
+    largest: float = 0.0
+    power_of_two: bool = False
+    parts: Tensor | None = None
+    seen: Tensor | None = None
+    margin: float = 1.0
+
+
+_GIVEN = _By()
 
 
 @triton.jit
@@ -28,11 +44,34 @@ def _multiplier_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def _cast_tile(x, index, multiplier, scale, codes, transposed, rows, cols, row_stride, TYPE: tl.constexpr,
-               PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, INDEXED: tl.constexpr,
-               LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _first_amax(x, known, parts, seen, rows, cols, row_stride, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """``seen`` = 0, and where ``known`` is 0 too the bits of the largest magnitudes of PARTS parts of x."""
+    part = tl.program_id(0)
+    if part == 0:
+        tl.store(seen, 0.0)
+    if tl.load(known) == 0:
+        top = tl.zeros((M, N), tl.int32)
+        across = (cols + N - 1) // N
+        for number in range(part, (rows + M - 1) // M * across, PARTS):
+            row = (number // across).to(tl.int64) * M + tl.arange(0, M)
+            col = number % across * N + tl.arange(0, N)
+            inside = (row < rows)[:, None] & (col < cols)[None, :]
+            tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+            top = tl.maximum(top, tl.abs(tile).to(tl.int32, bitcast=True))
+        tl.store(parts + part, tl.max(tl.max(top, 1), 0))
+
+
+@triton.jit
+def _cast_tile(x, index, multiplier, scale, parts, seen, codes, transposed, rows, cols, row_stride,
+               TYPE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr,
+               INDEXED: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, MARGIN: tl.constexpr,
+               PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """``multiplier`` holds the largest magnitude instead where the element format's, ``LARGEST``, is given. Row i is
-    ``index[i]`` of x where INDEXED, zeros where that is negative."""
+    ``index[i]`` of x where INDEXED, zeros where that is negative.
+
+    With ``PARTS`` it holds that of earlier steps, in place of whose 0 those of the parts of x are taken; what counts is
+    MARGIN times as large, and ``seen`` becomes the largest of x.
+    """
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -47,6 +86,11 @@ def _cast_tile(x, index, multiplier, scale, codes, transposed, rows, cols, row_s
         by = tl.load(multiplier)
     tile = tl.load(x + read[:, None] * row_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     if not COLUMNS:
+        if PARTS > 0:
+            first = tl.max(tl.load(parts + tl.arange(0, PARTS)), 0).to(tl.float32, bitcast=True)
+            by = tl.where(by > 0, by, first) * MARGIN
+            top = tl.max(tl.max(tl.abs(tile).to(tl.int32, bitcast=True), 1), 0)
+            tl.atomic_max(seen.to(tl.pointer_type(tl.int32), bitcast=True), top, sem="relaxed")
         if LARGEST > 0:
             by = _multiplier_of(by, LARGEST, POWER_OF_TWO)
             if tl.program_id(0) == 0 and tl.program_id(1) == 0:
@@ -98,12 +142,40 @@ def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, *, plain: bool, transpose
         codes ``[R, K]`` and ``[K, R]`` as of :func:`cast`, and the scale fp32 ``[1, 1]`` of
         ``reference.scale_of_amax``.
     """
-    dtype, largest = spec.format.storage, (spec.max, spec.rule == "amax_pow2")
     scale = x.new_empty(1, 1, dtype=torch.float32)
     if x.numel() == 0 or index is not None and not len(index) or amax.numel() != 1 or amax.dtype is not torch.float32:
         raise ValueError(f"quantising needs elements and one fp32 amax, got {list(x.shape)} and {amax.dtype} "
                          f"{list(amax.shape)}")
-    return *_cast(x, amax, dtype, plain, transposed, scale, largest, index), scale
+    by = _By(scale, spec.max, spec.rule == "amax_pow2")
+    return *_cast(x, amax, spec.format.storage, plain, transposed, by, index), scale
+
+
+def first_amax(x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitudes of parts of x, for :func:`quantize_delayed`, found only where ``known`` is 0; and a zero."""
+    if x.dim() != 2 or x.numel() == 0 or known.numel() != 1 or known.dtype is not torch.float32:
+        raise ValueError(f"quantising needs a matrix with elements and one fp32 amax, got {list(x.shape)} and "
+                         f"{known.dtype} {list(known.shape)}")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    parts, seen = x.new_empty(_PARTS, dtype=torch.int32), x.new_empty(1, 1, dtype=torch.float32)
+    with on_device(x):
+        launch(_first_amax, (_PARTS,), (x, known, parts, seen, *x.shape, x.stride(0)), PARTS=_PARTS, M=16, N=512,
+               num_warps=8)
+    return parts, seen
+
+
+def quantize_delayed(x: Tensor, known: Tensor, first: tuple[Tensor, Tensor], spec: QuantSpec, margin: int, *,
+                     plain: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`quantize` by ``2^margin · known``, and what the largest magnitude of x is, from the same read.
+
+    Args:
+        known: one fp32, the largest magnitude of earlier steps; where it is 0, x is scaled by its own.
+        first: of :func:`first_amax`.
+    Returns:
+        codes ``[R, K]`` and ``[K, R]``, the scale fp32 ``[1, 1]``, and the largest magnitude of x, fp32 ``[1, 1]``.
+    """
+    scale, (parts, seen) = x.new_empty(1, 1, dtype=torch.float32), first
+    by = _By(scale, spec.max, parts=parts, seen=seen, margin=2.0**margin)
+    return *_cast(x, known, spec.format.storage, plain, transposed, by), scale, seen
 
 
 def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
@@ -124,8 +196,7 @@ def cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, *, plain: bool,
 
 
 def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transposed: bool,
-          scale: Tensor | None = None, largest: tuple[float, bool] = (0.0, False),
-          index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+          by: _By = _GIVEN, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r, k = x.shape if x.dim() == 2 else (0, 0)
     columns = multiplier.numel() != 1
     if x.dim() != 2 or x.dtype not in DTYPES or dtype not in _TYPES or columns and (multiplier.numel() != k or plain):
@@ -134,7 +205,7 @@ def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transp
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.dtype is torch.float32 and not columns and transposed:
         # Triton 3.6 writes a wrong transpose of bytes that were made from fp32 in the same kernel
-        codes, _ = _cast(x, multiplier, dtype, True, False, scale, largest, index)
+        codes, _ = _cast(x, multiplier, dtype, True, False, by, index)
         return codes if plain else codes.new_empty(0), transpose(codes)
     r = r if index is None else len(index)
     codes = x.new_empty((r, k) if plain else 0, dtype=dtype)
@@ -143,9 +214,11 @@ def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transp
         m, n = (64, 128) if transposed else (16, 512)
         with on_device(x):
             launch(_cast_tile, (cdiv(r, m), cdiv(k, n)),
-                (x, index, multiplier, scale, codes.view(torch.uint8), flipped.view(torch.uint8), r, k, x.stride(0)),
+                (x, index, multiplier, by.scale, by.parts, by.seen, codes.view(torch.uint8),
+                 flipped.view(torch.uint8), r, k, x.stride(0)),
                 TYPE=_TYPES[dtype], PLAIN=plain, TRANSPOSED=transposed, COLUMNS=columns, INDEXED=index is not None,
-                LARGEST=largest[0], POWER_OF_TWO=largest[1], M=m, N=n, num_warps=8)
+                LARGEST=by.largest, POWER_OF_TWO=by.power_of_two, MARGIN=by.margin,
+                PARTS=0 if by.parts is None else by.parts.numel(), M=m, N=n, num_warps=8)
     return codes, flipped
 
 

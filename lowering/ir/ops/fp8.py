@@ -5,6 +5,8 @@
     fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element → codes of x, and of its
                     transpose, from one read, and their scale [1, 1]; with ``index`` of the rows of x that it names,
                     zeros where it is −1
+    fp8_quantize_delayed  the same by the largest magnitude of earlier steps, that of x itself where it is 0, times
+                    2^margin; and the largest magnitude of x, [1, 1]
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
@@ -36,6 +38,7 @@ CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser
 
 Two = tuple[Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _apart(xs: list[Tensor]) -> Tensor:
@@ -103,6 +106,25 @@ def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed
     return cast.quantize(x, amax, QuantSpec.parse(spec), plain=plain, transposed=transposed, index=index)
 
 
+def _delayed_fake(x, known, spec, margin, plain, transposed):
+    return (*_quantize_fake(x, known, spec, plain, transposed), known.new_empty(1, 1))
+
+
+@op(fake=_delayed_fake)
+def fp8_quantize_delayed(x: Tensor, known: Tensor, spec: str, margin: int, plain: bool, transposed: bool) -> Four:
+    seen, known = largest_magnitude(x), known.reshape(1, 1)
+    amax = torch.where(known > 0, known, seen) * 2.0**margin
+    return *fp8_quantize.reference(x, amax, spec, plain, transposed), seen
+
+
+@fp8_quantize_delayed.provider("triton", "cuda", replayed=True)
+def _delayed_triton(x: Tensor, known: Tensor, spec: str, margin: int, plain: bool, transposed: bool) -> Four:
+    from quartet.kernels.triton.quantize import cast
+
+    return cast.quantize_delayed(x, known, cast.first_amax(x, known), QuantSpec.parse(spec), margin, plain=plain,
+                                 transposed=transposed)
+
+
 def _cast_groups_fake(x, spec, ends):
     codes = x.new_empty(x.shape, dtype=FLOAT8[QuantSpec.parse(spec).element])
     return codes, x.new_empty(x.shape[0], ends.shape[0], dtype=torch.float32)
@@ -162,5 +184,6 @@ def _row_major_triton(codes: Tensor) -> Tensor:
 
 
 AMAX_OF_EACH, QUANTIZE = amax_of_each.overload, fp8_quantize.overload
+QUANTIZE_DELAYED = fp8_quantize_delayed.overload
 CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

@@ -3,8 +3,9 @@
 A largest magnitude becomes the aten ops of the reference, in the graph: there Inductor fuses it with what computes the
 operand. With one scale a tensor, one op then makes that of it, and writes the codes and, for the product that contracts
 the other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the
-rows of a transposed tensor that are quantised. Rows that have a scale in each group of tokens are cast by an op of
-their own. Codes that do not lie row by row, as the product wants them, are copied.
+rows of a transposed tensor that are quantised. Under the rule ``delayed`` that op finds the largest magnitude too, for
+the steps to come. Rows that have a scale in each group of tokens are cast by an op of their own. Codes that do not lie
+row by row, as the product wants them, are copied.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.ops.grouped import CLEAR_ROWS, PAD_GROUPS, PLACE
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
+from quartet.lowering.targets.fp8.delayed import History, record_instead
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
 from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
 from quartet.lowering.targets.fp8.weights import amax_of_weights
@@ -74,14 +76,16 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     traced, quantizers = Traced(), accepted(graph, gemms, accepts)
     experts = experts_of(graph, quantizers, traced)
     known = amax_of_weights(graph, quantizers)
+    seen: dict[Node, Node] = {}
     for quantizer in quantizers:
         if quantizer in experts:
             continue
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
-            _cast(graph, quantizer, traced, known.get(quantizer))
+            _cast(graph, quantizer, traced, known.get(quantizer), seen)
         else:
             _quantize(graph, quantizer, traced)
+    record_instead(graph, seen)
     for node in graph.find_nodes(op="call_function", target=QuantizeGroups.op):
         if readers(node) <= set(gemms):
             _cast_groups(graph, node)
@@ -89,7 +93,7 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         _gemm(graph, gemm, copies, experts)
 
 
-def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None) -> None:
+def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None, seen: dict[Node, Node]) -> None:
     """A quantise as its largest magnitude in aten ops, unless that is known, and one op for the codes, their transpose
     and the scale; as its scale in aten ops and one cast where no largest magnitude decides that."""
     made = Quantize.of(node)
@@ -99,7 +103,11 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None) -> None:
     users = list(items[0].users) if 0 in items else []
     flipped = [user for user in users if user.target is aten.permute.default]
     plain, rows = len(flipped) < len(users), list[Node]()
-    if spec.block == "tensor" and spec.rule != "absmean":
+    if (history := History.of(made.amax, node)) is not None:
+        both = build(fp8_ops.QUANTIZE_DELAYED, x, history.known, str(spec), history.margin, plain, bool(flipped))
+        scale = build.item(both, 2)
+        seen.setdefault(history.current, build.item(both, 3))
+    elif spec.block == "tensor" and spec.rule != "absmean":
         amax = known or made.amax
         if amax is None:
             x, grouped, *rows = _tokens_of(build, x)
