@@ -164,7 +164,8 @@ def main() -> None:
     start = time.perf_counter()
     results = fsdp_check.check(shape, args) if args.check else compare(args, shape)
     if first:
-        say(fsdp_check.show(results) if args.check else show(results))
+        if not args.check:
+            say(show(results))
         say(f"{time.perf_counter() - start:.0f} s")
         record = common.Record(args.out, "bench_fsdp", settings, args.fresh)
         record.put(f"{args.model} check" if args.check else args.model, results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,32 @@ def quantize_shard(x: Tensor, packing: Packing, scale: Scale | None) -> dict[str
         if spec.element in ir.FLOAT8:
             return {"codes": fp8.CAST(x, scale.multiplier, spec.element, True, False)[0]}
         return {"codes": encode_fp32(x.to(torch.float32) * scale.multiplier, spec)}
-    signs = None if packing.signs is None else ir.FIXED_SIGNS(list(packing.signs), x.device)
-    target, amax = Target.of(x.device), None if scale is None else scale.amax
-    tail = rotation, signs, packing.spec, None, 0
-    if cpu.supports(target, x.dtype, spec, rotation) is None:
+    signs, amax = _signs(packing.signs, x.device), None if scale is None else scale.amax
+    tail, takes = (rotation, signs, packing.spec, None, 0), _fused(packing, x.device, x.dtype)
+    if takes == "cpu":
         codes, scales, mask, _ = cpu_ops.QUANTIZE(x, *tail, True, None)
-    elif target.type == "cuda" and amax is None and triton_quantizers.supports(target, x.dtype, spec, rotation) is None:
+    elif takes == "cuda" and amax is None:
         codes, scales, mask, *_ = fused.QUANTIZE(x, *tail, None, True, False)
     else:
         rotated = x if not rotation else ir.HADAMARD(x, rotation, signs, False, torch.float32)
         codes, scales, mask = ir.QUANTIZE(rotated, packing.spec, None, 0, amax)
     planes = {"codes": codes, "scales": scales}
     return planes | {"mask": mask} if spec.mask else planes
+
+
+@cache
+def _signs(signs: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    return None if signs is None else ir.FIXED_SIGNS(list(signs), device)
+
+
+@cache
+def _fused(packing: Packing, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The type of device whose fused quantisers take a shard, None where the reference has to."""
+    target, spec, rotation = Target.of(device), packing.quantizer, packing.rotation
+    if cpu.supports(target, dtype, spec, rotation) is None:
+        return "cpu"
+    taken = target.type == "cuda" and triton_quantizers.supports(target, dtype, spec, rotation) is None
+    return "cuda" if taken else None
 
 
 def multiple(packing: Packing) -> int:

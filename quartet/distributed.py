@@ -29,7 +29,7 @@ from quartet.passes.classify.layers import layers_of
 from quartet.policy import Policy
 from quartet.report.text import human_bytes
 from quartet.runtime.direct.convert import HEADS, ROUTERS
-from quartet.runtime.distributed import STEPS, Maxima, Packed, Packing, Sharded, sharded
+from quartet.runtime.distributed import STEPS, Maxima, Packed, Packing, Sharded, refresh, sharded
 
 __all__ = ["Gathered", "PackedGather", "pack_all_gather"]
 log = logging.getLogger("quartet")
@@ -128,9 +128,7 @@ def pack_all_gather(model: nn.Module, policy: Any = "quartet", *, skip: Skip = (
 
     @torch.compiler.disable
     def before(module: nn.Module, inputs: Any) -> None:
-        for each in packed:
-            each.attach()
-        maxima.refresh()
+        refresh(packed, maxima)
 
     for each in packed:
         each.attach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
@@ -41,9 +42,23 @@ def divide(gm: GraphModule, config: Compilation, again: Collection[Node] = ()) -
         copies[node].meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     primals = [node for node in graph.find_nodes(op="placeholder") if not is_backward(node)]
     index = input_indices(graph)
-    kept = len(outputs(graph)) - len(primals)  # the rest are gradients, one an input
+    kept = _of_forward(graph, len(primals))
     assert config.partition is not None
     forward, backward = config.partition(
         GraphModule(gm, graph), (), compiler="inductor", num_fwd_outputs=kept,
         static_lifetime_input_indices=[i for i, node in enumerate(primals) if index.get(node) in config.weights])
     return Division(forward, backward, kept)
+
+
+def _of_forward(graph: Graph, inputs: int) -> int:
+    """How many results are no gradients, not even missing ones. A tensor subclass, of several inputs, may have one."""
+    described = graph.output_node().meta.get("desc")
+    if described is None:
+        return len(outputs(graph)) - inputs
+    return sum(desc is not None and not _is_gradient(desc) for desc in described)
+
+
+def _is_gradient(desc: Any) -> bool:
+    while desc is not None and not hasattr(desc, "grad_of"):
+        desc = getattr(desc, "base", None)
+    return desc is not None

@@ -3,33 +3,42 @@
 FSDP2 asks the local tensor of a sharded parameter for ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather``. They are
 put on that tensor itself, so that parameters, their gradients, optimizer states and state dicts stay as they are.
 
-A shard is quantised once an optimizer step, on the stream that first gathers it; later gathers of the step send the
-same codes.
+All shards are quantised before the first forward after an optimizer step, one after the other on its stream; the
+gathers of the step send what was made. FSDP2 calls both for each parameter and gather, hundreds of times a step, and
+asks for the signature of the first each time: they hand over what is there, and carry their signature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quartet.runtime.distributed.maxima import Maxima, Scale
 from quartet.runtime.distributed.sharded import Sharded
-from quartet.runtime.distributed.steps import STEPS, Mark
+from quartet.runtime.distributed.steps import STEPS
 from quartet.runtime.distributed.weight import GatheredWeight, Packing
 
 Quantize = Callable[[Tensor, Packing, Scale | None], dict[str, Tensor]]
 
 
-class _Kept(NamedTuple):
-    """The planes of a shard as it was, and when they are ready."""
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A shard as it was at a version in a step, its planes, and those of which each rank has its rows, as bytes."""
 
     step: int
+    shard: Tensor
     version: int
     planes: dict[str, Tensor]
-    mark: Mark
+    travel: dict[str, Tensor]
+
+    @property
+    def stale(self) -> bool:
+        return self.step != STEPS.number or self.version != self.shard._version
 
 
 class Packed:
@@ -46,55 +55,80 @@ class Packed:
         self.place, self.packing = place, packing
         self._quantize, self._maxima = quantize, maxima
         self._number = maxima.add(place, packing.quantizer) if packing.by_tensor else None
+        self._whole = ("scales", "amax") if packing.quantizer.block == "tensor" else ("amax",)
         self._kept: _Kept | None = None
-        self._placed: _Kept | None = None  # whose planes a group of one rank has in its gathered weight
+        self._alone: Sequence[str] = ()  # planes that a group of one rank does not pass on
+        self._placed: _Kept | None = None  # whose they are in the gathered weight
+        self._pre, self._post = self._functions()
 
-    def attach(self) -> None:
-        """Make FSDP2 ask this object. A parameter that was assigned anew has another local tensor."""
+    def attach(self) -> Tensor:
+        """Make FSDP2 ask this object, and return the shard. A parameter that was assigned anew has another."""
         shard: Any = self.place.shard
-        if getattr(shard, "fsdp_pre_all_gather", None) != self.pre:
-            shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self.pre, self.post
+        if getattr(shard, "fsdp_pre_all_gather", None) is not self._pre:
+            shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self._pre, self._post
+        return shard
 
-    def pre(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:
-        """The bytes that travel; what the shard was quantised as, and ``in``."""
-        kept = self._planes(mp_policy.param_dtype)
-        return tuple(kept.planes[name].view(torch.uint8) for name in self._travel(kept)), (kept, int(outer_size[1]))
-
-    def post(self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *,
-             out: Tensor | None = None) -> Any:
-        """The gathered weight, whose planes are FSDP2's own buffers, filled again for each use, and what all ranks
-        know. A group of one rank passes on the first buffer alone: the shard's other planes are the whole."""
-        kept, cols = metadata
-        travel = self._travel(kept)
-        alone = travel[len(outputs):]
-        if out is None:
-            planes = dict(kept.planes) | {name: kept.planes[name].clone() for name in alone}
-            for name, plane in zip(travel, outputs, strict=False):
-                planes[name] = plane.view(planes[name].dtype)
-            self._placed = kept
-            return GatheredWeight(planes, self.packing, cols, param_dtype), outputs
-        if alone and self._placed is not kept:
-            for name in alone:
-                getattr(out, name).copy_(kept.planes[name])
-            self._placed = kept
-        return None
-
-    def _travel(self, kept: _Kept) -> list[str]:
-        """The planes of which each rank has its rows."""
-        whole = ("scales", "amax") if self.packing.quantizer.block == "tensor" else ("amax",)
-        return [name for name in kept.planes if name not in whole]
+    def refresh(self) -> bool:
+        """Quantise the shard unless that was done; whether it was done now."""
+        shard, kept = self.attach(), self._kept
+        if kept is not None and kept.shard is shard and not kept.stale:
+            return False
+        self._make(shard)
+        return True
 
     @torch.no_grad()
-    def _planes(self, dtype: torch.dtype | None) -> _Kept:
-        shard = self.place.shard
-        if self._kept is not None and (self._kept.step, self._kept.version) == (STEPS.number, shard._version):
-            self._kept.mark.follow(self._kept.planes.values())
-            return self._kept
+    def _make(self, shard: Tensor) -> _Kept:
         scale = None if self._number is None else self._maxima.of(self._number)
+        dtype = self.place.dtype
         planes = self._quantize(shard if dtype is None else shard.to(dtype), self.packing, scale)
         if scale is not None and self.packing.quantizer.block == "tensor":
             planes["scales"] = scale.scale
         elif scale is not None:
             planes["amax"] = scale.amax
-        self._kept = _Kept(STEPS.number, shard._version, planes, Mark(shard.device))
+        travel = {name: plane.view(torch.uint8) for name, plane in planes.items() if name not in self._whole}
+        self._kept = _Kept(STEPS.number, shard, shard._version, planes, travel)
         return self._kept
+
+    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+
+        def pre(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:
+            """The bytes that travel, and what they are of."""
+            kept = self._kept
+            if kept is None or kept.stale:
+                kept = self._make(self.place.shard)
+                self.place.follow()
+            return tuple(kept.travel.values()), kept
+
+        def post(outputs: tuple[Tensor, ...], metadata: _Kept, param_dtype: torch.dtype, *,
+                 out: Tensor | None = None) -> Any:
+            """The gathered weight. Its planes are FSDP2's own buffers, filled again for each use, and what all ranks
+            know. A group of one rank passes on the first buffer alone: the shard's other planes are the whole."""
+            if out is None:
+                return self._gathered(outputs, metadata, param_dtype)
+            if self._alone and self._placed is not metadata:
+                for name in self._alone:
+                    getattr(out, name).copy_(metadata.planes[name])
+                self._placed = metadata
+            return None
+
+        for function in (pre, post):
+            function.__signature__ = inspect.signature(function)
+        return pre, post
+
+    def _gathered(self, outputs: tuple[Tensor, ...], kept: _Kept, dtype: torch.dtype) -> Any:
+        travel = list(kept.travel)
+        self._alone, self._placed = travel[len(outputs):], kept
+        planes = dict(kept.planes) | {name: kept.planes[name].clone() for name in self._alone}
+        for name, plane in zip(travel, outputs, strict=False):
+            planes[name] = plane.view(planes[name].dtype)
+        return GatheredWeight(planes, self.packing, int(self.place.parameter.shape[1]), dtype), outputs
+
+
+def refresh(packed: Sequence[Packed], maxima: Maxima) -> None:
+    """Before a forward: find the scales and quantise the shards of this step. Collective where there are scales."""
+    with torch.inference_mode(False), torch.no_grad():  # training may read what an evaluation has made
+        for each in packed:
+            each.attach()
+        maxima.refresh()
+        if any([each.refresh() for each in packed]):
+            packed[0].place.follow()

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from quartet.kernels.reference.formats.scales import scale_of_amax
 from quartet.kernels.spec import QuantSpec
 from quartet.runtime.distributed.sharded import Sharded
-from quartet.runtime.distributed.steps import STEPS, Mark
+from quartet.runtime.distributed.steps import STEPS
 
 _APART = 4  # fp32 numbers: what reads a scale may want it at a multiple of 16 bytes
 
@@ -42,7 +42,6 @@ class Maxima:
         self._scales: list[Scale] = []
         self._stamp: int | None = None  # the step that they are of
         self._seen: list[tuple[int, int]] = []  # the shards that they are of
-        self._mark: Mark | None = None
 
     def add(self, place: Sharded, spec: QuantSpec) -> int:
         """Know one more; its number for :meth:`of`."""
@@ -50,13 +49,12 @@ class Maxima:
         return len(self._members) - 1
 
     def of(self, number: int) -> Scale:
-        """What :meth:`refresh` found, ready on the current stream."""
+        """What :meth:`refresh` found. Raises RuntimeError where the shard has changed since."""
         place, _ = self._members[number]
-        if self._mark is None or self._stamp != STEPS.number or self._seen[number] != _version(place.shard):
+        if self._stamp != STEPS.number or self._seen[number] != _version(place.shard):
             raise RuntimeError(f"weight {place.name!r} of {type(place.owner).__name__} is gathered before the forward "
                                "that finds its scale: with one scale a tensor, gather it in a forward of the model "
                                "that quartet.distributed.pack_all_gather was given, not by unshard() ahead of it")
-        self._mark.follow(self._scales[number])
         return self._scales[number]
 
     @torch.no_grad()
@@ -70,7 +68,7 @@ class Maxima:
             self._arrange(shards)
         for table in self._tables:
             table.reduce([shards[i] for i in table.members])
-        self._stamp, self._seen, self._mark = STEPS.number, seen, Mark(shards[0].device)
+        self._stamp, self._seen = STEPS.number, seen
 
     def _arrange(self, shards: list[Tensor]) -> None:
         """A table for each group of ranks and dtype, with a row for each parameter."""

@@ -23,7 +23,7 @@ class Sharded:
         mesh: of the ranks that it is gathered from.
         dtype: what it is gathered and computed with in, None for its own.
         offloaded: its shard lies on the CPU. regrouped: after forward it is sharded over fewer ranks.
-        started: its first all-gather has been prepared. handle: what FSDP2 knows it by.
+        started: its first all-gather has been prepared. handle, group: FSDP2's objects of it.
     """
 
     owner: torch.nn.Module
@@ -35,6 +35,7 @@ class Sharded:
     regrouped: bool
     started: bool
     handle: Any
+    group: Any
 
     @property
     def parameter(self) -> DTensor:
@@ -46,6 +47,13 @@ class Sharded:
     def shard(self) -> torch.Tensor:
         """This rank's part of it, the object that FSDP2 asks for its extensions; ``to_local`` gives another."""
         return self.parameter._local_tensor
+
+    def follow(self) -> None:
+        """Let the stream on which FSDP2 copies into its gathers wait for what the current stream does. There is none
+        before the first forward, which lets it wait itself."""
+        stream = getattr(self.group.comm_ctx, "all_gather_copy_in_stream", None)
+        if isinstance(stream, torch.cuda.Stream):
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
 def sharded(model: torch.nn.Module) -> list[Sharded]:
@@ -66,4 +74,4 @@ def _sharded(each: Any, group: Any, state: Any) -> Sharded:
     info, own, after = each._module_info, each.mesh_info, each.post_forward_mesh_info
     mesh = own.mesh if own.mesh.ndim == 1 else own.mesh[own.mesh.mesh_dim_names[-1]]
     return Sharded(info.module, info.param_name, bool(info.shared_modules), mesh, group.mp_policy.param_dtype,
-                   each.offload_to_cpu, after is not None and after is not own, state._is_root is not None, each)
+                   each.offload_to_cpu, after is not None and after is not own, state._is_root is not None, each, group)

@@ -1,6 +1,7 @@
 """What gloo processes do with weights that FSDP2 gathers as codes."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from quartet.backend import compile_graph
 from quartet.distributed import pack_all_gather
 from quartet.options import Options
 from quartet.policy import Policy
-from quartet.runtime.capture import Capture
+from quartet.runtime.capture import Capture, Pretence
+from quartet.runtime.devices import Target
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from traffic import Traffic  # noqa: E402
@@ -98,6 +100,17 @@ def sent(rank, folder):
             trained(rank, model, compiled, steps=1)
         found[policy] = dict(traffic.bytes), dict(traffic.calls)
     return found
+
+
+def pretended(rank, folder):
+    """A step of one layer as it is compiled for a GPU that is not here."""
+    options = replace(Options(policy=Policy.coerce("quartet")), target=Target.named("h200"))
+    model = seeded(lambda: Deep(WIDTH, 1))
+    model.layers[0].compile(backend=lambda gm, inputs: compile_graph(gm, inputs, options, Pretence()))
+    fully_shard(model, mp_policy=BF16)
+    pack_all_gather(model, "quartet")
+    model(data(rank, 64, WIDTH)).float().sum().backward()
+    return all(p.grad is not None for p in model.parameters())
 
 
 def saved(rank, folder):

@@ -83,3 +83,8 @@ def test_high_precision_has_a_reason(refused, policy, name, reason):
 ])
 def test_errors_say_what_to_do(refused, name, says):
     assert says in refused[name], refused[name]
+
+
+def test_a_graph_for_a_gpu_is_divided_where_weights_are_several_tensors(tmp_path_factory):
+    """What the budget for a GPU asks of the partitioner counts gradients, of which such a weight has one."""
+    assert run(tmp_path_factory, "pretended", 1) == [True]
