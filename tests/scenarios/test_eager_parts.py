@@ -152,6 +152,11 @@ def test_a_layer_that_does_not_run_is_a_note_and_not_refused():
     assert "idle" not in rows(report) and any("idle" in note for note in report.notes)
 
 
+def test_what_data_parallelism_wraps_is_no_other_layer():
+    report = explain(nn.DataParallel(Around(Disabled())), x(), options={"policy": "quartet"})
+    assert {r.fqn for r in report if "eager" in r.reason} == {"inner.fc"}
+
+
 def test_a_training_step_is_explained_and_leaves_model_and_optimizer_as_they_were():
     model = Around(nn.ReLU())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
