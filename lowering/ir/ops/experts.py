@@ -49,7 +49,8 @@ def _mm_fake(a, a_scales, w, multiplier, scale, ends, spec, turned, dtype, fast)
 @op(fake=_mm_fake, supports=unavailable)
 def expert_mm(a: Tensor, a_scales: Tensor, w: Tensor, multiplier: Tensor, scale: Tensor, ends: Tensor, spec: str,
               turned: bool, dtype: torch.dtype, fast: bool) -> Tensor:
-    return _multiply(a, a_scales, codes_of(w, multiplier, spec, turned), scale, ends, dtype, fast)
+    codes = codes_of(w, multiplier, spec, turned)
+    return _multiply(a, a_scales, codes, _per_row(scale, codes), ends, dtype, fast)
 
 
 @expert_mm.provider("triton", "cuda", unavailable)
@@ -62,7 +63,8 @@ def multiply_kept(make: Codes, a: Tensor, a_scales: Tensor, w: Tensor, multiplie
                   spec: str, turned: bool, dtype: torch.dtype, fast: bool) -> Tensor:
     """``expert_mm`` with the codes that are kept of ``w``, or that ``make`` makes of it now."""
     codes = REUSED.share(w, ("expert_mm", spec, turned), lambda: make(w, multiplier, spec, turned))
-    return _multiply(a, a_scales, codes, scale, ends, dtype, fast)
+    scales = REUSED.share(w, ("expert_mm scales", spec, turned), lambda: _per_row(scale, codes))
+    return _multiply(a, a_scales, codes, scales, ends, dtype, fast)
 
 
 def codes_of(w: Tensor, multiplier: Tensor, spec: str, turned: bool) -> Tensor:
@@ -85,9 +87,12 @@ def _padded(codes: Tensor) -> Tensor:
     return F.pad(codes.view(torch.uint8), (0, right, 0, below)).view(codes.dtype)
 
 
-def _multiply(a: Tensor, a_scales: Tensor, codes: Tensor, scale: Tensor, ends: Tensor, dtype: torch.dtype,
+def _per_row(scale: Tensor, codes: Tensor) -> Tensor:
+    return scale.expand(codes.shape[0], codes.shape[1]).contiguous()
+
+
+def _multiply(a: Tensor, a_scales: Tensor, codes: Tensor, scales: Tensor, ends: Tensor, dtype: torch.dtype,
               fast: bool) -> Tensor:
-    scales = scale.expand(codes.shape[0], codes.shape[1]).contiguous()
     return torch.ops.aten._scaled_grouped_mm.default(a, codes.mT, a_scales, scales, ends, out_dtype=dtype,
                                                      use_fast_accum=fast)
 
