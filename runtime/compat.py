@@ -80,10 +80,8 @@ def _load(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        raise ImportError(
-            f"torch {torch.__version__} has no {module}.{name}, which quartet needs; "
-            f"tested versions: {', '.join(TESTED)}. Missing in all: {'; '.join(missing())}"
-        ) from None
+        raise ImportError(f"torch {torch.__version__} has no {module}.{name}, which quartet needs; tested versions: "
+                          f"{', '.join(TESTED)}. Missing in all: {'; '.join(missing())}") from None
 
 
 compile_fx: Callable[..., Any] = _load("torch._inductor.compile_fx", "compile_fx")
@@ -142,11 +140,8 @@ def unbacked_size() -> int:
 
 def emit_artifact(name: str, text: str) -> None:
     """Attach a text to torch's structured trace (TORCH_TRACE), where tlparse shows it."""
-    _load("torch._logging", "trace_structured")(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=lambda: text,
-    )
+    about = {"name": name, "encoding": "string"}
+    _load("torch._logging", "trace_structured")("artifact", metadata_fn=lambda: about, payload_fn=lambda: text)
 
 
 def register_log() -> None:

@@ -95,7 +95,8 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 
 def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None, seen: dict[Node, Node]) -> None:
     """A quantise as its largest magnitude in aten ops, unless that is known, and one op for the codes, their transpose
-    and the scale; as its scale in aten ops and one cast where no largest magnitude decides that."""
+    and the scale; as its scale in aten ops and one cast where no largest magnitude decides that. ``seen`` gets the
+    magnitudes that an op has found on its way."""
     made = Quantize.of(node)
     x, spec = made.x, made.spec
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
