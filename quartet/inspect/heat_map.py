@@ -11,6 +11,7 @@ from quartet.inspect.records import COLUMNS_OF, Record
 from quartet.report import pages
 
 _LOGARITHMIC = ("amax", "rms", "error", "underflow", "clipped", "zeros", "not_finite", "unfolded")
+_LABELS = 12  # steps that are written out
 _LOW, _HIGH = (237, 244, 250), (176, 24, 60)
 
 
@@ -60,7 +61,9 @@ def page_of(records: Iterable[Record], column: str = "error") -> str:
     colours = _Colours.of((value for row in values.values() for value in row.values()), column in _LOGARITHMIC)
     rows = [{"name": name, "cells": [_cell(name, step, row.get(step), colours) for step in steps]}
             for name, row in values.items()]
-    return pages.render("heat_map.html", title=f"quartet: {column} by step", steps=steps, rows=rows,
+    every = max(1, -(-len(steps) // _LABELS))
+    labels = [str(step) if i % every == 0 else "" for i, step in enumerate(steps)]
+    return pages.render("heat_map.html", title=f"quartet: {column} by step", steps=labels, rows=rows,
                         subtitle=f"{colours}; striped: not finite")
 
 

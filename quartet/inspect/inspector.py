@@ -50,11 +50,11 @@ class Inspector:
     def loss(self, value: torch.Tensor | float) -> None:
         """Note the loss of this step, for :meth:`Statistics.spikes`; a tensor is not waited for."""
         value = torch.as_tensor(value, dtype=torch.float64) if not isinstance(value, torch.Tensor) else value.detach()
-        self.recorder.rows.append(Row(self.recorder.step, "loss", ("loss",), value.double().reshape(1)))
+        self.recorder.put(Row(self.recorder.step, "loss", ("loss",), value.double().reshape(1)))
 
     def statistics(self) -> Statistics:
         """What has been recorded, fetched from the devices."""
-        return Statistics.of(self.recorder.rows)
+        return Statistics.of(self.recorder.rows())
 
     def clear(self) -> None:
         """Forget what has been recorded, and count steps from 0."""

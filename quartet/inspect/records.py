@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from quartet.kernels.reference.statistics import BINS, COLUMNS, LOWEST
 from quartet.runtime.inspect.recorder import Row
@@ -63,17 +61,10 @@ class Record:
             {"scales": {str(k): n for k, n in self.scales.items()}} if self.scales else {})
 
 
-def fetched(rows: Sequence[Row]) -> Iterator[Record]:
-    """The records of what a recorder holds: one copy from each device for rows of one length, which waits for it."""
-    groups: dict[tuple[torch.device, int], list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault((row.values.device, row.values.numel()), []).append(number)
-    values: dict[int, list[float]] = {}
-    for numbers in groups.values():
-        held = torch.stack([rows[number].values for number in numbers]).tolist()
-        values |= dict(zip(numbers, held, strict=True))
-    for number, row in enumerate(rows):
-        yield from _records(row, values[number])
+def fetched(rows: Iterable[Row]) -> Iterator[Record]:
+    """The records of rows that are on the host."""
+    for row in rows:
+        yield from _records(row, row.values.tolist())
 
 
 def _records(row: Row, values: list[float]) -> Iterator[Record]:

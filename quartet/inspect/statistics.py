@@ -48,8 +48,8 @@ class Statistics(Sequence[Record]):
 
     @staticmethod
     def of(rows: Iterable[Row]) -> Statistics:
-        """From what a recorder holds; waits for the devices."""
-        return Statistics(fetched(list(rows)))
+        """From rows of a recorder."""
+        return Statistics(fetched(rows))
 
     def __len__(self) -> int:
         return len(self._records)

@@ -141,7 +141,7 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
     chosen_for, rates = _rates(inner, target)
     _measure(inner, batches, inspector, loss or _loss)
     errors = product_errors(inspector.statistics())
-    sharing = {name.rpartition(" fprop x ")[0]: len(row.names) for row in inspector.recorder.rows
+    sharing = {name.rpartition(" fprop x ")[0]: len(row.names) for row in inspector.recorder.rows()
                if row.kind == "what-if" for name in row.names if " fprop x " in name}
     found: dict[str, list[Option]] = {}
     for recipe in known.values():

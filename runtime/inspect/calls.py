@@ -50,6 +50,8 @@ class Call:
         self.step = self.recorder.step = step
         self.kept.clear()
         self._recorded = set() if step % self.recorder.every == 0 else None
+        if self._recorded is not None:
+            self.recorder.copy_to_host()  # what an earlier step has recorded
 
     def takes(self, text: str) -> bool:
         """Whether what ``text`` names is to be recorded now: once in a step that is, of micro-batches the first."""
@@ -59,7 +61,7 @@ class Call:
         return True
 
     def put(self, kind: str, names: tuple[str, ...], values: Tensor) -> None:
-        self.recorder.rows.append(Row(self.step, kind, names, values))
+        self.recorder.put(Row(self.step, kind, names, values))
 
 
 _NUMBERS = count(1)

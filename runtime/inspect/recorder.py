@@ -1,6 +1,6 @@
 """What the ops of inspected graphs record: rows of statistics, and whether products were finite.
 
-Everything stays on its device until somebody reads it: no op waits for one.
+No op waits for a device: what is recorded is copied to the host when the next step is recorded, beside the computation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class NotFinite(ArithmeticError):
     """A product had an operand or a result that is NaN or infinite; the message names the first."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Row:
     """What was recorded of one thing in one step.
 
@@ -30,7 +30,7 @@ class Row:
         step: of training.
         kind: ``"operand"``, ``"product"``, ``"what-if"``, ``"alignment"`` or ``"loss"``.
         names: what it is of; several where layers share it.
-        values: float64 with one axis, on the device of what was measured.
+        values: float64 with one axis, on the device of what was measured until the recorder has it copied.
     """
 
     step: int
@@ -59,7 +59,9 @@ class Recorder:
 
     def __init__(self, every: int = 100, keep: int = 200_000) -> None:
         self.every = every
-        self.rows: deque[Row] = deque(maxlen=keep)
+        self._rows: deque[Row] = deque(maxlen=keep)
+        self._fresh: list[Row] = []  # those that may be on a GPU
+        self._copies: list[torch.cuda.Event] = []
         self.step = 0
         self._flags: list[Flags] = []
         self._begun: int | None = None  # by the clock
@@ -72,9 +74,39 @@ class Recorder:
             self._begun = clock
         return clock - self._begun or forwards
 
+    def put(self, row: Row) -> None:
+        self._rows.append(row)
+        self._fresh.append(row)
+
+    def copy_to_host(self) -> None:
+        """Have what was recorded on GPUs copied into pinned memory, without waiting for it."""
+        groups: dict[tuple[torch.device, int], list[Row]] = {}
+        for row in self._fresh:
+            if row.values.is_cuda:
+                groups.setdefault((row.values.device, row.values.numel()), []).append(row)
+        self._fresh.clear()
+        for (device, _), rows in groups.items():
+            stacked = torch.stack([row.values for row in rows])
+            held = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            held.copy_(stacked, non_blocking=True)
+            with torch.cuda.device(device):
+                self._copies.append(torch.cuda.Event())
+                self._copies[-1].record()
+            for row, values in zip(rows, held.unbind(), strict=True):
+                row.values = values
+
+    def rows(self) -> list[Row]:
+        """All that is kept, on the host; waits for the devices."""
+        self.copy_to_host()
+        for copy in self._copies:
+            copy.synchronize()
+        self._copies.clear()
+        return list(self._rows)
+
     def clear(self) -> None:
         """Forget all that was recorded, and count steps from 0."""
-        self.rows.clear()
+        self._rows.clear()
+        self._fresh.clear()
         self._flags.clear()
         self._begun = None
 
