@@ -36,16 +36,18 @@ from quartet.recipes import PolicyError
 from quartet.report.announce import decided, patiently
 from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
+from quartet.runtime.agreement import same_kernels
 from quartet.runtime.devices import Target
+from quartet.runtime.in_place import warn_of_skipped
 from quartet.runtime.inspect.calls import Inspected, Layers, no_token
 from quartet.runtime.replay.library import LAUNCHER
 from quartet.runtime.slots.amax import no_anchor
 from quartet.runtime.slots.anchored_graph import Anchored, forget_examples, with_input
 from quartet.runtime.slots.weights import REUSED
-from quartet.runtime.streams import Streamed, stream_of
+from quartet.runtime.streams import Streamed, sharing
 
 log = logging.getLogger("quartet")
-compat.warn_of_skipped(sys._getframe())  # the first use of the backend imports this module; later ones ask nobody
+warn_of_skipped(sys._getframe())  # the first use of the backend imports this module; later ones ask nobody
 compat.register_log()
 inductor.register()
 
@@ -116,9 +118,9 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         compiled = Inspected(compiled, recorder_of(options.inspect, names.model), _layers(names))
     if anchored:
         compiled = Anchored(compiled, sorted(step.config.weights))
-    stream = stream_of(example_inputs, options.same_bits)
-    if stream is not None:
-        compiled = Streamed(compiled, stream)
+    together = sharing(example_inputs, options.same_bits)
+    if together is not None:
+        compiled = Streamed(compiled, min(together))
     kept = [] if saved is None else saved.records
     if collect is not None:
         collect(step.records)
@@ -162,7 +164,8 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         replayed=replayed, autotune=compat.max_autotune(options.inductor), **_prices(tensors, told),
         anchor=len(example_inputs) if anchored else None, token=token,
         inspection=None if options.inspect is None else Inspection(options.inspect.recipes),
-        answers=kernels_here(gm, example_inputs, options), threads=torch.get_num_threads(), version=torch.__version__)
+        answers=_answers(gm, example_inputs, options, remember), threads=torch.get_num_threads(),
+        version=torch.__version__)
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
     return pipeline.Pipeline(compilation, tuple(earlier))
 
@@ -224,6 +227,14 @@ def make_partitioner(step: pipeline.Pipeline, options: Options) -> SavedActivati
     if isinstance(own, SavedActivations):
         own = own.own
     return SavedActivations(step.config, own, default)
+
+
+def _answers(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, remember: bool) -> str:
+    """:func:`kernels_here`, once the ranks of a job agree; one that only looks asks nobody."""
+    if not remember or options.target is not None:
+        return kernels_here(gm, example_inputs, options)
+    return same_kernels(options.key(), lambda: kernels_here(gm, example_inputs, options),
+                        sharing(example_inputs, options.same_bits))
 
 
 def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:

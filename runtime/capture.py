@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen, not_compiled
+from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen
+from quartet.runtime.in_place import not_compiled
 from quartet.runtime.sizes import hint
 from quartet.runtime.slots.amax import frozen
 from quartet.runtime.view_ops import ORDERS, RESHAPES, aten

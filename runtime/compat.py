@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +48,7 @@ PRIVATE = (
     ("torch._dynamo.config", "accumulated_recompile_limit", "the limit for all of it"),
     ("torch._dynamo.config", "wrap_top_frame", "compiles layers of torch.nn in place, whose code dynamo skips"),
     ("torch._dynamo.trace_rules", "check", "whether dynamo skips a function"),
+    ("torch.distributed.distributed_c10d", "_get_default_store", "what ranks tell each other outside of collectives"),
     ("torch._dynamo", "pgo", "explain() neither meets nor leaves sizes that make others symbolic"),
     ("torch._dynamo.pgo", "_CODE_STATE", "the sizes that each piece of code has seen"),
     ("torch._dynamo.pgo", "CodeState", "those of one"),
@@ -202,6 +202,14 @@ def warn_if_untested() -> None:
                   stacklevel=2)
 
 
+def default_store() -> Any:
+    """The store by which the ranks have met; None outside of a process group, and in one that is only pretended."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_backend() == "fake":
+        return None
+    return _load("torch.distributed.distributed_c10d", "_get_default_store")()
+
+
 @contextmanager
 def any_number_of_compilations() -> Iterator[None]:
     """No compilation is refused as one too many of its code object."""
@@ -238,38 +246,11 @@ def is_skipped(model: torch.nn.Module) -> bool:
     return bool(_load("torch._dynamo.trace_rules", "check")(model.forward))
 
 
-def warn_of_skipped(frame: FrameType | None) -> None:
-    """A warning if ``frame`` is inside of a ``model.compile(…)`` that compiles nothing of ``model`` itself."""
-    while frame is not None and frame.f_code is not torch.nn.Module.compile.__code__:
-        frame = frame.f_back
-    if frame is None or frame.f_back is None or not is_skipped(model := frame.f_locals["self"]):
-        return
-    name = type(model).__name__
-    warnings.warn_explicit(
-        f"{name}.compile(…) leaves {name} itself uncompiled, and unquantised: its forward is PyTorch's own code, which "
-        "dynamo skips there. quartet.compile(model) and torch.compile(model) compile it", UserWarning,
-        frame.f_back.f_code.co_filename, frame.f_back.f_lineno)
-
-
 def compile_in_place(model: torch.nn.Module, **settings: Any) -> None:
     """``model.compile(**settings)``, which captures what ``torch.compile(model, **settings)`` does."""
     patch = importlib.import_module("torch._dynamo.config").patch
     with patch(wrap_top_frame=True) if is_skipped(model) else nullcontext():
         model.compile(**settings)
-
-
-@contextmanager
-def not_compiled(model: torch.nn.Module) -> Iterator[None]:
-    """No module of ``model`` is one that ``Module.compile`` has compiled."""
-    found = [(module, made) for module in model.modules()
-             if (made := vars(module).get("_compiled_call_impl")) is not None]
-    for module, _ in found:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, made in found:
-            module._compiled_call_impl = made
 
 
 def compiled_settings(model: Any) -> tuple[str | None, dict[str, Any] | None]:

@@ -93,16 +93,18 @@ def ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(sorted(ranks))
 
 
-def stream_of(inputs: Sequence[Any], same_bits: Sequence[int] | None = None) -> int | None:
-    """The stream of a graph with these inputs; None where the process's rank is it.
+def sharing(inputs: Sequence[Any], same_bits: Sequence[int] | None = None) -> Sequence[int] | None:
+    """The ranks that share the layers of a graph with these inputs and draw the same bits, from the stream of the first
+    of them; None where this rank draws its own.
 
-    Ranks that hold shards of one tensor must round what they replicate alike, so those of a group take its lowest rank:
-    ``same_bits``, or the mesh that inputs are DTensors on.
+    They are ``same_bits``, or those of the mesh that inputs are DTensors on: ranks that hold shards of one tensor must
+    round what they replicate alike.
     """
     if same_bits is not None:
-        return min(same_bits)
+        return same_bits
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     from torch.distributed.tensor import DTensor
 
-    return min((int(t.device_mesh.mesh.min()) for t in inputs if isinstance(t, DTensor)), default=None)
+    meshes = [t.device_mesh.mesh.flatten().tolist() for t in inputs if isinstance(t, DTensor)]
+    return min(meshes, key=min, default=None)
