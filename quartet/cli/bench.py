@@ -113,7 +113,7 @@ def _train(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], policy: s
            device: torch.device, run: Run) -> str:
     """Fill ``run``; what the loss is."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gpu = device.type == "cuda"
     chosen: dict[str, Any] = {"backend": "inductor"} if policy is None else {
         "backend": "quartet", "options": {"policy": policy}}

@@ -7,12 +7,12 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch.fx import Graph
 
-from quartet import __version__
 from quartet.options import Options
 from quartet.passes.compilation import Observer
 from quartet.passes.find.find_matmuls import input_indices
@@ -31,7 +31,7 @@ def dump_of(options: Options, weights: Mapping[int, str], device: Any) -> GraphD
     about = {
         "policy": str(options.policy), "device": str(options.target or device),
         "options": ", ".join(f"{name}={value!r}" for name, value in {**given, **options.inductor}.items()) or "–",
-        "mode": options.mode or "default", "torch": torch.__version__, "quartet": __version__,
+        "mode": options.mode or "default", "torch": torch.__version__, "quartet": version("torch-quartet"),
         "python": platform.python_version(), "compiled": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     made = GraphDump(options.dump, compat.emit_artifact, about, lambda graph: _parameters(graph, weights))
