@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-no_torch_function = torch._C._disabled_torch_function_impl  # of a subclass that dispatches below autograd alone
 TESTED = ("2.11", "2.13", "2.15")
 
 PRIVATE = (

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.spec import QuantSpec
-from quartet.runtime.compat import no_torch_function
 
 aten = torch.ops.aten
 _PLANES = ("codes", "scales", "mask", "amax")
@@ -96,7 +95,7 @@ class GatheredWeight(Tensor):
         raise NotImplementedError("a gathered weight lives as long as FSDP keeps it unsharded; save the model's "
                                   "state_dict(), which holds the shards in high precision")
 
-    __torch_function__ = no_torch_function  # type: ignore[assignment]
+    __torch_function__ = torch.nn.Parameter.__torch_function__  # nothing above autograd
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
