@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.report.text import INDEX, human_bytes, percent
-
-if TYPE_CHECKING:
-    from quartet.report.table import Report
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,10 @@ class Difference:
     """What changed between two reports. False where nothing did; iterates over the :class:`Change` of each matmul.
 
     Args:
-        before, after: the reports.
+        before, after: each a ``quartet.report.table.Report``.
     """
 
-    def __init__(self, before: Report, after: Report) -> None:
+    def __init__(self, before: Any, after: Any) -> None:
         self.before, self.after = before, after
         ran, runs = _by_name(before), _by_name(after)
         both = {key: Change(ran.get(key), runs.get(key)) for key in {**runs, **ran}}
@@ -91,7 +88,7 @@ class Difference:
                              "after": None if c.after is None else c.after.as_dict()} for c in self.changes]}
 
 
-def _by_name(report: Report) -> dict[tuple[str, str, int], MatmulRecord]:
+def _by_name(report: Any) -> dict[tuple[str, str, int], MatmulRecord]:
     """Records by module and role; several of one module in their order."""
     found: dict[tuple[str, str, int], MatmulRecord] = {}
     counts: dict[tuple[str, str], int] = {}

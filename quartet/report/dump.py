@@ -21,10 +21,12 @@ from torch import fx
 from quartet.kernels.files import opener, write_text
 from quartet.lowering.recipe.records import MatmulRecord, SavedRecord
 from quartet.passes.compilation import Observer
-from quartet.report import html, pages
+from quartet.report import pages
 from quartet.report.graph_code import GraphCode, op_name, print_graph
+from quartet.report.pages import content
+from quartet.report.rows import saved_table
 from quartet.report.svg import dataflow, draw, kind_of
-from quartet.report.table import Report, saved_table
+from quartet.report.table import Report
 from quartet.report.text import human_bytes
 
 log = logging.getLogger(__name__)
@@ -262,7 +264,7 @@ def _page(graph: _Graph, report: Report, about: Mapping[str, str]) -> str:
               "diff": [{"text": line, "kind": kinds.get(line[:1], "")} for line in step.diff]}
              for index, step in sorted(graph.steps.items())]
     return pages.render("graph.html", title=f"quartet: {graph.name}", about=about, steps=steps, nodes=graph.nodes,
-                        final=graph.file, drawing=Markup(graph.drawing), **html.data_of(report))
+                        final=graph.file, drawing=Markup(graph.drawing), **content.data_of(report))
 
 
 def _listing(directory: Path) -> str:

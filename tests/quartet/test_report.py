@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from quartet.lowering.recipe.records import MatmulRecord
-from quartet.report.table import Report, rows
+from quartet.report.rows import rows
+from quartet.report.table import Report
 from quartet.report.text import human_bytes, shorten
 
 

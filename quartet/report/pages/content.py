@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quartet.lowering.recipe.types import ROLES
 from quartet.report import pages
+from quartet.report.rows import HEADER, RIGHT, Row, rows, saved_table
 from quartet.report.text import human_bytes, percent
-
-if TYPE_CHECKING:
-    from quartet.report.table import Report, Row
 
 COLORS = 8
 SHOWN = 500  # names of one group
 
 
-def explain_page(report: Report) -> str:
-    """The page of ``quartet.explain``."""
+def explain_page(report: Any) -> str:
+    """The page of a ``quartet.report.table.Report``."""
     return pages.render("explain.html", title="quartet explain", **data_of(report))
 
 
-def fragment(report: Report) -> str:
+def fragment(report: Any) -> str:
     """The same without a page around it, for a notebook."""
     inner = pages.render("report.html", **data_of(report))
     style = (pages.FOLDER / "style.css").read_text(encoding="utf-8")
     return f'<style>{style}</style><div class="quartet">{inner}</div>'
 
 
-def data_of(report: Report) -> dict[str, Any]:
+def data_of(report: Any) -> dict[str, Any]:
     """What the templates of a report need."""
-    from quartet.report.table import HEADER, RIGHT, rows, saved_table
-
     recipes = list(dict.fromkeys(r.recipe for r in report if r.recipe is not None and r.lowered))
     color = {name: i % COLORS for i, name in enumerate(recipes)}
     saved = ["", saved_table(report.saved)] if report.saved else []
@@ -58,7 +54,7 @@ def _row(row: Row, color: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _cards(report: Report) -> list[dict[str, Any]]:
+def _cards(report: Any) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = [
         {"value": f"{len(report.lowered)} of {len(report)}", "label": "matmuls quantised", "share": None}]
     for role in (None, *ROLES):
@@ -73,7 +69,7 @@ def _cards(report: Report) -> list[dict[str, Any]]:
     return made
 
 
-def _alone(report: Report) -> list[dict[str, Any]]:
+def _alone(report: Any) -> list[dict[str, Any]]:
     """Why matmuls are left alone, the most FLOPs first."""
     total = sum(r.flops or 0 for r in report)
     groups: dict[str, list[int]] = {}
