@@ -44,7 +44,7 @@ class _Known:
 
 @dataclass
 class _Made:
-    """What this step has made of a parameter at a version; its results once they are kept."""
+    """What this step has made of a parameter at a version, of several at the sum of theirs; its results once kept."""
 
     version: int
     kept: tuple[Tensor, ...] | None = None
@@ -94,23 +94,32 @@ class ReusedWeights:
         nothing = results[0].new_empty(0, dtype=torch.uint8)
         return (nothing, nothing.clone(), nothing.clone(), *results[3:])  # type: ignore[return-value]
 
-    def share(self, parameter: Tensor, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """One result of a parameter, made now or earlier in this step, for a caller that writes nothing to it."""
-        kept = self.find(parameter, what)
+    def share(self, parameter: Tensor, what: Hashable, make: Callable[[], Tensor],
+              others: Sequence[Tensor] = ()) -> Tensor:
+        """One result of a parameter, made now or earlier in this step, for a caller that writes nothing to it.
+
+        ``others``: parameters that it is of too, in this order.
+        """
+        if others:
+            if not all([self._may_keep(one) for one in (parameter, *others)]):  # each is to be known from now on
+                return make()
+            what = what, *((storage_number(other), _offset(other)) for other in others)
+        changes = sum(other._version for other in others)
+        kept = self.find(parameter, what, changes)
         if kept is not None:
             return kept[0]
         made = make()
-        if self._expects_more(parameter, what):
+        if self._expects_more(parameter, what, changes):
             self._keep(parameter, what, (made,))
         return made
 
-    def find(self, parameter: Tensor, what: Hashable) -> tuple[Tensor, ...] | None:
-        """What is kept, such as codes, scales and mask, or None."""
+    def find(self, parameter: Tensor, what: Hashable, changes: int = 0) -> tuple[Tensor, ...] | None:
+        """What is kept, such as codes, scales and mask, or None. ``changes``: of the other parameters that it is of."""
         number, key = storage_number(parameter), _key(parameter, what)
         made = self._step.get(number, {}).get(key)
         if made is None or made.kept is None or not self._may_keep(parameter):
             return None
-        if made.version != parameter._version:
+        if made.version != parameter._version + changes:
             made.kept = None
             return None
         known = self._known.get(parameter)
@@ -118,15 +127,16 @@ class ReusedWeights:
         known.repeats[key] = True
         return made.kept
 
-    def _expects_more(self, parameter: Tensor, what: Hashable) -> bool:
+    def _expects_more(self, parameter: Tensor, what: Hashable, changes: int = 0) -> bool:
         """Whether another forward of this step is likely to ask for the same; it is made now."""
         if not self._may_keep(parameter):
             return False
         known = self._known.get(parameter)
         assert known is not None
         key, step = _key(parameter, what), self._step.setdefault(storage_number(parameter), {})
-        again = LAUNCHER.repeated() or key in step and step[key].version == parameter._version
-        step[key] = _Made(parameter._version)
+        version = parameter._version + changes
+        again = LAUNCHER.repeated() or key in step and step[key].version == version
+        step[key] = _Made(version)
         keep = again or known.repeats.get(key, False)
         known.repeats[key] = again
         return keep

@@ -1,5 +1,7 @@
 """The scales of all FP8 weights of a graph come from one reduction, and are what each weight's own would be."""
 
+import re
+
 import pytest
 import torch
 from around import around, linear, matrix
@@ -10,8 +12,10 @@ import quartet
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir
-from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, amax_of_each
+from quartet.lowering.ir.ops import fp8
+from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, amax_of_each, amax_of_weights
 from quartet.lowering.targets.fp8 import lower
+from quartet.runtime.slots.weights import REUSED
 
 INPUTS = [matrix(*shape, grad=False) for shape in ((64, 32), (64, 32), (32, 64), (48, 32))]
 FP8 = quartet.Policy("fp8").on("*", "fp8")
@@ -27,7 +31,8 @@ def reductions(model, x=None, **options):
     one by one in forward."""
     x = matrix(64, 32) * 1 if x is None else x
     lines = around("lower", model, x.detach().requires_grad_(), target="sm_90", **({"policy": FP8} | options)).after
-    lists = [line.partition("[")[2].partition("]")[0].split(", ") for line in lines if "= amax_of_each(" in line]
+    found = [line for line in lines if re.search("= amax_of_(each|weights)", line)]
+    lists = [line.partition("[")[2].partition("]")[0].split(", ") for line in found]
     return lists, sum("= amax(" in line and "bwd" not in line for line in lines)
 
 
@@ -103,6 +108,41 @@ def test_the_reduction_over_lists_is_the_reference(dtype):
           torch.tensor([[float("nan"), 1.0]], dtype=dtype), torch.tensor([[float("inf"), 1.0]], dtype=dtype)]
     (foreach,) = [provider for provider in amax_of_each.providers if provider.name == "foreach"]
     torch.testing.assert_close(foreach.run(xs), amax_of_each.reference(xs), rtol=0, atol=0, equal_nan=True)
+
+
+def test_they_are_found_once_an_optimizer_step(monkeypatch):
+    found = []
+    monkeypatch.setattr(fp8, "_amax_foreach", lambda xs: found.append(len(xs)) or amax_of_each.reference(xs))
+    (once,) = [provider for provider in amax_of_weights.providers if provider.name == "foreach"]
+    weights = [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 8))]
+    optimizer = torch.optim.SGD(weights, 0.5)
+    REUSED.watch()
+
+    def times(forwards):
+        del found[:]
+        for _ in range(forwards):
+            result = once.run(weights)
+            assert torch.equal(result, amax_of_each.reference(weights)) and result.stride() == (4, 1, 1)
+            result.zero_()  # compiled code may write to it
+        return len(found)
+
+    assert times(2) == 2, "no optimizer has stepped them"
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert times(4) == 2, "the first of all steps does not know that more will ask"
+    optimizer.step()
+    assert times(4) == 1
+    with torch.no_grad():
+        weights[1].mul_(2)
+    assert times(3) == 1
+
+
+def test_an_input_is_not_among_the_weights():
+    model = nn.Sequential(linear(32, 32), nn.Tanh(), linear(32, 32))
+    lines = around("lower", model, matrix(64, 32).requires_grad_(), target="sm_90", policy=FP8).after
+    names = [line for line in lines if "= amax_of" in line]
+    assert len(names) == 1 and "amax_of_weights" in names[0] and "[0.weight, 2.weight]" in names[0]
 
 
 def test_each_scale_lies_where_the_product_takes_it():

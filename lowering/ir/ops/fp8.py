@@ -2,6 +2,7 @@
 
     amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1], each at a
                     multiple of 16 bytes
+    amax_of_weights the same of parameters, once an optimizer step
     fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element → codes of x, and of its
                     transpose, from one read, and their scale [1, 1]; with ``index`` of the rows of x that it names,
                     zeros where it is −1
@@ -31,6 +32,7 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir import FLOAT8
 from quartet.lowering.ir.op import op
 from quartet.runtime.devices import Target
+from quartet.runtime.slots.weights import REUSED
 
 _APART = 4         # fp32 numbers: kernels are compiled for pointers at multiples of 16 bytes, and for others
 MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
@@ -55,6 +57,17 @@ def amax_of_each(xs: list[Tensor]) -> Tensor:
 def _amax_foreach(xs: list[Tensor]) -> Tensor:
     made = _apart(xs)
     return made.copy_(torch.stack(torch.ops.aten._foreach_norm.Scalar(xs, float("inf"))).reshape(-1, 1, 1))
+
+
+@op(fake=_apart, strides="any")
+def amax_of_weights(xs: list[Tensor]) -> Tensor:
+    return amax_of_each.reference(xs)
+
+
+@amax_of_weights.provider("foreach", "cuda")
+def _amax_once(xs: list[Tensor]) -> Tensor:
+    first, *others = xs
+    return _apart(xs).copy_(REUSED.share(first, "amax_of_weights", lambda: _amax_foreach(xs), others))
 
 
 def _cast_fake(x, multiplier, element, plain, transposed):
@@ -183,7 +196,7 @@ def _row_major_triton(codes: Tensor) -> Tensor:
     return fp8_row_major.reference(codes)
 
 
-AMAX_OF_EACH, QUANTIZE = amax_of_each.overload, fp8_quantize.overload
+AMAX_OF_EACH, AMAX_OF_WEIGHTS, QUANTIZE = amax_of_each.overload, amax_of_weights.overload, fp8_quantize.overload
 QUANTIZE_DELAYED = fp8_quantize_delayed.overload
 CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

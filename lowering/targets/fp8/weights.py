@@ -7,8 +7,9 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import FORWARD, Builder, aten, is_backward, source, val
-from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH
+from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, AMAX_OF_WEIGHTS
 from quartet.lowering.ir.views import Quantize
+from quartet.lowering.targets.chains import REUSABLE
 from quartet.runtime.view_ops import ORDERS, SAME
 
 
@@ -16,6 +17,7 @@ def amax_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Node]:
     """Largest magnitude fp32 ``[1, 1]`` for the quantisers of forward whose X is an input of the graph, with one scale
     a tensor: the weights, and the model's own X where a layer reads it.
 
+    Those of parameters are found once an optimizer step, while gradients accumulate.
     They stand before the first of them and in no region of the user's checkpointing: they are a few bytes.
     """
     groups: dict[Any, list[tuple[Node, Node]]] = {}
@@ -23,15 +25,16 @@ def amax_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Node]:
         made = Quantize.of(node)
         weight = _parameter(made.x)
         if weight is not None and made.amax is None and made.spec.block == "tensor" and made.spec.rule != "absmean":
-            groups.setdefault((val(weight).device, val(weight).dtype), []).append((node, weight))
+            key = REUSABLE in node.meta, val(weight).device, val(weight).dtype
+            groups.setdefault(key, []).append((node, weight))
     found: dict[Node, Node] = {}
-    for members in groups.values():
+    for (lasting, *_), members in groups.items():
         if len(members) < 2:
             continue
         build = Builder(graph, like=members[0][0], before=min(node for node, _ in members), backward=False)
         build.meta = {"partitioner_tag": FORWARD}
         weights = list(dict.fromkeys(weight for _, weight in members))
-        together = build(AMAX_OF_EACH, weights)
+        together = build(AMAX_OF_WEIGHTS if lasting else AMAX_OF_EACH, weights)
         for node, weight in members:
             found[node] = build(aten.select.int, together, 0, weights.index(weight))
     return found
