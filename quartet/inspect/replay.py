@@ -56,8 +56,8 @@ class Replay:
     """What a graph computed.
 
     Args:
-        path: of its module. results: what it returned, None where it was stopped. bad: the first value that is not
-            finite, None where all are.
+        path: of its module. results: what it returned, None where it was stopped. bad: the value by which the first
+            NaN, or an infinite result, came up; None where all results are finite.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Replay:
     bad: Bad | None
 
     def __str__(self) -> str:
-        return f"{self.path}: {'all values are finite' if self.bad is None else self.bad}"
+        return f"{self.path}: {'all results are finite' if self.bad is None else self.bad}"
 
 
 class ReplayError(ValueError):
@@ -73,9 +73,10 @@ class ReplayError(ValueError):
 
 
 def replay(dump: str | os.PathLike[str], inputs: Sequence[Any] | Mapping[str, Any] | None = None) -> Replay:
-    """Run a dumped graph, up to the first value that is NaN or infinite although what it is made from is not.
+    """Run a dumped graph up to the first NaN, and tell where it comes from, or an infinity among the results.
 
-    Infinities that the code writes down itself, such as those of an attention mask, are meant to be there.
+    Infinities that vanish again, as ``exp`` has them in a sigmoid, and those that the code writes down itself, as in an
+    attention mask, are meant to be there.
 
     Args:
         dump: a module of a dump, or the folder of one graph, of which the graph after its last pass is run.
@@ -99,7 +100,8 @@ def replay(dump: str | os.PathLike[str], inputs: Sequence[Any] | Mapping[str, An
     watch = _Watch(str(path))
     try:
         with torch.no_grad(), watch:
-            return Replay(path, graph(*given.values()), None)
+            results = graph(*given.values())
+        return Replay(path, results, watch.source_of(results))
     except _Stop:
         return Replay(path, None, watch.bad)
 
@@ -165,23 +167,33 @@ class _Watch(TorchDispatchMode):
     def __init__(self, path: str) -> None:
         super().__init__()
         self._path = path
+        self._made: dict[int, Bad | None] = {}  # id of a tensor with infinities → where they come from; None: meant
         self.bad: Bad | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.name().replace("::", ".")
-        before = [_states(value) for value in _values((args, kwargs))]
+        kwargs, name = kwargs or {}, func.name().replace("::", ".")
+        before = [(value, *_states(value)) for value in _values((args, kwargs))]
         out = func(*args, **kwargs)
         if name.partition(".default")[0] in _UNSET:
             return out
-        nan, infinite = (any(state[i] for state in before) for i in (0, 1))
+        sources = [self._made.get(id(value)) for value, _, infinite in before if infinite]
+        source = next(filter(None, sources), None)
         for value in _values(out):
-            made_nan, made_infinite = _states(value)
-            if isinstance(value, Tensor) and (made_nan and not nan or made_infinite and not (nan or infinite)):
-                line = _line(sys._getframe(), self._path)
-                self.bad = _bad(value, name, line, linecache.getline(self._path, line).split("  #")[0].strip())
+            nan, infinite = _states(value)
+            if nan and not any(was_nan for _, was_nan, _ in before):
+                self.bad = source or self._here(value, name)
                 raise _Stop
+            if infinite:
+                self._made[id(value)] = source if sources else self._here(value, name)
         return out
+
+    def source_of(self, results: Any) -> Bad | None:
+        """Where the first infinity among some results comes from."""
+        return next(filter(None, (self._made.get(id(value)) for value in _values(results) if _states(value)[1])), None)
+
+    def _here(self, value: Tensor, name: str) -> Bad | None:
+        line = _line(sys._getframe(), self._path)
+        return _bad(value, name, line, linecache.getline(self._path, line).split("  #")[0].strip())
 
 
 def _values(tree: Any) -> Iterator[Any]:

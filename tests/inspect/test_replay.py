@@ -32,7 +32,7 @@ def names(dump):
 
 def test_random_inputs_are_finite(dump):
     found = quartet.replay(dump)
-    assert found.bad is None and "all values are finite" in str(found) and len(found.results) == 6
+    assert found.bad is None and "all results are finite" in str(found) and len(found.results) == 6
     assert found.path == max(dump.glob("[0-9]*.py")), "the graph after the last pass"
 
 
@@ -86,6 +86,27 @@ def test_parameters_have_the_names_of_the_model(dump):
     assert quartet.replay(dump, {"0.weight": weight}).bad.where == "primals_1"
 
 
+def test_infinities_that_vanish_are_no_mistake_and_those_that_become_nan_are_named(tmp_path):
+    path = tmp_path / "graph.py"
+    path.write_text("""import torch
+
+class Graph(torch.nn.Module):
+    def forward(self, x):
+        large = torch.ops.aten.exp.default(x)
+        more = torch.ops.aten.add.Tensor(large, 1.0)
+        sigmoid = torch.ops.aten.reciprocal.default(more)
+        square = torch.ops.aten.mul.Tensor(x, x)
+        cube = torch.ops.aten.mul.Tensor(square, x)
+        return torch.ops.aten.mul.Tensor(cube, sigmoid)
+
+def inputs():
+    return (torch.tensor([1.0]),)
+""")
+    assert quartet.replay(path, [torch.tensor([1e5])]).bad is None
+    found = quartet.replay(path, [torch.tensor([1e30])])
+    assert found.bad.text.startswith("square =") and found.bad.line == 8, "0 · inf, of what became infinite there"
+
+
 @pytest.mark.parametrize("given, message", [
     ({"primal_1": torch.ones(1)}, "did you mean 'primals_1'"), ([torch.ones(1)], "inputs, not 1"),
     ({"primals_1": torch.ones(3)}, r"'primals_1' is torch.float32 \(48, 32\), not torch.float32 \(3,\)"),
@@ -106,7 +127,7 @@ def test_what_is_no_graph(dump, tmp_path):
 
 
 def test_the_command(dump, tmp_path, capsys):
-    assert main(["replay", str(dump)]) == 0 and "all values are finite" in capsys.readouterr().out
+    assert main(["replay", str(dump)]) == 0 and "all results are finite" in capsys.readouterr().out
     torch.save({"0.weight": torch.full((48, 32), math.inf)}, tmp_path / "inputs.pt")
     assert main(["replay", str(dump), "--inputs", str(tmp_path / "inputs.pt")]) == 1
     assert "input primals_1: 1536 of 1536 elements are infinite" in capsys.readouterr().out
