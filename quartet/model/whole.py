@@ -13,6 +13,7 @@ from weakref import ref
 
 from torch import nn
 
+from quartet.model.flat import own_parameters, path_in_model
 from quartet.model.judge import Judge
 from quartet.model.names import Names
 from quartet.passes.naming import module_name
@@ -58,6 +59,6 @@ class Whole:
 
 def _matrices(model: nn.Module) -> list[tuple[str, int, int]]:
     """(name, out, in) of the matrices of layers that multiply."""
-    return [(f"{path}.{name}" if path else name, parameter.shape[0], parameter.shape[-1])
+    return [(".".join(filter(None, (path_in_model(path), name))), parameter.shape[0], parameter.shape[-1])
             for path, module in nn.Module.named_modules(model) if isinstance(module, LAYERS)
-            for name, parameter in nn.Module.named_parameters(module, recurse=False) if parameter.dim() > 1]
+            for name, parameter in own_parameters(module).items() if parameter.dim() > 1]
