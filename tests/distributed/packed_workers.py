@@ -25,7 +25,7 @@ from traffic import Traffic  # noqa: E402
 
 WIDTH = 128
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-RECIPES = ("quartet", "fp8", "quartet2", "quartet-paper")
+RECIPES = ("quartet", "fp8", "quartet-paper")
 
 
 def backend(policy):
@@ -33,19 +33,19 @@ def backend(policy):
     return lambda gm, inputs: compile_graph(gm, inputs, options, Capture())
 
 
-def built(policy, pack, mp=BF16, after=True, mesh=None, whole=False, checkpointed=False, **packing):
-    """A model of two blocks under FSDP2, compiled by block or as a ``whole``, and how it is gathered."""
+def built(policy, pack, mp=BF16, after=True, mesh=None, whole_model=False, checkpointed=False, **packing):
+    """A model of two blocks under FSDP2, compiled by block or as a whole, and how it is gathered."""
     torch._dynamo.reset()
     model = seeded(lambda: Deep(WIDTH))
     for i, block in enumerate(model.layers):
-        if not whole:
+        if not whole_model:
             block.compile(backend=backend(policy))
         if checkpointed:
             model.layers[i] = block = checkpoint_wrapper(block)
         fully_shard(block, mp_policy=mp, reshard_after_forward=after, mesh=mesh)
     fully_shard(model, mp_policy=mp, reshard_after_forward=after, mesh=mesh)
     report = pack_all_gather(model, policy, **packing) if pack else None
-    return model, torch.compile(model, backend=backend(policy)) if whole else model, report
+    return model, torch.compile(model, backend=backend(policy)) if whole_model else model, report
 
 
 def trained(rank, model, compiled, steps=2, parts=2, seed=5):
@@ -64,31 +64,40 @@ def trained(rank, model, compiled, steps=2, parts=2, seed=5):
     return found | {name: local(p).detach() for name, p in model.named_parameters()} | {"losses": torch.stack(losses)}
 
 
-def both(rank, policy, **how):
-    """Whether a run with packed gathers is that with whole ones bit for bit, and how the former gathers."""
+def named(values):
+    return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in values.items()}
+
+
+def compared(rank, policy, whole=None, **how):
+    """Whether a run with packed gathers is that with ``whole`` ones bit for bit, and how it gathers; and the latter."""
     model, compiled, report = built(policy, True, **how)
-    packed = trained(rank, model, compiled)
-    whole = trained(rank, *built(policy, False, **how)[:2])
-    return {"differ": [name for name in whole if not torch.equal(packed[name], whole[name])], "packed": report.packed,
-            "plain": all(type(p) is nn.Parameter or isinstance(p, DTensor) for p in model.parameters()),
-            "fell": bool(packed["losses"][-1] < packed["losses"][0]), "losses": packed["losses"]}
+    found = named(trained(rank, model, compiled))
+    if whole is None:
+        whole = trained(rank, *built(policy, False, **how)[:2])
+    return {"differ": [name for name in whole if not torch.equal(found[name], whole[name])],
+            "packed": tuple(named(dict.fromkeys(report.packed))),
+            "fell": bool(found["losses"][-1] < found["losses"][0]),
+            "plain": all(isinstance(p, DTensor) for p in model.parameters())}, whole
 
 
 def packed(rank, folder):
-    """Every recipe, and every way to shard and compile."""
-    found = {recipe: both(rank, recipe) for recipe in RECIPES}
-    found["kept unsharded"] = both(rank, "fp8", after=False)
-    found["fp32"] = both(rank, "quartet", mp=MixedPrecisionPolicy())
-    found["checkpointed"] = both(rank, "fp8", checkpointed=True)
-    found["whole"] = both(rank, "fp8", whole=True)
+    """Recipes, and every way to shard and compile: against one run that gathers weights whole."""
+    found = {}
+    for recipe in RECIPES:
+        found[recipe], whole = compared(rank, recipe)
+        if recipe == "fp8":
+            for name, how in {"kept unsharded": {"after": False}, "checkpointed": {"checkpointed": True},
+                              "compiled whole": {"whole_model": True}}.items():
+                found[name], _ = compared(rank, recipe, whole, **how)
+    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    found["groups of one rank"], _ = compared(rank, "quartet", mesh=alone, mp=MixedPrecisionPolicy())
     return found
 
 
 def replicated(rank, folder):
-    """Sharded over two of four ranks, replicated over the other two; a group of one rank."""
+    """Sharded over two of four ranks, replicated over the other two."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    alone = init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicate", "shard"))
-    return {"hsdp": both(rank, "fp8", mesh=mesh), "one rank": both(rank, "quartet", mesh=alone)}
+    return compared(rank, "fp8", mesh=mesh)[0]
 
 
 def sent(rank, folder):
@@ -114,22 +123,20 @@ def pretended(rank, folder):
 
 
 def saved(rank, folder):
-    """A checkpoint of a packed run, read by one that is not and the other way round."""
-    found = {}
-    for first in (True, False):
-        model, compiled, _ = built("fp8", first)
-        trained(rank, model, compiled)
-        state = model.state_dict()
-        found[f"keys {first}"] = {name: type(value).__name__ for name, value in state.items()}
-        dcp.save(state, checkpoint_id=f"{folder}/{first}")
-        goes_on = trained(rank, model, compiled, seed=6)
-        other, compiled, _ = built("fp8", not first)
-        state = other.state_dict()
-        dcp.load(state, checkpoint_id=f"{folder}/{first}")
-        other.load_state_dict(state, assign=first)
-        resumed = trained(rank, other, compiled, seed=6)
-        found[first] = [name for name in goes_on if not torch.equal(goes_on[name], resumed[name])]
-    return found
+    """A checkpoint of a packed run, read by one that gathers weights whole."""
+    model, compiled, _ = built("fp8", True)
+    trained(rank, model, compiled, parts=1)
+    state = model.state_dict()
+    found = {"kinds": {type(value).__name__ for value in state.values()}, "keys": list(state)}
+    dcp.save(state, checkpoint_id=f"{folder}/packed")
+    goes_on = trained(rank, model, compiled, steps=1, seed=6)
+    other, compiled, _ = built("fp8", False)
+    state = other.state_dict()
+    found["others"] = list(state)
+    dcp.load(state, checkpoint_id=f"{folder}/packed")
+    other.load_state_dict(state, assign=True)
+    resumed = trained(rank, other, compiled, steps=1, seed=6)
+    return found | {"differ": [name for name in goes_on if not torch.equal(goes_on[name], resumed[name])]}
 
 
 def refused(rank, folder):
