@@ -185,6 +185,11 @@ class Builder:
         """``node[index]`` of an op with several results."""
         return self(operator.getitem, node, index)
 
+    def again(self, node: Node, replaced: Callable[[Node], Node]) -> Node:
+        """The call that a node is, of what ``replaced`` gives for its operands."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), replaced)
+        return self(node.target, *args, **kwargs)
+
     def transpose(self, node: Node) -> Node:
         return self(aten.permute.default, node, [1, 0])
 

@@ -101,7 +101,7 @@ def _passes(device: torch.device, target: Target) -> Iterator[tuple[str, Call]]:
     yield "both axes", lambda: fused.QUANTIZE_BOTH(x, *again, *again)
     yield "one axis", lambda: fused.QUANTIZE(x.t(), *again, False, True)
     yield "requantise", lambda: fused.REQUANTIZE(codes, scales, FORWARD, *again, False, True)
-    yield "cast", lambda: fp8.QUANTIZE(x, one, "e4m3/tensor fp32 amax nearest", True, True)
+    yield "cast", lambda: fp8.CAST(x, one, "e4m3", True, True)
 
 
 def _products(device: torch.device, target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Call]]:

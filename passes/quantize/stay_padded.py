@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from quartet.lowering.ir.graph import Builder, argument, editing, index_of, is_backward, maker, source_of
 from quartet.lowering.ir.ops.grouped import CLEAR_ROWS, GATHER_ROWS, PAD_GROUPS, PLACE, SOURCE
@@ -90,8 +89,7 @@ class _Padded:
                 return self.twins[operand]
             return build(GATHER_ROWS, operand, self.source) if self._has_tokens(operand) else operand
 
-        call: Any = x.target
-        return build(call, *map_arg(x.args, padded), **map_arg(x.kwargs, padded))
+        return build.again(x, padded)
 
     def _taken_out(self, x: Node) -> bool:
         """Whether ``x`` is rows of this layout, taken out of it."""

@@ -328,8 +328,8 @@ def test_quantise_by_earlier_steps(element, dtype, shape, device):
                 made = cast.quantize_delayed(x, given, cast.first_amax(x, given), spec, margin, plain=True,
                                              transposed=True)
                 wanted = *cast.quantize(x, by, spec, plain=True, transposed=True), seen
-                for mine, other in zip(made, wanted, strict=True):
-                    assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8)), (odd, known, margin)
+                for mine, other in zip(made, wanted, strict=True):  # which NaN it is does not matter
+                    torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_too_wide_for_a_grid_is_refused_by_name(device):

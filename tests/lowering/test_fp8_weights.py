@@ -122,7 +122,7 @@ def test_they_are_found_once_an_optimizer_step(monkeypatch):
         del found[:]
         for _ in range(forwards):
             result = once.run(weights)
-            assert torch.equal(result, amax_of_each.reference(weights)) and result.stride() == (4, 1, 1)
+            assert torch.equal(result, amax_of_each.reference(weights)) and result.shape == (len(weights), 1, 1)
             result.zero_()  # compiled code may write to it
         return len(found)
 
@@ -173,7 +173,7 @@ def test_products_are_bit_for_bit_those_of_scales_one_by_one(monkeypatch):
     results = []
     for together in (True, False):
         if not together:
-            monkeypatch.setattr(lower, "amax_of_weights", lambda *_: {})
+            monkeypatch.setattr(lower, "scales_of_weights", lambda *_: {})
         gm = lowered_products()
         assert bool(gm.graph.find_nodes(op="call_function", target=AMAX_OF_EACH)) == together
         gm.recompile()

@@ -1,8 +1,8 @@
 """Graph ops of the FP8 lowering whose results have a fixed, row-major layout.
 
-    amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1], each at a
-                    multiple of 16 bytes
+    amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1]
     amax_of_weights the same of parameters, once an optimizer step
+    fp8_scale       largest magnitudes fp32 → multipliers and scales of the same shape, which Inductor inlines
     fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element → codes of x, and of its
                     transpose, from one read, and their scale [1, 1]; with ``index`` of the rows of x that it names,
                     zeros where it is −1
@@ -29,12 +29,11 @@ from quartet.kernels.reference.formats.scales import scale_of_amax
 from quartet.kernels.reference.products import grouped
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering.ir import FLOAT8
+from quartet.lowering.ir import FLOAT8, store
 from quartet.lowering.ir.op import op
 from quartet.runtime.devices import Target
 from quartet.runtime.slots.weights import REUSED
 
-_APART = 4         # fp32 numbers: kernels are compiled for pointers at multiples of 16 bytes, and for others
 MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
@@ -43,23 +42,23 @@ Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _apart(xs: list[Tensor]) -> Tensor:
-    return xs[0].new_empty_strided((len(xs), 1, 1), (_APART, 1, 1), dtype=torch.float32)
+def _one_each(xs: list[Tensor]) -> Tensor:
+    return xs[0].new_empty(len(xs), 1, 1, dtype=torch.float32)
 
 
-@op(fake=_apart, strides="any")
+@op(fake=_one_each, strides="any")
 def amax_of_each(xs: list[Tensor]) -> Tensor:
-    made = _apart(xs)
+    made = _one_each(xs)
     return made.copy_(torch.stack([largest_magnitude(x) for x in xs]))
 
 
 @amax_of_each.provider("foreach", "cuda")
 def _amax_foreach(xs: list[Tensor]) -> Tensor:
-    made = _apart(xs)
+    made = _one_each(xs)
     return made.copy_(torch.stack(torch.ops.aten._foreach_norm.Scalar(xs, float("inf"))).reshape(-1, 1, 1))
 
 
-@op(fake=_apart, strides="any")
+@op(fake=_one_each, strides="any")
 def amax_of_weights(xs: list[Tensor]) -> Tensor:
     return amax_of_each.reference(xs)
 
@@ -67,7 +66,19 @@ def amax_of_weights(xs: list[Tensor]) -> Tensor:
 @amax_of_weights.provider("foreach", "cuda")
 def _amax_once(xs: list[Tensor]) -> Tensor:
     first, *others = xs
-    return _apart(xs).copy_(REUSED.share(first, "amax_of_weights", lambda: _amax_foreach(xs), others))
+    return _one_each(xs).copy_(REUSED.share(first, "amax_of_weights", lambda: _amax_foreach(xs), others))
+
+
+def _scale_inlined(amax: Tensor, spec: str) -> Two:
+    multiplier, scale = scale_of_amax(amax, QuantSpec.parse(spec))
+    return store(multiplier), store(scale)
+
+
+@op(fake=lambda amax, spec: (amax.new_empty(amax.shape), amax.new_empty(amax.shape)), decompose=_scale_inlined,
+    strides="any")
+def fp8_scale(amax: Tensor, spec: str) -> Two:
+    multiplier, scale = scale_of_amax(amax, QuantSpec.parse(spec))
+    return multiplier.contiguous(), scale.contiguous()
 
 
 def _cast_fake(x, multiplier, element, plain, transposed):
@@ -196,7 +207,7 @@ def _row_major_triton(codes: Tensor) -> Tensor:
     return fp8_row_major.reference(codes)
 
 
-AMAX_OF_EACH, AMAX_OF_WEIGHTS, QUANTIZE = amax_of_each.overload, amax_of_weights.overload, fp8_quantize.overload
-QUANTIZE_DELAYED = fp8_quantize_delayed.overload
+AMAX_OF_EACH, AMAX_OF_WEIGHTS, SCALE = amax_of_each.overload, amax_of_weights.overload, fp8_scale.overload
+QUANTIZE, QUANTIZE_DELAYED = fp8_quantize.overload, fp8_quantize_delayed.overload
 CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

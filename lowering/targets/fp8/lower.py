@@ -1,9 +1,9 @@
 """Lower products of FP8 operands with one scale a tensor or a row to the FP8 tensor cores.
 
 A largest magnitude becomes the aten ops of the reference, in the graph: there Inductor fuses it with what computes the
-operand. With one scale a tensor, one op then makes that of it, and writes the codes and, for the product that contracts
-the other axis, their transpose from the same read; with one a row the cast is fused like its scale, unless it is the
-rows of a transposed tensor that are quantised. Under the rule ``delayed`` that op finds the largest magnitude too, for
+operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the other axis,
+their transpose from the same read; with one a row the cast is fused like its scale, unless it is the rows of a
+transposed tensor that are quantised. Under the rule ``delayed`` that op finds the largest magnitude too, for
 the steps to come. Rows that have a scale in each group of tokens are cast by an op of their own. Codes that do not lie
 row by row, as the product wants them, are copied.
 """
@@ -40,7 +40,7 @@ from quartet.lowering.targets.chains import Accepts, Source, accepted
 from quartet.lowering.targets.fp8.delayed import History, record_instead
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
 from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
-from quartet.lowering.targets.fp8.weights import amax_of_weights
+from quartet.lowering.targets.fp8.weights import Scales, scales_of_weights
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.runtime.devices import Target
 
@@ -75,7 +75,7 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     copies: dict[Node, Node] = {}
     traced, quantizers = Traced(), accepted(graph, gemms, accepts)
     experts = experts_of(graph, quantizers, traced)
-    known = amax_of_weights(graph, quantizers)
+    known = scales_of_weights(graph, quantizers)
     seen: dict[Node, Node] = {}
     for quantizer in quantizers:
         if quantizer in experts:
@@ -93,10 +93,10 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         _gemm(graph, gemm, copies, experts)
 
 
-def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None, seen: dict[Node, Node]) -> None:
-    """A quantise as its largest magnitude in aten ops, unless that is known, and one op for the codes, their transpose
-    and the scale; as its scale in aten ops and one cast where no largest magnitude decides that. ``seen`` gets the
-    magnitudes that an op has found on its way."""
+def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, seen: dict[Node, Node]) -> None:
+    """A quantise as its scale, in ops that Inductor inlines unless that is known, and one cast for the codes and their
+    transpose; under delayed scaling, and of padded tokens, as one op for the scale too. ``seen`` gets the magnitudes
+    that an op has found on its way."""
     made = Quantize.of(node)
     x, spec = made.x, made.spec
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
@@ -108,16 +108,23 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Node | None, seen: di
         both = build(fp8_ops.QUANTIZE_DELAYED, x, history.known, str(spec), history.margin, plain, bool(flipped))
         scale = build.item(both, 2)
         seen.setdefault(history.current, build.item(both, 3))
-    elif spec.block == "tensor" and spec.rule != "absmean":
-        amax = known or made.amax
-        if amax is None:
-            x, grouped, *rows = _tokens_of(build, x)
-            (amax,) = traced(build, lambda t: (reference.largest_magnitude(t),), [grouped], "amax")
-        both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, bool(flipped), *rows)
-        scale = build.item(both, 2)
     else:
-        multiplier, scale = traced(build, partial(_scales, spec), [x], "scale", spec)
-        both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
+        if spec.block != "tensor" or spec.rule == "absmean":
+            known = tuple(traced(build, partial(_scales, spec), [x], "scale", spec))
+        elif known is None:
+            amax = made.amax
+            if amax is None:
+                x, grouped, *rows = _tokens_of(build, x)
+                (amax,) = traced(build, lambda t: (reference.largest_magnitude(t),), [grouped], "amax")
+            if not rows:
+                made_of = build(fp8_ops.SCALE, build(aten.reshape.default, amax, [1, 1]), str(spec))
+                known = build.item(made_of, 0), build.item(made_of, 1)
+        if known is None:
+            both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, bool(flipped), *rows)
+            scale = build.item(both, 2)
+        else:
+            multiplier, scale = known
+            both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
     if spec.block == "tensor" and not rows:
         both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
     codes, transposed = build.item(both, 0), build.item(both, 1)

@@ -1,4 +1,4 @@
-"""Largest magnitudes of all weights of a graph at once: one reduction over a list of tensors, not two launches each."""
+"""Scales of all weights of a graph at once: one reduction over a list of tensors, not two launches each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import FORWARD, Builder, aten, is_backward, source, val
-from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, AMAX_OF_WEIGHTS
+from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, AMAX_OF_WEIGHTS, SCALE
 from quartet.lowering.ir.views import Quantize
 from quartet.lowering.targets.chains import REUSABLE
 from quartet.runtime.view_ops import ORDERS, SAME
 
+_APART = 4  # fp32 numbers: cuBLASLt takes scales at multiples of 16 bytes
+Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
 
-def amax_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Node]:
-    """Largest magnitude fp32 ``[1, 1]`` for the quantisers of forward whose X is an input of the graph, with one scale
-    a tensor: the weights, and the model's own X where a layer reads it.
 
-    Those of parameters are found once an optimizer step, while gradients accumulate.
+def scales_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Scales]:
+    """Multiplier and scale, fp32 ``[1, 1]``, for the quantisers of forward whose X is an input of the graph, with one
+    scale a tensor: the weights, and the model's own X where a layer reads it.
+
+    The largest magnitudes of parameters are found once an optimizer step, while gradients accumulate.
     They stand before the first of them and in no region of the user's checkpointing: they are a few bytes.
     """
     groups: dict[Any, list[tuple[Node, Node]]] = {}
@@ -25,19 +28,27 @@ def amax_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Node]:
         made = Quantize.of(node)
         weight = _parameter(made.x)
         if weight is not None and made.amax is None and made.spec.block == "tensor" and made.spec.rule != "absmean":
-            key = REUSABLE in node.meta, val(weight).device, val(weight).dtype
+            key = REUSABLE in node.meta, str(made.spec), val(weight).device, val(weight).dtype
             groups.setdefault(key, []).append((node, weight))
-    found: dict[Node, Node] = {}
-    for (lasting, *_), members in groups.items():
+    found: dict[Node, Scales] = {}
+    for (lasting, spec, *_), members in groups.items():
         if len(members) < 2:
             continue
         build = Builder(graph, like=members[0][0], before=min(node for node, _ in members), backward=False)
         build.meta = {"partitioner_tag": FORWARD}
         weights = list(dict.fromkeys(weight for _, weight in members))
         together = build(AMAX_OF_WEIGHTS if lasting else AMAX_OF_EACH, weights)
+        tables = build(SCALE, build(aten.expand.default, together, [-1, _APART, 1]), spec)
+        multipliers, scales = build.item(tables, 0), build.item(tables, 1)
         for node, weight in members:
-            found[node] = build(aten.select.int, together, 0, weights.index(weight))
+            row = weights.index(weight)
+            found[node] = _row(build, multipliers, row), _row(build, scales, row)
     return found
+
+
+def _row(build: Builder, table: Node, row: int) -> Node:
+    """fp32 ``[1, 1]`` that lies at a multiple of 16 bytes."""
+    return build(aten.slice.Tensor, build(aten.select.int, table, 0, row), 0, 0, 1)
 
 
 def _parameter(x: Node) -> Node | None:
