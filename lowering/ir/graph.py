@@ -187,6 +187,7 @@ class Builder:
 
     def again(self, node: Node, replaced: Callable[[Node], Node]) -> Node:
         """The call that a node is, of what ``replaced`` gives for its operands."""
+        assert callable(node.target)
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), replaced)
         return self(node.target, *args, **kwargs)
 

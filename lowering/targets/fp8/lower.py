@@ -110,7 +110,8 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, seen: 
         seen.setdefault(history.current, build.item(both, 3))
     else:
         if spec.block != "tensor" or spec.rule == "absmean":
-            known = tuple(traced(build, partial(_scales, spec), [x], "scale", spec))
+            first, second = traced(build, partial(_scales, spec), [x], "scale", spec)
+            known = first, second
         elif known is None:
             amax = made.amax
             if amax is None:
