@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from quartet.kernels.spec import QuantSpec
+from quartet.kernels.spec import RULES_OF_SCALE, QuantSpec
 from quartet.lowering import registry
 from quartet.lowering.ir import SCALED_BMM, SCALED_MM
 from quartet.lowering.ir.ops.grouped import SCALED_GROUPED_MM
@@ -40,6 +40,27 @@ DEVICES = """\
 The products of a linear layer in bf16, of sizes that the kernel takes, by device; other op classes have a table below.
 `inductor` dequantises inside of generated code and multiplies in the model's dtype. "none": left alone.
 """
+SCALES = """\
+## Scale rules
+
+a is the largest magnitude under a scale, M that of the element format, 2^e its power of two (6 and 2^2 of e2m1, 448 and
+2^8 of e4m3, 57344 and 2^15 of e5m2). A value is code · scale.
+"""
+RULES = {  # (scale, rule) → what the scale is
+    ("e8m0", "floor"): "2^(⌊log2 a⌋ − e); what lies above M becomes M",
+    ("e8m0", "ceil"): "2^⌈log2(a/M)⌉: nothing lies above M",
+    ("e8m0", "headroom"): "4/3 · 2^(⌊log2 a⌋ − e): nothing lies above M; the product carries the 4/3",
+    ("e8m0", "quest"): "2^⌊log2 t⌋ (floor) or 2^⌊log2 t + ½⌋ (nearest), t = 0.487 σ + 10⁻⁸, σ the block's deviation "
+                       "about its mean (centred), about 0 (rms), or at least a quarter of that (guarded)",
+    ("e8m0", "even"): "2^(⌊log2 a'⌋ − 2), a' = a to the nearest of 2^k and 1.5 · 2^k; what lies above M becomes M",
+    ("e4m3", "amax"): "a/6 in units of t/(448 · 6), t the largest magnitude of the tensor, rounded to E4M3",
+    ("e4m3", "four_six"): "that, with 256 for 448, or the scale that maps a to 4, by the smaller squared error",
+    ("e4m3", "eden"): "that, with 256 for 448 and a mild clip, times Σx²/Σx·q of 128 elements, rounded at random",
+    ("fp32", "amax"): "a/M",
+    ("fp32", "amax_pow2"): "a/M, rounded up to a power of two",
+    ("fp32", "delayed"): "a/M, a the largest of earlier steps in place of this one's",
+    ("fp32", "absmean"): "the mean magnitude",
+}
 CLASSES = """\
 ## Which kernels run the op classes
 
@@ -50,11 +71,12 @@ model's dtype; `reference` is the quantiser of a table's rows alone, as generate
 
 
 def markdown() -> str:
-    """The four tables of the built-in recipes, with headings."""
+    """The tables of the built-in recipes and of their scale rules, with headings."""
     recipes = built_in()
     return "\n".join([
         HEADING, "## What they compute\n",
         _table(("recipe", "what it is", "source", *ROLES, "further"), map(_computes, recipes)),
+        SCALES, _table(("scale", "rule", "what the scale is"), _rules()),
         APPLY, _table(("recipe", *OP_CLASSES), map(_applies, recipes)),
         DEVICES, _table(("recipe", *TARGETS), (_kernels(recipe) for recipe in recipes if recipe.quantizes)),
         CLASSES, _table(("op class", *TARGETS), (_class(op_class, recipes) for op_class in OP_CLASSES))])
@@ -63,6 +85,11 @@ def markdown() -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _rules() -> Iterable[tuple[str, ...]]:
+    return ((f"`{scale}`", f"`{rule}`", RULES[scale, rule])
+            for scale, rules in RULES_OF_SCALE.items() for rule in rules)
 
 
 def _computes(recipe: Recipe) -> tuple[str, ...]:
