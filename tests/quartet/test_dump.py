@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import quartet.lowering  # noqa: F401  defines torch.ops.quartet
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.report.dump import GraphDump, count_diff, format_diff, op_counts
-from quartet.report.graph_code import STAND_IN, describe, hint, print_graph
+from quartet.report.graph_code import OP_MODULE, STAND_IN, describe, hint, print_graph
 from quartet.report.svg import dataflow, draw
 
 aten = torch.ops.aten
@@ -238,6 +238,20 @@ def test_dumped_files_run_as_programs(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert [line.split()[1] for line in ran.stdout.splitlines()] == ["float32"] * 3
     assert ran.stdout.count("finite True") == 3
+
+
+@pytest.mark.slow
+def test_what_a_dumped_file_imports_defines_every_op():
+    """In a process of its own, where nothing has been compiled."""
+    code = f"""
+import torch, {OP_MODULE}
+ops = lambda: {{name for name in torch._C._dispatch_get_all_op_names() if name.startswith("quartet::")}}
+defined = ops()
+import quartet.backend, quartet.direct, quartet.distributed, quartet.explain, quartet.optim
+print(sorted(ops() - defined))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert ran.stdout == "[]\n", ran.stderr
 
 
 def test_before_and_after_are_the_graphs_before_and_after(tmp_path):
