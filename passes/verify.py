@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import Node
 
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.lowering.ir.graph import is_backward, shape, val
 from quartet.lowering.ir.op import Op, op_of, ops
 from quartet.lowering.ir.operands import ROWS, SCALED, Operand, Product, given, quantizer_of
 from quartet.lowering.ir.ops import grouped, inspect, outliers, weights
@@ -80,12 +80,12 @@ def _ops_of(targets: Iterable[Any]) -> tuple[Op, ...]:
 
 
 def _check_nodes(nodes: Iterable[Node], after: str) -> None:
-    tagged = any("partitioner_tag" in n.meta for n in nodes if n.target is not aten.copy_.default)
+    divided = any(is_backward(node) for node in nodes)  # what an evaluation captures carries no tags
     for node in nodes:
         if node.op != "call_function" or "quartet" not in str(node.target):
             continue
         _require("val" in node.meta, after, node, "a node has a value")
-        _require(not tagged or "partitioner_tag" in node.meta, after, node, "a node has a direction")
+        _require(not divided or "partitioner_tag" in node.meta, after, node, "a node has a direction")
         _require(is_backward(node) or not any(is_backward(i) for i in node.all_input_nodes), after, node,
                  "a forward node reads no backward node")
         if node.target is ir.QUANTIZE:

@@ -61,6 +61,14 @@ def test_what_stood_in_the_graph_may_stay(state):
     Rules(state).check("tag")
 
 
+def test_what_an_evaluation_captures_carries_no_tags(state):
+    put(state, ir.AMAX)
+    state.gm.graph.find_nodes(op="call_function", target=ir.AMAX)[0].meta.pop("partitioner_tag")
+    rules = Rules(state)
+    put(state, ir.AMAX)
+    rules.check("tag")
+
+
 def test_what_a_users_pass_brings_may_stay(state):
     rules = Rules(state)
     put(state, ir.AMAX)
