@@ -29,7 +29,7 @@ from quartet.passes.classify.layers import layers_of
 from quartet.policy import Policy
 from quartet.report.text import human_bytes
 from quartet.runtime.direct.convert import HEADS, ROUTERS
-from quartet.runtime.distributed import STEPS, Maxima, Packed, Packing, Sharded, refresh, sharded
+from quartet.runtime.distributed import STEPS, Maxima, Packed, Packing, Refresh, Sharded, sharded
 
 __all__ = ["Gathered", "PackedGather", "pack_all_gather"]
 log = logging.getLogger("quartet")
@@ -126,9 +126,11 @@ def pack_all_gather(model: nn.Module, policy: Any = "quartet", *, skip: Skip = (
     log.info("%s", report)
     STEPS.watch()
 
+    refresh = Refresh(packed, maxima)
+
     @torch.compiler.disable
     def before(module: nn.Module, inputs: Any) -> None:
-        refresh(packed, maxima)
+        refresh()
 
     for each in packed:
         each.attach()

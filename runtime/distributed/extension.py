@@ -3,9 +3,13 @@
 FSDP2 asks the local tensor of a sharded parameter for ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather``. They are
 put on that tensor itself, so that parameters, their gradients, optimizer states and state dicts stay as they are.
 
-All shards are quantised before the first forward after an optimizer step, one after the other on its stream; the
-gathers of the step send what was made. FSDP2 calls both for each parameter and gather, hundreds of times a step, and
-asks for the signature of the first each time: they hand over what is there, and carry their signature.
+All shards are quantised before a forward, one after the other on its stream; the gathers of the step send what was
+made. Forwards share it while gradients accumulate, and only then: PyTorch counts no write to a DTensor through
+``parameter.data``, ``torch._foreach_…`` and ``torch.distributed.checkpoint.load``, which swap averages in for an
+evaluation or put a checkpoint in the place of a step that went wrong.
+
+FSDP2 calls both for each parameter and gather, hundreds of times a step, and asks for the signature of the first each
+time: they hand over what is there, and carry their signature.
 """
 
 from __future__ import annotations
@@ -32,13 +36,12 @@ class _Kept:
 
     step: int
     shard: Tensor
-    version: int
+    version: tuple[int, int, int]
     planes: dict[str, Tensor]
     travel: dict[str, Tensor]
 
-    @property
-    def stale(self) -> bool:
-        return self.step != STEPS.number or self.version != self.shard._version
+    def is_of(self, place: Sharded) -> bool:
+        return self.step == STEPS.number and self.version == place.version
 
 
 class Packed:
@@ -68,10 +71,10 @@ class Packed:
             shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self._pre, self._post
         return shard
 
-    def refresh(self) -> bool:
-        """Quantise the shard unless that was done; whether it was done now."""
+    def refresh(self, anew: bool) -> bool:
+        """Quantise the shard, ``anew`` also where that was done; whether it was done now."""
         shard, kept = self.attach(), self._kept
-        if kept is not None and kept.shard is shard and not kept.stale:
+        if not anew and kept is not None and kept.is_of(self.place):
             return False
         self._make(shard)
         return True
@@ -86,7 +89,7 @@ class Packed:
         elif scale is not None:
             planes["amax"] = scale.amax
         travel = {name: plane.view(torch.uint8) for name, plane in planes.items() if name not in self._whole}
-        self._kept = _Kept(STEPS.number, shard, shard._version, planes, travel)
+        self._kept = _Kept(STEPS.number, shard, self.place.version, planes, travel)
         return self._kept
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -94,7 +97,7 @@ class Packed:
         def pre(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:
             """The bytes that travel, and what they are of."""
             kept = self._kept
-            if kept is None or kept.stale:
+            if kept is None or not kept.is_of(self.place):
                 kept = self._make(self.place.shard)
                 self.place.follow()
             return tuple(kept.travel.values()), kept
@@ -124,11 +127,21 @@ class Packed:
         return GatheredWeight(planes, self.packing, int(self.place.parameter.shape[1]), dtype), outputs
 
 
-def refresh(packed: Sequence[Packed], maxima: Maxima) -> None:
-    """Before a forward: find the scales and quantise the shards of this step. Collective where there are scales."""
-    with torch.inference_mode(False), torch.no_grad():  # training may read what an evaluation has made
-        for each in packed:
-            each.attach()
-        maxima.refresh()
-        if any([each.refresh() for each in packed]):
-            packed[0].place.follow()
+class Refresh:
+    """What is done before each forward of a model: find the scales and quantise the shards of this step."""
+
+    def __init__(self, packed: Sequence[Packed], maxima: Maxima) -> None:
+        self._packed, self._maxima = packed, maxima
+        self._trained = False
+
+    def __call__(self) -> None:
+        """Collective where there are scales."""
+        trained, self._trained = self._trained, torch.is_grad_enabled()
+        accumulating = any(each.place.parameter.grad is not None for each in self._packed)
+        anew = not (trained and self._trained and accumulating)
+        with torch.inference_mode(False), torch.no_grad():  # training may read what an evaluation has made
+            for each in self._packed:
+                each.attach()
+            self._maxima.refresh(anew)
+            if any([each.refresh(anew) for each in self._packed]):
+                self._packed[0].place.follow()

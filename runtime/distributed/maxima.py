@@ -21,10 +21,6 @@ from quartet.runtime.distributed.steps import STEPS
 _APART = 4  # fp32 numbers: what reads a scale may want it at a multiple of 16 bytes
 
 
-def _version(shard: Tensor) -> tuple[int, int]:
-    return id(shard), shard._version
-
-
 class Scale(NamedTuple):
     """fp32 ``[1, 1]`` each: of the largest magnitude, what elements are multiplied by, and what codes are."""
 
@@ -41,7 +37,7 @@ class Maxima:
         self._tables: list[_Table] = []
         self._scales: list[Scale] = []
         self._stamp: int | None = None  # the step that they are of
-        self._seen: list[tuple[int, int]] = []  # the shards that they are of
+        self._seen: list[tuple[int, int, int]] = []  # the versions of the shards that they are of
 
     def add(self, place: Sharded, spec: QuantSpec) -> int:
         """Know one more; its number for :meth:`of`."""
@@ -51,18 +47,19 @@ class Maxima:
     def of(self, number: int) -> Scale:
         """What :meth:`refresh` found. Raises RuntimeError where the shard has changed since."""
         place, _ = self._members[number]
-        if self._stamp != STEPS.number or self._seen[number] != _version(place.shard):
+        if self._stamp != STEPS.number or self._seen[number] != place.version:
             raise RuntimeError(f"weight {place.name!r} of {type(place.owner).__name__} is gathered before the forward "
                                "that finds its scale: with one scale a tensor, gather it in a forward of the model "
                                "that quartet.distributed.pack_all_gather was given, not by unshard() ahead of it")
         return self._scales[number]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Find the magnitudes of this step, unless they are known. Collective over the ranks that hold the shards."""
+    def refresh(self, anew: bool) -> None:
+        """Find the magnitudes of this step, ``anew`` also where they are known. Collective over the ranks that hold the
+        shards."""
         shards = [place.shard for place, _ in self._members]
-        seen = [_version(shard) for shard in shards]
-        if not shards or (STEPS.number, seen) == (self._stamp, self._seen):
+        seen = [place.version for place, _ in self._members]
+        if not shards or not anew and (STEPS.number, seen) == (self._stamp, self._seen):
             return
         if not self._tables:
             self._arrange(shards)

@@ -48,6 +48,13 @@ class Sharded:
         """This rank's part of it, the object that FSDP2 asks for its extensions; ``to_local`` gives another."""
         return self.parameter._local_tensor
 
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """The shard, and the writes that PyTorch has counted: those to the parameter are not in the shard's counter."""
+        parameter = self.parameter
+        shard = parameter._local_tensor
+        return id(shard), shard._version, parameter._version
+
     def follow(self) -> None:
         """Let the stream on which FSDP2 copies into its gathers wait for what the current stream does. There is none
         before the first forward, which lets it wait itself."""

@@ -139,6 +139,48 @@ def saved(rank, folder):
     return found | {"differ": [name for name in goes_on if not torch.equal(goes_on[name], resumed[name])]}
 
 
+def changed(rank, folder):
+    """Losses after weights were written to within an optimizer step, with packed and with whole gathers."""
+    found = {}
+    for pack in (True, False):
+        model, _, _ = built("fp8", pack)
+        trained(rank, model, model, steps=1, parts=1)
+        weights, losses = [layer.up.weight for layer in model.layers], {}
+        averages = [-0.5 * weight.detach() for weight in weights]
+        state = {"model": model.state_dict()}
+        dcp.save(state, checkpoint_id=f"{folder}/{pack}")
+
+        def loss(name, model=model, losses=losses):
+            value = model(data(rank, 32, WIDTH)).float().square().mean()
+            losses[name] = float(value.detach())
+            return value
+
+        def swap(weights=weights, averages=averages):
+            for weight, average in zip(weights, averages, strict=True):
+                kept = weight.detach().clone()
+                weight.data.copy_(average)
+                average.copy_(kept)
+
+        loss("first").backward()
+        with torch.no_grad():
+            loss("evaluated")
+            swap()
+            loss("averages")
+            swap()
+        loss("after averages").backward()
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(-2)
+        loss("in place").backward()
+        model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
+        loss("load_state_dict").backward()
+        model.zero_grad()
+        dcp.load(state, checkpoint_id=f"{folder}/{pack}")
+        loss("loaded in place").backward()
+        found[pack] = losses
+    return found
+
+
 def refused(rank, folder):
     """What is gathered in high precision, and which reads of codes are errors."""
     class Tied(nn.Module):

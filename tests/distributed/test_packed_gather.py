@@ -59,6 +59,14 @@ def test_checkpoints_are_those_of_whole_weights(tmp_path_factory):
         assert found["differ"] == [], "it goes on bit for bit"
 
 
+@gloo.available
+def test_a_changed_weight_is_quantised_again(tmp_path_factory):
+    for found in run(tmp_path_factory, "changed"):
+        packed, whole = found[True], found[False]
+        assert packed == whole
+        assert len(set(whole.values())) == 4, "what is written changes the loss, what is swapped back does not"
+
+
 @pytest.mark.parametrize(("policy", "name", "reason"), [
     ("fp8", "first.weight", "shared"), ("fp8", "odd.weight", "33 rows"),
     ("fp8", "embed.weight", "no weight of a linear"),
