@@ -81,6 +81,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         usage.check_policy(policy)
     if arguments.steps < 2:
         raise UsageError(f"--steps {arguments.steps} is not possible; use 2 or more, of which the first compiles")
+    usage.check_positive("--lr", arguments.lr)
     usage.check_output(arguments.plot)
     from quartet.cli.bench import bench
     from quartet.cli.example import example
@@ -110,6 +111,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _suggest(arguments: argparse.Namespace) -> int:
     usage.check_example(arguments.example)
+    usage.check_positive("--error", arguments.error)
+    usage.check_positive("--time", arguments.time)
     usage.check_target(arguments.target)
     usage.check_output(arguments.out)
     from quartet.cli.example import example
@@ -129,6 +132,8 @@ def _suggest(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    if not arguments.dump.exists():
+        raise UsageError(f"no file or folder {arguments.dump}")
     if arguments.inputs is not None:
         usage.check_input(arguments.inputs)
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,12 @@ def check_input(path: Path) -> None:
     if not os.access(path, os.R_OK) or path.is_dir():
         raise UsageError(f"cannot read {path}: "
                          f"{'it is no file, or you may not' if path.exists() else 'there is no such file'}")
+
+
+def check_positive(option: str, value: float | None) -> None:
+    """Refuse a number that is not above 0 or not finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"{option} {value} is not possible; use a number above 0")
 
 
 def names(option: str, text: str, legal: Sequence[str]) -> list[str]:

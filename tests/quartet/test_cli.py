@@ -295,6 +295,8 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys, argv, status):
     (["explain", "a:b", "--dump", "a_file/graphs"], 2), (["bench", "a:b", "--policy", "fp8,fp9"], 2),
     (["bench", "a:b", "--steps", "1"], 2), (["diff", "a.json", "b.json"], 2), (["recipes", "fp9"], 2),
     (["build", "--arch", "b201"], 2), (["tune", "1,2"], 2), (["calibrate", "--seconds", "0"], 2), (["cache", "lst"], 2),
+    (["bench", "a:b", "--lr", "-1"], 2), (["bench", "a:b", "--lr", "nan"], 2), (["suggest", "a:b", "--error", "-1"], 2),
+    (["suggest", "a:b", "--time", "0"], 2), (["replay", "no_dump"], 2),
 ])
 def test_what_is_typed_is_answered_before_pytorch_is_imported(tmp_path, argv, status):
     (tmp_path / "a_file").touch()
