@@ -1,8 +1,9 @@
 """The ``quartet`` command.
 
 Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` or ``tune`` could not build one,
-``calibrate`` could not keep what it measured, ``selftest`` found a wrong kernel or ``replay`` a value that is not
-finite, 2 wrong usage (the message names the nearest legal value), a file that cannot be written, or no GPU to test.
+``calibrate`` could not keep what it measured, ``selftest`` found a wrong kernel, ``bench`` a policy that does not train
+or ``replay`` a value that is not finite, 2 wrong usage (the message names the nearest legal value), a file that cannot
+be written, or no GPU to test.
 What is typed is checked before PyTorch is imported.
 """
 
@@ -96,7 +97,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     show(found.text(), found.as_dict(), arguments.json)
     if arguments.plot is not None:
         found.plot(arguments.plot)
-    return 0
+    return 1 if any(run.failure for run in found.runs) else 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -136,11 +137,10 @@ def _replay(arguments: argparse.Namespace) -> int:
         raise UsageError(f"no file or folder {arguments.dump}")
     if arguments.inputs is not None:
         usage.check_input(arguments.inputs)
-    import torch
-
+    from quartet.cli.output import read_tensors
     from quartet.inspect.replay import ReplayError, replay
 
-    given = None if arguments.inputs is None else torch.load(arguments.inputs, weights_only=True)
+    given = None if arguments.inputs is None else read_tensors(arguments.inputs)
     try:
         found = replay(arguments.dump, given)
     except ReplayError as error:

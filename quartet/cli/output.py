@@ -55,4 +55,16 @@ def read_report(path: Path) -> Report:
     try:
         return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UsageError(f"{path} is no report of `quartet explain --json`: {error}") from None
+        said = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"{path} is no report of `quartet explain --json`: {said}") from None
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote; raises UsageError for anything else than tensors in lists and dicts."""
+    import torch
+
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # of any kind: the unpickler follows whatever bytes are there
+        raise UsageError(f"cannot read {path} as tensors that torch.save wrote: {type(error).__name__}: "
+                         f"{next(iter(str(error).splitlines()), '')}") from None

@@ -351,7 +351,7 @@ def test_diff_shows_what_changed_between_two_reports(tmp_path, capsys):
         "layers.*.up fprop × 2: left alone (skipped) → fp8 by cpp"]
     assert main([argv[0], argv[1], argv[1]]) == 0 and capsys.readouterr().out == "nothing changed\n"
     (tmp_path / "b.json").write_text("{}")
-    assert "is no report of `quartet explain --json`" in fails(capsys, *argv)
+    assert "is no report of `quartet explain --json`: it has no 'matmuls'" in fails(capsys, *argv)
 
 
 def test_bench_compares_the_model_as_it_is_with_each_policy(example, capsys, monkeypatch):
@@ -366,3 +366,17 @@ def test_bench_compares_the_model_as_it_is_with_each_policy(example, capsys, mon
     assert [run["policy"] for run in runs] == ["as it is", "fp8", "quartet"]
     assert all(len(run["losses"]) == 5 and run["losses"] == runs[0]["losses"] for run in runs)
     assert runs[0]["losses"][-1] < runs[0]["losses"][0] and runs[0]["kept_bytes"] > 0
+
+
+def test_bench_ends_with_status_1_where_a_policy_does_not_train(example, capsys, monkeypatch):
+    (example / "an_example_model.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(8, 8), (torch.ones(4, 7),)\n")
+    monkeypatch.setattr(torch, "compile", lambda model, **chosen: model)
+    assert main(["bench", "an_example_model:make", "--policy", "fp8", "--steps", "2"]) == 1
+    assert "RuntimeError: mat1 and mat2 shapes cannot be multiplied" in capsys.readouterr().out
+
+
+def test_replay_refuses_a_file_without_tensors(tmp_path, capsys):
+    (tmp_path / "inputs.pt").write_text("junk")
+    assert "as tensors that torch.save wrote" in fails(
+        capsys, "replay", str(tmp_path), "--inputs", str(tmp_path / "inputs.pt"))
