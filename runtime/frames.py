@@ -1,4 +1,4 @@
-"""The calls of modules that Python is inside of."""
+"""The calls of modules and the steps of optimizers that Python is inside of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch wraps every step in
 
 
 def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn.Module], torch.nn.Module | None]:
@@ -29,6 +31,16 @@ def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn
             part = owner if isinstance(owner, torch.nn.Module) else None
         frame = frame.f_back
     return outside, inside, part
+
+
+def optimizer_steps(frame: FrameType | None) -> int:
+    """How many steps of optimizers ``frame`` is inside of, each inside of the one before. Nothing remains of one that
+    has failed."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code is _STEP
+        frame = frame.f_back
+    return count
 
 
 def _owner(function: Any, first: Any) -> Any:

@@ -13,6 +13,7 @@ histories. Over the ranks that train a weight together they are maximised before
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,11 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quartet.runtime.compat import after_backward, in_backward
+from quartet.runtime.frames import optimizer_steps
 from quartet.runtime.slots.amax import calls
 from quartet.runtime.slots.ranks.replicas import distributed, wrappers
 from quartet.runtime.slots.ranks.shared import Shared
@@ -63,7 +65,6 @@ class Steps:
     def __init__(self) -> None:
         self._compiled_step = False
         self._watching = False
-        self._running: list[Optimizer] = []
         self._stepped: list[Optimizer] = []  # and not yet advanced
         self._queued = False
         self._held = WeakIdKeyDictionary()
@@ -74,7 +75,6 @@ class Steps:
         """Learn of optimizer steps from now on."""
         if not self._watching:
             self._watching = True
-            register_optimizer_step_pre_hook(self._before_step)
             register_optimizer_step_post_hook(self._after_step)
 
     def after_compiled_steps(self) -> None:
@@ -85,19 +85,10 @@ class Steps:
                 for kept in (*weight.slots.values(), *weight.averages.values()):
                     kept.due = True
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if optimizer in self._running:  # that step has failed
-            del self._running[self._running.index(optimizer):]
-        self._running.append(optimizer)
-
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             self._compiled_step = True  # dynamo repeats this after each run of the compiled step
             return
-        if optimizer in self._running:
-            del self._running[self._running.index(optimizer):]
         held = self._held_by(optimizer) if len(WEIGHTS.of) else None
         if held is not None and (held.weights or held.wrappers):
             captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -107,7 +98,7 @@ class Steps:
                 weight.count()
             if not captured and optimizer not in self._stepped:
                 self._stepped.append(optimizer)
-        if not self._stepped or self._running:
+        if not self._stepped or optimizer_steps(sys._getframe()) > 1:
             return
         if not in_backward():
             self._advance()

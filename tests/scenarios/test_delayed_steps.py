@@ -108,6 +108,20 @@ def test_optimizers_that_step_in_backward():
     assert all(len(history) == 3 and pending == 0 for pending, history in histories(model).values())
 
 
+def test_a_step_that_fails_stops_no_other_optimizer():
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("no")
+
+    layer, compiled = linear()
+    with pytest.raises(RuntimeError, match="no"):
+        Failing(layer.parameters(), 0.1).step()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    forward(compiled, 2.0)
+    optimizer.step()
+    assert histories(layer)["weight.x"] == (0.0, [2.0])
+
+
 def test_a_step_inside_of_a_step_and_one_that_fails():
     class Outer(torch.optim.SGD):
         def step(self, closure=None):
