@@ -25,10 +25,10 @@ from quartet.lowering.recipe.depth import Layer
 from quartet.lowering.recipe.types import Gemm
 from quartet.lowering.registry import QUANTIZED
 from quartet.lowering.shards import multiple, quantize_shard
+from quartet.passes.classify.by_name import class_by_name
 from quartet.passes.classify.layers import layers_of
 from quartet.policy import Policy
 from quartet.report.text import human_bytes
-from quartet.runtime.direct.convert import HEADS, ROUTERS
 from quartet.runtime.distributed import STEPS, Maxima, Packed, Packing, Refresh, Sharded, sharded
 
 __all__ = ["Gathered", "PackedGather", "pack_all_gather"]
@@ -170,9 +170,7 @@ def _obstacle(place: Sharded) -> str:
 def _packing(policy: Policy, place: Sharded, name: str, layer: Layer | None) -> Packing | str:
     """How the policy quantises a weight in forward, or why its codes are not all that is read of it."""
     out, features = place.parameter.shape
-    classes = {"lm_head": HEADS, "router": ROUTERS}
-    op_class = next((c for c, names in classes.items() if any(fnmatch.fnmatch(name, n) for n in names)), "linear")
-    found = policy.resolve(op_class, name, _MANY, out, features, layer)
+    found = policy.resolve(class_by_name(name), name, _MANY, out, features, layer)
     forward, recipe = found.fprop.gemm, found.fprop.recipe
     if forward is None or recipe is None or forward.b.spec is None:
         return f"read in high precision: {found.fprop.reason}"

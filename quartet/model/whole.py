@@ -16,6 +16,7 @@ from torch import nn
 from quartet.model.flat import own_parameters, path_in_model
 from quartet.model.judge import Judge
 from quartet.model.names import Names
+from quartet.passes.classify.by_name import class_by_name
 from quartet.passes.naming import module_name
 from quartet.passes.plan.plan import UnsupportedMatmul
 from quartet.runtime.breaks import left_since
@@ -53,7 +54,8 @@ class Whole:
 
     def _wanted(self, parameter: str, n: int, k: int) -> bool:
         policy = self.judge.policy
-        choice = policy.resolve("linear", module_name(parameter), n, n, k).fprop
+        name = module_name(parameter)
+        choice = policy.resolve(class_by_name(name), name, n, n, k).fprop
         return choice.gemm is not None and (choice.rule is not None or not policy.where_it_pays)
 
 
