@@ -7,6 +7,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
 
+from torchvision_here import complete  # noqa: E402
+
+complete()
+
 from small import llama, rows  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from uncompiled import uncompiled  # noqa: E402

@@ -10,8 +10,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 
 def main(program, *arguments):
+    from torchvision_here import complete
     from uncompiled import uncompiled
 
+    complete()
     torch._dynamo.lookup_backend("quartet")
     torch._dynamo.backends.registry._COMPILER_FNS["quartet"] = uncompiled
     sys.path.insert(0, str(Path(program).parent))
