@@ -30,7 +30,11 @@ def draw(data: dict[str, Any], path: Path) -> list[str]:
         raise SystemExit(f"the picture needs matplotlib ({error}): run `pip install matplotlib`") from None
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quartet"  # the same picture is the same file
+    with matplotlib.rc_context({"svg.hashsalt": "quartet"}):  # the same picture is the same file
+        return _draw(data, path)
+
+
+def _draw(data: dict[str, Any], path: Path) -> list[str]:
     import matplotlib.pyplot as plt
 
     columns = list(dict.fromkeys(c for result in data["results"].values() for c in result["ratios"] if c != "bf16"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quartet.backend import compile_graph
-from quartet.cli import selftest
+from quartet.cli.selftest import run as selftest
 from quartet.kernels import reference
 from quartet.lowering import registry
 from quartet.lowering.recipe.records import MatmulRecord

@@ -76,7 +76,7 @@ def test_a_dump_does_not_follow_another_users_link(planted, tmp_path):
     dump = GraphDump(tmp_path / "dumps")
     gm = torch.fx.symbolic_trace(torch.nn.Identity())
     dump.before(0, "a", gm)
-    (dump.folder / "00_a.after.py").symlink_to(file)
+    (dump.folder / "00_a.py").symlink_to(file)
     with pytest.warns(UserWarning, match="could not dump.*PermissionError.*belongs to user"):
-        dump.after(0, "a", gm, 0.0)
+        dump.after(0, "a", torch.fx.symbolic_trace(torch.nn.ReLU()), 0.0)
     assert dump.failed and file.read_text() == "precious"

@@ -83,8 +83,8 @@ def test_doctor_survives_a_gpu_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", gone)
-    text, healthy = doctor.doctor()
-    assert "cuda:0 (does not answer: CUDA error: unknown error)" in text and not healthy
+    found = doctor.doctor()
+    assert "cuda:0 (does not answer: CUDA error: unknown error)" in found.text(verbose=True) and not found.healthy
 
 
 def test_explain_after_a_step_that_the_cache_kept_still_lists_every_matmul():
