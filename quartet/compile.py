@@ -25,7 +25,9 @@ def compile(model: Model, policy: Any = None, *, mode: str | None = None, fullgr
         model: the model, or a part of it such as a block.
         policy: as ``options={"policy": …}`` of ``torch.compile``: a recipe's name, a :class:`quartet.Policy`, a
             TOML file; None for ``$QUARTET_POLICY``, else what pays on the device.
-        mode, fullgraph, dynamic: as for ``torch.compile``; a mode and options may both be given.
+        mode: as for ``torch.compile``; options may be given with it.
+        fullgraph: as for ``torch.compile``.
+        dynamic: as for ``torch.compile``.
         options: see :class:`quartet.options.Options`, and any key of ``torch._inductor.config``.
     Returns:
         ``model`` itself.

@@ -37,8 +37,11 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     ``torch.compile(…, backend="quartet")`` returned is explained with its own mode and options unless given here.
 
     Args:
-        model: the module, or a function such as a training step; compiled or not. args, kwargs: its inputs.
-        options, mode: as for ``torch.compile(model, backend="quartet")``.
+        model: the module, or a function such as a training step; compiled or not.
+        args: its inputs.
+        kwargs: its inputs by name.
+        options: as for ``torch.compile(model, backend="quartet")``.
+        mode: as for ``torch.compile``.
         target: ``"b200"``, ``"rtx 3090"``, ``"sm_90"``, ``"gfx950"``, …: as if the tensors were on such a GPU. Nothing
             runs then.
     Returns:

@@ -79,8 +79,9 @@ class Gemm:
     """One matrix product.
 
     Args:
-        a, b: its operands. Without quantisers the product is in the model's dtype, and a saved operand b is the
-            dequantised one of fprop: the straight-through gradient of what fprop quantised.
+        a: its first operand, None as its quantiser for a product in the model's dtype.
+        b: its second. Saved and without a quantiser, it is the dequantised one of fprop: the straight-through gradient
+            of what fprop quantised.
         rotation: block Hadamard transform of both along the axis that they contract, which cancels in the product.
         outer: block Hadamard transform of operand a along its rows, undone on the product (HALO, arXiv 2501.02625).
     """

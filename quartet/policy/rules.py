@@ -234,7 +234,9 @@ class Policy:
         Args:
             op_class: one of ``op_classes()``.
             fqn: name of the module, or None if it is not known (then no glob matches).
-            m, n, k: tokens, output and input features; int or symbolic.
+            m: tokens; int or symbolic.
+            n: output features.
+            k: input features.
             layer: (index, how many there are) of the layer that the module is in, or None if that is not known.
             aside: role → why its product stays in high precision unless a rule names the op class or the module.
         """
