@@ -60,11 +60,12 @@ def read_report(path: Path) -> Report:
 
 
 def read_tensors(path: Path) -> Any:
-    """What torch.save wrote; raises UsageError for anything else than tensors in lists and dicts."""
+    """What torch.save wrote, on the CPU wherever it was; raises UsageError for anything else than tensors in lists and
+    dicts."""
     import torch
 
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: the unpickler follows whatever bytes are there
         raise UsageError(f"cannot read {path} as tensors that torch.save wrote: {type(error).__name__}: "
                          f"{next(iter(str(error).splitlines()), '')}") from None

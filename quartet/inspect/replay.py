@@ -26,6 +26,7 @@ from quartet.nearest import did_you_mean
 from quartet.runtime.compat import TorchDispatchMode
 
 _NAMED = re.compile(r"^ +random\(.*# (\w+)  (\S+)$", re.MULTILINE)  # of inputs(): input and parameter
+_ON_GPU = re.compile(r"""['"](cuda(?::\d+)?)['"]""")
 _UNSET = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty_strided")
 
 
@@ -84,9 +85,11 @@ def replay(dump: str | os.PathLike[str], inputs: Sequence[Any] | Mapping[str, An
             ``{**dict(model.named_parameters()), "primals_3": x}``; the others are random. None: all random.
 
     Raises:
-        ReplayError: no graph there, or inputs of another number, name, shape or dtype.
+        ReplayError: no graph there, one of a GPU where there is none, or inputs of another number, name, shape or
+            dtype.
     """
     path = _module_path(Path(dump))
+    _check_devices(path)
     module = _loaded(path)
     graph = module.Graph()
     names = list(inspect.signature(graph.forward).parameters)
@@ -118,6 +121,12 @@ def _module_path(dump: Path) -> Path:
     graphs = sorted(path.parent.name for path in dump.glob("*/*.py"))
     named = f"; name one of {', '.join(dict.fromkeys(graphs))}" if graphs else ""
     raise ReplayError(f"{dump} holds no graph{named}")
+
+
+def _check_devices(path: Path) -> None:
+    """Raise for a graph of a GPU where there is none."""
+    if not torch.cuda.is_available() and (device := _ON_GPU.search(path.read_text(encoding="utf-8"))):
+        raise ReplayError(f"{path} is a graph for {device[1]}, and PyTorch sees no GPU here")
 
 
 def _loaded(path: Path) -> ModuleType:

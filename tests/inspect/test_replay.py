@@ -133,3 +133,26 @@ def test_the_command(dump, tmp_path, capsys):
     assert "input primals_1: 1536 of 1536 elements are infinite" in capsys.readouterr().out
     assert main(["replay", str(tmp_path / "none")]) == 2
     assert main(["suggest", "model:make"]) == 2 and "--error" in capsys.readouterr().err
+
+
+def test_tensors_of_a_gpu_are_read_where_there_is_none(dump, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+    torch.save({"0.weight": torch.full((48, 32), math.nan)}, tmp_path / "inputs.pt")
+    assert main(["replay", str(dump), "--inputs", str(tmp_path / "inputs.pt")]) == 1
+    assert "input primals_1: 1536 of 1536 elements are NaN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(b"PK\x03\x04 cut off"),
+                                   lambda path: path.write_text("not tensors"),
+                                   lambda path: torch.save(nn.Linear(2, 2), path)])
+def test_files_that_hold_no_tensors(dump, tmp_path, capsys, write):
+    write(tmp_path / "inputs.pt")
+    assert main(["replay", str(dump), "--inputs", str(tmp_path / "inputs.pt")]) == 2
+    assert "inputs.pt as tensors that torch.save wrote: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_graph_of_a_gpu_where_there_is_none(tmp_path):
+    (tmp_path / "graph.py").write_text("x = torch.empty(2, device='cuda:0')\n")
+    with pytest.raises(ReplayError, match="a graph for cuda:0, and PyTorch sees no GPU here"):
+        quartet.replay(tmp_path / "graph.py")
