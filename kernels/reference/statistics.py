@@ -18,6 +18,8 @@ Everything is computed in fp32, sums in float64, without waiting for the device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from quartet.kernels.element import encode
 from quartet.kernels.reference.chains import fold
 from quartet.kernels.reference.formats.elements import e2m1_encode
 from quartet.kernels.reference.formats.packing import pack_nibbles
+from quartet.kernels.reference.products.grouped import group_of, quantize_groups
 from quartet.kernels.reference.quantize import dequantize, largest_magnitude, quantize
 from quartet.kernels.spec import QuantSpec
 
@@ -32,30 +35,61 @@ COLUMNS = ("amax", "mean", "rms", "not_finite", "zeros", "underflow", "clipped",
 LOWEST, BINS = -96, 128  # of the histogram of scales
 
 
-def quantized(x: Tensor, spec: QuantSpec, seed: Tensor | None, site: int, amax: Tensor | None) -> tuple[Tensor, Tensor,
-                                                                                                       Tensor | None]:
-    """Codes and scales of ``[rows, cols]``, and the largest magnitude that the quantiser takes, the tensor's own unless
-    given."""
-    if spec.takes_amax and amax is None:
-        amax = largest_magnitude(x)
-    codes, scales, _ = quantize(x, spec, seed, site, amax=amax)
-    return codes, scales, amax
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantiser has made of ``[rows, cols]``: codes and scales, by the largest magnitude that it took, with a
+    scale for the part of a row in each group that ends at ``ends``."""
+
+    spec: QuantSpec
+    codes: Tensor
+    scales: Tensor
+    amax: Tensor | None = None
+    ends: Tensor | None = None
+
+    @staticmethod
+    def of(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0, amax: Tensor | None = None,
+           ends: Tensor | None = None) -> Quantized:
+        """The arguments are those of the quantiser; the largest magnitude is the tensor's own unless given."""
+        if ends is not None:
+            return Quantized(spec, *quantize_groups(x, spec, ends), ends=ends)
+        if spec.takes_amax and amax is None:
+            amax = largest_magnitude(x)
+        codes, scales, _ = quantize(x, spec, seed, site, amax=amax)
+        return Quantized(spec, codes, scales, amax)
+
+    def values(self) -> Tensor:
+        """What the codes stand for: fp32 ``[rows, padded]``."""
+        return self._values(self.codes)
+
+    def largest(self) -> Tensor:
+        """The largest magnitude that the scale of each element allows, in the same shape."""
+        return self._values(_largest_codes(self.codes, self.spec))
+
+    def steps(self, largest: Tensor) -> Tensor:
+        """The scales, one of each block, row or tensor."""
+        if self.ends is not None:
+            return self.scales * self.spec.gain
+        block, rows = self.spec.block, self.codes.shape[0]
+        down = int(block) if self.spec.tile else rows if block == "tensor" else 1
+        return (largest[::down, :: int(block)] if self.spec.blocked else largest[::down, :1]) / self.spec.max
+
+    def _values(self, codes: Tensor) -> Tensor:
+        scales = self.scales
+        if self.ends is not None:
+            scales = scales[:, group_of(self.ends, codes.shape[1] * (2 if self.spec.packed else 1))]
+        return dequantize(codes, scales, self.spec, amax=self.amax)
 
 
 def operand_statistics(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0,
-                       amax: Tensor | None = None) -> Tensor:
+                       amax: Tensor | None = None, ends: Tensor | None = None) -> Tensor:
     """float64 ``[len(COLUMNS) + BINS]`` of ``[rows, cols]`` that a quantiser reads; the arguments are its own."""
-    codes, scales, amax = quantized(x, spec, seed, site, amax)
+    made = Quantized.of(x, spec, seed, site, amax, ends)
     x = x.to(torch.float32)
     cols = x.shape[1]
-    q = dequantize(codes, scales, spec, amax=amax)[:, :cols]
-    ceiling = dequantize(_largest_codes(codes, spec), scales, spec, amax=amax)
-    down = int(spec.block) if spec.tile else codes.shape[0] if spec.block == "tensor" else 1
-    steps = ceiling[::down, :: int(spec.block)] if spec.blocked else ceiling[::down, :1]
-    beyond = x.abs() > ceiling[:, :cols]
+    q, largest = made.values()[:, :cols], made.largest()
     return torch.cat((tensor_statistics(x), torch.stack((
-        _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(beyond), relative_error(q, x),
-        _unfolded(codes, scales, spec))), _histogram(steps / spec.max)))
+        _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(x.abs() > largest[:, :cols]),
+        relative_error(q, x), _unfolded(made.codes, made.scales, spec))), _histogram(made.steps(largest))))
 
 
 def tensor_statistics(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch.fx import Node
 from quartet.lowering.ir.graph import editing, val
 from quartet.lowering.ir.ops.inspect import CHECK_FINITE
 from quartet.passes.graph_pass import graph_pass
-from quartet.passes.inspect.watching import Originals, after, layer_of, token_of
+from quartet.passes.inspect.originals import Originals
+from quartet.passes.inspect.watching import after, layers_of, token_of
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
 from quartet.runtime.inspect.recorder import RESULT
@@ -36,7 +37,7 @@ def check(state: State) -> None:
 
 def _products(state: State) -> Iterator[tuple[str, str, dict[str, Node]]]:
     """Layer and role of each product, and its tensors by name: of a gradient E alone, X and W have been looked at."""
-    originals = Originals(state)
+    originals, layers = Originals(state), layers_of(state)
     for site in state.sites:
         for role, product in site.products.items():
             operands = [originals.of(site, letter) for letter in _LETTERS[role]]
@@ -45,4 +46,4 @@ def _products(state: State) -> Iterator[tuple[str, str, dict[str, Node]]]:
             if (out := originals.now(product.node)) is not None:
                 named[RESULT] = out
             if named:
-                yield layer_of(site), role, named
+                yield layers[site.index], role, named

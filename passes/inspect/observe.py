@@ -18,12 +18,15 @@ from quartet.kernels.spec import dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, shape, source_of, val
 from quartet.lowering.ir.operands import SCALED, Product, quantizer_of
+from quartet.lowering.ir.ops.grouped import TOKENS
 from quartet.lowering.ir.ops.inspect import OBSERVE
-from quartet.lowering.ir.views import Dequantize, Hadamard, Quantize
+from quartet.lowering.ir.views import Dequantize, Hadamard, Quantize, QuantizeGroups
 from quartet.lowering.recipe.types import ROLES, Gemm, Recipe, Rotation
 from quartet.passes.graph_pass import graph_pass
-from quartet.passes.inspect.watching import Originals, Tensors, after, layer_of, token_of
+from quartet.passes.inspect.originals import Originals
+from quartet.passes.inspect.watching import Tensors, after, layers_of, token_of
 from quartet.passes.matrices import Operand
+from quartet.passes.quantize.layout import multiple_of
 from quartet.passes.quantize.quantize import OPERANDS
 from quartet.passes.recipe.gated import gated_activation
 from quartet.passes.sites import SITE_KEY, Found, Quantized
@@ -60,15 +63,15 @@ def observe(state: State) -> None:
 
 def _operands(state: State) -> Iterator[_Op]:
     """An op for each product of the graph, of the quantisers that it is the first to read."""
-    sites = {site.index: site for site in state.sites}
+    layers = layers_of(state)
     readers: dict[Node, list[tuple[Node, str]]] = {}
     for node in state.gm.graph.nodes:
         if node.target in SCALED and SITE_KEY in node.meta:
             index, role = node.meta[SITE_KEY]
             for letter, operand in zip(OPERANDS[role], Product.of(node).operands, strict=True):
                 made = quantizer_of(operand.codes)
-                if made is not None and isinstance(made.view, Quantize):
-                    readers.setdefault(made.node, []).append((node, f"{layer_of(sites[index])} {role} {letter}"))
+                if made is not None:
+                    readers.setdefault(made.node, []).append((node, f"{layers[index]} {role} {letter}"))
     by_product: dict[Node, list[Node]] = {}
     for quantizer, users in readers.items():
         by_product.setdefault(users[0][0], []).append(quantizer)
@@ -81,13 +84,17 @@ def _operands(state: State) -> Iterator[_Op]:
 
 
 def _operand(tensors: Tensors, quantizer: Node, names: tuple[str, ...]) -> program.Operand:
-    made, rotation, signs = Quantize.of(quantizer), 0, None
-    x = made.x
+    if quantizer.target is QuantizeGroups.op:
+        of_groups = QuantizeGroups.of(quantizer)
+        made, ends = Quantize(of_groups.x, of_groups.spec), of_groups.ends
+    else:
+        made, ends = Quantize.of(quantizer), None
+    x, rotation, signs = made.x, 0, None
     if (rotated := Hadamard.into(x)) is not None:
         x, rotation, signs = rotated.x, rotated.n, rotated.signs
     x, stored = _stored(tensors, x)
     return program.Operand(names, tensors.at(x), str(made.spec), rotation, tensors.maybe(signs),
-                           tensors.maybe(made.seed), made.site, tensors.maybe(made.amax), stored)
+                           tensors.maybe(made.seed), made.site, tensors.maybe(made.amax), tensors.maybe(ends), stored)
 
 
 def _stored(tensors: Tensors, x: Node) -> tuple[Node, program.Stored | None]:
@@ -105,22 +112,20 @@ def _stored(tensors: Tensors, x: Node) -> tuple[Node, program.Stored | None]:
 
 
 def _gradients(state: State) -> Iterator[_Op]:
-    """Of each layer with one matrix: what forward keeps of X and W, and each gradient that is a node of its own."""
-    originals = Originals(state)
-    for site in _single(state):
-        x, w, e = (originals.of(site, letter) for letter in "xwe")
-        if x is None or w is None or e is None:
+    """Of each layer what forward keeps of X and W, and each gradient that is a node of its own."""
+    originals, layers = Originals(state), layers_of(state)
+    for site in state.sites:
+        seen = originals.seen(site)
+        if len(seen.operands) < len("xwe") or not seen.gradients:
             continue
-        gradients = {role: (out, gradient.flipped) for role, gradient in site.gradients.items()
-                     if (out := originals.now(gradient.node)) is not None}
-        if gradients:
-            kept = _Op()
-            kept.lines.append(program.Keep(str(site.index), kept.matrix(x), kept.matrix(w)))
-            yield kept
-        for role, gradient in gradients.items():
+        kept = _Op()
+        kept.lines.append(program.Keep(str(site.index), *(kept.matrix(seen.operands[letter]) for letter in "xw")))
+        yield kept
+        for role, gradient in seen.gradients.items():
             made = _Op()
-            made.lines.append(program.Product(f"{layer_of(site)} {role}", str(site.index), role == "wgrad",
-                                              made.matrix(e), made.matrix(gradient)))
+            made.lines.append(program.Product(f"{layers[site.index]} {role}", str(site.index), role == "wgrad",
+                                              made.matrix(seen.operands["e"]), made.matrix(gradient),
+                                              made.tensors.maybe(seen.ends)))
             yield made
 
 
@@ -129,27 +134,31 @@ def _single(state: State) -> Iterator[Found]:
 
 
 def _what_if(state: State, recipes: tuple[Recipe, ...]) -> Iterator[_Op]:
-    """An op for each tensor of the layers with one matrix: X that several read is one."""
-    signs, originals = _Signs(state), Originals(state)
-    seen: dict[tuple[str, Operand], list[str]] = {}
-    for site in _single(state) if recipes else ():
-        for letter in "xwe":
-            if (operand := originals.of(site, letter)) is not None:
-                seen.setdefault((letter, operand), []).append(layer_of(site))
-    for (letter, operand), names in seen.items():
+    """An op for each tensor that the layers read: X that several read is one."""
+    signs, originals, layers = _Signs(state), Originals(state), layers_of(state)
+    found: dict[tuple[str, Operand, Node | None], list[str]] = {}
+    for site in state.sites if recipes else ():
+        seen = originals.seen(site)
+        for letter, operand in seen.operands.items():
+            found.setdefault((letter, operand, seen.ends), []).append(layers[site.index])
+    for (letter, operand, ends), names in found.items():
         made = _Op()
         matrix = made.matrix(operand)
-        quantisers = [one for recipe in recipes for one in _quantisers(recipe, letter, made.tensors, signs)]
+        quantisers = [one for recipe in recipes
+                      for one in _quantisers(recipe, letter, made.tensors, signs, grouped=ends is not None)]
         if quantisers:
-            made.lines.append(program.WhatIf(tuple(names), matrix, tuple(quantisers)))
+            tokens_end = None if letter == "w" else ends
+            made.lines.append(program.WhatIf(tuple(names), matrix, tuple(quantisers), made.tensors.maybe(tokens_end)))
             yield made
 
 
-def _quantisers(recipe: Recipe, letter: str, tensors: Tensors, signs: _Signs) -> Iterator[program.Quantiser]:
+def _quantisers(recipe: Recipe, letter: str, tensors: Tensors, signs: _Signs,
+                grouped: bool) -> Iterator[program.Quantiser]:
     """What a recipe does to a tensor, product by product."""
-    for role in ROLES:
-        gemm: Gemm | None = getattr(recipe, role)
-        if gemm is None or letter not in OPERANDS[role]:
+    gemms: dict[str, Gemm] = {role: gemm for role in ROLES if (gemm := getattr(recipe, role)) is not None}
+    room = multiple_of(gemms, TOKENS) if grouped else 1
+    for role, gemm in gemms.items():
+        if letter not in OPERANDS[role]:
             continue
         at_b = OPERANDS[role][1] == letter
         operand, first = gemm.b if at_b else gemm.a, None
@@ -160,7 +169,7 @@ def _quantisers(recipe: Recipe, letter: str, tensors: Tensors, signs: _Signs) ->
             continue
         rotation = signs.of(gemm.rotation, tensors)
         yield program.Quantiser(f"{role} {letter} {recipe.name}", None if operand.spec is None else str(operand.spec),
-                                *rotation, role == "wgrad" or (role, letter) == ("dgrad", "w"), first)
+                                *rotation, role == "wgrad" or (role, letter) == ("dgrad", "w"), first, room)
 
 
 class _Signs:
@@ -186,7 +195,7 @@ class _Signs:
 
 def _alignments(state: State) -> Iterator[_Op]:
     """Of each gated activation the weights of the two layers that it is made of."""
-    originals = Originals(state)
+    originals, layers = Originals(state), layers_of(state)
     products = {out: site for site in _single(state) if (out := originals.now(site.forward.node)) is not None}
     seen = set[tuple[int, ...]]()
     for site in _single(state):
@@ -199,7 +208,7 @@ def _alignments(state: State) -> Iterator[_Op]:
             seen.add(key)
             made = _Op()
             gate, linear = map(made.matrix, weights)
-            made.lines.append(program.Alignment(tuple(map(layer_of, branches)), gate, linear))
+            made.lines.append(program.Alignment(tuple(layers[branch.index] for branch in branches), gate, linear))
             yield made
 
 

@@ -25,7 +25,7 @@ class Record:
     Args:
         step: of training.
         kind: ``"operand"``: of a quantised product; ``"product"``: a gradient beside that of the unquantised operands,
-            in 64 columns; ``"what-if"``: an operand under another recipe; ``"alignment"``: of the weights of a gated
+            in part of it; ``"what-if"``: an operand under another recipe; ``"alignment"``: of the weights of a gated
             layer; ``"loss"``.
         layer, role, operand, recipe: what it is of, empty where that does not apply.
         values: name → value. Shares are between 0 and 1, ``error`` is Σ(q − x)² / Σx², and 1 − cosine is small.

@@ -145,15 +145,19 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
                if row.kind == "what-if" for name in row.names if " fprop x " in name}
     found: dict[str, list[Option]] = {}
     for recipe in known.values():
-        for layer, records in _layers(inner, batches[0], recipe, chosen_for).items():
-            priced = _priced(recipe, records, sharing.get(layer, 1), scale, rates)
-            each = [errors.get((layer, role, recipe.name)) for role in records]
-            if priced is None or any(error is None for error in each):
-                continue
-            seconds, plain = priced
-            options = found.setdefault(layer, [Option(PLAIN, plain, 0.0)])
-            squares = [error**2 for error in each if error is not None]
-            options.append(Option(recipe.name, seconds, math.sqrt(sum(squares) / len(squares))))
+        for layer, calls in _layers(inner, batches[0], recipe, chosen_for).items():
+            squares, seconds, plain = list[float](), 0.0, 0.0
+            for number, records in enumerate(calls, 1):
+                called = layer if number == 1 else f"{layer} ({number})"
+                priced = _priced(recipe, records, sharing.get(called, 1), scale, rates)
+                measured = [errors[key] for role in records if (key := (called, role, recipe.name)) in errors]
+                if priced is None or len(measured) < len(records):
+                    break
+                seconds, plain = seconds + priced[0], plain + priced[1]
+                squares += [error**2 for error in measured]
+            else:
+                options = found.setdefault(layer, [Option(PLAIN, plain, 0.0)])
+                options.append(Option(recipe.name, seconds, math.sqrt(sum(squares) / len(squares))))
     if not found:
         raise ValueError(f"no linear layer of {type(inner).__name__} can be quantised by {', '.join(known)} on "
                          f"{chosen_for.title} by a kernel whose speed is known; quartet.explain(model, *inputs, "
@@ -220,15 +224,18 @@ def _measure(model: nn.Module, batches: Sequence[tuple[Any, Any]], inspector: In
 
 
 def _layers(model: nn.Module, batch: tuple[Any, Any], recipe: Recipe,
-            target: Target) -> dict[str, dict[str, MatmulRecord]]:
-    """Layer → role → product, of the linear layers of which a recipe quantises all that it has."""
+            target: Target) -> dict[str, list[dict[str, MatmulRecord]]]:
+    """Layer → of each call of it role → product, of the linear layers of which a recipe quantises all that it has."""
     args, kwargs = batch
     report = explain(model, *args, options={"policy": Policy(recipe)}, target=target.name, **kwargs)
-    found: dict[str, dict[str, MatmulRecord]] = {}
+    found: dict[str, list[dict[str, MatmulRecord]]] = {}
     for record in report.records:
         if record.op_class == "linear" and record.fqn and getattr(recipe, record.role) is not None:
-            found.setdefault(record.fqn, {})[record.role] = record
-    return {layer: roles for layer, roles in found.items() if all(r.lowered for r in roles.values())}
+            calls = found.setdefault(record.fqn, [])
+            if not calls or record.role in calls[-1]:
+                calls.append({})
+            calls[-1][record.role] = record
+    return {layer: calls for layer, calls in found.items() if all(r.lowered for roles in calls for r in roles.values())}
 
 
 def _priced(recipe: Recipe, records: Mapping[str, MatmulRecord], sharing: int, scale: int,

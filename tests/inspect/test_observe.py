@@ -187,6 +187,26 @@ def test_layers_that_one_graph_serves_are_told_apart():
         assert found[name.removesuffix(".weight")] == pytest.approx(amax), name
 
 
+def test_layers_that_a_graph_has_several_times_are_told_apart():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(64, 64), nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            y = self.layer(3 * self.layer(x))
+            return (y @ (y * self.scale).t()) @ y
+
+    inspector = Inspector(1)
+    one_step(Twice(), Policy("fp8").on("bmm", "fp8"), inspector, check="finite")
+    statistics = inspector.statistics()
+    assert [record(statistics, name, "fprop", "x").values["amax"] for name in ("layer", "layer (2)")][0] == (
+        pytest.approx(data()[0].abs().max().item()))
+    layers = {r.layer for r in statistics}
+    assert layers == {"layer", "layer (2)"} | {name for name in layers if "bmm" in name} and len(layers) == 4
+    assert len({(r.kind, r.name) for r in statistics}) == len(statistics)
+
+
 def test_explaining_records_nothing():
     inspector = Inspector(1)
     quartet.explain(Gated(), *data(), options={"policy": "fp8", "inspect": inspector})

@@ -89,6 +89,22 @@ def test_budgets_that_are_none(budget):
         _parsed(budget)
 
 
+def test_a_layer_that_is_called_twice_takes_twice_as_long():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            return self.again(self.again(self.first(x).relu()).relu())
+
+    found = quartet.suggest(Twice(), data(), 1e9, recipes=["mxfp8"], **LARGE)
+    (plain, mxfp8), (plain_twice, mxfp8_twice) = (found.options[name] for name in ("first", "again"))
+    assert plain_twice.seconds == pytest.approx(2 * plain.seconds)
+    assert mxfp8_twice.seconds == pytest.approx(2 * mxfp8.seconds, rel=0.05)
+    assert mxfp8_twice.error == pytest.approx(mxfp8.error, rel=0.2), "a mean over its products"
+
+
 def test_what_cannot_be_suggested():
     with pytest.raises(ValueError, match="data is empty"):
         quartet.suggest(Gated(), [], 0.1, target="h200")

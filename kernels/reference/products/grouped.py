@@ -77,13 +77,13 @@ def quantize_groups(x: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, T
     """
     x = pad_last(x, spec.multiple)
     rows, groups = x.shape[0], ends.shape[0]
-    of_column = _group_of(ends, x.shape[1])
+    of_column = group_of(ends, x.shape[1])
     amax = x.new_zeros(rows, groups).scatter_reduce(1, of_column.expand(rows, -1), x.abs(), "amax")
     multiplier, scales = (part.reshape(rows, groups) for part in fp32_scale(amax.reshape(-1, 1), spec))
     return encode_fp32(x.to(torch.float32) * multiplier[:, of_column], spec), scales
 
 
-def _group_of(ends: Tensor, length: int) -> Tensor:
+def group_of(ends: Tensor, length: int) -> Tensor:
     """Group of each position; what lies behind the last one counts as its."""
     positions = torch.arange(length, device=ends.device, dtype=ends.dtype)
     return torch.searchsorted(ends, positions, right=True).clamp(max=ends.shape[0] - 1)
@@ -154,7 +154,7 @@ def scaled_grouped_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, 
         if over_tokens:
             product = (product.reshape(groups, -1, product.shape[1]) * b_scales.t().unsqueeze(1)).flatten(0, 1)
         else:
-            product = product * b_scales.reshape(groups, -1)[_group_of(ends, product.shape[0])]
+            product = product * b_scales.reshape(groups, -1)[group_of(ends, product.shape[0])]
     elif b_spec.block == "tensor":
         product = product * b_scales
     for spec, amax in ((a_spec, a_amax), (b_spec, b_amax)):
