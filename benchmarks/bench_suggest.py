@@ -74,10 +74,15 @@ def suggestions(args: argparse.Namespace, corpus: Corpus) -> dict[str, Suggestio
     return found
 
 
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(values):+.4f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 300), ("warm", 100), ("seeds", 3), ("dim", 128), ("layers", 4), ("seq", 128),
-                          ("batch", 8), ("scale", 32)):
+    for name, default in (("steps", 300), ("warm", 100), ("seeds", 3), ("first-seed", 0), ("dim", 128),
+                          ("layers", 4), ("seq", 128), ("batch", 8), ("scale", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--target", default="b200")
@@ -90,7 +95,7 @@ def main() -> None:
         print(f"{name}: {one.seconds / one.plain_seconds:.3f} of the time in BF16, error {one.error:.2%}\n{one}\n",
               flush=True)
     gaps: dict[str, list[float]] = {name: [] for name in found}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         exact, _ = train(quartet.Policy(PLAIN), seed, args, corpus)
         losses: dict[str, float] = {}
         for name, one in found.items():
@@ -101,10 +106,14 @@ def main() -> None:
     rows = {name: {"time": one.seconds / one.plain_seconds, "error": one.error, "gaps": gaps[name],
                    "recipes": {layer: option.recipe for layer, option in one.chosen.items()}}
             for name, one in found.items()}
-    print("| policy | predicted time | error | loss above BF16, mean | of each seed |\n|---|---|---|---|---|")
+    print("| policy | predicted time | error | loss above BF16, mean ± deviation | each seed |\n|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row['time']:.3f} | {row['error']:.1%} | {statistics.fmean(row['gaps']):+.4f} | "
+        print(f"| {name} | {row['time']:.3f} | {row['error']:.1%} | {_spread(row['gaps'])} | "
               f"{', '.join(f'{gap:+.4f}' for gap in row['gaps'])} |")
+    for recipe in args.recipes:
+        mixed = gaps[f"mixed as fast as {recipe}"]
+        print(f"mixed as fast as {recipe}, against it, seed by seed: "
+              f"{_spread([a - b for a, b in zip(mixed, gaps[recipe], strict=True)])}")
     if args.out is not None:
         args.out.write_text(json.dumps({"arguments": vars(args) | {"out": str(args.out)}, "policies": rows}, indent=1))
 

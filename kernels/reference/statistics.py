@@ -6,7 +6,7 @@ Of the tensor ``x`` that a quantiser reads, rotated where it is, and of ``q``, w
     not_finite         share of x that is NaN or infinite; the largest magnitude and the means leave it out
     zeros              share of q that is 0
     underflow          share of the x ≠ 0 of which q is 0
-    clipped            share of x beyond the largest magnitude that its scale allows
+    clipped            share of x beyond the largest magnitude that its scale allows, by more than fp32 rounds
     error              Σ(q − x)² / Σx², which is 1 / SNR
     unfolded           share of MXFP4 blocks that E4M3 with one power-of-two scale a row does not hold exactly; NaN of
                        other formats
@@ -33,6 +33,7 @@ from quartet.kernels.spec import QuantSpec
 
 COLUMNS = ("amax", "mean", "rms", "not_finite", "zeros", "underflow", "clipped", "error", "unfolded")
 LOWEST, BINS = -96, 128  # of the histogram of scales
+_ROUNDED = 1 + 2.0**-21  # a scale is a quotient in fp32
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def operand_statistics(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, s
     cols = x.shape[1]
     q, largest = made.values()[:, :cols], made.largest()
     return torch.cat((tensor_statistics(x), torch.stack((
-        _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(x.abs() > largest[:, :cols]),
+        _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(x.abs() > largest[:, :cols] * _ROUNDED),
         relative_error(q, x), _unfolded(made.codes, made.scales, spec))), _histogram(made.steps(largest))))
 
 
