@@ -100,33 +100,38 @@ def _cast_tile(x, index, multiplier, scale, parts, seen, codes, transposed, rows
     if PLAIN:
         tl.store(codes + row[:, None] * cols + col[None, :], made, mask=inside)
     if TRANSPOSED:
-        tl.store(transposed + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(made), mask=tl.trans(inside))
+        _store_turned(transposed, made, row, col, rows, inside)
 
 
 @triton.jit
 def _cast_turned_tile(x, multiplier, out, rows, cols, matrix_stride, row_stride, TYPE: tl.constexpr, M: tl.constexpr,
                       N: tl.constexpr):
-    i, j, matrix = tile_in_stack((rows + M - 1) // M, (cols + N - 1) // N)
-    row = i.to(tl.int64) * M + tl.arange(0, M)
-    col = j * N + tl.arange(0, N)
-    x += matrix * matrix_stride
-    out += matrix * rows * cols
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
-    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    tile, row, col, matrix, inside = _load_from_stack(x, rows, cols, matrix_stride, row_stride, M, N)
+    tile = tile.to(tl.float32)
     scaled = tl.where(tl.abs(tile) < float("inf"), tile * tl.load(multiplier), float("nan"))
-    made = scaled.to(TYPE).to(tl.uint8, bitcast=True)
-    tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(made), mask=tl.trans(inside))
+    _store_turned(out + matrix * rows * cols, scaled.to(TYPE).to(tl.uint8, bitcast=True), row, col, rows, inside)
 
 
 @triton.jit
 def _transpose_tile(x, out, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
+    tile, row, col, matrix, inside = _load_from_stack(x, rows, cols, matrix_stride, row_stride, M, N)
+    _store_turned(out + matrix * rows * cols, tile, row, col, rows, inside)
+
+
+@triton.jit
+def _load_from_stack(x, rows, cols, matrix_stride, row_stride, M: tl.constexpr, N: tl.constexpr):
+    """A program's tile of a stack of matrices, its rows (int64) and columns, its matrix (int64), and what is inside."""
     i, j, matrix = tile_in_stack((rows + M - 1) // M, (cols + N - 1) // N)
     row = i.to(tl.int64) * M + tl.arange(0, M)
     col = j * N + tl.arange(0, N)
-    x += matrix * matrix_stride
-    out += matrix * rows * cols
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0)
+    tile = tl.load(x + matrix * matrix_stride + row[:, None] * row_stride + col[None, :], mask=inside, other=0)
+    return tile, row, col, matrix, inside
+
+
+@triton.jit
+def _store_turned(out, tile, row, col, rows, inside):
+    """The tile's transpose into a row-major matrix of which each row has ``rows`` elements."""
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
