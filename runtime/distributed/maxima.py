@@ -13,12 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from quartet.kernels.reference.formats.scales import scale_of_amax
+from quartet.kernels.reference.formats.scales import APART, scale_of_amax
 from quartet.kernels.spec import QuantSpec
 from quartet.runtime.distributed.sharded import Sharded
 from quartet.runtime.distributed.steps import STEPS
-
-_APART = 4  # fp32 numbers: what reads a scale may want it at a multiple of 16 bytes
 
 
 class Scale(NamedTuple):
@@ -87,7 +85,7 @@ class _Table:
     def __init__(self, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, members: list[int],
                  specs: list[QuantSpec]) -> None:
         self.mesh, self.dtype, self.members, self.specs = mesh, dtype, members, specs
-        self.amax = torch.zeros(len(members), _APART, device=device)
+        self.amax = torch.zeros(len(members), APART, device=device)
         self.by_spec = {spec: (torch.ones_like(self.amax), torch.ones_like(self.amax)) for spec in dict.fromkeys(specs)}
 
     def row(self, at: int) -> Scale:

@@ -14,6 +14,7 @@ from quartet.kernels.spec import QuantSpec
 QUEST_CLIP = 2.92247856 / 6.0  # Gaussian-MSE-optimal clip over the largest E2M1 value
 QUEST_FLOOR = 1e-8
 ABSMEAN_FLOOR = 1e-5
+APART = 4  # fp32 numbers from a scale to the next in a table: cuBLASLt takes scales at multiples of 16 bytes
 _SEVEN_MANTISSA = 0x600000  # of 7 = 1.75 · 2²
 _SQRT2_MANTISSA = 0x3504F4  # first fp32 significand above √2
 _MANTISSA = 0x7FFFFF

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from quartet.kernels.reference.formats.scales import APART
 from quartet.lowering.ir.graph import FORWARD, Builder, aten, is_backward, source, val
 from quartet.lowering.ir.ops.fp8 import AMAX_OF_EACH, AMAX_OF_WEIGHTS, SCALE
 from quartet.lowering.ir.views import Quantize
 from quartet.lowering.targets.chains import REUSABLE
 from quartet.runtime.view_ops import ORDERS, SAME
 
-_APART = 4  # fp32 numbers: cuBLASLt takes scales at multiples of 16 bytes
 Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
 
 
@@ -38,7 +38,7 @@ def scales_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Scales
         build.meta = {"partitioner_tag": FORWARD}
         weights = list(dict.fromkeys(weight for _, weight in members))
         together = build(AMAX_OF_WEIGHTS if lasting else AMAX_OF_EACH, weights)
-        tables = build(SCALE, build(aten.expand.default, together, [-1, _APART, 1]), spec)
+        tables = build(SCALE, build(aten.expand.default, together, [-1, APART, 1]), spec)
         multipliers, scales = build.item(tables, 0), build.item(tables, 1)
         for node, weight in members:
             row = weights.index(weight)
