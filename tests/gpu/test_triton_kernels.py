@@ -268,7 +268,7 @@ def test_cast_of_named_rows(element, dtype, device):
     multiplier, scale = ref.scale_of_amax(amax, spec)
     wanted = ref.fp8_encode(grouped.gather_rows(x, index).float() * multiplier, element)
     for plain, transposed in ((True, False), (False, True), (True, True)):
-        codes, flipped, found = cast.quantize(x, amax, spec, plain=plain, transposed=transposed, index=index)
+        codes, flipped, found = cast.quantize(x, amax, index, spec, plain=plain, transposed=transposed)
         assert torch.equal(found, scale)
         for made in (codes,) * plain + (flipped.t(),) * transposed:
             same(expected.difference("codes", made, wanted))
@@ -298,12 +298,12 @@ def test_cast_by_the_largest_magnitude(dtype, rule, device):
     if torch.cuda.get_device_capability(device) < (8, 9):
         pytest.skip("e4m3 needs compute capability 8.9")
     spec = QuantSpec.parse(f"e4m3/tensor fp32 {rule} nearest")
-    x = expected.data(130, 4096, dtype, device)
+    x, every = expected.data(130, 4096, dtype, device), torch.arange(130, device=device)
     for value in (ref.largest_magnitude(x).item(), *torch.logspace(-38, 38, 40).tolist(), 0.0, float("inf"),
                   float("nan")):
         amax = torch.full((1, 1), value, device=device)
         multiplier, wanted = ref.scale_of_amax(amax, spec)
-        codes, flipped, scale = cast.quantize(x, amax, spec, plain=True, transposed=True)
+        codes, flipped, scale = cast.quantize(x, amax, every, spec, plain=True, transposed=True)
         torch.testing.assert_close(scale, wanted, rtol=0, atol=0, equal_nan=True)
         for mine, other in zip((codes, flipped), cast.cast(x, multiplier, codes.dtype, plain=True, transposed=True),
                                strict=True):
@@ -327,7 +327,8 @@ def test_quantise_by_earlier_steps(element, dtype, shape, device):
                 by = torch.where(given > 0, given, seen) * 2.0**margin
                 made = cast.quantize_delayed(x, given, cast.first_amax(x, given), spec, margin, plain=True,
                                              transposed=True)
-                wanted = *cast.quantize(x, by, spec, plain=True, transposed=True), seen
+                every = torch.arange(len(x), device=device)
+                wanted = *cast.quantize(x, by, every, spec, plain=True, transposed=True), seen
                 for mine, other in zip(made, wanted, strict=True):  # which NaN it is does not matter
                     torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 

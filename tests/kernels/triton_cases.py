@@ -352,7 +352,7 @@ def check_cast(multiplier: float) -> list[str]:
     stack = cast.cast_stack(x.bfloat16().view(2, 20, 70), torch.full((1,), multiplier), torch.float8_e5m2, turned=True)
     index = torch.tensor([3, -1, 39, 3, 0])
     spec = QuantSpec.parse("e5m2/tensor fp32 amax nearest")
-    rows, *_ = cast.quantize(x, torch.full((1,), multiplier), spec, plain=True, transposed=False, index=index)
+    rows, *_ = cast.quantize(x, torch.full((1,), multiplier), index, spec, plain=True, transposed=False)
     if multiplier == multiplier and not torch.equal(rows.float().isnan()[[0, 2, 3, 4]], wanted[index[[0, 2, 3, 4]]]):
         return ["rows that an index names are others"]
     return [f"{name}: {int((codes.float().isnan() != wanted).sum())} codes are NaN or not, and should not or be"
@@ -366,7 +366,7 @@ def check_scale_of_amax(rule: str) -> list[str]:
     spec = QuantSpec.parse(f"e5m2/tensor fp32 {rule} nearest")
     for value in (0.0, 1e-45, 1e-39, 3e-38, 1.7, 448.0, 57344.0, 3.3e38, float("inf"), float("nan"), *torch.rand(40)):
         amax = torch.tensor([value], dtype=torch.float32)
-        codes, turned, scale = cast.quantize(x, amax, spec, plain=True, transposed=True)
+        codes, turned, scale = cast.quantize(x, amax, torch.arange(40), spec, plain=True, transposed=True)
         multiplier, wanted = ref.scale_of_amax(amax.reshape(1, 1), spec)
         again = cast.cast(x, multiplier.reshape(1), torch.float8_e5m2, plain=True, transposed=True)
         if not torch.equal(scale.view(torch.int32), wanted.view(torch.int32)) and not wanted.isnan().all():
@@ -391,8 +391,9 @@ def check_delayed(known: float, margin: int) -> list[str]:
         given = torch.tensor([known])
         by = torch.where(given > 0, given, seen) * 2.0**margin
         made = cast.quantize_delayed(x, given, cast.first_amax(x, given), spec, margin, plain=True, transposed=True)
-        for name, mine, other in zip(("codes", "transposed codes", "scale", "largest magnitude"), made,
-                                     (*cast.quantize(x, by, spec, plain=True, transposed=True), seen), strict=True):
+        wanted = *cast.quantize(x, by, torch.arange(70), spec, plain=True, transposed=True), seen
+        for name, mine, other in zip(("codes", "transposed codes", "scale", "largest magnitude"), made, wanted,
+                                     strict=True):
             if not torch.equal(mine.view(torch.uint8), other.view(torch.uint8)):
                 found.append(f"{name} of data with {value}")
     return found

@@ -135,20 +135,19 @@ def _store_turned(out, tile, row, col, rows, inside):
     tl.store(out + col[:, None].to(tl.int64) * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
-def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, *, plain: bool, transposed: bool,
-             index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cast` by the multiplier that follows from a largest magnitude, and the scale.
+def quantize(x: Tensor, amax: Tensor, index: Tensor, spec: QuantSpec, *, plain: bool,
+             transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cast` of rows of ``x`` by the multiplier that follows from a largest magnitude, and the scale.
 
     Args:
-        amax: one fp32. spec: of an FP8 element with one fp32 scale a tensor, by rule ``amax``, ``amax_pow2`` or
-            ``delayed``. index: integers, contiguous: which row of x each row is of, −1 for zeros; R is then how many
-            there are.
+        amax: one fp32. index: integers ``[R]``, contiguous: which row of x each row is, −1 for zeros.
+        spec: of an FP8 element with one fp32 scale a tensor, by rule ``amax``, ``amax_pow2`` or ``delayed``.
     Returns:
         codes ``[R, K]`` and ``[K, R]`` as of :func:`cast`, and the scale fp32 ``[1, 1]`` of
         ``reference.scale_of_amax``.
     """
     scale = x.new_empty(1, 1, dtype=torch.float32)
-    if x.numel() == 0 or index is not None and not len(index) or amax.numel() != 1 or amax.dtype is not torch.float32:
+    if x.numel() == 0 or not len(index) or amax.numel() != 1 or amax.dtype is not torch.float32:
         raise ValueError(f"quantising needs elements and one fp32 amax, got {list(x.shape)} and {amax.dtype} "
                          f"{list(amax.shape)}")
     by = _By(scale, spec.max, spec.rule == "amax_pow2")
@@ -170,7 +169,7 @@ def first_amax(x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_delayed(x: Tensor, known: Tensor, first: tuple[Tensor, Tensor], spec: QuantSpec, margin: int, *,
                      plain: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`quantize` by ``2^margin · known``, and what the largest magnitude of x is, from the same read.
+    """:func:`cast` by the multiplier of ``2^margin · known``, the scale, and the largest magnitude of x, from one read.
 
     Args:
         known: one fp32, the largest magnitude of earlier steps; where it is 0, x is scaled by its own.

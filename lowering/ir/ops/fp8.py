@@ -3,11 +3,11 @@
     amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1]
     amax_of_weights the same of parameters, once an optimizer step
     fp8_scale       largest magnitudes fp32 → multipliers and scales of the same shape, which Inductor inlines
-    fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element → codes of x, and of its
-                    transpose, from one read, and their scale [1, 1]; with ``index`` of the rows of x that it names,
-                    zeros where it is −1
-    fp8_quantize_delayed  the same by the largest magnitude of earlier steps, that of x itself where it is 0, times
-                    2^margin; and the largest magnitude of x, [1, 1]
+    fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element, ``index`` → codes of the rows
+                    of x that the index names, zeros where it is −1, and of their transpose, from one read, and their
+                    scale [1, 1]
+    fp8_quantize_delayed  the same of all of x by the largest magnitude of earlier steps, that of x itself where it is
+                    0, times 2^margin; and the largest magnitude of x, [1, 1]
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
@@ -108,37 +108,41 @@ def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, trans
     return codes, codes.t().contiguous() if transposed else transposed_codes
 
 
-def _quantize_fake(x, amax, spec, plain, transposed, index=None):
-    x = x if index is None else x.new_empty(index.shape[0], x.shape[1])
+def _quantized_fake(x, amax, spec, plain, transposed):
     return (*_cast_fake(x, amax, QuantSpec.parse(spec).element, plain, transposed), amax.new_empty(1, 1))
 
 
-@op(fake=_quantize_fake)
-def fp8_quantize(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool,
-                 index: Tensor | None = None) -> Three:
+def _quantized(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
     q = QuantSpec.parse(spec)
-    x = x if index is None else grouped.gather_rows(x, index)
     multiplier, scale = scale_of_amax(amax.reshape(1, 1), q)
     return *fp8_cast.reference(x, multiplier, q.element, plain, transposed), scale
 
 
+def _quantize_fake(x, amax, spec, plain, transposed, index):
+    return _quantized_fake(x.new_empty(index.shape[0], x.shape[1]), amax, spec, plain, transposed)
+
+
+@op(fake=_quantize_fake)
+def fp8_quantize(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool, index: Tensor) -> Three:
+    return _quantized(grouped.gather_rows(x, index), amax, spec, plain, transposed)
+
+
 @fp8_quantize.provider("triton", "cuda", replayed=True)
-def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool,
-                     index: Tensor | None = None) -> Three:
+def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool, index: Tensor) -> Three:
     from quartet.kernels.triton.quantize import cast
 
-    return cast.quantize(x, amax, QuantSpec.parse(spec), plain=plain, transposed=transposed, index=index)
+    return cast.quantize(x, amax, index, QuantSpec.parse(spec), plain=plain, transposed=transposed)
 
 
 def _delayed_fake(x, known, spec, margin, plain, transposed):
-    return (*_quantize_fake(x, known, spec, plain, transposed), known.new_empty(1, 1))
+    return (*_quantized_fake(x, known, spec, plain, transposed), known.new_empty(1, 1))
 
 
 @op(fake=_delayed_fake)
 def fp8_quantize_delayed(x: Tensor, known: Tensor, spec: str, margin: int, plain: bool, transposed: bool) -> Four:
     seen, known = largest_magnitude(x), known.reshape(1, 1)
     amax = torch.where(known > 0, known, seen) * 2.0**margin
-    return *fp8_quantize.reference(x, amax, spec, plain, transposed), seen
+    return *_quantized(x, amax, spec, plain, transposed), seen
 
 
 @fp8_quantize_delayed.provider("triton", "cuda", replayed=True)
