@@ -19,11 +19,8 @@ SPECS = ("e4m3/32 e8m0 ceil nearest", "e5m2/32 e8m0 floor nearest", "e4m3/128 fp
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
+def registered():
     inductor.register()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("turned", (False, True))

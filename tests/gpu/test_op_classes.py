@@ -18,13 +18,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()

@@ -20,13 +20,6 @@ SIZES = ((256, 512, 1024), (300, 130, 640), (7, 48, 96))  # tokens, in, out
 TENSOR_CORES = ("cutlass", "scaled-mm", "cublaslt", "int-mm")
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("product", selftest.PRODUCTS, ids=lambda product: product.name)
 def test_product(product, device):
     kernel = next(k for k in registry.KERNELS if k.name == product.kernel)

@@ -12,20 +12,12 @@ from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.runtime.capture import Capture
 from quartet.runtime.compat import list_mode_options
-from quartet.runtime.replay.library import LAUNCHER
 from quartet.runtime.slots.storages import storage_number
 from quartet.runtime.slots.weights import REUSED
 
 pytestmark = pytest.mark.gpu
 QUARTET = {"policy": "quartet"}  # small layers, which the default would leave alone
 REFERENCE = ("triton-fp8", "cublaslt", "triton", "inductor")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def eager(policy, disabled=(), rows=None):
@@ -239,7 +231,6 @@ def test_replayed_optimizer_steps_never_leave_old_codes():
 
 def test_micro_batches_on_two_streams_share_no_codes():
     """The one that would keep the codes is busy; what it has been asked to make is not there yet."""
-    LAUNCHER.forbid_all()  # what was permitted for an earlier test's weight at the same address
     module, x, e = linear(256, 512, 512)
     compiled = torch.compile(module, backend="quartet", options=QUARTET)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
