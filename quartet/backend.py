@@ -34,6 +34,7 @@ from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
 from quartet.recipes import PolicyError
 from quartet.report.announce import decided, patiently
+from quartet.report.dump import GraphDump
 from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
 from quartet.runtime.agreement import same_kernels
@@ -73,12 +74,13 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
                   collect: Callable[[list[MatmulRecord]], None] | None = None,
                   collect_saved: Callable[[list[SavedRecord]], None] | None = None,
                   collect_memory: Callable[[list[MemoryRecord]], None] | None = None,
+                  collect_undumped: Callable[[list[str]], None] | None = None,
                   say: Callable[..., None] | None = None, remember: bool = True,
                   observers: Sequence[Observer] = ()) -> Callable[..., Any]:
     """:func:`quartet` with parsed options.
 
-    ``inner_compile`` replaces Inductor's code generation, ``collect`` and its like get the records, ``observers`` see
-    the graph around each pass. Whoever asks for any of them is not answered from a cache.
+    ``inner_compile`` replaces Inductor's code generation, ``collect`` and its like get the records, or why a dump is
+    not whole, ``observers`` see the graph around each pass. Whoever asks for any of them is not answered from a cache.
     ``say(names, records, saved)`` is called instead of warning of what the graphs of a model have shown so far.
     ``remember``: layers are decided from now on by the tokens that training has here, see ``quartet.model.trained``.
     """
@@ -128,6 +130,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         collect_saved(kept)
     if collect_memory is not None and saved is not None:
         collect_memory(saved.memory)
+    if collect_undumped is not None:
+        collect_undumped([o.failure for o in step.config.observers if isinstance(o, GraphDump) and o.failure])
     judge = judge_of(options.policy, names)
     (say or partial(_say, judge, options.target or Target.of(device)))(names, step.records, kept)
     if options.strict and say is None and names.model is not None:

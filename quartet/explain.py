@@ -67,6 +67,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     saved: list[SavedRecord] = []
     memory: list[MemoryRecord] = []
     breaks: list[Break] = []
+    undumped: list[str] = []
     capture = Capture()
     if target is not None:
         parsed, capture = replace(parsed, target=Target.named(target)), Pretence()
@@ -80,8 +81,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         breaks.extend(filter(None, [graph_break()]))
         return compile_graph(gm, inputs, parsed, inner_compile=capture, collect=records.extend,
-                             collect_saved=saved.extend, collect_memory=memory.extend, say=noted, remember=False,
-                             observers=(stand_ins,))
+                             collect_saved=saved.extend, collect_memory=memory.extend,
+                             collect_undumped=undumped.extend, say=noted, remember=False, observers=(stand_ins,))
 
     stand_ins = _StandIns(parsed)
     roots = referred_to(inner)
@@ -97,11 +98,11 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     device = next((t.device for t in tensors), torch.device("cpu"))
     chosen_for = parsed.target or Target.of(device)
     notes = (*capture.notes, *_prices(parsed.policy, chosen_for, records), *_foreign(chosen_for), *stand_ins.notes(),
-             *unused)
+             *unused, *(f"the dump in {parsed.dump} is not whole: {text}" for text in undumped[:1]))
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved, memory=memory,
                   predicted=predicted_speed(records, parsed.policy, chosen_for),
-                  graphs=None if parsed.dump is None else f"{parsed.dump}/index.html")
+                  graphs=None if parsed.dump is None or undumped else f"{parsed.dump}/index.html")
 
 
 def _check_arguments(model: Any, kwargs: Mapping[str, Any]) -> None:
@@ -172,7 +173,7 @@ def _prices(policy: Policy, target: Target, records: Sequence[MatmulRecord]) -> 
         return
     rates = rates_of(target)
     if rates is None and target.type != "cuda":
-        yield f"no measured rates for {target}: everything is quantised, whether it pays or not"
+        yield f"no measured rates for {target}: whether it pays is not asked"
     elif not any(r.lowered for r in records) and any(r.reason.startswith(UNPAID) for r in records):
         yield f"the default quantises nothing here. {advice(records, target)}"
     if rates is not None and not rates.origin.measured and not target.pretended:

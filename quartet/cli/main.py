@@ -2,8 +2,8 @@
 
 Exit status: 0 well, 1 ``doctor`` found a device without kernels, ``build`` or ``tune`` could not build one,
 ``calibrate`` could not keep what it measured, ``selftest`` found a wrong kernel, ``bench`` a policy that does not train
-or ``replay`` a value that is not finite, 2 wrong usage (the message names the nearest legal value), a file that cannot
-be written, or no GPU to test.
+or ``replay`` a value that is not finite, or the user's own function or model raised, 2 wrong usage (the message names
+the nearest legal value), a file that cannot be written, or no GPU to test, 130 interrupted.
 What is typed is checked before PyTorch is imported.
 """
 
@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from quartet import __version__
 from quartet.cli import usage
+from quartet.cli.example import CodeError, factory_of, made_by, running
 from quartet.cli.parser import CACHE_ACTIONS, COMMANDS, options, parser
 from quartet.cli.usage import UsageError
 from quartet.nearest import did_you_mean
@@ -34,14 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             raise UsageError(f"unknown argument {rest[0]!r}; {did_you_mean(rest[0].split('=')[0], options(made))}"
                              f"'quartet {argv[0]} --help' lists what there is")
-        usage.check_output(getattr(arguments, "json", None))
-        return RUN[arguments.command](arguments)
+        usage.check_output(getattr(arguments, "json", None), stdout=True)
+        with _warnings_in_one_line():
+            return RUN[arguments.command](arguments)
     except UsageError as error:
         print(f"quartet: {error}", file=sys.stderr)
         return 2
+    except CodeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # as of a shell
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show this package's warnings without the line of code that warned."""
+    shown, ours = warnings.formatwarning, f"{os.path.dirname(__file__).removesuffix('cli')}"
+
+    def formatted(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        return f"warning: {message}\n" if filename.startswith(ours) else shown(
+            message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = shown
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -60,19 +85,20 @@ def _explain(arguments: argparse.Namespace) -> int:
     usage.check_target(arguments.target)
     usage.check_output(arguments.html)
     usage.check_folder(arguments.dump)
-    from quartet.cli.example import example
+    factory = factory_of(arguments.example)
     from quartet.cli.output import refused, show, terminal_width, write
     from quartet.explain import explain
 
     chosen = {key: value for key in ("policy", "dump") if (value := getattr(arguments, key)) is not None}
     refused(chosen)
-    args, kwargs, model = example(arguments.example)
+    args, kwargs, model = made_by(arguments.example, factory)
     target = {} if arguments.target is None else {"target": arguments.target}
-    report = explain(model, *args, options=chosen, **target, **kwargs)
+    report = running(arguments.example, model, args, kwargs,
+                     lambda: explain(model, *args, options=chosen, **target, **kwargs))
     show(report.text(terminal_width()), report.to_dict(), arguments.json)
     if arguments.html is not None:
         write(arguments.html, report.to_html())
-    return 0
+    return 2 if arguments.dump is not None and report.graphs is None else 0  # a warning has said why
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -83,29 +109,31 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.steps < 2:
         raise UsageError(f"--steps {arguments.steps} is not possible; use 2 or more, of which the first compiles")
     usage.check_positive("--lr", arguments.lr)
-    usage.check_output(arguments.plot)
+    usage.check_plot(arguments.plot)
+    factory = factory_of(arguments.example)
     from quartet.cli.bench import bench
-    from quartet.cli.example import example
     from quartet.cli.output import refused, show
 
     for policy in policies:
         refused({"policy": policy})
-    args, kwargs, model = example(arguments.example)
+    args, kwargs, model = made_by(arguments.example, factory)
     if not args and not kwargs:
         raise UsageError(f"{arguments.example} gives no inputs to train with")
     found = bench(model, args, kwargs, policies, arguments.steps, arguments.lr)
     show(found.text(), found.as_dict(), arguments.json)
     if arguments.plot is not None:
-        found.plot(arguments.plot)
+        try:
+            found.plot(arguments.plot)
+        except OSError as error:
+            raise UsageError(f"cannot write {arguments.plot}: {error.strerror or error}") from None
     return 1 if any(run.failure for run in found.runs) else 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    usage.check_input(arguments.before)
-    usage.check_input(arguments.after)
-    from quartet.cli.output import read_report, show
+    before, after = (usage.read_json(path, usage.REPORT, "matmuls") for path in (arguments.before, arguments.after))
+    from quartet.cli.output import report_of, show
 
-    difference = read_report(arguments.after) - read_report(arguments.before)
+    difference = report_of(after, arguments.after) - report_of(before, arguments.before)
     show(str(difference), difference.to_dict(), arguments.json)
     return 0
 
@@ -116,14 +144,15 @@ def _suggest(arguments: argparse.Namespace) -> int:
     usage.check_positive("--time", arguments.time)
     usage.check_target(arguments.target)
     usage.check_output(arguments.out)
-    from quartet.cli.example import example
+    factory = factory_of(arguments.example)
     from quartet.cli.output import write
     from quartet.inspect.suggest import suggest
 
-    args, kwargs, model = example(arguments.example)
+    args, kwargs, model = made_by(arguments.example, factory)
     budget = arguments.error if arguments.time is None else f"{arguments.time}%"
     try:
-        found = suggest(model, [kwargs or args], budget, target=arguments.target)
+        found = running(arguments.example, model, args, kwargs,
+                        lambda: suggest(model, [kwargs or args], budget, target=arguments.target))
     except ValueError as error:
         raise UsageError(str(error)) from None
     print(found)
@@ -153,6 +182,8 @@ def _recipes(arguments: argparse.Namespace) -> int:
     if arguments.name is not None and arguments.name not in usage.RECIPES:
         raise UsageError(f"unknown recipe {arguments.name!r}; {did_you_mean(arguments.name, usage.RECIPES)}"
                          f"possible: {', '.join(usage.RECIPES)}")
+    if arguments.markdown and (arguments.name or arguments.json):
+        raise UsageError("--markdown is of all the built-in recipes together: give neither a name nor --json with it")
     from quartet.cli.describe import as_data, describe_recipe, listing
     from quartet.cli.output import show
     from quartet.recipes import recipes
@@ -243,6 +274,8 @@ def _cache(arguments: argparse.Namespace) -> int:
         raise UsageError(f"unknown action {arguments.action!r} of cache; {near}possible: {', '.join(CACHE_ACTIONS)}")
     if arguments.rates and arguments.action != "clear":
         raise UsageError("--rates goes with clear: `quartet cache clear --rates`")
+    if arguments.json is not None and arguments.action != "list":
+        raise UsageError("--json goes with list: `quartet cache list --json FILE`")
     from quartet.cli.kernel_commands import cache_data, clear_cache, list_cache
     from quartet.cli.output import show
     from quartet.kernels.build_cache import BuildError

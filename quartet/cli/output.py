@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quartet.cli.usage import STDOUT, UsageError
+from quartet.cli.usage import REPORT, STDOUT, UsageError
 from quartet.options import OptionError, Options
 from quartet.recipes import PolicyError
 from quartet.report.table import WIDTH, Report
@@ -50,13 +50,13 @@ def refused(options: Mapping[str, Any]) -> None:
         raise UsageError(str(error)) from None
 
 
-def read_report(path: Path) -> Report:
-    """A report that ``quartet explain --json`` wrote."""
+def report_of(data: Any, path: Path) -> Report:
+    """A report from what ``quartet explain --json`` wrote to a file."""
     try:
-        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        return Report.from_dict(data)
+    except (ValueError, TypeError, KeyError) as error:
         said = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise UsageError(f"{path} is no report of `quartet explain --json`: {said}") from None
+        raise UsageError(f"{path} is no {REPORT}: {said}") from None
 
 
 def read_tensors(path: Path) -> Any:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quartet.nearest import did_you_mean
 from quartet.runtime import gpus
 
 STDOUT = Path("-")
+REPORT = "report of `quartet explain --json`"
+DENIED = "you may not write there"
+DRAWINGS = ("png", "svg", "pdf", "jpg")
 RECIPES = ("quartet", "quartet-paper", "bf16", "fp8", "fp8-rowwise", "fp8-block", "fp8-delayed", "fp8-trillion",
            "mxfp8", "nvfp4", "quartet2", "tetrajet", "tetrajet-ema", "fp4-dge", "halo-fp8-0", "halo-fp8-1",
            "halo-fp8-2", "halo-int8-0", "halo-int8-1", "halo-int8-2", "int8", "int8-all", "bitnet", "e4m3/16",
@@ -48,17 +55,22 @@ def check_example(target: str) -> None:
         raise UsageError(f"{target!r} is not MODULE:FACTORY; for example 'my_model:make'")
 
 
-def check_output(path: Path | None) -> None:
-    """Refuse a file that cannot be written; ``-`` is the standard output."""
-    if path is None or path == STDOUT:
+def check_output(path: Path | None, stdout: bool = False) -> None:
+    """Refuse a file that cannot be written; ``-`` is the standard output where that may be."""
+    if path is None:
+        return
+    if path == STDOUT:
+        if not stdout:
+            raise UsageError("only --json can write to the standard output; name a file")
         return
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"cannot write {path}: the folder {folder} does not exist; make it first")
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UsageError(f"cannot write {path}: you may not write there; name a file in a folder of yours")
+    reason = _unwritable(folder) if not path.exists() else None if os.access(path, os.W_OK) else DENIED
+    if reason is not None:
+        raise UsageError(f"cannot write {path}: {reason}; name a file in a folder of yours")
 
 
 def check_folder(path: str | None) -> None:
@@ -70,8 +82,31 @@ def check_folder(path: str | None) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise UsageError(f"cannot write to {path}: {folder} is a file")
+    reason = _unwritable(folder)
+    if reason is not None:
+        raise UsageError(f"cannot write to {path}: {folder}: {reason}; name a folder of yours")
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why no file can be made in a folder, for root too; None if one can."""
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"cannot write to {path}: you may not write to {folder}; name a folder of yours")
+        return DENIED
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a drawing that matplotlib is not here for, or in a format that it does not write."""
+    check_output(path)
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: run `pip install matplotlib`")
+    if path.suffix[1:].lower() not in DRAWINGS:
+        raise UsageError(f"cannot draw {path}: its name has to end in one of .{', .'.join(DRAWINGS)}")
 
 
 def check_input(path: Path) -> None:
@@ -79,6 +114,18 @@ def check_input(path: Path) -> None:
     if not os.access(path, os.R_OK) or path.is_dir():
         raise UsageError(f"cannot read {path}: "
                          f"{'it is no file, or you may not' if path.exists() else 'there is no such file'}")
+
+
+def read_json(path: Path, kind: str, key: str) -> Any:
+    """An object of a JSON file, which has to have ``key``; ``kind`` says in words what such a file is."""
+    check_input(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is no {kind}: {error}") from None
+    if not isinstance(found, dict) or key not in found:
+        raise UsageError(f"{path} is no {kind}: it has no {key!r}")
+    return found
 
 
 def check_positive(option: str, value: float | None) -> None:

@@ -89,10 +89,11 @@ def _harmless(method: Callable[Concatenate[GraphDump, P], None]) -> Callable[Con
             method(self, *args, **kwargs)
         except Exception as error:
             log.debug("dump failed", exc_info=True)
-            if not self.failed:
-                warnings.warn(f"quartet could not dump a graph to {self.directory}: {type(error).__name__}: {error}; "
-                              "compilation goes on", stacklevel=2)
-            self.failed = True
+            said = f"{type(error).__name__}: {error}"
+            if not self.failure:
+                warnings.warn(f"quartet could not dump a graph to {self.directory}: {said}; compilation goes on",
+                              stacklevel=2)
+            self.failure = self.failure or said
 
     return guarded
 
@@ -114,7 +115,7 @@ class GraphDump(Observer):
         saved.backward.py        and what is kept between them
         saved.txt, saved.json
 
-    A failure to write never stops a compilation: it warns once, and ``failed`` is True.
+    A failure to write never stops a compilation: it warns once, and ``failure`` says what it was.
 
     Args:
         directory: where to write, made when missing; None writes nothing, for ``emit_artifact`` alone.
@@ -129,7 +130,7 @@ class GraphDump(Observer):
         self.directory = None if directory is None else Path(directory)
         self.about, self.names = dict(about or {}), names
         self.emit_artifact = emit_artifact
-        self.failed = False
+        self.failure = ""
         self._graph: _Graph | None = None
         self._unwritten = 0
 

@@ -79,4 +79,4 @@ def test_a_dump_does_not_follow_another_users_link(planted, tmp_path):
     (dump.folder / "00_a.py").symlink_to(file)
     with pytest.warns(UserWarning, match="could not dump.*PermissionError.*belongs to user"):
         dump.after(0, "a", torch.fx.symbolic_trace(torch.nn.ReLU()), 0.0)
-    assert dump.failed and file.read_text() == "precious"
+    assert dump.failure and file.read_text() == "precious"

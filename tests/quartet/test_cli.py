@@ -71,7 +71,8 @@ def explained(monkeypatch):
 
     def explain(model, *args, options=None, **kwargs):
         calls.append((model(*args, **kwargs), options))
-        return Report([MatmulRecord(0, "lm_head", "lm_head", "fprop", 1, 2, 3, "float32", reason="skipped")])
+        return Report([MatmulRecord(0, "lm_head", "lm_head", "fprop", 1, 2, 3, "float32", reason="skipped")],
+                      graphs=options.get("dump"))
 
     monkeypatch.setattr(sys.modules["quartet.explain"], "explain", explain)
     return calls
@@ -191,10 +192,41 @@ def test_a_full_disk_costs_the_page_and_not_the_table(example, explained, capsys
     assert "lm_head" in said.out and said.err == "quartet: cannot write a.html: No space left on device\n"
 
 
-def test_an_import_error_inside_the_module_is_not_a_usage_error(example):
-    (example / "an_example_broken.py").write_text("import a_package_that_is_not_there\n")
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        main(["explain", "an_example_broken:make"])
+@pytest.mark.parametrize("code, frame, error, sentence", [
+    ("import a_package_that_is_not_there\n", "line 1, in <module>", "No module named 'a_package_that_is_not_there'",
+     "importing 'an_example_broken' raised ModuleNotFoundError"),
+    ("def make(:\n", "line 1", "SyntaxError", "importing 'an_example_broken' raised SyntaxError"),
+    ("def make():\n    return inner()\ndef inner():\n    raise ValueError('no such size')\n",
+     "line 4, in inner", "ValueError: no such size", "an_example_broken:make raised ValueError"),
+    ("import torch\nclass Wrong(torch.nn.Module):\n    def forward(self, x):\n        return x @ x\n"
+     "def make():\n    return Wrong(), (torch.ones(2, 3),)\n", "line 4, in forward", "RuntimeError: mat1 and mat2",
+     "the model of an_example_broken:make, run by itself with these inputs, raised RuntimeError"),
+], ids=["import", "syntax", "factory", "model"])
+def test_what_the_users_code_raises_is_shown_with_their_frames_alone(example, explained, capsys, code, frame, error,
+                                                                     sentence):
+    (example / "an_example_broken.py").write_text(code)
+    sys.modules.pop("an_example_broken", None)
+    assert main(["explain", "an_example_broken:make"]) == 1
+    said = capsys.readouterr().err
+    assert "an_example_broken.py" in said and frame in said and error in said
+    assert said.endswith(f"quartet: {sentence}\n") and os.path.join("quartet", "") not in said
+
+
+def test_a_dump_that_cannot_be_written_is_refused_before_the_work_or_ends_in_status_2(example, capsys, monkeypatch):
+    (example / "an_example_model.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(64, 64), (torch.ones(64, 64),)\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(usage.tempfile, "TemporaryFile", lambda dir: os.open(f"{dir}/none/such", os.O_RDONLY))
+        assert "graphs: " in fails(capsys, "explain", "an_example_model:make", "--dump", "graphs")
+    assert "an_example_model" not in sys.modules
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("quartet.report.dump.write_text", full)
+    with pytest.warns(UserWarning, match="could not dump"):
+        assert main(["explain", "an_example_model:make", "--dump", "graphs"]) == 2
+    assert "note      the dump in graphs is not whole: OSError: [Errno 28] No space left" in capsys.readouterr().out
 
 
 def test_doctor_shows_versions_compilers_and_kernels(monkeypatch, capsys):
@@ -297,9 +329,14 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys, argv, status):
     (["build", "--arch", "b201"], 2), (["tune", "1,2"], 2), (["calibrate", "--seconds", "0"], 2), (["cache", "lst"], 2),
     (["bench", "a:b", "--lr", "-1"], 2), (["bench", "a:b", "--lr", "nan"], 2), (["suggest", "a:b", "--error", "-1"], 2),
     (["suggest", "a:b", "--time", "0"], 2), (["replay", "no_dump"], 2),
+    (["explain", "no_such_module:make"], 2), (["explain", "a_module:mak"], 2), (["explain", "a:b", "--html", "-"], 2),
+    (["bench", "a:b", "--plot", "a.txt"], 2), (["diff", "a_file", "a_file"], 2),
+    (["recipes", "fp8", "--markdown"], 2), (["recipes", "--markdown", "--json", "-"], 2),
+    (["cache", "clear", "--json", "-"], 2),
 ])
 def test_what_is_typed_is_answered_before_pytorch_is_imported(tmp_path, argv, status):
     (tmp_path / "a_file").touch()
+    (tmp_path / "a_module.py").write_text("def make(): pass\n")
     program = ("import sys\nfrom quartet.cli.main import main\ntry:\n    status = main(sys.argv[1:])\n"
                "except SystemExit as end:\n    status = end.code\nassert 'torch' not in sys.modules\nsys.exit(status)")
     done = subprocess.run([sys.executable, "-c", program, *argv], cwd=tmp_path, capture_output=True, text=True)

@@ -344,7 +344,7 @@ def test_failure_warns_once_and_goes_on(tmp_path):
     with pytest.warns(UserWarning, match="could not dump a graph to .*file.*compilation goes on") as caught:
         observe(dump, gm)
         dump.finish([RECORD], gm)
-    assert len(caught) == 1 and dump.failed
+    assert len(caught) == 1 and dump.failure
 
 
 def test_artifacts_are_emitted_even_without_a_folder():

@@ -38,7 +38,7 @@ def test_every_product_is_on_the_tensor_cores(target, recipe, without):
 def test_auto_says_that_nothing_could_be_weighed_on_a_cpu():
     module, x = model()
     report = quartet.explain(module, x, target="cpu", options={"policy": "auto"})
-    assert report.notes == ("no measured rates for cpu: everything is quantised, whether it pays or not",)
+    assert report.notes == ("no measured rates for cpu: whether it pays is not asked",)
     assert report.notes[0] in str(report) and report.to_dict()["notes"] == list(report.notes)
     assert not report.left_alone
 
@@ -68,4 +68,4 @@ def test_no_note_where_the_user_chose(target, policy):
 def test_the_device_of_the_model_is_weighed_too():
     module, x = model()
     assert quartet.explain(module, x, options={"policy": "auto"}).notes == (
-        "no measured rates for cpu: everything is quantised, whether it pays or not",)
+        "no measured rates for cpu: whether it pays is not asked",)
