@@ -135,9 +135,10 @@ def hand_over(node: Node, to: Sequence[Node]) -> None:
         item.replace_all_uses_with(to[index_of(item)])
 
 
-def outputs(graph: Graph) -> Any:
-    """What a graph returns."""
-    return graph.output_node().args[0]
+def outputs(graph: Graph) -> Sequence[Any]:
+    """What a graph returns; one inside of a higher-order operator (a mask of FlexAttention) may return a node."""
+    returned: Any = graph.output_node().args[0]
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
 
 
 def fake_mode(graph: Graph) -> Any:

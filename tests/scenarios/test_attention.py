@@ -8,6 +8,7 @@ from harness import ALL, assert_close, compile_eager, cosine, step
 from models import data
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
 from quartet import Policy, explain, recipes, state_dict
@@ -250,3 +251,29 @@ def test_opening_changes_no_setting_of_pytorch_and_is_part_of_the_key():
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
     options = [Options.parse(None, {"policy": "fp8", "open_attention": opened}) for opened in (False, True)]
     assert len({make_pipeline(gm, [], each).config.key() for each in options}) == 2
+
+
+class Flex(nn.Module):
+    """FlexAttention, whose mask and score are graphs inside of its operator that return one node each."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 32).permute(2, 0, 3, 1, 4)
+        y = flex.flex_attention(q, k, v, block_mask=mask, score_mod=lambda score, b, h, i, j: score + 0.01 * (i - j))
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_graphs_inside_of_flex_attention_are_left_alone(monkeypatch, trains):
+    monkeypatch.setattr(flex, "_validate_device", lambda *operands: None)  # it refuses to train on a CPU
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, 128, 128, device="cpu")
+    with torch.set_grad_enabled(trains):
+        report = explain(Flex(), torch.randn(2, 128, 64), mask, options={"policy": "fp8"}, target="sm_90")
+    rows = {(row.fqn, row.role) for row in report.records if row.lowered}
+    roles = ("fprop", "dgrad", "wgrad") if trains else ("fprop",)
+    assert rows == {(name, role) for name in ("qkv", "o") for role in roles} - {("qkv", "dgrad")}
+    inside = [row for row in report.records if row.op_class in ATTENTION]
+    assert len(inside) == (6 if trains else 2) and all("flex_attention" in row.reason for row in inside)
