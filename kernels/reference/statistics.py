@@ -88,9 +88,10 @@ def operand_statistics(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, s
     x = x.to(torch.float32)
     cols = x.shape[1]
     q, largest = made.values()[:, :cols], made.largest()
+    beyond = x.abs() > largest[:, :cols] * _ROUNDED
     return torch.cat((tensor_statistics(x), torch.stack((
-        _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(x.abs() > largest[:, :cols] * _ROUNDED),
-        relative_error(q, x), _unfolded(made.codes, made.scales, spec))), _histogram(made.steps(largest))))
+        _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(beyond), relative_error(q, x),
+        _unfolded(made.codes, made.scales, spec))), _histogram(made.steps(largest))))
 
 
 def tensor_statistics(x: Tensor) -> Tensor:

@@ -36,20 +36,21 @@ class Call:
             self.token = torch.tensor([number])
         self.recorder, self.rename = recorder, rename
         self.step, self.kept = -1, dict[str, tuple[Tensor, ...]]()
+        self._at: tuple[bool, int] | None = None
         self._recorded: set[str] | None = None  # what of this step is recorded; None: nothing is to be
         self._forwards = 0
         _CALLS[number] = self
 
     def begin(self) -> None:
         """A forward begins."""
-        step = self.recorder.now(self._forwards)
+        at = self.recorder.now(self._forwards)
         self._forwards += 1
-        if step == self.step:
+        self.recorder.begin(at)
+        if at == self._at:
             return
-        self.recorder.raise_if_not_finite()
-        self.step = self.recorder.step = step
+        self._at, self.step = at, at[1]
         self.kept.clear()
-        self._recorded = set() if step % self.recorder.every == 0 else None
+        self._recorded = set() if self.step % self.recorder.every == 0 else None
         if self._recorded is not None:
             self.recorder.copy_to_host()  # what an earlier step has recorded
 

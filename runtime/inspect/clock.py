@@ -19,7 +19,7 @@ class Clock:
     def __init__(self) -> None:
         self._stepped = self._watching = False
         self._steps = 0
-        self._before_step: list[Callable[[], None]] = []
+        self._before_step: list[Callable[[torch.optim.Optimizer], None]] = []
 
     def watch(self) -> None:
         """Learn of optimizer steps from now on."""
@@ -28,8 +28,8 @@ class Clock:
             register_optimizer_step_pre_hook(self._before)
             register_optimizer_step_post_hook(self._after)
 
-    def before_each_step(self, call: Callable[[], None]) -> None:
-        """``call()`` before an optimizer changes weights; not before a compiled step, which nothing may interrupt."""
+    def before_each_step(self, call: Callable[[torch.optim.Optimizer], None]) -> None:
+        """``call(optimizer)`` before it changes weights; not before a compiled step, which nothing may interrupt."""
         self._before_step.append(call)
 
     def now(self) -> int:
@@ -42,7 +42,7 @@ class Clock:
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
             for call in list(self._before_step):
-                call()
+                call(optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True  # dynamo repeats this after each run of a compiled step

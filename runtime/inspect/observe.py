@@ -25,7 +25,7 @@ def check_finite(token: Tensor, tensors: list[Tensor], layer: str, role: str, na
     call = call_of(token)
     if call is not None:
         finite = torch.stack([torch.isfinite(_largest(tensor)) for tensor in tensors])
-        call.recorder.flag(Flags(call.step, f"{role} of {call.rename(layer)}", tuple(names.split("|")), finite))
+        call.recorder.flag(Flags(call.step, role, call.rename(layer), tuple(names.split("|")), finite))
 
 
 def _largest(x: Tensor) -> Tensor:
