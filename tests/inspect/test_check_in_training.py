@@ -85,7 +85,7 @@ class Scaler(torch.amp.GradScaler):
         self.skipped = 0
 
     def train(self, compiled, model, batches, factors):
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
         for x, factor in zip(batches, factors, strict=True):
             optimizer.zero_grad()
             scale = self.get_scale()
