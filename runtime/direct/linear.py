@@ -43,6 +43,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 def int_product(a: Tensor, b: Tensor) -> Tensor:
     """int32 ``a · bᵀ`` of int8 ``[m, k]`` and ``[n, k]``, padded where the GPU's GEMM asks for it."""
     (m, k), n = a.shape, b.shape[0]
+    if k == 1:  # of which a CPU's _int_mm reads the second factor wrongly (torch 2.11 and 2.13)
+        return a.to(torch.int32) * b.to(torch.int32).t()
     if a.device.type == "cuda":
         rows, inner, cols = max(0, 32 - m), -k % 8, -n % 8
         a = torch.nn.functional.pad(a, (0, inner, 0, rows)) if rows or inner else a
