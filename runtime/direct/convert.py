@@ -116,10 +116,8 @@ def weight_bytes(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def broadcast(model: nn.Module, source: int = 0, group: Any = None) -> nn.Module:
-    """Give all ranks the parameters and buffers of rank ``source``: what DDP's own first broadcast cannot do for codes.
-
-        model = DistributedDataParallel(direct.broadcast(model), init_sync=False)
-    """
+    """Give all ranks the parameters and buffers of rank ``source``, codes and scales included, as
+    ``DistributedDataParallel`` does by itself; the model is returned."""
     parts = [*components(list(model.parameters())),
              *(p.data for p in model.parameters() if not isinstance(p, LowBitWeight)), *model.buffers()]
     for part in parts:

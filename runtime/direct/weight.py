@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quartet.kernels.reference.optim import lowbit
 from quartet.kernels.reference.optim.lowbit import Grid
+from quartet.runtime.direct.flat import Flat
 from quartet.runtime.direct.linear import linear
 from quartet.runtime.optim.layout import local
 
@@ -27,6 +28,8 @@ class LowBitWeight(Tensor):
         bits: name of the grid. cols: ``in``. dtype: what the matrix says its dtype is, which is that of its gradient
             and follows ``model.bfloat16()``; the codes and scales do not.
         paper: ``code / scale`` instead of ``code · scale``. activations: ``"int8"`` or None, see :mod:`.linear`.
+
+    ``padded_rows``: how many its memory has from its first on, if it was made of zeros, as FSDP2 pads shards; else 0.
     """
 
     @staticmethod
@@ -39,6 +42,7 @@ class LowBitWeight(Tensor):
                  activations: str | None = "int8", requires_grad: bool = False) -> None:
         self.codes, self.scale = codes, scale
         self.bits, self.cols, self.paper, self.activations = bits, cols, paper, activations
+        self.padded_rows = 0
 
     @classmethod
     def of(cls, weight: Tensor, bits: str | int, paper: bool = False,
@@ -78,9 +82,26 @@ class LowBitWeight(Tensor):
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scale.nbytes
 
-    def with_(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> LowBitWeight:
+    def with_(self, codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None,
+              padded_rows: int = 0) -> LowBitWeight:
         """Another weight of the same kind."""
-        return LowBitWeight(codes, scale, self.bits, self.cols, dtype or self.dtype, self.paper, self.activations)
+        made = LowBitWeight(codes, scale, self.bits, self.cols, dtype or self.dtype, self.paper, self.activations)
+        made.padded_rows = padded_rows
+        return made
+
+    def padded(self) -> LowBitWeight:
+        """The weight with the rows that pad it, of which all ranks have as many."""
+        if self.padded_rows <= self.shape[0]:
+            return self
+        codes = self.codes.as_strided((self.padded_rows, self.codes.shape[1]), self.codes.stride())
+        return self.with_(codes, self.scale if self.paper else self.scale.as_strided((self.padded_rows,), (1,)))
+
+    def first(self, rows: int) -> LowBitWeight:
+        """A view of the first rows."""
+        codes, scale = self.codes, self.scale
+        if rows < self.shape[0]:
+            codes, scale = codes[:rows], scale if self.paper else scale[:rows]
+        return self.with_(codes, scale, padded_rows=self.padded_rows)
 
     def kind(self) -> tuple[Any, ...]:
         """What two weights must share for one to be copied into the other."""
@@ -136,11 +157,10 @@ class LowBitWeight(Tensor):
             cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _RULES:
-            if func is aten.cat.default or func.namespace == "c10d":
+            if func.namespace == "c10d":
                 raise NotImplementedError(
-                    f"{func} does not take low-bit weights. If DistributedDataParallel called it: "
-                    "DistributedDataParallel(quartet.direct.broadcast(model), init_sync=False). To join "
-                    "matrices: those of weight.dequantize()")
+                    f"{func} does not take low-bit weights: what they are is in weight.codes and weight.scale. "
+                    "DistributedDataParallel(model) and quartet.direct.broadcast(model) send both")
             if getattr(func, "_schema", None) is not None and func._schema.is_mutable:
                 raise NotImplementedError(
                     f"{func} writes to a low-bit weight, which has no high-precision copy to write to. If an optimizer "
@@ -152,25 +172,28 @@ class LowBitWeight(Tensor):
 
     # ---- FSDP2 ---------------------------------------------------------------------------------------------------
 
-    def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any = None, outer_stride: Any = None, module: Any = None,
-                            mp_policy: Any = None) -> tuple[tuple[Tensor, ...], Any]:
-        """Codes and scales are what travels: FSDP gathers them, not numbers."""
-        rows, ranks = int(outer_size[0]), mesh.size()
-        if rows % ranks:
-            raise ValueError(f"a low-bit weight of {rows} rows cannot be sharded over {ranks} ranks; use a multiple of "
-                             f"{ranks} rows, for example {rows + -rows % ranks}, or leave the layer out by skip=")
-        return (self.codes, self.scale), self.scale
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """Codes and scales are what travels: FSDP gathers them, not numbers.
+
+        Where rows do not divide by the ranks, FSDP takes tensors of any shape from an extension that asks for the mesh
+        alone. From one that asks for sizes too it takes those of the padded shard's, which codes do not have
+        (``FSDPParam.all_gather_inputs``).
+        """
+        padded = self.padded()
+        return (padded.codes, padded.scale), self.scale
 
     def fsdp_post_all_gather(self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *,
                              out: Tensor | None = None) -> Any:
-        """The gathered weight. A group of one rank gathers nothing: FSDP passes on the first tensor, the codes, alone,
-        and the scales are those of the shard, which is the whole (``metadata``)."""
+        """The gathered weight, of whose rows FSDP takes as many as there are (:func:`_first_rows`).
+
+        A group of one rank gathers nothing: FSDP passes on the first tensor, the codes, alone, and the scales are those
+        of the shard, which is the whole (``metadata``)."""
         codes, *gathered = outputs
         scale = gathered[0] if gathered else metadata.clone()
         scale = scale.amax(0, keepdim=True) if self.paper else scale  # of equal ones, or a NaN of some rank
         if out is None:
             return self.with_(codes, scale, param_dtype), outputs
-        if not gathered:
+        if not gathered or self.paper:
             whole: Any = local(out)
             whole.scale = scale
         return None
@@ -218,7 +241,8 @@ def _implements(*ops: Any) -> Callable[[Rule], Rule]:
 def _same(func: Any, args: Any, kwargs: Any) -> Any:
     w = args[0]
     own = {k: v for k, v in kwargs.items() if k != "memory_format"}
-    return w.with_(func(w.codes, **own), func(w.scale, **own))
+    return w.with_(func(w.codes, **own), func(w.scale, **own),
+                   padded_rows=0 if func is aten.clone.default else w.padded_rows)
 
 
 @_implements(aten._to_copy.default)
@@ -229,7 +253,9 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
         raise TypeError(f"a low-bit weight says to be of a floating-point dtype, not {dtype}; weight.unpacked() has "
                         "its codes as int8")
     move = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking") and v is not None}
-    return w.with_(w.codes.to(copy=True, **move), w.scale.to(copy=True, **move), dtype)
+    padded = w.padded()
+    moved = w.with_(padded.codes.to(copy=True, **move), padded.scale.to(copy=True, **move), dtype, w.padded_rows)
+    return moved.first(w.shape[0])
 
 
 @_implements(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
@@ -267,7 +293,7 @@ def mismatch(target: LowBitWeight, source: Tensor) -> str | None:
     if not isinstance(source, LowBitWeight):
         return (f"a plain {source.dtype} tensor {list(source.shape)} cannot become a low-bit weight of "
                 f"{target.described()}: load numbers before quartet.direct.convert, or convert them first by "
-                "LowBitWeight.of; under DDP call quartet.direct.broadcast(model) and pass init_sync=False")
+                "LowBitWeight.of")
     if target.kind() != source.kind():
         return (f"a low-bit weight of {source.described()} cannot be copied into one of {target.described()}; "
                 "convert the model with the same bits=, paper= and activations=, or fill it by "
@@ -295,6 +321,9 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     w = args[0]
     _rows_only(func, args[1] if len(args) > 1 else 0)
+    rows = range(w.shape[0])[slice(*args[2:])]
+    if (rows.start, rows.step) == (0, 1):
+        return w.first(len(rows))
     return w.with_(func(w.codes, *args[1:]), _scales(w, lambda s: func(s, *args[1:])))
 
 
@@ -310,16 +339,27 @@ def _new(func: Any, args: Any, kwargs: Any) -> Any:
     if len(size) != 2 or size[1] != w.cols:
         return func(w.codes, size, dtype=kwargs.get("dtype") or w.dtype, **own)
     codes = func(w.codes, (size[0], w.codes.shape[1]), **own)
-    return w.with_(codes, func(w.scale, (1 if w.paper else size[0],), **own), kwargs.get("dtype"))
+    return w.with_(codes, func(w.scale, (1 if w.paper else size[0],), **own), kwargs.get("dtype"), padded_rows=size[0])
 
 
-@_implements(aten.view.default, aten._unsafe_view.default, aten.as_strided.default)
-def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """FSDP2 asks for a flat view and for a strided one of the same matrix: both are the weight itself."""
+@_implements(aten.view.default, aten._unsafe_view.default)
+def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """The matrix itself, or what DistributedDataParallel and FSDP2 make of it before they send it."""
     w, size = args[0], list(args[1])
-    if size not in ([-1], [w.numel()], list(w.shape)):
+    if size in ([-1], [w.numel()]):
+        return Flat([w])
+    if size != list(w.shape):
         raise ValueError(f"a low-bit weight of shape {list(w.shape)} has no view of shape {size}")
-    return w.with_(w.codes, w.scale)
+    return w.first(w.shape[0])
+
+
+@_implements(aten.as_strided.default)
+def _first_rows(func: Any, args: Any, kwargs: Any) -> Any:
+    """FSDP2 asks for the matrix without the rows that pad it to a multiple of its ranks."""
+    w, size, stride = args[0], list(args[1]), list(args[2])
+    if len(size) != 2 or size[0] > w.shape[0] or size[1] != w.cols or stride != [w.cols, 1]:
+        raise ValueError(f"a low-bit weight of shape {list(w.shape)} has no view of shape {size}, strides {stride}")
+    return w.first(size[0])
 
 
 def components(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from quartet import direct, optim
 
+WIDTHS = {"4": 65, "8-paper": 65}  # rows that two ranks do not divide, else 64
 CASES = {
     "ternary": ("ternary", False, torch.optim.AdamW),
     "4": (4, False, torch.optim.AdamW),
@@ -24,7 +25,7 @@ STEPS = 4
 def model(case, seed=0):
     torch.manual_seed(seed)
     bits, paper, _ = CASES[case]
-    return direct.convert(Net(), bits, paper=paper)
+    return direct.convert(Net(WIDTHS.get(case, 64)), bits, paper=paper)
 
 
 def wrapped(case, net):
@@ -45,21 +46,17 @@ def ddp(rank, folder):
     found = {}
     for case in CASES:
         net = model(case, seed=rank)
-        run = DistributedDataParallel(direct.broadcast(net), init_sync=False)
+        run = DistributedDataParallel(net)
         steps(run, wrapped(case, net), rank, dist.get_world_size())
         found[case] = stored(net)
     return found
 
 
-def ddp_as_usual(rank, folder):
-    """The errors of DDP's own first broadcast: of several weights in one bucket, and of one alone."""
-    found = []
-    for net in (model("4"), direct.convert(nn.Sequential(nn.Linear(8, 8, bias=False)), 4)):
-        try:
-            DistributedDataParallel(net)
-        except NotImplementedError as error:
-            found.append(str(error))
-    return found
+def broadcast(rank, folder):
+    """What the last rank gives all, in buckets of several tensors and of one, and by the call of ours."""
+    net, alone = model("4", seed=rank), direct.convert(nn.Sequential(nn.Linear(8, 8, bias=False)), 4)
+    DistributedDataParallel(alone)
+    return stored(direct.broadcast(net, source=dist.get_world_size() - 1)), stored(alone)
 
 
 def fsdp(rank, folder):
@@ -100,7 +97,8 @@ def push(net, optimizer, seeds):
             full = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i)) * 1e-2
             if isinstance(p, DTensor):
                 part = full.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
-                full = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
+                full = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=full.shape,
+                                          stride=full.stride())
             p.grad = full
         optimizer.step()
 
@@ -140,12 +138,41 @@ def load_sharded(rank, folder):
     return load(rank, folder, sharded)
 
 
+UNEVEN = (5, 1)  # rows, of which the second of two ranks has two and none
+
+
+def layers(rows, bits, paper):
+    torch.manual_seed(rows)
+    return direct.convert(nn.Sequential(nn.Linear(8, rows), nn.Linear(rows, 4)), bits, paper=paper)
+
+
 def uneven(rank, folder):
-    """The error of rows that no number of ranks divides."""
-    net = direct.convert(nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 4)), 8)
-    fully_shard(net)
-    try:
-        net(torch.ones(2, 8))
-    except ValueError as error:
-        return str(error)
-    return ""
+    """Outputs of three steps on what all ranks see, the last of which a loaded checkpoint takes."""
+    found, x = {}, torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for rows in UNEVEN:
+        for bits, paper in (("ternary", False), (8, True)):
+            seen, into = [], None
+            for last in (False, True):
+                net = fully_shard(layers(rows, bits, paper)) if dist.get_world_size() > 1 else layers(rows, bits, paper)
+                optimizer = direct.Optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9),
+                                             generator=torch.Generator().manual_seed(0))
+                state = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+                if last:
+                    dcp.load(state, checkpoint_id=into)
+                    set_state_dict(net, optimizer, model_state_dict=state["model"],
+                                   optim_state_dict=state["optimizer"])
+                for _ in range(1 if last else 2):
+                    out = net(x)
+                    out.square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    seen.append(out.detach())
+                into = f"{folder}/{rows}-{bits}-{dist.get_world_size()}"
+                state = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+                dcp.save(state, checkpoint_id=into)
+            found[rows, bits] = torch.stack([*seen, net(x).detach()])
+    return found
+
+
+def uneven_alone(rank, folder):
+    return uneven(rank, folder)
