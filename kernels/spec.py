@@ -23,10 +23,27 @@ ROUNDINGS = ("nearest", "stochastic")
 SIGMAS = ("centred", "guarded", "rms")
 POWERS = ("floor", "nearest")
 
+# scale → rule → the scale, for a the largest magnitude under it, M and 2^e the element format's and its power of two
 RULES_OF_SCALE = {
-    "e8m0": ("floor", "ceil", "headroom", "quest", "even"),
-    "e4m3": ("amax", "four_six", "eden"),
-    "fp32": ("amax", "amax_pow2", "delayed", "absmean"),
+    "e8m0": {
+        "floor": "2^(⌊log2 a⌋ − e); what lies above M becomes M",
+        "ceil": "2^⌈log2(a/M)⌉: nothing lies above M",
+        "headroom": "4/3 · 2^(⌊log2 a⌋ − e): nothing lies above M; the product carries the 4/3",
+        "quest": "2^⌊log2 t⌋ (floor) or 2^⌊log2 t + ½⌋ (nearest), t = 0.487 σ + 10⁻⁸, σ the block's deviation about "
+                 "its mean (centred), about 0 (rms), or at least a quarter of that (guarded)",
+        "even": "2^(⌊log2 a'⌋ − 2), a' = a to the nearest of 2^k and 1.5 · 2^k; what lies above M becomes M",
+    },
+    "e4m3": {
+        "amax": "a/6 in units of t/(448 · 6), t the largest magnitude of the tensor, rounded to E4M3",
+        "four_six": "that, with 256 for 448, or the scale that maps a to 4, by the smaller squared error",
+        "eden": "that, with 256 for 448 and a mild clip, times Σx²/Σx·q of 128 elements, rounded at random",
+    },
+    "fp32": {
+        "amax": "a/M",
+        "amax_pow2": "a/M, rounded up to a power of two",
+        "delayed": "a/M, a the largest of earlier steps in place of this one's",
+        "absmean": "the mean magnitude",
+    },
 }
 _CLIPPING = ("floor", "quest", "even")  # elements may lie beyond the format's largest magnitude
 _E2M1_ONLY = ("quest", "headroom", "even")
@@ -53,11 +70,7 @@ class QuantSpec:
             NVFP4), or ``"row"`` or ``"tensor"``: all that lie in one.
         scale: scale format, one of ``SCALES``: ``"e8m0"`` of a block; ``"e4m3"`` of a block of 16, times one fp32
             number for the tensor; ``"fp32"`` of a row, a tensor or a block.
-        rule: how the scale follows from those elements, one of ``RULES_OF_SCALE[scale]``. The powers of two of ``e8m0``
-            scales: see ``quartet.kernels.reference.formats.scales.e8m0_scale``. ``amax``: the largest
-            magnitude becomes the largest that the format holds; ``amax_pow2``: with the multiplier rounded down to a
-            power of two; ``delayed``: ``amax`` of a magnitude that is given from outside; ``absmean``: the mean
-            magnitude becomes 1; ``four_six`` and ``eden``: see ``quartet.kernels.reference.formats.nvfp4``.
+        rule: how the scale follows from those elements, one of ``RULES_OF_SCALE[scale]``, which has the equations.
         rounding: ``"nearest"`` (ties to even code) or ``"stochastic"``.
         sigma: block deviation of the ``quest`` rule: ``"centred"`` (as released),
             ``"guarded"`` (centred, but at least ``mean(x²)/16``) or ``"rms"``.

@@ -46,21 +46,6 @@ SCALES = """\
 a is the largest magnitude under a scale, M that of the element format, 2^e its power of two (6 and 2^2 of e2m1, 448 and
 2^8 of e4m3, 57344 and 2^15 of e5m2). A value is code · scale.
 """
-RULES = {  # (scale, rule) → what the scale is
-    ("e8m0", "floor"): "2^(⌊log2 a⌋ − e); what lies above M becomes M",
-    ("e8m0", "ceil"): "2^⌈log2(a/M)⌉: nothing lies above M",
-    ("e8m0", "headroom"): "4/3 · 2^(⌊log2 a⌋ − e): nothing lies above M; the product carries the 4/3",
-    ("e8m0", "quest"): "2^⌊log2 t⌋ (floor) or 2^⌊log2 t + ½⌋ (nearest), t = 0.487 σ + 10⁻⁸, σ the block's deviation "
-                       "about its mean (centred), about 0 (rms), or at least a quarter of that (guarded)",
-    ("e8m0", "even"): "2^(⌊log2 a'⌋ − 2), a' = a to the nearest of 2^k and 1.5 · 2^k; what lies above M becomes M",
-    ("e4m3", "amax"): "a/6 in units of t/(448 · 6), t the largest magnitude of the tensor, rounded to E4M3",
-    ("e4m3", "four_six"): "that, with 256 for 448, or the scale that maps a to 4, by the smaller squared error",
-    ("e4m3", "eden"): "that, with 256 for 448 and a mild clip, times Σx²/Σx·q of 128 elements, rounded at random",
-    ("fp32", "amax"): "a/M",
-    ("fp32", "amax_pow2"): "a/M, rounded up to a power of two",
-    ("fp32", "delayed"): "a/M, a the largest of earlier steps in place of this one's",
-    ("fp32", "absmean"): "the mean magnitude",
-}
 CLASSES = """\
 ## Which kernels run the op classes
 
@@ -88,8 +73,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _rules() -> Iterable[tuple[str, ...]]:
-    return ((f"`{scale}`", f"`{rule}`", RULES[scale, rule])
-            for scale, rules in RULES_OF_SCALE.items() for rule in rules)
+    return ((f"`{scale}`", f"`{rule}`", meaning)
+            for scale, rules in RULES_OF_SCALE.items() for rule, meaning in rules.items())
 
 
 def _computes(recipe: Recipe) -> tuple[str, ...]:

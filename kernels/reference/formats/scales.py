@@ -59,16 +59,11 @@ def _quest_byte(blocks: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def e8m0_scale(blocks: Tensor, spec: QuantSpec) -> Tensor:
-    """Scale bytes of fp32 ``[..., block]``: uint8 ``[...]``.
+    """Scale bytes of fp32 ``[..., block]``, uint8 ``[...]``, by ``quartet.kernels.spec.RULES_OF_SCALE["e8m0"]``.
 
-    With a = max |x|, M and 2^emax the largest magnitude of the element format and its power of two:
-
-        floor, headroom   2^(⌊log2 a⌋ − emax)
-        ceil              2^⌈log2(a/M)⌉: nothing is above M
-        even              2^(⌊log2 a'⌋ − 2), a' = a to the nearest of 1, 1.5 · 2^k: a/scale in [3.5, 7). What is above 6
-                          becomes 6, as rounding to nearest would have it if E2M1 went on to 8
-        quest             2^⌊log2 t⌋, or 2^⌊log2 t + ½⌋ with power "nearest", t = 0.487 σ + 10⁻⁸: the clip of least
-                          error for a Gaussian of deviation σ
+    The 4/3 of ``headroom`` is no power of two and stays out of the byte. ``even`` puts a/scale into [3.5, 7): what is
+    above 6 becomes 6, as rounding to nearest would have it if E2M1 went on to 8. ``quest`` clips with the least error
+    for a Gaussian.
 
     An all-zero block gets byte 127 (scale 1); a block with a NaN or an infinity gets 255 (NaN).
     """
