@@ -25,7 +25,7 @@ MATMULS = frozenset(f"aten.{name}" for name in (
     "_scaled_grouped_mm_v2"))
 UNDRAWN = frozenset(f"quartet.{name}" for name in ("signs", "fixed_signs", "seed", "sign_table", "random_bits"))
 MAX_SITES = 40
-BOX, GAP, ROW, MARGIN, TOP = (148, 34), 14, 58, 24, 92
+BOX, GAP, ROW, MARGIN, TOP = (170, 34), 14, 58, 24, 92
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def _box(box: Box, x: float, y: float) -> str:
     side = "backward" if box.backward else "forward"
     style = side if box.kind == "matmul" else f"{side} {box.kind}"
     hover = escape(f"{box.op}\n{box.module}\n{box.value}\n{side}")
-    head = escape(shorten(f"{box.op} {box.value}", 24))
-    foot = escape(shorten(box.module, 26))
+    head = escape(shorten(f"{box.op} {box.value}", 26))
+    foot = escape(shorten(box.module, 28))
     radius = BOX[1] / 2 if box.kind == "op" else 5
     return (f'<g><title>{hover}</title><rect class="{style}" x="{x - BOX[0] / 2:.1f}" y="{y - BOX[1] / 2:.1f}" '
             f'width="{BOX[0]}" height="{BOX[1]}" rx="{radius}"/>'

@@ -29,5 +29,10 @@ def human_bytes(count: int | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """``"62.5 %"``; ``"–"`` for None."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+    """``"62.5 %"``; ``"–"`` for None. Only nothing is ``"0.0 %"``, and only all of it ``"100.0 %"``."""
+    if share is None:
+        return "–"
+    shown = f"{100 * share:.1f} %"
+    if shown == "0.0 %" and share > 0:
+        return "<0.1 %"
+    return ">99.9 %" if shown == "100.0 %" and share < 1 else shown

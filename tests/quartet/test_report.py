@@ -9,7 +9,7 @@ import pytest
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.report.rows import rows
 from quartet.report.table import Report
-from quartet.report.text import human_bytes, shorten
+from quartet.report.text import human_bytes, percent, shorten
 
 
 def record(fqn: str = "layers.0.q_proj", role: str = "fprop", site: int = 0, **changes) -> MatmulRecord:
@@ -235,3 +235,8 @@ def test_shorten_keeps_both_ends(width):
                                          (5 << 40, "5.0 TiB")])
 def test_human_bytes(count, text):
     assert human_bytes(count) == text
+
+
+def test_a_share_is_all_or_nothing_only_where_it_is():
+    assert [percent(share) for share in (None, 0, 1e-4, 0.625, 0.9999, 1.0)] == [
+        "–", "0.0 %", "<0.1 %", "62.5 %", ">99.9 %", "100.0 %"]
