@@ -4,6 +4,7 @@ real pages; links to files of the repository that are no pages become plain text
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 API = """# API
 
-Everything below is imported from `quartet`.
+Everything below is imported from `quartet`, or from the module that its name says, which `import quartet` gives too.
 
 {entries}
 """
@@ -23,8 +24,19 @@ Real pages of a small Llama under a mixed policy, as on an H200: [what explain s
 
 <iframe src="../gallery/graphs/graph_000/index.html" title="a dump" style="width:100%;height:80vh;border:0"></iframe>
 """
-NAMES = ("compile", "explain", "Policy", "Rule", "Recipe", "Gemm", "Operand", "Rotation", "QuantSpec", "Delayed",
-         "Saved", "recipes", "register", "register_pass", "statistics", "state_dict", "load_state_dict", "State")
+NAMES = {
+    "Compiling and seeing": ("compile", "explain", "suggest", "replay", "statistics"),
+    "Policies": ("Policy", "Rule", "recipes", "register"),
+    "Recipes": ("Recipe", "Gemm", "Operand", "Rotation", "QuantSpec", "Delayed", "Saved"),
+    "The inspector": ("inspect.Inspector", "inspect.Statistics", "inspect.Record", "inspect.Spike", "inspect.finite",
+                      "inspect.NotFinite"),
+    "State from step to step": ("state_dict", "load_state_dict", "State"),
+    "Optimizers": ("optim.AdamW", "optim.Adam", "optim.Lion", "optim.SGD", "optim.QRamping", "optim.StateFormat"),
+    "Weights that are codes": ("direct.convert", "direct.Optimizer", "direct.export", "direct.load", "direct.bitnet"),
+    "Several processes": ("distributed.pack_all_gather",),
+    "Extending": ("register_pass", "extend.Stage", "extend.register_kernel", "extend.Kernel", "extend.register_element",
+                  "extend.Element", "extend.register_op_class"),
+}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -32,13 +44,17 @@ def on_files(files: Files, config: Any) -> Files:
     made = {
         "index.md": (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "]("),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
-        "api.md": API.format(entries="\n\n".join(f"::: quartet.{name}" for name in NAMES)),
+        "api.md": API.format(entries="\n\n".join(_group(title, names) for title, names in NAMES.items())),
     }
     there = (ROOT / "docs" / "gallery" / "explain.html").exists()
     made["gallery.md"] = GALLERY if there else "# Gallery\n\n`make site` writes the pages that belong here.\n"
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def _group(title: str, names: Sequence[str]) -> str:
+    return "\n\n".join((f"## {title}", *(f"::: quartet.{name}" for name in names)))
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

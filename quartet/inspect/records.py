@@ -27,7 +27,10 @@ class Record:
         kind: ``"operand"``: of a quantised product; ``"product"``: a gradient beside that of the unquantised operands,
             in part of it; ``"what-if"``: an operand under another recipe; ``"alignment"``: of the weights of a gated
             layer; ``"loss"``.
-        layer, role, operand, recipe: what it is of, empty where that does not apply.
+        layer: what it is of; this and the next three are empty where they do not apply.
+        role: of the product.
+        operand: of the product.
+        recipe: that quantises.
         values: name → value. Shares are between 0 and 1, ``error`` is Σ(q − x)² / Σx², and 1 − cosine is small.
         scales: k → how many scales are in [2^k, 2^(k+1)), of an operand.
     """

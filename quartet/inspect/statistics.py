@@ -27,7 +27,11 @@ class Spike:
     """A value far above what it was in the steps before.
 
     Args:
-        step, name, column: where. value: what it is there. usual: the median before.
+        step: in which.
+        name: whose.
+        column: of the table.
+        value: what it is there.
+        usual: the median before.
     """
 
     step: int

@@ -46,8 +46,10 @@ class Adam(_Averaging):
     Args:
         params: parameters or groups of them, float32, bfloat16 or float16; DTensors (FSDP2, tensor parallelism) too.
         lr: a float, or a tensor, which a CUDA graph reads at each replay.
-        betas, eps, weight_decay, maximize: as in ``torch.optim``. Betas and weight decay may be tensors of one number,
-            which are read once, here.
+        betas: as in ``torch.optim``; may be tensors of one number, which are read once, here.
+        eps: as in ``torch.optim``.
+        weight_decay: as in ``torch.optim``; may be a tensor of one number, which is read once, here.
+        maximize: as in ``torch.optim``.
         decoupled_weight_decay: of :class:`Adam`: as :class:`AdamW` has it always.
         state_format: for each of ``exp_avg`` and ``exp_avg_sq``, or one for both, a
             :class:`~quartet.optim.StateFormat` or its name: ``"fp32"``, ``"bf16"``, ``"e4m3"``, ``"e5m2"``,
@@ -61,8 +63,12 @@ class Adam(_Averaging):
         min_quantized: parameters of fewer elements keep fp32 states.
         generator: draws the seed. Without one it follows from the last ``torch.manual_seed`` and the shapes of all
             parameters, and no generator is touched. Ranks that hold copies of a parameter must have the same seed.
-        amsgrad: not possible here. foreach, capturable, differentiable, fused: accepted for compatibility; the step is
-            fused and capturable always, and never differentiable.
+        amsgrad: not possible here.
+        foreach: accepted for compatibility, as the next three: the step is fused and capturable always, and never
+            differentiable.
+        capturable: see there.
+        differentiable: see there.
+        fused: see there.
     Raises:
         ValueError: an argument out of its range, ``amsgrad`` or ``differentiable``.
         TypeError: a parameter of another dtype.
@@ -139,9 +145,14 @@ class SGD(LowBitOptimizer):
     """SGD with momentum as ``torch.optim.SGD`` defines it, with the momentum in few bits: E4M3 in blocks of 256.
 
     Args:
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim``. Without momentum there is no
-            state but the step.
-        state_format: of ``momentum_buffer``. The other arguments: as :class:`Adam`.
+        params: parameters or groups of them; all arguments that are not named here are those of :class:`Adam`.
+        lr: as in ``torch.optim``.
+        momentum: as in ``torch.optim``; without it there is no state but the step.
+        dampening: as in ``torch.optim``.
+        weight_decay: as in ``torch.optim``.
+        nesterov: as in ``torch.optim``.
+        maximize: as in ``torch.optim``.
+        state_format: of ``momentum_buffer``.
     Raises:
         ValueError: an argument out of its range, or Nesterov momentum without momentum or with dampening.
     """
