@@ -20,7 +20,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quartet.nearest import did_you_mean
 from quartet.runtime.compat import TorchDispatchMode
@@ -82,7 +82,8 @@ def replay(dump: str | os.PathLike[str], inputs: Sequence[Any] | Mapping[str, An
     Args:
         dump: a module of a dump, or the folder of one graph, of which the graph after its last pass is run.
         inputs: its inputs in order, or some of them by name, parameters by theirs in the model:
-            ``{**dict(model.named_parameters()), "primals_3": x}``; the others are random. None: all random.
+            ``{**dict(model.named_parameters()), "primals_3": x}``; the others are random, and parameters that the
+            graph does not have are left out. None: all random.
 
     Raises:
         ReplayError: no graph there, one of a GPU where there is none, or inputs of another number, name, shape or
@@ -95,7 +96,9 @@ def replay(dump: str | os.PathLike[str], inputs: Sequence[Any] | Mapping[str, An
     names = list(inspect.signature(graph.forward).parameters)
     if isinstance(inputs, Mapping):
         parameters = {parameter: name for name, parameter in _NAMED.findall(path.read_text(encoding="utf-8"))}
-        inputs = {parameters.get(name, name): value for name, value in inputs.items()}
+        inputs = {parameters.get(name.replace("_orig_mod.", ""), name): value for name, value in inputs.items()}
+        inputs = {name: value for name, value in inputs.items()
+                  if name in names or not isinstance(value, nn.Parameter)}
     given = _given(names, list(module.inputs()), inputs)
     for name, value in given.items():
         if isinstance(value, Tensor) and (bad := _bad(value, name)) is not None:

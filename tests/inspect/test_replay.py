@@ -86,6 +86,12 @@ def test_parameters_have_the_names_of_the_model(dump):
     assert quartet.replay(dump, {"0.weight": weight}).bad.where == "primals_1"
 
 
+def test_parameters_of_a_compiled_model_and_of_other_graphs(dump):
+    weight = nn.Parameter(torch.full((48, 32), math.nan))
+    given = {"_orig_mod.0.weight": weight, "of_another.weight": nn.Parameter(torch.ones(3))}
+    assert quartet.replay(dump, given).bad.where == "primals_1"
+
+
 def test_infinities_that_vanish_are_no_mistake_and_those_that_become_nan_are_named(tmp_path):
     path = tmp_path / "graph.py"
     path.write_text("""import torch
