@@ -68,23 +68,23 @@ class Recorder:
         self._flags: list[Flags] = []
         self._unused: list[Flags] = []  # of gradients that nobody has used yet
         self._thrown_away: list[Flags] = []  # of those that no optimizer of this step has used
-        self._begun: int | None = None  # by the clock
-        self._optimized = False  # whether it has moved since then
-        self._at = False, 0  # that, and the step, when a forward began the last time
+        self._clock: int | None = None  # when a forward began the last time
+        self._steps = 0  # times that it has moved from one forward to the next
+        self._at = False, 0  # what :meth:`now` told then
 
     def now(self, forwards: int) -> tuple[bool, int]:
         """Whether an optimizer makes the steps, and which it is since this recorder began, of a forward that begins.
 
-        ``forwards``: how many its graph has begun before, which are the steps until an optimizer has made one; then
-        they turn out to have been micro-batches of the first.
+        Steps of several optimizers between two forwards of its own are one. ``forwards``: how many its graph has begun
+        before, which are the steps until an optimizer has made one; then they turn out to have been micro-batches of
+        the first.
         """
-        clock = CLOCK.now()
-        if self._begun is None:
-            self._begun = clock
-        if clock > self._begun and not self._optimized:
-            self._optimized = True
-            self._rows = deque((row for row in self._rows if row.step == 0), self._rows.maxlen)
-        return self._optimized, clock - self._begun if self._optimized else forwards
+        before, self._clock = self._clock, CLOCK.now()
+        if before not in (None, self._clock):
+            self._steps += 1
+            if self._steps == 1:
+                self._rows = deque((row for row in self._rows if row.step == 0), self._rows.maxlen)
+        return self._steps > 0, self._steps or forwards
 
     def put(self, row: Row) -> None:
         self._rows.append(row)
@@ -122,7 +122,7 @@ class Recorder:
         self._fresh.clear()
         for noted in (self._flags, self._unused, self._thrown_away):
             noted.clear()
-        self._begun, self._optimized = None, False
+        self._clock, self._steps = None, 0
 
     def flag(self, flags: Flags) -> None:
         """Note what is looked at before the next step of an optimizer."""
@@ -139,7 +139,7 @@ class Recorder:
         if at == self._at and len(self._flags) < _MOST_FLAGS:
             return
         self._at, self.step, self._thrown_away = at, at[1], []
-        if self._optimized:
+        if at[0]:
             self.raise_if_not_finite()
             return
         earlier, self._unused = self._unused, self._bad()

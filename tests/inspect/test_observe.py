@@ -16,6 +16,7 @@ from quartet.inspect import Inspector
 from quartet.kernels import reference
 from quartet.kernels.reference import statistics as definition
 from quartet.recipes import recipes
+from quartet.runtime.inspect.clock import CLOCK
 
 
 class Checkpointed(Gated):
@@ -109,11 +110,13 @@ def test_recomputation_is_recorded_once():
 def test_steps_are_those_of_the_optimizer_and_micro_batches_count_once():
     model, inspector = nn.Linear(32, 32), Inspector(every=2)
     compiled, backend = compile_eager(model, "fp8", inspect=inspector)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for number in range(5):
-        for _ in range(1 if number == 0 else 3):
+    optimizer, another = (torch.optim.SGD(one.parameters(), 0.1) for one in (model, nn.Linear(2, 2)))
+    for _ in range(5):
+        for _ in range(3):
             compiled(torch.randn(32, 32)).square().mean().backward()
         optimizer.step()
+        CLOCK.now()  # as where another model is inspected
+        another.step()
     found = inspector.statistics().where(layer="weight", role="wgrad", operand="e")
     assert [r.step for r in found] == [0, 2, 4] and backend.calls == 1
     inspector.every = 3
