@@ -234,7 +234,7 @@ class Policy:
         Args:
             op_class: one of ``op_classes()``.
             fqn: name of the module, or None if it is not known (then no glob matches).
-            m: tokens; int or symbolic.
+            m: tokens, int or symbolic.
             n: output features.
             k: input features.
             layer: (index, how many there are) of the layer that the module is in, or None if that is not known.
@@ -243,8 +243,7 @@ class Policy:
         if op_class not in op_classes():
             raise unknown("op class", op_class, op_classes())
         matching = [(i, rule) for i, rule in enumerate(self.rules) if rule.matches(op_class, fqn, m, n, k, layer)]
-        why = aside or {}
-        choices = {role: self._choose(role, op_class, matching, layer, why.get(role, "")) for role in ROLES}
+        choices = {role: self._choose(role, op_class, matching, layer, (aside or {}).get(role, "")) for role in ROLES}
         for role in ("dgrad", "wgrad"):
             choices[role] = choices[role].detached(choices["fprop"])
         return Resolution(**choices)
@@ -382,8 +381,7 @@ class Policy:
             raise PolicyError(f"{where}, line {line}: {error}", error.path) from None
 
     def _own_recipes(self) -> list[Recipe]:
-        used = [self.default, *(rule.recipe for rule in self.rules)]
-        return [recipe for recipe in used if isinstance(recipe, Recipe)]
+        return [used for used in (self.default, *(rule.recipe for rule in self.rules)) if isinstance(used, Recipe)]
 
     def _calls(self, full: bool) -> str:
         short = self.default.name if isinstance(self.default, Recipe) else self.default
