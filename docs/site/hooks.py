@@ -38,6 +38,11 @@ NAMES = {
                   "extend.Element", "extend.register_op_class"),
 }
 
+HOMES = {  # of functions that are called like the module that they are in
+    **{name: f"{name}.{name}" for name in ("compile", "explain", "statistics", "recipes")},
+    **{f"direct.{name}": f"runtime.direct.{name}.{name}" for name in ("convert", "export", "bitnet")},
+}
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not in ``docs``."""
@@ -46,6 +51,7 @@ def on_files(files: Files, config: Any) -> Files:
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
         "api.md": API.format(entries="\n\n".join(_group(title, names) for title, names in NAMES.items())),
     }
+    made["site.css"] = Path(__file__).with_name("site.css").read_text(encoding="utf-8")
     there = (ROOT / "docs" / "gallery" / "explain.html").exists()
     made["gallery.md"] = GALLERY if there else "# Gallery\n\n`make site` writes the pages that belong here.\n"
     for name, text in made.items():
@@ -54,7 +60,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _group(title: str, names: Sequence[str]) -> str:
-    return "\n\n".join((f"## {title}", *(f"::: quartet.{name}" for name in names)))
+    return "\n\n".join((f"## {title}", *(
+        f"::: quartet.{HOMES.get(name, name)}\n    options:\n      heading: quartet.{name}" for name in names)))
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
