@@ -84,7 +84,7 @@ def check_folder(path: str | None) -> None:
         raise UsageError(f"cannot write to {path}: {folder} is a file")
     reason = _unwritable(folder)
     if reason is not None:
-        raise UsageError(f"cannot write to {path}: {folder}: {reason}; name a folder of yours")
+        raise UsageError(f"cannot write to {path}: {reason}; name a folder of yours")
 
 
 def _unwritable(folder: Path) -> str | None:
@@ -95,7 +95,7 @@ def _unwritable(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return error.strerror or str(error)
+        return f"no file can be made in {folder} ({error.strerror or error})"
 
 
 def check_plot(path: Path | None) -> None:

@@ -217,7 +217,7 @@ def test_a_dump_that_cannot_be_written_is_refused_before_the_work_or_ends_in_sta
         "import torch\n\ndef make():\n    return torch.nn.Linear(64, 64), (torch.ones(64, 64),)\n")
     with monkeypatch.context() as patch:
         patch.setattr(usage.tempfile, "TemporaryFile", lambda dir: os.open(f"{dir}/none/such", os.O_RDONLY))
-        assert "graphs: " in fails(capsys, "explain", "an_example_model:make", "--dump", "graphs")
+        assert "no file can be made in" in fails(capsys, "explain", "an_example_model:make", "--dump", "graphs")
     assert "an_example_model" not in sys.modules
 
     def full(path, text):
