@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
-from torch.fx import Node
-
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
-from quartet.lowering.ir.graph import remaining, shape, source, val
+from quartet.lowering.ir.graph import val
 from quartet.lowering.recipe.depth import Layer
 from quartet.lowering.recipe.resolution import Choice, Resolution
 from quartet.lowering.recipe.types import ROLES
@@ -19,9 +14,9 @@ from quartet.passes.classify.others import OF_CODES
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.plan.decision import decide
 from quartet.passes.plan.profitability import leave_slower
+from quartet.passes.plan.sharing import group
 from quartet.passes.sites import Decided, Found, Planned
 from quartet.passes.state import State
-from quartet.runtime.view_ops import PASSED_ON
 
 DTYPES = registry.QUANTIZED
 
@@ -52,10 +47,10 @@ def plan(state: State) -> None:
             state.advance(_decided(state, site, resolution, layer))
     if state.config.strict:
         _refuse_what_has_no_site(state)
-    _group(state)
+    group(state)
     if state.config.where_it_pays:
         leave_slower(state)
-        _group(state)
+        group(state)
 
 
 def _decided(state: State, site: Found, resolution: Resolution, layer: Layer | None) -> Decided:
@@ -90,15 +85,6 @@ def _refuse_what_has_no_site(state: State) -> None:
                 f"n={record.n} k={record.k}, {record.dtype}) cannot be quantised: {record.reason}")
 
 
-def _group(state: State) -> None:
-    """Find the sites that quantise the same X."""
-    groups: dict[Any, int] = {}
-    for site in state.at(Planned):
-        key = (value_key(site.x[0]), site.x[1], str(site.batch), site.groups and site.groups.offs, site.recipe.fprop,
-               site.recipe.wgrad)
-        state.advance(replace(site, x_group=groups.setdefault(key, site.index)))
-
-
 def _altered(choice: Choice, role: str) -> bool:
     """Whether the policy had to change the recipe's GEMM, such as a saved operand that does not exist."""
     return choice.gemm is not None and choice.recipe is not None and choice.gemm != getattr(choice.recipe, role)
@@ -131,16 +117,3 @@ def _ungenerated(state: State, site: Found, resolution: Resolution) -> str | Non
         if reason is not None and decide(state.config, site, role, resolution.effective, ()).kernel is None:
             return reason
     return None
-
-
-def value_key(node: Node) -> Any:
-    """Equal for nodes that are the same view or cast of the same node."""
-    shown = source(node) if node.target in PASSED_ON else None
-    if shown is not None:
-        size = str(shape(node)) if _tensor(node) else ""
-        return (str(node.target), value_key(shown), str(remaining(node)), size)
-    return node
-
-
-def _tensor(node: Node) -> bool:
-    return hasattr(node.meta.get("val"), "shape")

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from quartet.lowering.ir.graph import argument, arguments, aten, is_backward, shape, source, source_of, val
 from quartet.passes.matrices import canonical
-from quartet.passes.plan.plan import value_key
+from quartet.passes.plan.sharing import value_key
 from quartet.passes.sites import Found
 from quartet.runtime.sizes import same, same_sizes
 from quartet.runtime.view_ops import CAST, COPIES, RESHAPES

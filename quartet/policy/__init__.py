@@ -1,6 +1,7 @@
 """Which matmul gets which recipe."""
 
-from quartet.policy.rules import AUTO, Policy, Rule
+from quartet.policy.policy import AUTO, Policy
+from quartet.policy.rules import Rule
 from quartet.recipes import PolicyError
 
 __all__ = ["AUTO", "Policy", "PolicyError", "Rule"]
