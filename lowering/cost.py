@@ -133,8 +133,13 @@ class Cost:
         return max(float(self.quantized), float(self.host))
 
     @property
+    def plain_step(self) -> float:
+        """The same in the model's dtype."""
+        return max(float(self.plain), float(self.plain_host))
+
+    @property
     def pays(self) -> bool:
-        return self.step < (1 - self.margin) * max(float(self.plain), float(self.plain_host))
+        return self.step < (1 - self.margin) * self.plain_step
 
     def __str__(self) -> str:
         limited = f", {_us(self.host)} of the host" if float(self.host) > float(self.quantized) else ""

@@ -61,6 +61,8 @@ class Decides(Protocol):
     def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any, layer: tuple[int, int] | None = None,
                 aside: Mapping[str, str] | None = None) -> Resolution: ...
 
+    def candidates(self) -> tuple[Decides, ...]: ...
+
     def resolve_saved(self, fqn: str | None) -> SavedChoice: ...
 
     def key(self) -> str: ...
@@ -198,6 +200,9 @@ class _Exact:
     def resolve(self, *site: Any) -> Resolution:
         choice = Choice(None, None, "evaluation stays in the model's dtype: option eval=None")
         return Resolution(choice, choice, choice)
+
+    def candidates(self) -> tuple[Decides, ...]:
+        return (self,)
 
     def resolve_saved(self, fqn: str | None) -> SavedChoice:
         return self.trained.resolve_saved(fqn)

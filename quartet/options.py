@@ -128,7 +128,7 @@ class Options:
     policy: Policy = field(default_factory=lambda: Policy.coerce(AUTO), metadata={
         "check": _policy, **keyed_by(lambda options: options.policy.key()),
         "doc": "which matmul gets which recipe; default $QUARTET_POLICY (recipe name or .toml file), else 'auto', "
-               "which is Policy(where_it_pays=True)"})
+               "the fastest of 'quartet', 'fp8' and the model's dtype for each layer"})
     dump: str | None = option(
         None, _folder, "folder for the graphs after each pass; default $QUARTET_DUMP, else None, no dump", **UNKEYED)
     strict: bool = option(

@@ -294,6 +294,12 @@ class Recipe:
                    for gemm in gemms for operand in (gemm.a, gemm.b))
 
     @property
+    def bits(self) -> int:
+        """The fewest bits that an element of any operand has; 0 where none is quantised."""
+        specs = [spec for role in self.roles for spec in getattr(self, role).specs or ()]
+        return min((spec.bits for spec in specs), default=0)
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The roles of the GEMMs that it has."""
         return tuple(role for role in ROLES if getattr(self, role) is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
 from quartet.lowering.ir.graph import val
@@ -11,9 +13,10 @@ from quartet.lowering.recipe.types import ROLES
 from quartet.passes.classify.aside import quantised_all_the_same
 from quartet.passes.classify.layers import layers_of
 from quartet.passes.classify.others import OF_CODES
+from quartet.passes.compilation import Decides
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.plan.decision import decide
-from quartet.passes.plan.profitability import leave_slower
+from quartet.passes.plan.fastest import fastest
 from quartet.passes.plan.sharing import group
 from quartet.passes.sites import Decided, Found, Planned
 from quartet.passes.state import State
@@ -31,26 +34,39 @@ class UnsupportedMatmul(ValueError):
 def plan(state: State) -> None:
     """Decide every site, and plan those that the policy quantises, with the kernel of each GEMM. Raises
     UnsupportedMatmul when strict."""
-    layers = layers_of(site.fqn for site in state.sites)
-    for site in state.sites:
+    config, found = state.config, state.sites
+    layers = layers_of(site.fqn for site in found)
+    candidates = config.policy.candidates() if config.where_it_pays else (config.policy,)
+
+    def trials() -> list[State]:
+        return [_trial(state, found, policy, layers, config.strict and policy is candidates[0])
+                for policy in candidates]
+
+    sites = fastest(trials, config) if config.where_it_pays else trials()[0].sites
+    if config.strict:
+        _refuse_what_has_no_site(state)
+    state.advance(*sites)
+    group(state)
+
+
+def _trial(state: State, found: Sequence[Found], policy: Decides, layers: Mapping[str, Layer], strict: bool) -> State:
+    """The sites of a graph as a policy decides them. Raises UnsupportedMatmul when strict."""
+    trial = State(state.gm, state.config, state.flow)
+    for site in found:
         layer = layers.get(site.fqn)
-        wanted = state.config.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer, site.aside)
+        wanted = policy.resolve(site.op_class, site.fqn, site.m, site.n, site.k, layer, site.aside)
         resolution = wanted.apart(site.masked)
         obstacle = _obstacle(site) or _ungenerated(state, site, resolution)
-        if state.config.strict and (refused := obstacle or _refused(site, wanted, resolution)) and wanted.quantizes:
+        if strict and (refused := obstacle or _refused(site, wanted, resolution)) and wanted.quantizes:
             raise UnsupportedMatmul(
                 f"strict=True, and {site.fqn or 'a matmul'} (node {site.forward.node.name}, "
                 f"m={site.m} n={site.n} k={site.k}, {site.dtype}) cannot be quantised: {refused}")
         if obstacle is not None and resolution.quantizes:
-            state.advance(Decided(**vars(site), resolution=resolution, reasons=dict.fromkeys(ROLES, obstacle)))
+            trial.advance(Decided(**vars(site), resolution=resolution, reasons=dict.fromkeys(ROLES, obstacle)))
         else:
-            state.advance(_decided(state, site, resolution, layer))
-    if state.config.strict:
-        _refuse_what_has_no_site(state)
-    group(state)
-    if state.config.where_it_pays:
-        leave_slower(state)
-        group(state)
+            trial.advance(_decided(state, site, resolution, layer))
+    group(trial)
+    return trial
 
 
 def _decided(state: State, site: Found, resolution: Resolution, layer: Layer | None) -> Decided:

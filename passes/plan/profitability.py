@@ -9,9 +9,8 @@ and the cheapest set is taken. A backward product that starts from what forward 
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -21,13 +20,13 @@ from quartet.lowering.cost import Cost, Layer, predict, simulated
 from quartet.lowering.ir.graph import source_of, val
 from quartet.lowering.rates import Host, Rates, kept, rates_of
 from quartet.lowering.recipe.types import ROLES, WEIGHED, Recipe
-from quartet.passes.classify.aside import tokens
 from quartet.passes.flow import Flow
 from quartet.passes.sites import Found, Planned
 from quartet.passes.state import State
 from quartet.runtime.sizes import hint
 from quartet.runtime.view_ops import PASSED_ON, VIEWS
 
+Count = Callable[[Found], int]  # by how many tokens a site is priced
 HELP = "`quartet calibrate` measures them, and a rule that names it quantises it"
 _MULTIPLES = ("aten.mul.", "aten.div.", "aten.clone", "aten.expand", "aten.split", "aten.unbind", "aten._to_copy",
               "aten.reshape")
@@ -35,57 +34,35 @@ _UNREAD = ("aten.add.", "aten.sub.", "aten.neg", "aten.sum", "aten.mean", "aten.
            "aten.tanh", "aten.sigmoid", "aten.exp.", "aten._softmax", "aten.amax")  # by their results
 
 
-def leave_slower(state: State) -> None:
-    """Take out of the plan what would not pay; note the prediction at what does.
+def leave_slower(state: State, count: Count) -> dict[int, Cost]:
+    """Take out of the plan what would not pay for so many tokens, and say so; index of a site → what it is predicted to
+    cost, of those that have a price, quantised in the end or not.
 
     What leaves no longer shares the cost of an X with what stays, so this is repeated until nothing leaves.
     """
     costs: dict[int, Cost] = {}
-    before = state.at(Planned)
-    while _once(state, costs):
+    while _once(state, costs, count):
         pass
     for site in state.at(Planned):
         if site.index in costs:
-            note = f"predicted {costs[site.index]}, {_basis(site, state)}"
+            note = f"predicted {costs[site.index]}, {_basis(site, state, count)}"
             state.advance(site.at_price(costs[site.index]).note(note))
-    _warn_changed(state, before)
+    return costs
 
 
-def _warn_changed(state: State, before: Iterable[Planned]) -> None:
-    """Say which layers were quantised otherwise in graphs that evaluated the model before it was trained."""
-    groups = _groups(state)
-    changed = []
-    for site in before:
-        rates = _rates(state, site)
-        guess = state.config.guessed.get(site.fqn)
-        if guess is None or rates is None or not _is_weighed(site):
-            continue
-        layer = replace(_layer(state, site, groups.get(site.x_group, [site])), m=guess)
-        then, _ = _cheapest(site.recipe, layer, rates)
-        now = state.site(site.index)
-        if then != (frozenset(now.recipe.roles) if isinstance(now, Planned) else frozenset()):
-            changed.append(site.fqn)
-    if changed:
-        warnings.warn(
-            f"quartet: {len(changed)} layers are decided otherwise for training than in the graphs that evaluated the "
-            f"model before ({', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}): those were priced for other "
-            "numbers of tokens and stay as they are until they are compiled again; torch.compiler.reset() does, or "
-            "train before you evaluate", stacklevel=2)
-
-
-def _once(state: State, costs: dict[int, Cost]) -> bool:
-    """One round; fills in the costs of what stays. Whether anything has left."""
+def _once(state: State, costs: dict[int, Cost], count: Count) -> bool:
+    """One round; fills in the costs. Whether anything has left."""
     groups = _groups(state)
     left = False
     for site in state.at(Planned):
-        if not _is_weighed(site):
+        if not is_weighed(site):
             continue
         rates = _rates(state, site)
         if rates is None:
             reasons = _unknown(site, state)
         else:
-            layer = _layer(state, site, groups[site.x_group])
-            reasons = _slower(site, layer, rates, costs, _basis(site, state))
+            layer = _layer(state, site, groups[site.x_group], count(site))
+            reasons = _slower(site, layer, rates, costs, _basis(site, state, count))
         if reasons:
             state.advance(site.without(reasons))
             left = True
@@ -110,18 +87,21 @@ def _unknown(site: Planned, state: State) -> dict[str, str]:
     return {}
 
 
-def _is_weighed(site: Planned) -> bool:
+def is_weighed(site: Planned) -> bool:
     """Whether the policy's default decides about all of a site's products."""
     return all(site.resolution.choice(role).rule is None for role in ROLES)
 
 
 def _slower(site: Planned, layer: Layer, rates: Rates, costs: dict[int, Cost], basis: str) -> dict[str, str]:
-    """Role → why it is not in the set of products that is predicted to be the fastest; fills in the cost of that."""
+    """Role → why it is not in the set of products that is predicted to be the fastest; fills in the cost of that, or
+    of what would be slower."""
     parts = units(site.recipe, ROLES)
     best, prices = _cheapest(site.recipe, layer, rates)
     whole = frozenset[str]().union(*parts)
     if not best:
         shown = prices.get(whole, min(prices.values(), key=lambda cost: float(cost.quantized), default=None))
+        if shown is not None:
+            costs[site.index] = shown
         return dict.fromkeys(ROLES, _unmeasured(layer, site.recipe, rates, whole) if shown is None else
                              f"would not pay: predicted {shown}, {basis}")
     costs[site.index] = prices[best]
@@ -166,11 +146,11 @@ def _unmeasured(layer: Layer, recipe: Recipe, rates: Rates, roles: Iterable[str]
     return f"no measured rates for kernel {names}: name it in a rule" if names else ""
 
 
-def _basis(site: Found, state: State) -> str:
+def _basis(site: Found, state: State, count: Count) -> str:
     """What a price is of, also for how many tokens where that is not what the graph has, and by whose rates."""
-    count, rates = tokens(site, state.config), _rates(state, site)
-    same = isinstance(site.m, int) and site.m == count
-    return f"forward and backward{'' if same else f' of {count} tokens'}, by {'' if rates is None else rates.source}"
+    tokens, rates = count(site), _rates(state, site)
+    same = isinstance(site.m, int) and site.m == tokens
+    return f"forward and backward{'' if same else f' of {tokens} tokens'}, by {'' if rates is None else rates.source}"
 
 
 def _groups(state: State) -> Mapping[int, list[Planned]]:
@@ -181,7 +161,7 @@ def _groups(state: State) -> Mapping[int, list[Planned]]:
     return groups
 
 
-def _layer(state: State, site: Planned, group: Sequence[Planned]) -> Layer:
+def _layer(state: State, site: Planned, group: Sequence[Planned], tokens: int) -> Layer:
     """The layer of a site, of a ``group`` that quantises one X, with the three products that it has in training.
 
     Whether backward runs the product of forward again is the recipe's to say, or the option's. The default budget
@@ -194,7 +174,7 @@ def _layer(state: State, site: Planned, group: Sequence[Planned]) -> Layer:
     summed = "sum_first" not in config.disable_passes and are_summed(group, state.flow)
     kernels = {role: decision.kernel for role, decision in site.decisions.items()}
     groups = 0 if site.groups is None else hint(site.groups.count)
-    return Layer(kernels, tokens(site, config), hint(site.n), hint(site.k), len(group), recompute, groups,
+    return Layer(kernels, tokens, hint(site.n), hint(site.k), len(group), recompute, groups,
                  1 if site.batch is None else hint(site.batch), summed)
 
 

@@ -28,8 +28,8 @@ from quartet.policy.unmatched import Site, Unmatched, explain_unmatched
 from quartet.recipes import PolicyError, did_you_mean, recipes, reference, resolve, unknown
 
 _RULE_KEYS = ("pattern", "op", "recipe", "role", "shape", "layers")
-_POLICY_KEYS = ("default", "where_it_pays", "rule", "recipe")
-AUTO = "auto"  # stands for Policy(where_it_pays=True)
+_POLICY_KEYS = ("default", "where_it_pays", "alternatives", "rule", "recipe")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,14 +42,18 @@ class Policy:
         rules: normally added with ``on``.
         where_it_pays: on a GPU, leave to the default recipe only the products that it is predicted to make faster
             (``quartet.lowering.rates``), experts among them; what a rule names is done as it says.
+        alternatives: recipes that are weighed beside the default, with ``where_it_pays``: a layer gets the one that is
+            predicted to be the fastest. What is not weighed, as all of a CPU, gets the default.
 
     Raises:
-        PolicyError: unknown recipe, or two different recipes of one name.
+        PolicyError: unknown recipe, or two different recipes of one name; alternatives of a default that is not
+            weighed, or that are none.
     """
 
     default: str | Recipe | None = "quartet"
     rules: tuple[Rule, ...] = ()
     where_it_pays: bool = False
+    alternatives: tuple[str | Recipe, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.where_it_pays, bool):
@@ -58,6 +62,7 @@ class Policy:
             object.__setattr__(self, "default", reference(self.default))
         except PolicyError as error:
             raise PolicyError(str(error), ("default",)) from None
+        self._check_alternatives()
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules are made by Policy.on(…), got {type(rule).__name__} {rule!r}")
@@ -67,6 +72,25 @@ class Policy:
             if own.setdefault(recipe.name, recipe) != recipe:
                 raise PolicyError(f"two different recipes of this policy are called {recipe.name!r}; rename one with "
                                   "dataclasses.replace(recipe, name=…)", ("recipe",))
+
+    def _check_alternatives(self) -> None:
+        if isinstance(self.alternatives, str) or not isinstance(self.alternatives, Iterable):
+            raise PolicyError(f"alternatives are recipes, such as ('fp8',), not {self.alternatives!r}",
+                              ("alternatives",))
+        try:
+            others = tuple(reference(recipe) for recipe in self.alternatives)
+        except PolicyError as error:
+            raise PolicyError(str(error), ("alternatives",)) from None
+        object.__setattr__(self, "alternatives", others)
+        if others and not self.where_it_pays:
+            raise PolicyError("alternatives are weighed beside the default: where_it_pays=True goes with them",
+                              ("alternatives",))
+        known = [resolve(recipe) for recipe in (self.default, *others)]
+        for i, recipe in enumerate(known):
+            if others and (recipe is None or not recipe.quantizes or recipe in known[:i]):
+                said = "is there twice" if recipe in known[:i] else "quantises no matmul"
+                raise PolicyError(f"recipe {'none' if recipe is None else recipe.name!r} {said}: alternatives and the "
+                                  "default are recipes of matmuls, each another one", ("alternatives",))
 
     def on(self, pattern: str | None = None, recipe: str | Recipe | None | EllipsisType = ..., *,
            op: str | None = None, role: str | tuple[str, ...] | None = None, shape: str | None = None,
@@ -105,6 +129,14 @@ class Policy:
         """This policy for a part that is compiled by itself and is called ``place`` in a larger model: rules may name
         what is in it from the one or from the other."""
         return replace(self, rules=tuple(replace(rule, place=place) for rule in self.rules))
+
+    def candidates(self) -> tuple[Policy, ...]:
+        """The policies with one recipe as default that are weighed against each other, this one's default first."""
+        return tuple(replace(self, default=recipe, alternatives=()) for recipe in (self.default, *self.alternatives))
+
+    def candidate(self, name: str | None) -> Policy:
+        """The one of :meth:`candidates` whose default is called so; this policy where there is none."""
+        return next((one for one in self.candidates()[1:] if _name(one.default) == name), self)
 
     def resolve(self, op_class: str, fqn: str | None, m: Any, n: Any, k: Any,
                 layer: Layer | None = None, aside: Mapping[str, str] | None = None) -> Resolution:
@@ -175,7 +207,7 @@ class Policy:
             found = resolve(recipe)
             return None if found is None else asdict(found)
 
-        parts = [content(self.default), self.where_it_pays]
+        parts = [content(self.default), self.where_it_pays, [content(recipe) for recipe in self.alternatives]]
         parts += [[rule.fqn, rule.op, rule.roles, rule.shape, rule.layers, content(rule.recipe)] for rule in self.rules]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -201,7 +233,7 @@ class Policy:
         if value.endswith(".toml"):
             return cls.from_toml(value)
         if value == AUTO:
-            return cls(where_it_pays=True)
+            return cls("quartet", where_it_pays=True, alternatives=("fp8",))
         if value not in recipes():
             raise PolicyError(f"unknown policy {value!r}; {did_you_mean(value, (AUTO, *recipes()))}possible: "
                               f"{', '.join((AUTO, *recipes()))}, or the path of a .toml file")
@@ -212,6 +244,8 @@ class Policy:
         data: dict[str, Any] = {"default": _name(self.default)}
         if self.where_it_pays:
             data["where_it_pays"] = True
+        if self.alternatives:
+            data["alternatives"] = [_name(recipe) for recipe in self.alternatives]
         rules = [{key: list(item) if isinstance(item, tuple) else _name(item) for key, item in rule.to_dict().items()}
                  for rule in self.rules]
         own = {recipe.name: policy_toml.recipe_to_dict(recipe) for recipe in self._own_recipes()}
@@ -227,7 +261,9 @@ class Policy:
         def named(recipe: Any) -> Any:
             return None if recipe == "none" else own.get(recipe, recipe) if isinstance(recipe, str) else recipe
 
-        policy = cls(named(data.get("default", cls.default)), where_it_pays=data.get("where_it_pays", False))
+        others = policy_toml.typed(data, "alternatives", list, "a list of recipes")
+        policy = cls(named(data.get("default", cls.default)), where_it_pays=data.get("where_it_pays", False),
+                     alternatives=tuple(map(named, others)))
         for i, table in enumerate(policy_toml.typed(data, "rule", list, "a list of rules, [[rule]] in TOML")):
             rule = dict(policy_toml.within(("rule", i), policy_toml.check_table, f"rule {i}", table, _RULE_KEYS))
             if "recipe" in rule:
@@ -264,13 +300,17 @@ class Policy:
             raise PolicyError(f"{where}, line {line}: {error}", error.path) from None
 
     def _own_recipes(self) -> list[Recipe]:
-        used = [self.default, *(rule.recipe for rule in self.rules)]
+        used = [self.default, *self.alternatives, *(rule.recipe for rule in self.rules)]
         return [recipe for recipe in used if isinstance(recipe, Recipe)]
 
     def _calls(self, full: bool) -> str:
-        short = self.default.name if isinstance(self.default, Recipe) else self.default
-        head = f"Policy({(self.default if full else short)!r}{', where_it_pays=True' if self.where_it_pays else ''})"
-        return "".join([head, *(f".{rule.call(full)}" for rule in self.rules)])
+        def shown(recipe: str | Recipe | None) -> str | Recipe | None:
+            return recipe.name if isinstance(recipe, Recipe) and not full else recipe
+
+        weighed = ", where_it_pays=True" if self.where_it_pays else ""
+        others = f", alternatives={tuple(map(shown, self.alternatives))!r}" if self.alternatives else ""
+        return "".join([f"Policy({shown(self.default)!r}{weighed}{others})",
+                        *(f".{rule.call(full)}" for rule in self.rules)])
 
     def __repr__(self) -> str:
         return self._calls(full=True)

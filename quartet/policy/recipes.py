@@ -9,7 +9,7 @@ from quartet.recipes import resolve
 
 def recipes_of(policy: Policy) -> list[Recipe]:
     """Every recipe that the policy can choose."""
-    chosen = (resolve(policy.default), *(resolve(rule.recipe) for rule in policy.rules))
+    chosen = map(resolve, (policy.default, *policy.alternatives, *(rule.recipe for rule in policy.rules)))
     return [recipe for recipe in chosen if recipe is not None]
 
 

@@ -153,11 +153,13 @@ def _rotation_from_text(text: str) -> Rotation:
 
 def write(data: Mapping[str, Any]) -> str:
     """TOML of the data of a policy: values, then lists of tables, then tables of tables."""
-    blocks = ["".join(f"{key} = {_value(value)}\n" for key, value in data.items() if isinstance(value, str | bool))]
-    for key, value in data.items():
+    tables = {key: value for key, value in data.items()
+              if isinstance(value, Mapping) or (isinstance(value, list) and isinstance(value[0], Mapping))}
+    blocks = [_lines({key: value for key, value in data.items() if key not in tables})]
+    for key, value in tables.items():
         if isinstance(value, list):
             blocks += [f"[[{key}]]\n{_lines(table)}" for table in value]
-        elif isinstance(value, Mapping):
+        else:
             blocks += [f"[{key}.{_key(name)}]\n{_lines(table)}" for name, table in value.items()]
     return "\n".join(blocks)
 

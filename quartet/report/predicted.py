@@ -42,7 +42,8 @@ def _times(records: Sequence[MatmulRecord], policy: Policy, rates: Rates) -> Ite
         if not lowered:
             yield alone, alone
             continue
-        recipe = policy.resolve(r.op_class, r.fqn, r.m, r.n, r.k).effective.only(lowered)
+        decides = policy.candidate(r.recipe)
+        recipe = decides.resolve(r.op_class, r.fqn, r.m, r.n, r.k).effective.only(lowered)
         cost = predict(recipe, layer, rates)
         if cost is not None:
             yield max(float(cost.plain), float(cost.plain_host)), cost.step

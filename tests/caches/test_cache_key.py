@@ -34,7 +34,7 @@ def key(options=None, weight_is_parameter=True, name="w"):
 
 
 def test_equal_work_has_an_equal_key():
-    assert key() == key(Options()) == key(Options(Policy("quartet", where_it_pays=True)))
+    assert key() == key(Options()) == key(Options(Policy("quartet", where_it_pays=True, alternatives=("fp8",))))
     assert key(Options(Policy(MINE))) == key(Options(Policy(replace(MINE))))
 
 

@@ -132,7 +132,7 @@ def planned(policy, model=None):
 
 
 def test_the_default_leaves_alone_what_would_be_slower(priced):
-    backend = planned("auto")
+    backend = planned(Policy("quartet", where_it_pays=True))
     assert set(backend.lowered()) == {"up"} and set(backend.alone()) == {"down"}
     reason = next(r.reason for r in backend.records if r.fqn == "down")
     assert reason == ("would not pay: predicted 1000000 µs quantised, 500000 µs in the model's dtype, forward and "
@@ -169,7 +169,7 @@ def test_where_it_pays_is_part_of_the_policy(tmp_path):
     assert Policy.from_toml(policy.to_toml()) == policy and Policy.from_dict(policy.to_dict()) == policy
     assert policy.digest() != Policy("fp8").on("lm_head", "fp8").digest()
     assert repr(policy).startswith("Policy('fp8', where_it_pays=True).on(") and eval(repr(policy)) == policy
-    assert Policy.coerce("auto") == Policy(where_it_pays=True)
+    assert Policy.coerce("auto") == Policy(where_it_pays=True, alternatives=("fp8",))
     with pytest.raises(PolicyError, match="where_it_pays is True or False, not 1"):
         Policy.from_dict({"where_it_pays": 1})
     with pytest.raises(PolicyError, match="did you mean 'auto'"):

@@ -54,7 +54,7 @@ def test_auto_weighs_by_the_data_sheet_and_says_so_in_one_line(target):
     wide = nn.Linear(4096, 14336, bias=False, dtype=torch.bfloat16)
     x = torch.empty(16384, 4096, dtype=torch.bfloat16, requires_grad=True)
     report = quartet.explain(wide, x, target=target, options={"policy": "auto"})
-    assert {r.kernel for r in report.records} == {"cutlass"} and report.notes == ()
+    assert {r.kernel for r in report.records} == {"cutlass"} and report.notes == ()  # quartet, faster there than fp8
     assert all("by the data sheet of " in r.notes[0] for r in report.records)
 
 

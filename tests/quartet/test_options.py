@@ -23,7 +23,7 @@ def parse(mode=None, **options):
 
 def test_nothing_given():
     assert Options.parse() == Options.parse(None, {}) == Options()
-    assert Options() == Options(Policy(where_it_pays=True), None, False, (), (), None, None, None, {})
+    assert Options() == Options(Policy.coerce("auto"), None, False, (), (), None, None, None, {})
 
 
 def test_everything_given(tmp_path):

@@ -129,7 +129,7 @@ def test_a_reason_names_calibrate_where_that_measures_the_device(monkeypatch, ta
     assert all(("`quartet calibrate` measures" in note) is possible for note in found.notes if "default" in note)
 
 
-@pytest.mark.parametrize("policy", ["auto", Policy("fp8", where_it_pays=True)])
+@pytest.mark.parametrize("policy", [Policy(name, where_it_pays=True) for name in ("quartet", "fp8")])
 def test_what_pays_says_both_times(rates, policy):
     rates(casts_at(1e-13))
     found = report(policy, 512, 1024, 2048)
@@ -283,10 +283,10 @@ class Chain(nn.Module):
         return x
 
 
-def priced(model, x, grad=True, policy="auto", **more):
-    """(module, role) → whether it is quantised in a compilation for a Hopper GPU, which counts as one; the records."""
+def priced(model, x, grad=True, policy="auto", target="sm_90", **more):
+    """(module, role) → whether it is quantised in a compilation for a GPU, a Hopper; the records."""
     parsed = Options.parse(options={"policy": policy, **more}, passes=pipeline.OPTIONAL)
-    options = replace(parsed, target=Target.named("sm_90"))
+    options = replace(parsed, target=Target.named(target))
     records = []
 
     def compile(gm, inputs):
@@ -308,7 +308,8 @@ def test_a_product_that_the_default_budget_keeps_is_priced_once(monkeypatch, opt
     model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU()).bfloat16()
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            explain(model, bf16(32, 64), options={"policy": "auto", **options}, target="sm_90")
+            explain(model, bf16(32, 64), options={"policy": Policy("quartet", where_it_pays=True), **options},
+                    target="sm_90")
         assert set(seen) == {again}
         seen.clear()
 
