@@ -194,6 +194,18 @@ def load_elements_down(pointers, stride, limit, N: tl.constexpr):
 
 
 @triton.jit
+def load_fours(x, row, column, rows, cols, stride):
+    """Four fp32 tiles of every fourth row: of the rows ``row``, of those behind them, and so on; 0 from row ``rows``
+    and from column ``cols`` on."""
+    tiles = ()
+    for k in tl.static_range(4):
+        inside = (row + k < rows)[:, None] & (column < cols)[None, :]
+        tile = tl.load(x + (row + k).to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+        tiles = tiles + (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
 def column_of(words, c, N: tl.constexpr, TYPE: tl.constexpr):
     """fp32 of element ``c`` of those of the float type that each of N int32 words holds."""
     x = ()

@@ -116,7 +116,8 @@ ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWH
 LEAST_INSTRUCTIONS = 100
 WRITES = {"STG", "RED", "REDG", "ATOMG"}
 ELSEWHERE = {"mxfp4_gemm", "put16", "prepare", "update", "settle", "expand", "absorb",
-             "rescale", "group_amax", "group_scales", "cast_groups"}  # compiled by the tests of their own modules
+             "rescale", "group_amax", "group_scales", "cast_groups", "quantize_tiles",
+             "quantize_whole_rows"}  # compiled by the tests of their own modules
 
 
 def compiled(name: str, capability: int) -> triton_offline.Compiled:

@@ -12,30 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet.kernels.reference.formats.scales import _LARGEST_MULTIPLIER, _SIGN_AND_EXPONENT
 from quartet.kernels.spec import QuantSpec
+from quartet.kernels.triton.bytes.codes import fp8_words
+from quartet.kernels.triton.bytes.scales import multiplier_of
 from quartet.kernels.triton.host import DTYPES, cdiv, hardware, on_device, power_of_two
 from quartet.kernels.triton.launch import launch
-from quartet.kernels.triton.optim.codes import fp8_encode
+from quartet.kernels.triton.memory import load_fours
 from quartet.kernels.triton.quantize.blocks import amax_bits
 
 CHUNK = 256  # tokens whose largest magnitudes a program finds
 _ELEMENTS = ("e4m3", "e5m2")
 _RULES = ("amax", "amax_pow2")
-_INFINITE = tl.constexpr(0x7F800000)
-_LIMIT = tl.constexpr(_LARGEST_MULTIPLIER)
-_POWER = tl.constexpr(_SIGN_AND_EXPONENT)
-
-
-@triton.jit
-def _load_fours(x, token, column, stop, rows, stride):
-    """Four fp32 tiles: of the tokens ``token [M]``, of those behind them, and so on; 0 from token ``stop`` on."""
-    tiles = ()
-    for k in tl.static_range(4):
-        inside = (token + k < stop)[:, None] & (column < rows)[None, :]
-        tile = tl.load(x + (token + k).to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
-        tiles = tiles + (tile.to(tl.float32),)
-    return tiles
 
 
 @triton.jit
@@ -52,44 +39,13 @@ def _end_of(ends, group, groups, tokens):
 
 
 @triton.jit
-def _multiplier(top, MAX: tl.constexpr, POW2: tl.constexpr):
-    """``reference.scales.fp32_scale`` of the bits of the largest magnitudes."""
-    amax = top.to(tl.float32, bitcast=True)
-    multiplier = tl.minimum(tl.div_rn(tl.full(top.shape, MAX, tl.float32), amax), _LIMIT)
-    if POW2:
-        multiplier = (multiplier.to(tl.int32, bitcast=True) & _POWER).to(tl.float32, bitcast=True)
-    return tl.where(top < _INFINITE, tl.where(top == 0, 1.0, multiplier), float("nan"))
-
-
-@triton.jit
 def _scaled_between(tiles, by, token, start, end):
-    """The tiles of :func:`_load_fours`, multiplied at the tokens from ``start`` to before ``end``."""
+    """The tiles of :func:`load_fours`, multiplied at the tokens from ``start`` to before ``end``."""
     scaled = ()
     for k in tl.static_range(4):
         inside = ((token + k >= start) & (token + k < end))[:, None]
         scaled = scaled + (tl.where(inside, tiles[k] * by, tiles[k]),)
     return scaled
-
-
-@triton.jit
-def _words(tiles, ELEMENT: tl.constexpr, HARDWARE: tl.constexpr):
-    """int32 of four FP8 codes, to nearest even and saturating, the first tile's in the low byte."""
-    if HARDWARE:
-        return tl.inline_asm_elementwise(
-            _conversions(ELEMENT), "=r,f,f,f,f", [tiles[0], tiles[1], tiles[2], tiles[3]], dtype=tl.int32, is_pure=True,
-            pack=1)
-    else:
-        words = fp8_encode(tiles[0], ELEMENT, False).to(tl.int32)
-        for k in tl.static_range(1, 4):
-            words = words | (fp8_encode(tiles[k], ELEMENT, False).to(tl.int32) << (8 * k))
-        return words
-
-
-@triton.constexpr_function
-def _conversions(element):
-    """The first operand of a conversion goes to the high byte."""
-    convert = f"cvt.rn.satfinite.{element}x2.f32"
-    return f"{{ .reg .b16 low, high; {convert} low, $2, $1; {convert} high, $4, $3; mov.b32 $0, {{low, high}}; }}"
 
 
 @triton.jit
@@ -105,7 +61,7 @@ def group_amax(x, ends, largest, rows, tokens, groups, stride, G: tl.constexpr, 
         if start < end:
             top = tl.zeros((M, N), tl.int32)
             while start < end:
-                top = tl.maximum(top, amax_bits(_load_fours(x, start + 4 * tl.arange(0, M), column, end, rows, stride),
+                top = tl.maximum(top, amax_bits(load_fours(x, start + 4 * tl.arange(0, M), column, end, rows, stride),
                                                 4))
                 start += 4 * M
             tl.atomic_max(largest + group.to(tl.int64) * rows + column, tl.max(top, 0), mask=column < rows,
@@ -124,7 +80,7 @@ def group_scales(largest, multipliers, scales, rows, groups, MAX: tl.constexpr, 
     row, group = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * M + tl.arange(0, M)
     inside = (group < groups)[:, None] & (row < rows)[None, :]
     at = group.to(tl.int64)[:, None] * rows + row[None, :]
-    multiplier = _multiplier(tl.load(largest + at, mask=inside, other=0), MAX, POW2)
+    multiplier = multiplier_of(tl.load(largest + at, mask=inside, other=0), MAX, POW2)
     tl.store(multipliers + at, multiplier, mask=inside)
     tl.store(scales + row.to(tl.int64)[:, None] * groups + group[None, :],
              tl.trans(tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), multiplier)), mask=tl.trans(inside))
@@ -141,7 +97,7 @@ def cast_groups(x, ends, multipliers, codes, rows, tokens, groups, stride, pitch
     turn = tl.num_programs(1) - 1 - tl.program_id(1)  # last tokens first: the search has left them in the cache
     start = turn * (4 * M)
     token = start + 4 * tl.arange(0, M)
-    tiles = _load_fours(x, token, column, tokens, rows, stride)
+    tiles = load_fours(x, token, column, tokens, rows, stride)
     stop = tl.minimum(start + 4 * M, tokens)
     group = _group_of(ends, start, groups, G)
     while start < stop:
@@ -152,7 +108,7 @@ def cast_groups(x, ends, multipliers, codes, rows, tokens, groups, stride, pitch
         start = end
         group += 1
 
-    words = tl.trans(_words(tiles, ELEMENT, HARDWARE))
+    words = tl.trans(fp8_words(tiles, ELEMENT, HARDWARE))
     row = column.to(tl.int64)[:, None]
     if WIDE:
         word = (turn * M + tl.arange(0, M))[None, :]

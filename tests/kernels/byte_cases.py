@@ -1,0 +1,125 @@
+"""FP8 and INT8 by the Triton kernels and by the reference; as a program: in Triton's interpreter.
+
+``TRITON_INTERPRET=1 python byte_cases.py`` prints a JSON line for each case, with how it differs from the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton_expected as expected
+from group_cases import apart, padded, special
+from torch import Tensor
+
+from quartet.kernels import reference as ref
+from quartet.kernels.spec import QuantSpec
+
+BLOCKS = tuple(map(QuantSpec.parse, (
+    "e4m3/32 e8m0 ceil nearest", "e4m3/128 fp32 amax_pow2 nearest", "e4m3/128x128 fp32 amax_pow2 nearest",
+    "e5m2/32 e8m0 floor nearest", "e4m3/128 fp32 amax nearest", "e4m3/16 fp32 amax nearest",
+    "e5m2/64x64 fp32 amax nearest", "e5m2/64 fp32 amax_pow2 nearest", "e4m3/128 e8m0 floor nearest")))
+ROWS = tuple(map(QuantSpec.parse, (
+    "int8/row fp32 amax nearest", "e4m3/row fp32 amax_pow2 nearest", "e5m2/row fp32 amax nearest",
+    "int8/row fp32 amax_pow2 nearest")))
+RECIPES = BLOCKS[:3] + ROWS[:2]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda x: x.t().contiguous().t(), "apart": apart, "padded": lambda x: padded(x.t()).t()}
+
+
+def difference(what: str, got: Tensor, want: Tensor) -> list[str]:
+    """A NaN is one whatever its bits."""
+    sound = ~want.float().isnan() if want.is_floating_point() else torch.ones_like(want, dtype=torch.bool)
+    lines = expected.difference(what, got, want, sound) + ([] if got.is_contiguous() else [f"{what}: {got.stride()}"])
+    if not lines and want.is_floating_point() and not torch.equal(got.float().isnan(), ~sound):
+        lines.append(f"{what} are not NaN exactly where the reference's are")
+    return lines
+
+
+def check(x: Tensor, spec: QuantSpec) -> list[str]:
+    """Codes and scales of x against the reference's, which is computed of the same tensor where it is."""
+    from quartet.kernels.triton.bytes import rows, tiles
+
+    codes, scales = (rows if spec.block == "row" else tiles).quantize(x, spec)
+    wanted = ref.quantize(x, spec)
+    return difference("codes", codes, wanted[0]) + difference("scales", scales, wanted[1].contiguous())
+
+
+def check_both(x: Tensor, spec: QuantSpec, turned: QuantSpec) -> list[str]:
+    from quartet.kernels.triton.bytes import tiles
+
+    lines: list[str] = []
+    made = tiles.quantize_both(x, spec, turned)
+    for what, got, (codes, scales, _) in (("rows", made[:2], ref.quantize(x, spec)),
+                                          ("columns", made[2:], ref.quantize(x.t(), turned))):
+        lines += difference(f"codes of {what}", got[0], codes) + difference(f"scales of {what}", got[1],
+                                                                            scales.contiguous())
+    return lines
+
+
+def edges(cols: int) -> Tensor:
+    """Rows at the limits of a rule: magnitudes beside those where the exponent of the scale changes, ties between
+    codes, the largest and the smallest numbers."""
+    tops = torch.tensor([448.0, 57344.0, 127.0, 256.0, 1.0]).repeat_interleave(3)
+    for i in range(0, len(tops), 3):
+        tops[i], tops[i + 2] = tops[i].nextafter(torch.tensor(0.0)), tops[i].nextafter(torch.tensor(9e9))
+    limits = torch.tensor([expected.FLT_MAX, 2.0**-126, 2.0**-127, 2.0**-149, 2.0**-118, 2.0**-133, 3.4e38, 1e-30])
+    rows = torch.cat((tops, tops * 2.0**-60, tops * 2.0**100, tops * 2.0**-130, limits))
+    steps = torch.arange(cols).remainder(61) - 30.0
+    ties = (torch.arange(cols).remainder(253) - 126 + 0.5).unsqueeze(0) / 127
+    fine = 2.0**steps.clamp(max=0.0) * (1 + torch.arange(cols).remainder(17) / 16)
+    x = rows.unsqueeze(1) * torch.where(torch.arange(len(rows)).unsqueeze(1) % 2 == 0, ties, fine / 2.0)
+    x[:, 3] = rows * torch.where(torch.arange(len(rows)) % 4 < 2, 1.0, -1.0)
+    return x
+
+
+@dataclass(frozen=True)
+class Case:
+    x: Tensor
+    spec: QuantSpec
+    both: QuantSpec | None = None
+
+    def differences(self, device: str = "cpu") -> list[str]:
+        """With the tensor's strides as they are."""
+        x = self.x.to(device)
+        return check(x, self.spec) if self.both is None else check_both(x, self.spec, self.both)
+
+
+def broken(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return special(rows, cols, torch.tensor([cols // 2]), dtype)
+
+
+def cases() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for spec in (*BLOCKS, *ROWS):
+        found[f"{spec} edges"] = Case(edges(150), spec)
+        found[f"{spec} special"] = Case(broken(20, 150), spec)
+    for spec in RECIPES:
+        for layout, lay in LAYOUTS.items():
+            found[f"{spec} {layout}"] = Case(lay(expected.data(40, 70)), spec)
+        for shape in ((1, 1), (1, 260), (130, 1), (3, 0), (0, 5)):
+            if spec.block != "row" or shape[1]:
+                found[f"{spec} {shape}"] = Case(expected.data(*shape), spec)
+        found[f"{spec} bf16"] = Case(expected.data(9, 136, torch.bfloat16), spec)
+    for spec in BLOCKS:
+        found[f"{spec} edges turned"] = Case(edges(40).t(), spec)
+        found[f"{spec} special turned"] = Case(broken(20, 150).t(), spec)
+    for one, other in zip(BLOCKS, (*BLOCKS[:3], *BLOCKS[4:], BLOCKS[3]), strict=True):
+        found[f"{one} and {other}"] = Case(expected.data(131, 141), one, other)
+    found["both special"] = Case(broken(20, 150), BLOCKS[0], BLOCKS[1])
+    found["both fp16"] = Case(broken(16, 36, torch.float16), BLOCKS[1], BLOCKS[0])
+    found["a row of many"] = Case(expected.data(2, 17000), ROWS[0])
+    return found
+
+
+if __name__ == "__main__":
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        sys.exit("these cases run in Triton's interpreter: set TRITON_INTERPRET=1 before starting Python")
+    torch.set_num_threads(1)
+    for name, case in cases().items():
+        print(json.dumps({"case": name, "differences": case.differences()}), flush=True)

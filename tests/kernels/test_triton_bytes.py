@@ -1,0 +1,106 @@
+"""FP8 in blocks and tiles, FP8 and INT8 rows: the reference's bits in Triton's interpreter, compiled for other GPUs."""
+
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from interpreter import differences
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import byte_cases as cases  # noqa: E402
+import triton_offline  # noqa: E402
+
+from quartet.kernels.spec import QuantSpec  # noqa: E402
+from quartet.kernels.triton.bytes import rows, tiles  # noqa: E402
+
+SCRIPT = Path(__file__).with_name("byte_cases.py")
+MXFP8, BLOCK, TILE = cases.BLOCKS[:3]
+INT8 = cases.ROWS[0]
+X = torch.empty(64, 8192, dtype=torch.bfloat16)
+CALLS = {
+    "rows": lambda: tiles.quantize(X, BLOCK),
+    "columns": lambda: tiles.quantize(X.t(), MXFP8),
+    "both": lambda: tiles.quantize_both(X, MXFP8, BLOCK),
+    "tiles": lambda: tiles.quantize(X, TILE),
+    "int8 a row": lambda: rows.quantize(X, INT8),
+}
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> dict[str, list[str]]:
+    return differences(SCRIPT)
+
+
+@pytest.mark.parametrize("name", cases.cases())
+def test_triton_equals_the_reference(name, interpreted):
+    assert not interpreted[name], "\n".join(interpreted[name])
+
+
+def test_the_cases_have_what_is_hard():
+    """Every exponent at which a scale changes, scales at both ends, NaN and infinities, subnormal numbers, ties."""
+    x = cases.edges(150)
+    limits = torch.finfo(torch.float32)
+    assert {448.0, 57344.0, 127.0} <= set(x[:, 3].abs().tolist()) and (x.abs() == limits.max).any()
+    assert ((x != 0) & (x.abs() < limits.smallest_normal)).any()
+    scales = cases.ref.quantize(x, MXFP8)[1]
+    assert scales.min() == 0 and scales.max() > 240
+    multiplier, _ = cases.ref.formats.scales.fp32_scale(x, INT8)
+    codes = x[:15] * multiplier[:15]
+    assert (codes.abs().frac() == 0.5).any() and cases.broken(20, 150).isnan().any()
+
+
+# ---- without a GPU -----------------------------------------------------------------------------------------------
+
+
+@cache
+def compiled(name, capability):
+    """Machine code and PTX of a call's one kernel, with what the GPU converts by itself."""
+    (launch,) = triton_offline.launches(CALLS[name])
+    assert launch.keywords["enable_fp_fusion"] is False
+    launch.keywords["HARDWARE"] = capability >= 89
+    return triton_offline.compile_with_ptx(launch, capability)
+
+
+@pytest.mark.parametrize("name, capability, registers", [
+    ("rows", 90, 64), ("columns", 90, 128), ("both", 90, 128), ("tiles", 90, 128), ("int8 a row", 90, 64),
+    ("both", 80, 128), ("both", 120, 128)])
+def test_all_stays_in_registers_that_leave_room_for_another_program(name, capability, registers):
+    """On a multiprocessor: for two of 256 threads with 128, four with 64."""
+    kernel, _ = compiled(name, capability)
+    assert (kernel.stack, kernel.local) == (0, 0) and kernel.registers <= registers, f"{kernel.registers} registers"
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "both", "int8 a row"])
+def test_hopper_reads_sixteen_bytes_at_a_time(name):
+    _, ptx = compiled(name, 90)
+    assert set(re.findall(r"ld\.global\.(\S+)", ptx)) == {"v4.b32"}
+
+
+def test_transposed_codes_are_written_as_words_side_by_side():
+    _, ptx = compiled("columns", 90)
+    assert "st.global.v4.b32" in ptx
+
+
+def test_the_gpu_converts_where_it_can():
+    for capability in (90, 80):
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in compiled("both", capability)[1]) == (capability == 90)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: tiles.quantize(x, INT8), "writes e4m3 and e5m2 in blocks, not 'int8/row fp32 amax nearest'"),
+    (lambda x: tiles.quantize(x, QuantSpec("e4m3", rule="floor", mask=True)), "writes no masks"),
+    (lambda x: tiles.quantize(x.double(), BLOCK), "reads float32, bfloat16 and float16, not float64"),
+    (lambda x: tiles.quantize(x[0], BLOCK), r"2-D tensor, got \[16\]"),
+    (lambda x: tiles.quantize(x, BLOCK), "run on a GPU, and the tensor .* is on cpu"),
+    (lambda x: rows.quantize(x, BLOCK), "kernel for rows writes e4m3, e5m2 and int8 .* not 'e4m3/128"),
+    (lambda x: rows.quantize(x.long(), INT8), "reads float32, bfloat16 and float16, not int64"),
+    (lambda x: rows.quantize(x[:, :0], INT8), r"at least one column, got \[4, 0\]"),
+])
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(4, 16))
