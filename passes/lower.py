@@ -15,9 +15,10 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import registry
 from quartet.lowering.ir import providers
 from quartet.lowering.ir.graph import editing, val
-from quartet.lowering.ir.op import REFERENCE
+from quartet.lowering.ir.op import REFERENCE, Op
 from quartet.lowering.ir.operands import SCALED, Operand, Product
 from quartet.lowering.ir.ops.fused import unrotate
+from quartet.lowering.targets import byte_quantizers
 from quartet.lowering.targets.epilogues import lower_sums
 from quartet.passes.compilation import Compilation
 from quartet.passes.graph_pass import graph_pass
@@ -57,16 +58,19 @@ def lower(state: State) -> None:
         if kernel.lower is not None:
             with editing(state.gm) as graph:
                 kernel.lower(graph, nodes, partial(kernel.takes, state.config.target_of(device)))
-    lower_sums(state.gm, lambda device: _undoes_rotations(state.config, device))
+    lower_sums(state.gm, partial(_computes, state.config, unrotate))
     for option, value, rewrite in dict.fromkeys(variant for kernel, _ in chosen for variant in kernel.variants):
         if getattr(state.config, option) == value:
             rewrite(state.gm.graph)
+    with editing(state.gm) as graph:
+        byte_quantizers.take(graph, partial(_computes, state.config))
     providers.settle(state.gm.graph, state.config.target_of, state.config.disable_kernels,
                      state.config.portable_rounding)
 
 
-def _undoes_rotations(config: Compilation, device: torch.device) -> bool:
-    provider, _ = unrotate.choose(config.target_of(device), config.disable_kernels)
+def _computes(config: Compilation, op: Op, device: torch.device) -> bool:
+    """Whether a kernel computes an op on a device."""
+    provider, _ = op.choose(config.target_of(device), config.disable_kernels)
     return provider is not None and provider.name != REFERENCE
 
 

@@ -16,12 +16,13 @@ pytest.importorskip("triton")
 from quartet.cli.selftest.ops import examples  # noqa: E402
 from quartet.kernels.launcher import Function, launch  # noqa: E402
 from quartet.kernels.triton import draws, host  # noqa: E402
+from quartet.kernels.triton.bytes import rows, tiles  # noqa: E402
 from quartet.kernels.triton.quantize import cast, fold, groups, ops, rotations  # noqa: E402
 from quartet.lowering.ir.ops import core, fp8  # noqa: E402
 
 pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
               pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of this process is a real one")]
-FACES = (ops, rotations, cast, groups, draws)
+FACES = (ops, rotations, cast, groups, draws, rows, tiles)
 CPU = torch.device("cpu")
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
 

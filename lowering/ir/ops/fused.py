@@ -4,6 +4,8 @@
                         what x was made from, the packed results serve all forwards of an optimizer step; ``fixed`` is
                         then what ``signs`` hold
     cuda_quantize_both  the same of a tensor and of its transpose, from one read: two FP8 operands
+    cuda_quantize_bytes  quantize to codes of a byte: FP8 in blocks and tiles, FP8 and INT8 rows
+    cuda_quantize_bytes_both  the same of a tensor and of its transpose, in blocks and tiles, from one read
     cuda_requantize     dequantize → transpose → hadamard → quantize, from packed codes: an FP8 operand; of ``matrices``
                         below each other each is transposed
     cuda_fold           codes and scales → FP8 operand; with ``ends``, of groups along K
@@ -212,6 +214,42 @@ def _quantize_both_cuda(x: Tensor, rotation: int, signs: Tensor | None, spec: st
     return *folded, *portable.fold(codes, scales, columns.spec, t_ends)
 
 
+def unproven(target: Target) -> str | None:
+    """Why the kernels of one-byte codes are chosen nowhere: take this from their providers once they are."""
+    return ("no GPU has run it yet; tests/gpu/test_bytes.py compares it with the reference there, "
+            "benchmarks/bench_quantize.py with what Inductor generates")
+
+
+def _bytes_fake(x, spec):
+    return core.quantize.fake(x, spec, None, 0)[:2]
+
+
+@op(fake=_bytes_fake)
+def cuda_quantize_bytes(x: Tensor, spec: str) -> Two:
+    codes, scales, _ = core.quantize.reference(x, spec, None, 0)
+    return codes, scales
+
+
+@cuda_quantize_bytes.provider("triton", "cuda", unproven, replayed=True)
+def _quantize_bytes(x: Tensor, spec: str) -> Two:
+    from quartet.kernels.triton.bytes import rows, tiles
+
+    q = QuantSpec.parse(spec)
+    return (tiles if q.blocked else rows).quantize(x, q)
+
+
+@op(fake=lambda x, spec, t_spec: (*_bytes_fake(x, spec), *_bytes_fake(x.t(), t_spec)))
+def cuda_quantize_bytes_both(x: Tensor, spec: str, t_spec: str) -> Four:
+    return *cuda_quantize_bytes.reference(x, spec), *cuda_quantize_bytes.reference(x.t(), t_spec)
+
+
+@cuda_quantize_bytes_both.provider("triton", "cuda", unproven, replayed=True)
+def _quantize_bytes_both(x: Tensor, spec: str, t_spec: str) -> Four:
+    from quartet.kernels.triton.bytes import tiles
+
+    return tiles.quantize_both(x, QuantSpec.parse(spec), QuantSpec.parse(t_spec))
+
+
 def _requantize_fake(codes, scales, in_spec, rotation, signs, spec, seed, site, encode, packed, folded, matrices=1,
                      ends=None):
     made = _outputs(codes, matrices * codes.shape[1] * 2, codes.shape[0] // matrices, rotation, spec, packed, folded,
@@ -334,3 +372,4 @@ def _rotate(x: Tensor, rotation: int, signs: Tensor | None) -> Two:
 QUANTIZE, QUANTIZE_BOTH, REQUANTIZE = cuda_quantize.overload, cuda_quantize_both.overload, cuda_requantize.overload
 FOLD, DEQUANTIZE, UNROTATE = cuda_fold.overload, dequantize_operand.overload, unrotate.overload
 ROTATED_AMAX, ROTATE = cuda_rotated_amax.overload, cuda_rotate.overload
+QUANTIZE_BYTES, QUANTIZE_BYTES_BOTH = cuda_quantize_bytes.overload, cuda_quantize_bytes_both.overload

@@ -54,6 +54,9 @@ def _of_matrix(x: Tensor, seed: Tensor) -> Iterator[Example]:
     yield fused.cuda_fold, (codes, scales, NEAREST, torch.tensor([32, cols], dtype=torch.int32, device=x.device))
     yield fused.dequantize_operand, (codes, scales, NEAREST, torch.bfloat16)
     yield fused.unrotate, (x.to(torch.float32), mask, ROTATION, signs, 0.75, cols - 5, torch.float32)
+    for spec in ("e4m3/32 e8m0 ceil nearest", "e4m3/128x128 fp32 amax_pow2 nearest", "int8/row fp32 amax nearest"):
+        yield fused.cuda_quantize_bytes, (x, spec)
+    yield fused.cuda_quantize_bytes_both, (x, "e4m3/128 fp32 amax_pow2 nearest", "e4m3/32 e8m0 ceil nearest")
     yield fused.cuda_rotated_amax, (x, ROTATION, signs)
     yield fused.cuda_rotate, (x, ROTATION, signs)
     yield blackwell.fp4_quantize_both, (x, *chain, None, *chain, None, False)

@@ -1,0 +1,134 @@
+"""FP8 in blocks and tiles, FP8 and INT8 rows on the device: every bit as the reference's on the same device."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+import byte_cases as cases  # noqa: E402
+import triton_expected as expected  # noqa: E402
+
+from quartet.kernels.triton.bytes import rows, tiles  # noqa: E402
+from quartet.lowering.ir.ops import fused  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((33, 33), (128, 4096), (130, 4097), (17, 14336), (1000, 1030))
+PAIRS = tuple((one, other) for one in cases.BLOCKS[:4] for other in cases.BLOCKS[:4])
+LAST = 48  # rows of a tensor beyond 2^31 elements that are compared
+
+
+def same(lines):
+    assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", cases.cases())
+def test_cases_of_the_interpreter(name):
+    same(cases.cases()[name].differences("cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spec", (*cases.BLOCKS, *cases.ROWS), ids=str)
+def test_shapes(spec, shape, dtype, device):
+    x = expected.data(*shape, dtype, device)
+    same([line for given in (x, x.t(), x[1:, 3:]) for line in cases.check(given, spec)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("specs", PAIRS, ids=str)
+def test_both_axes(specs, shape, dtype, device):
+    same(cases.check_both(expected.data(*shape, dtype, device), *specs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", (*cases.BLOCKS, *cases.ROWS), ids=str)
+def test_special_numbers(spec, dtype, device):
+    for x in (cases.broken(200, 1030, dtype).to(device), cases.edges(600).to(device, dtype)):
+        same(cases.check(x, spec) + cases.check(x.t(), spec))
+        if spec.blocked:
+            same(cases.check_both(x, spec, cases.BLOCKS[0]) + cases.check_both(x, cases.BLOCKS[1], spec))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("spec", (*cases.BLOCKS, *cases.ROWS), ids=str)
+def test_every_half_precision_number(spec, dtype, device):
+    """Beside one that sets the scale: each is the largest of a block, and lies below others."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
+    finite = bits[bits.isfinite()]
+    same(cases.check(finite[: len(finite) // 256 * 256].reshape(-1, 256), spec) + cases.check(bits[:, None], spec)
+         + cases.check(torch.stack((bits, bits.roll(1), bits.roll(777)), 1), spec))
+
+
+@pytest.mark.parametrize("spec", cases.RECIPES, ids=str)
+def test_random_data(spec, device):
+    """2^24 elements spread over 2^±20, each part under a scale of its own."""
+    torch.manual_seed(5)
+    x = torch.randn(4096, 4096, device=device) * torch.exp2(torch.randint(-20, 20, (4096, 32), device=device).float()
+                                                            ).repeat_interleave(128, 1)
+    for dtype in DTYPES:
+        same(cases.check(x.to(dtype), spec))
+        if spec.blocked:
+            same(cases.check_both(x.to(dtype), spec, spec))
+
+
+@pytest.fixture(scope="module")
+def large():
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_properties(device).total_memory < 48 << 30:
+        pytest.skip("needs 48 GiB")
+    x = torch.ones(2**19 + 128, 4096, dtype=torch.bfloat16, device=device)
+    assert x.numel() > 2**31
+    x[-LAST:] = expected.data(LAST, 4096, torch.bfloat16, device)
+    return x
+
+
+@pytest.mark.parametrize("spec", cases.BLOCKS[:2], ids=str)
+def test_blocks_beyond_2_31_elements(spec, large):
+    codes, scales, turned, turned_scales = tiles.quantize_both(large, spec, spec)
+    wanted, tail = cases.ref.quantize(large[-LAST:], spec), large[-128:].t()
+    same(cases.difference("codes", codes[-LAST:], wanted[0]) + cases.difference("scales", scales[-LAST:], wanted[1]))
+    wanted = cases.ref.quantize(tail, spec)
+    same(cases.difference("columns", turned[:, -128:].contiguous(), wanted[0])
+         + cases.difference("their scales", turned_scales[:, -128 // spec.block:].contiguous(), wanted[1].contiguous()))
+
+
+@pytest.mark.parametrize("spec", cases.ROWS[:2], ids=str)
+def test_rows_beyond_2_31_elements(spec, large):
+    codes, scales = rows.quantize(large, spec)
+    wanted = cases.ref.quantize(large[-LAST:], spec)
+    same(cases.difference("codes", codes[-LAST:], wanted[0]) + cases.difference("scales", scales[-LAST:], wanted[1]))
+
+
+def test_graphs_and_streams_and_no_waiting(device):
+    """A captured call follows its input, and nothing waits for the device."""
+    x, spec = expected.data(512, 1024, torch.bfloat16, device), cases.BLOCKS[0]
+    calls = [lambda: tiles.quantize_both(x, spec, spec), lambda: rows.quantize(x, cases.ROWS[0])]
+    for call in calls:
+        call()
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+        torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = call()
+        x.mul_(-3)
+        graph.replay()
+        same([line for got, want in zip(made, call(), strict=True) for line in cases.difference("replayed", got, want)])
+
+
+def test_the_ops_are_repeated_from_cpp(device):
+    """Three calls of a signature, the third without Python, whatever provider is preferred."""
+    x = expected.data(130, 416, torch.bfloat16, device)
+    for op, arguments in ((fused.cuda_quantize_bytes, ("e4m3/128 fp32 amax_pow2 nearest",)),
+                          (fused.cuda_quantize_bytes, ("int8/row fp32 amax nearest",)),
+                          (fused.cuda_quantize_bytes_both, ("e4m3/32 e8m0 ceil nearest",) * 2)):
+        provider = next(p for p in op.providers if p.name == "triton")
+        for _ in range(4):
+            for got, want in zip(op.overload_of(provider)(x, *arguments), op.reference(x, *arguments), strict=True):
+                same(cases.difference("results", got, want))
