@@ -7,8 +7,9 @@ Every kernel reads each input and writes each output once in that count, whateve
 return does not count. ``packed`` rows are those of the default recipe's forward; ``quest`` has the Gaussian clip by the
 root mean square and the nearest power of two, with its mask and without signs.
 ``folded`` are the ops of a step, with E4M3 operands as their results, by each of their providers.
-``Inductor`` marks what it generates from the reference of a quantiser, alone, with no neighbour to fuse with; its
-``columns`` are the rows of the transpose. A size is ``rows x columns`` of a bf16 tensor.
+Codes of one byte stand twice: ``by triton``, and ``Inductor``, what it generates from the reference of a quantiser,
+alone, with no neighbour to fuse with; ``columns`` are the rows of the transpose, ``both`` is one read. A size is
+``rows x columns`` of a bf16 tensor.
 The kernels of a size and the copy of its tensor take turns in one process; inputs are random and rotate, and nothing of
 them is in the L2 cache when a call starts.
 ``slots`` are the instructions that the GPU could have started per element in the time, at its highest clock: a kernel
@@ -37,15 +38,18 @@ SIZES = ("16384x1024", "16384x4096", "16384x8192", "16384x14336")
 COPY = "copy"
 ROW_GOAL, COLUMN_GOAL = 0.85, 0.75
 BUFFERS = 3
-INDUCTOR = {  # quantiser, and whether of the transpose
-    "Inductor mxfp8 rows": ("e4m3/32 e8m0 ceil nearest", False),
-    "Inductor mxfp8 columns": ("e4m3/32 e8m0 ceil nearest", True),
-    "Inductor int8 rows": ("int8/row fp32 amax nearest", False),
-    "Inductor fp8 1x128 rows": ("e4m3/128 fp32 amax_pow2 nearest", False),
-    "Inductor fp8 1x128 columns": ("e4m3/128 fp32 amax_pow2 nearest", True),
-    "Inductor fp8 128x128 tiles": ("e4m3/128x128 fp32 amax_pow2 nearest", False),
-    "Inductor fp8 tensor": ("e4m3/tensor fp32 amax nearest", False),
+MXFP8, FP8_BLOCK = "e4m3/32 e8m0 ceil nearest", "e4m3/128 fp32 amax_pow2 nearest"
+BYTES = {  # quantiser, whether of the transpose, goal
+    "mxfp8 rows": (MXFP8, False, 0.80),
+    "mxfp8 columns": (MXFP8, True, 0.80),
+    "int8 rows": ("int8/row fp32 amax nearest", False, 0.85),
+    "fp8 rows": ("e4m3/row fp32 amax_pow2 nearest", False, 0.85),
+    "fp8 1x128 rows": (FP8_BLOCK, False, 0.88),
+    "fp8 1x128 columns": (FP8_BLOCK, True, 0.88),
+    "fp8 128x128 tiles": ("e4m3/128x128 fp32 amax_pow2 nearest", False, 0.88),
 }
+BYTES_BOTH = {"mxfp8 both": MXFP8, "fp8 1x128 both": FP8_BLOCK}
+BOTH_GOAL = 0.70
 LANES = 128  # of one multiprocessor: four schedulers, each starting one instruction of 32 threads a cycle
 
 
@@ -100,6 +104,11 @@ def by_inductor(spec: str, transposed: bool) -> Callable[[Tensor], tuple[Tensor,
         return torch.ops.quartet.quantize(x.t() if transposed else x, spec, None, 0)[:2]
 
     return torch.compile(quantize, dynamic=False, fullgraph=True)
+
+
+def by_triton(spec: str, transposed: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Codes and scales by the kernel of one-byte codes, whether or not it is what graphs call."""
+    return lambda x: torch.ops.quartet.cuda_quantize_bytes.triton(x.t() if transposed else x, spec)
 
 
 def by_providers(name: str, op: Op, inputs: Callable[[Tensor], tuple[Tensor, ...]],
@@ -183,8 +192,14 @@ def kernels(device: torch.device, seed: int) -> dict[str, Kernel]:
         "rotated amax": Kernel(ROW_GOAL, alone, lambda x: rotations.rotated_amax(x, 16, turned.signs)),
         "rotated amax of columns": Kernel(ROW_GOAL, alone, lambda x: rotations.rotated_amax(x.t(), 16, turned.signs)),
         "rotate 128": Kernel(ROW_GOAL, alone, lambda x: rotations.rotate(x, 128, None)),
-        **{name: Kernel(COLUMN_GOAL if transposed else ROW_GOAL, alone, by_inductor(spec, transposed))
-           for name, (spec, transposed) in INDUCTOR.items()},
+        "Inductor fp8 tensor": Kernel(ROW_GOAL, alone, by_inductor("e4m3/tensor fp32 amax nearest", False)),
+        **{f"{name} by triton": Kernel(goal, alone, by_triton(spec, transposed))
+           for name, (spec, transposed, goal) in BYTES.items()},
+        **{f"{name} by triton": Kernel(BOTH_GOAL, alone, partial(torch.ops.quartet.cuda_quantize_bytes_both.triton,
+                                                                 spec=spec, t_spec=spec))
+           for name, spec in BYTES_BOTH.items()},
+        **{f"Inductor {name}": Kernel(goal, alone, by_inductor(spec, transposed))
+           for name, (spec, transposed, goal) in BYTES.items()},
     }
 
 

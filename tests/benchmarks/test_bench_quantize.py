@@ -90,9 +90,11 @@ def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     x = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
     every = bench.kernels(torch.device("cpu"), 0)
-    assert list(every)[-len(bench.INDUCTOR):] == list(bench.INDUCTOR) and not any("," in name for name in every)
+    generated = {f"Inductor {name}": values for name, values in bench.BYTES.items()}
+    assert list(every)[-len(generated):] == list(generated) and not any("," in name for name in every)
+    assert {f"{name} by triton" for name in (*bench.BYTES, *bench.BYTES_BOTH)} <= set(every)
     shares = {}
-    for name, (text, transposed) in bench.INDUCTOR.items():
+    for name, (text, transposed, goal) in generated.items():
         run = bench.Run(every[name], [x])
         shares[name] = run.bytes() / x.numel()
         codes, scales, _ = reference.quantize(x.t() if transposed else x, QuantSpec.parse(text))
@@ -100,7 +102,7 @@ def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):
                 for a, b in zip(run.outputs, (codes, scales), strict=True))
         assert all(same), name
         assert transposed == name.endswith("columns")
-        assert every[name].goal == (bench.COLUMN_GOAL if transposed else bench.ROW_GOAL)
+        assert every[name].goal == every[name.removeprefix("Inductor ") + " by triton"].goal == goal
     assert shares["Inductor mxfp8 rows"] == shares["Inductor mxfp8 columns"] == 2 + 1 + 1 / 32
     assert shares["Inductor fp8 1x128 rows"] == 2 + 1 + 4 / 128
     assert shares["Inductor fp8 128x128 tiles"] == 2 + 1 + 4 / 128**2
@@ -109,7 +111,7 @@ def test_inductor_rows_are_the_quantisers_that_they_name(bench, monkeypatch):
 
 def test_inductor_makes_code_of_them(bench):
     """Of the transpose in blocks, whose way through Inductor is the longest."""
-    text, transposed = bench.INDUCTOR["Inductor mxfp8 columns"]
+    text, transposed, _ = bench.BYTES["mxfp8 columns"]
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     with fresh_cache():
         (codes, scales), (source,) = run_and_get_code(bench.by_inductor(text, transposed), x)
