@@ -9,7 +9,7 @@ that it lies in. What is kept goes when both have gone.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -80,6 +80,20 @@ class ByParameter(Generic[Value]):
         """The module that has the parameter."""
         entry = self._entries.get(id(parameter))
         return None if entry is None or entry.place is None else entry.place.module()
+
+    def take_over(self, parameter: Tensor, modules: Collection[int]) -> Value | None:
+        """What is kept of another tensor that was in the parameter's place before; it is kept of that no more.
+
+        Args:
+            modules: ``id`` of those where this can be: FSDP2 puts what it has gathered in the place of its shards.
+        """
+        if not self._placed(id(parameter)):
+            self._places = _all_places()
+        place = self._places.get(id(parameter))
+        if place is None or id(place.module()) not in modules:
+            return None
+        number = next((number for number, entry in self._entries.items() if entry.place == place), None)
+        return None if number is None else self._entries.pop(number).value
 
     def put(self, values: Sequence[tuple[Tensor, Value]]) -> None:
         """Replace the values of parameters. New ones make this look once at every object of the process."""

@@ -69,8 +69,10 @@ class Weights:
     def of_all(self, parameters: Iterable[Tensor]) -> list[Weight]:
         """What is remembered of the parameters of a call, from now on."""
         found = [(parameter, self.of.get(parameter)) for parameter in parameters]
-        looked_up = {id(parameter): (parameter, weight or Weight()) for parameter, weight in found
-                     if weight is None or self.of.module_of(parameter) is None}
+        unknown = any(weight is None for _, weight in found)
+        gathered = gathering() if unknown else set()
+        looked_up = {id(parameter): (parameter, weight or self.of.take_over(parameter, gathered) or Weight())
+                     for parameter, weight in found if weight is None or self.of.module_of(parameter) is None}
         if looked_up:
             self.of.put(list(looked_up.values()))
             self._find_holders(looked_up)

@@ -3,7 +3,7 @@ moving averages of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -25,12 +25,12 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         newest first, as copies. ``of`` is what had been done to the operand before it was measured, also in the key:
         ``x:smooth-channel``. ``torch.save`` and ``torch.load(weights_only=True)`` take it. Empty for a model
         without delayed scaling. Where weights have moving averages also ``"averages"``: ``{"layers.0.up.weight.w":
-        {"average": fp32 of the weight's shape, "due": bool, "counted": bool}, …}``. Under FSDP2 it gathers the
-        parameters, so all ranks call it.
+        {"average": fp32 of the weight's shape, "due": bool, "counted": bool}, …}``. Nothing is gathered for it, nor by
+        :func:`load_state_dict`.
     """
-    found, averages = {}, {}
-    for name, parameter in _parameters(model):
-        weight = WEIGHTS.of.get(parameter) or Weight()
+    found, averages, present = {}, {}, WEIGHTS.of.present()
+    for name, parameter in _unwrapped(model).named_parameters():
+        weight = WEIGHTS.of.get(parameter) or _gathered(parameter, present) or Weight()
         for operand, slot in sorted(weight.slots.items()):
             found[f"{name}.{operand}"] = {"amax": slot.row.clone(), "due": slot.due, "counted": slot.counted,
                                           "of": _measured(operand)}
@@ -50,11 +50,11 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping) or not isinstance(state.get("delayed"), Mapping):
         raise ValueError("expected what quartet.state_dict(model) returns, a mapping with the key 'delayed', not "
                          f"{sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__}")
-    weights = dict(_parameters(model))
+    weights, present = dict(_unwrapped(model).named_parameters()), WEIGHTS.of.present()
     slots = [(*_owner(key, weights), _checked(key, entry)) for key, entry in state["delayed"].items()]
     averages = [(*_owner(key, weights), _average(key, entry)) for key, entry in state.get("averages", {}).items()]
     for parameter in weights.values():
-        known = WEIGHTS.of.get(parameter)
+        known = WEIGHTS.of.get(parameter) or _gathered(parameter, present)
         if known is not None:
             known.averages.clear()
             for slot in known.slots.values():
@@ -82,25 +82,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by name, and those that FSDP2 gathers of them: they are what its forward computes with."""
-    inner = _unwrapped(model)
-    yield from inner.named_parameters()
-    for prefix, module in inner.named_modules():
-        if _is_sharded(module):
-            kept = dict(module.named_parameters())
-            module.unshard()
-            gathered = dict(module.named_parameters())
-            module.reshard()
-            yield from ((f"{prefix}.{name}".lstrip("."), p) for name, p in gathered.items() if p is not kept[name])
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+def _gathered(parameter: Tensor, present: Mapping[int, Weight]) -> Weight | None:
+    """What is remembered of the parameter that FSDP2 has gathered of a shard: its forward computes with that one."""
+    return present.get(id(parameter)) if hasattr(parameter, "device_mesh") else None
 
 
 def _owner(key: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, str]:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from workers import Deep, data, local, seeded
 
+import quartet
 from quartet.backend import compile_graph
 from quartet.distributed import pack_all_gather
 from quartet.options import Options
@@ -125,9 +126,12 @@ def pretended(rank, folder):
 def saved(rank, folder):
     """A checkpoint of a packed run, read by one that gathers weights whole."""
     model, compiled, _ = built("fp8", True)
+    remembered = [quartet.state_dict(model)]
     trained(rank, model, compiled, parts=1)
+    remembered.append(quartet.state_dict(model))
+    quartet.State(model).load_state_dict(quartet.State(model).state_dict())
     state = model.state_dict()
-    found = {"kinds": {type(value).__name__ for value in state.values()}, "keys": list(state)}
+    found = {"kinds": {type(value).__name__ for value in state.values()}, "keys": list(state), "remembered": remembered}
     dcp.save(state, checkpoint_id=f"{folder}/packed")
     goes_on = trained(rank, model, compiled, steps=1, seed=6)
     other, compiled, _ = built("fp8", False)

@@ -56,6 +56,7 @@ def test_bytes_on_the_wire(tmp_path_factory):
 def test_checkpoints_are_those_of_whole_weights(tmp_path_factory):
     for found in run(tmp_path_factory, "saved"):
         assert found["keys"] == found["others"] and found["kinds"] == {"DTensor"}
+        assert found["remembered"] == [{"delayed": {}}] * 2, "neither before the scales of a step are found nor after"
         assert found["differ"] == [], "it goes on bit for bit"
 
 
