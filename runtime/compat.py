@@ -321,9 +321,15 @@ def compilation_metrics(limit: int) -> list[Any]:
     return list(_load("torch._dynamo.utils", "get_compilation_metrics")())
 
 
+def backward_number() -> int | None:
+    """Which backward autograd is running on this thread, None outside of all."""
+    number = _load("torch._C", "_current_graph_task_id")()
+    return None if number == -1 else number
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread."""
-    return _load("torch._C", "_current_graph_task_id")() != -1
+    return backward_number() is not None
 
 
 def inside(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -24,24 +24,23 @@ from torch import Tensor
 
 from quartet.runtime.distributed.maxima import Maxima, Scale
 from quartet.runtime.distributed.sharded import Sharded
-from quartet.runtime.distributed.steps import STEPS
 from quartet.runtime.distributed.weight import GatheredWeight, Packing
+from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 
 Quantize = Callable[[Tensor, Packing, Scale | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A shard as it was at a version in a step, its planes, and those of which each rank has its rows, as bytes."""
+    """A shard as it was at a version, its planes, and those of which each rank has its rows, as bytes."""
 
-    step: int
     shard: Tensor
-    version: tuple[int, int, int]
+    version: tuple[int, ...]
     planes: dict[str, Tensor]
     travel: dict[str, Tensor]
 
     def is_of(self, place: Sharded) -> bool:
-        return self.step == STEPS.number and self.version == place.version
+        return self.version == place.version
 
 
 class Packed:
@@ -89,7 +88,7 @@ class Packed:
         elif scale is not None:
             planes["amax"] = scale.amax
         travel = {name: plane.view(torch.uint8) for name, plane in planes.items() if name not in self._whole}
-        self._kept = _Kept(STEPS.number, shard, self.place.version, planes, travel)
+        self._kept = _Kept(shard, self.place.version, planes, travel)
         return self._kept
 
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -132,13 +131,14 @@ class Refresh:
 
     def __init__(self, packed: Sequence[Packed], maxima: Maxima) -> None:
         self._packed, self._maxima = packed, maxima
-        self._trained = False
+        self._trained, self._number = False, OPTIMIZER_STEPS.number
 
     def __call__(self) -> None:
         """Collective where there are scales."""
         trained, self._trained = self._trained, torch.is_grad_enabled()
         accumulating = any(each.place.parameter.grad is not None for each in self._packed)
-        anew = not (trained and self._trained and accumulating)
+        stepped, self._number = self._number != OPTIMIZER_STEPS.number, OPTIMIZER_STEPS.number
+        anew = stepped or not (trained and self._trained and accumulating)
         with torch.inference_mode(False), torch.no_grad():  # training may read what an evaluation has made
             for each in self._packed:
                 each.attach()

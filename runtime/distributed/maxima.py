@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from quartet.kernels.reference.formats.scales import APART, scale_of_amax
 from quartet.kernels.spec import QuantSpec
 from quartet.runtime.distributed.sharded import Sharded
-from quartet.runtime.distributed.steps import STEPS
 
 
 class Scale(NamedTuple):
@@ -34,8 +33,7 @@ class Maxima:
         self._members: list[tuple[Sharded, QuantSpec]] = []
         self._tables: list[_Table] = []
         self._scales: list[Scale] = []
-        self._stamp: int | None = None  # the step that they are of
-        self._seen: list[tuple[int, int, int]] = []  # the versions of the shards that they are of
+        self._seen: list[tuple[int, ...]] = []  # the versions of the shards that they are of
 
     def add(self, place: Sharded, spec: QuantSpec) -> int:
         """Know one more; its number for :meth:`of`."""
@@ -45,7 +43,7 @@ class Maxima:
     def of(self, number: int) -> Scale:
         """What :meth:`refresh` found. Raises RuntimeError where the shard has changed since."""
         place, _ = self._members[number]
-        if self._stamp != STEPS.number or self._seen[number] != place.version:
+        if not self._seen or self._seen[number] != place.version:
             raise RuntimeError(f"weight {place.name!r} of {type(place.owner).__name__} is gathered before the forward "
                                "that finds its scale: with one scale a tensor, gather it in a forward of the model "
                                "that quartet.distributed.pack_all_gather was given, not by unshard() ahead of it")
@@ -57,13 +55,13 @@ class Maxima:
         shards."""
         shards = [place.shard for place, _ in self._members]
         seen = [place.version for place, _ in self._members]
-        if not shards or not anew and (STEPS.number, seen) == (self._stamp, self._seen):
+        if not shards or not anew and seen == self._seen:
             return
         if not self._tables:
             self._arrange(shards)
         for table in self._tables:
             table.reduce([shards[i] for i in table.members])
-        self._stamp, self._seen = STEPS.number, seen
+        self._seen = seen
 
     def _arrange(self, shards: list[Tensor]) -> None:
         """A table for each group of ranks and dtype, with a row for each parameter."""

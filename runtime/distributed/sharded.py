@@ -13,6 +13,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from quartet.runtime.distributed.steps import STEPS
+
 
 @dataclass(frozen=True)
 class Sharded:
@@ -49,11 +51,12 @@ class Sharded:
         return self.parameter._local_tensor
 
     @property
-    def version(self) -> tuple[int, int, int]:
-        """The shard, and the writes that PyTorch has counted: those to the parameter are not in the shard's counter."""
+    def version(self) -> tuple[int, ...]:
+        """The shard, the writes that PyTorch has counted (those to the parameter are not in the shard's counter), and
+        the steps of optimizers."""
         parameter = self.parameter
         shard = parameter._local_tensor
-        return id(shard), shard._version, parameter._version
+        return id(shard), shard._version, parameter._version, *STEPS.of(parameter)
 
     def follow(self) -> None:
         """Let the stream on which FSDP2 copies into its gathers wait for what the current stream does. There is none

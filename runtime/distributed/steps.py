@@ -1,27 +1,30 @@
-"""When optimizers have stepped."""
+"""Which parameters optimizers have stepped."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
+
+from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 
 
 class Steps:
-    """Counts the steps of all optimizers: a kernel that writes a parameter need not move its version counter."""
+    """When each parameter was stepped last: a kernel that writes one need not move its version counter."""
 
     def __init__(self) -> None:
-        self.number, self._watching = 0, False
+        self._last: dict[int, int] = {}  # by id of the parameter
 
     def watch(self) -> None:
-        """Count from now on."""
-        if not self._watching:
-            self._watching = True
-            register_optimizer_step_post_hook(self._after_step)
+        """Note it from now on."""
+        OPTIMIZER_STEPS.after_each(self._note)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.number += 1
+    def of(self, parameter: Tensor) -> tuple[int, int]:
+        """What changes with each step of the parameter, and with each compiled one, which does not say of what."""
+        return self._last.get(id(parameter), 0), OPTIMIZER_STEPS.compiled
+
+    def _note(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            self._last.update(dict.fromkeys(map(id, group["params"]), OPTIMIZER_STEPS.number))
 
 
 STEPS = Steps()

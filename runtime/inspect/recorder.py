@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from quartet.runtime.inspect.clock import CLOCK
+from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 
 RESULT = "its result"
 _MOST_FLAGS = 1 << 17  # that are noted before they are looked at, though no optimizer steps
@@ -127,6 +128,7 @@ class Recorder:
     def flag(self, flags: Flags) -> None:
         """Note what is looked at before the next step of an optimizer."""
         _CHECKED.add(self)
+        OPTIMIZER_STEPS.before_each(raise_if_not_finite)
         self._flags.append(flags)
 
     def begin(self, at: tuple[bool, int]) -> None:
@@ -186,9 +188,6 @@ def raise_if_not_finite(optimizer: Optimizer | None = None) -> None:
     """:meth:`Recorder.raise_if_not_finite` of all recorders."""
     for recorder in list(_CHECKED):
         recorder.raise_if_not_finite(optimizer)
-
-
-CLOCK.before_each_step(raise_if_not_finite)
 
 
 def _steps_by_finite(optimizer: Optimizer) -> bool:

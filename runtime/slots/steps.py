@@ -1,19 +1,17 @@
 """When histories advance: once an optimizer step, after it, by the largest magnitudes that its micro-batches had.
 
-A hook of all optimizers of ``torch.optim``'s kind pushes the pending values of the weights that an optimizer has
-stepped, and of those that no optimizer steps and that share a call with one of them (frozen ones), into their
-histories. Over the ranks that train a weight together they are maximised before, all in one collective
-(``quartet.runtime.slots.ranks``); forwards and backwards have none.
+The pending values of the weights that an optimizer has stepped, and of those that no optimizer steps and that share a
+call with one of them (frozen ones), are pushed into their histories. Over the ranks that train a weight together they
+are maximised before, all in one collective (``quartet.runtime.slots.ranks``); forwards and backwards have none.
 
 - Optimizers that step inside of another's step count when that has ended, and those that step inside of a backward,
   a parameter each, when it has.
-- A compiled step runs no hook of ours. It is noticed by the next forward, which pushes what this rank has seen.
+- A compiled step does not say what it steps. The next forward notices it, and pushes what this rank has seen.
 - A step that was captured in a CUDA graph is not noticed when it is replayed: what it steps advances in every forward.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +20,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from quartet.runtime.compat import after_backward, in_backward
-from quartet.runtime.frames import optimizer_steps
+from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 from quartet.runtime.slots.amax import calls
 from quartet.runtime.slots.ranks.replicas import distributed, wrappers
 from quartet.runtime.slots.ranks.shared import Shared
@@ -60,35 +56,28 @@ class Snapshot:
 
 
 class Steps:
-    """The optimizer steps of this process."""
+    """What the optimizer steps of this process advance."""
 
     def __init__(self) -> None:
-        self._compiled_step = False
-        self._watching = False
+        self._compiled = OPTIMIZER_STEPS.compiled
         self._stepped: list[Optimizer] = []  # and not yet advanced
-        self._queued = False
         self._held = WeakIdKeyDictionary()
         self._snapshot = Snapshot(0, {}, {})
         self._shared: list[Shared] = []
 
     def watch(self) -> None:
         """Learn of optimizer steps from now on."""
-        if not self._watching:
-            self._watching = True
-            register_optimizer_step_post_hook(self._after_step)
+        OPTIMIZER_STEPS.after_each(self._after_step)
 
     def after_compiled_steps(self) -> None:
         """Whatever optimizers count is due if a compiled one has stepped: it does not say which weights."""
-        if self._compiled_step:
-            self._compiled_step = False
+        if self._compiled != OPTIMIZER_STEPS.compiled:
+            self._compiled = OPTIMIZER_STEPS.compiled
             for weight in WEIGHTS.of.values():
                 for kept in (*weight.slots.values(), *weight.averages.values()):
                     kept.due = True
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._compiled_step = True  # dynamo repeats this after each run of the compiled step
-            return
+    def _after_step(self, optimizer: Optimizer) -> None:
         held = self._held_by(optimizer) if len(WEIGHTS.of) else None
         if held is not None and (held.weights or held.wrappers):
             captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -98,13 +87,8 @@ class Steps:
                 weight.count()
             if not captured and optimizer not in self._stepped:
                 self._stepped.append(optimizer)
-        if not self._stepped or optimizer_steps(sys._getframe()) > 1:
-            return
-        if not in_backward():
-            self._advance()
-        elif not self._queued:
-            self._queued = True
-            after_backward(self._advance)
+        if self._stepped:
+            OPTIMIZER_STEPS.at_the_end(self._advance)
 
     def _held_by(self, optimizer: Optimizer) -> Held:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -118,7 +102,7 @@ class Steps:
 
     def _advance(self) -> None:
         """Push what the steps so far ask for, in as many collectives as there are groups of ranks."""
-        stepped, self._stepped, self._queued = self._stepped, [], False
+        stepped, self._stepped = self._stepped, []
         held = [self._held_by(optimizer) for optimizer in stepped]
         weights = {id(weight): weight for one, optimizer in zip(held, stepped, strict=True)
                    for weight in one.weights if weight.counted and weight.is_of(optimizer)}

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 from quartet.runtime.replay.library import LAUNCHER
 from quartet.runtime.slots.storages import ByStorage, has_storage, storage_number
 
@@ -55,17 +55,19 @@ class ReusedWeights:
 
     def __init__(self) -> None:
         self._known: ByStorage[_Known] = ByStorage(self._drop)
-        self._step: dict[int, dict[Key, _Made]] = {}  # by storage; dropped with every optimizer's step
         self._asked = 0  # how many parameters there ever were
         self._strangers = WeakIdKeyDictionary()  # optimizer that held none of them → their number and its own then
         self._captured = WeakIdKeyDictionary()
-        self._watching = False
 
     def watch(self) -> None:
         """Learn of optimizer steps from now on."""
-        if not self._watching:
-            self._watching = True
-            register_optimizer_step_post_hook(self._after_step)
+        OPTIMIZER_STEPS.after_each(self._after_step)
+
+    @property
+    def _step(self) -> dict[int, dict[Key, _Made]]:
+        """What this step has made, by storage."""
+        made: dict[int, dict[Key, _Made]] = OPTIMIZER_STEPS.within.setdefault(self, {})
+        return made
 
     def serve(self, parameter: Tensor, what: Hashable, packed: bool, make: Callable[[bool], Results],
               finish: Callable[[Tensor, Tensor, Tensor], Results]) -> Results:
@@ -161,10 +163,7 @@ class ReusedWeights:
     def _drop(self, storage: int) -> None:
         self._step.pop(storage, None)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._step = {}  # nothing is read before, so that dynamo repeats just this after each run of a compiled step
-        if torch.compiler.is_compiling():
-            return
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         LAUNCHER.stepped()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._captured[optimizer] = True

@@ -65,16 +65,34 @@ def trained(rank, model, compiled, steps=2, parts=2, seed=5):
     return found | {name: local(p).detach() for name, p in model.named_parameters()} | {"losses": torch.stack(losses)}
 
 
+def stepped_in_backward(rank, model, compiled, steps=3):
+    """Losses and weights where an optimizer a parameter steps as soon as there is a gradient."""
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], 0.1)
+
+        def step(parameter, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+    losses = []
+    for _ in range(steps):
+        loss = compiled(data(rank, 32, WIDTH)).float().square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+    return {name: local(p).detach() for name, p in model.named_parameters()} | {"losses": torch.stack(losses)}
+
+
 def named(values):
     return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in values.items()}
 
 
-def compared(rank, policy, whole=None, **how):
+def compared(rank, policy, whole=None, train=trained, **how):
     """Whether a run with packed gathers is that with ``whole`` ones bit for bit, and how it gathers; and the latter."""
     model, compiled, report = built(policy, True, **how)
-    found = named(trained(rank, model, compiled))
+    found = named(train(rank, model, compiled))
     if whole is None:
-        whole = trained(rank, *built(policy, False, **how)[:2])
+        whole = train(rank, *built(policy, False, **how)[:2])
     return {"differ": [name for name in whole if not torch.equal(found[name], whole[name])],
             "packed": tuple(named(dict.fromkeys(report.packed))),
             "fell": bool(found["losses"][-1] < found["losses"][0]),
@@ -90,6 +108,7 @@ def packed(rank, folder):
             for name, how in {"kept unsharded": {"after": False}, "checkpointed": {"checkpointed": True},
                               "compiled whole": {"whole_model": True}}.items():
                 found[name], _ = compared(rank, recipe, whole, **how)
+            found["optimizer in backward"], _ = compared(rank, recipe, train=stepped_in_backward)
     alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     found["groups of one rank"], _ = compared(rank, "quartet", mesh=alone, mp=MixedPrecisionPolicy())
     return found

@@ -28,7 +28,7 @@ def equal_to_quantising_after_the_gather(found):
 
 
 @pytest.mark.parametrize("how", ["quartet", "fp8", "quartet-paper", "kept unsharded", "checkpointed",
-                                 "compiled whole", "groups of one rank"])
+                                 "compiled whole", "groups of one rank", "optimizer in backward"])
 def test_packed_gathers_change_no_bit(packed, how):
     for rank in packed:
         equal_to_quantising_after_the_gather(rank[how])

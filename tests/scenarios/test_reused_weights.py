@@ -444,18 +444,18 @@ def test_an_optimizer_of_other_parameters_costs_nothing(trained):
     stranger.param_groups = [group]
     looked = group["params"].looked
     for _ in range(3):
-        REUSED._after_step(stranger, (), {})
+        REUSED._after_step(stranger)
     assert group["params"].looked == looked + 1
     group["params"].append(trained[0][0].up.weight)
     for _ in range(3):
-        REUSED._after_step(stranger, (), {})
+        REUSED._after_step(stranger)
     assert group["params"].looked == looked + 4
 
 
 def test_a_sparse_parameter_may_be_stepped(trained):
     sparse = torch.nn.Parameter(torch.eye(3).to_sparse())
     optimizer = torch.optim.SGD([sparse], 0.1)
-    REUSED._after_step(optimizer, (), {})
+    REUSED._after_step(optimizer)
 
 
 def test_parts_of_one_storage_are_told_apart():
@@ -469,7 +469,7 @@ def test_parts_of_one_storage_are_told_apart():
                 reused.serve(part, "codes", True, lambda packed, part=part: (part.detach().clone(),) * 3,
                              lambda *codes: codes)
         found = [reused.find(part, "codes") for part in parts]
-        reused._after_step(optimizer, (), {})
+        reused._after_step(optimizer)
     assert torch.equal(found[0][0], parts[0]) and found[1] is None  # no optimizer's
 
 
