@@ -81,6 +81,43 @@ def test_nobody_waits_for_the_device():
     assert inspector.statistics().steps == tuple(range(6))
 
 
+class Mixture(nn.Module):
+    """Experts, between whose products tokens stay padded, and a product of two activations."""
+
+    def __init__(self, experts=12, width=256, hidden=512):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(experts, *shape) / 16) for shape in ((width, hidden),
+                                                                                            (hidden, width)))
+
+    def forward(self, x, offs):
+        y = nn.functional.grouped_mm(silu(nn.functional.grouped_mm(x, self.up, offs=offs)), self.down, offs=offs)
+        heads = y.view(32, -1, 64)
+        return heads @ heads.mT @ heads
+
+
+@pytest.mark.parametrize("recipe", ["quartet", "fp8-rowwise", "mxfp8"])
+def test_products_of_batches_and_of_groups_without_waiting(recipe):
+    torch.manual_seed(0)
+    model, inspector = Mixture().to("cuda", torch.bfloat16), Inspector(1, ["mxfp8", "fp8-rowwise"])
+    policy = quartet.Policy(None).on("grouped", recipe).on("bmm", recipe)
+    compiled = torch.compile(model, backend="quartet", options={"policy": policy, "inspect": inspector})
+    x = torch.randn(1024, 256, device="cuda", dtype=torch.bfloat16)
+    offs = (torch.arange(1, 13, device="cuda") * 80).to(torch.int32)  # 64 tokens belong to no group
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for number in range(5):
+        torch.cuda.set_sync_debug_mode("error" if number >= 3 else "default")
+        try:
+            compiled(x, offs).float().square().mean().backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = inspector.statistics().where(step=4)
+    cosines = {r.name: r.values["cosine"] for r in found.where(kind="product")}
+    assert {"up wgrad", "down dgrad", "down wgrad"} <= cosines.keys() and any("bmm" in name for name in cosines)
+    assert all(cosine > 0.9 for cosine in cosines.values()), cosines
+    assert "down wgrad" in found.what_if()
+
+
 def test_the_first_value_that_is_not_finite():
     model = Gated().to("cuda", torch.bfloat16)
     with torch.no_grad():

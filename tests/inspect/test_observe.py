@@ -107,7 +107,7 @@ def test_recomputation_is_recorded_once():
         r.name: str(r.values) for r in recomputed if r.role == "fprop"}
 
 
-def test_steps_are_those_of_the_optimizer_and_micro_batches_count_once():
+def test_steps_are_those_of_the_optimizer_and_micro_batches_count_once(monkeypatch):
     model, inspector = nn.Linear(32, 32), Inspector(every=2)
     compiled, backend = compile_eager(model, "fp8", inspect=inspector)
     optimizer, another = (torch.optim.SGD(one.parameters(), 0.1) for one in (model, nn.Linear(2, 2)))
@@ -125,6 +125,13 @@ def test_steps_are_those_of_the_optimizer_and_micro_batches_count_once():
         optimizer.step()
     assert backend.calls == 1, "another interval compiles nothing"
     assert inspector.statistics().steps[-1] == 6
+    targets = {str(node.target) for gm in backend.capture.graphs for node in gm.graph.nodes}
+    assert "quartet.observe.default" in targets and not any("_local_scalar_dense" in name for name in targets)
+    monkeypatch.setattr("quartet.runtime.inspect.observe.parsed", lambda program: pytest.fail("nothing is due now"))
+    inspector.every = 1000
+    for _ in range(2):
+        compiled(torch.randn(32, 32)).square().mean().backward()
+        optimizer.step()
 
 
 def test_what_if_is_what_the_recipe_would_have_done():
