@@ -45,7 +45,7 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK) $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 fuzz: $(STAMP)
 	QUARTET_FUZZ=$(or $(N),1000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/fuzz $(ARGS)

@@ -163,7 +163,7 @@ def sequences_of_labels(model: str, config: str, **sizes: Any) -> Callable[[], S
 ARCHITECTURES: dict[str, Callable[[], Specimen]] = {
     "llama, lengths": causal("LlamaForCausalLM", 32, 24, 41, num_key_value_heads=2),
     "mamba2, lengths": lambda: Specimen(transformers(
-        "Mamba2ForCausalLM", hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16, n_groups=1,
+        "Mamba2ForCausalLM", hidden_size=64, num_hidden_layers=1, num_heads=8, head_dim=16, state_size=16, n_groups=1,
         chunk_size=16, vocab_size=VOCABULARY), [text(n) for n in (32, 24, 41)]),
     "deepseek v3": causal("DeepseekV3ForCausalLM", num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4,
                           num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=32,
