@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from quartet.kernels.reference.optim.lowbit import Draw
 from quartet.runtime.direct import rounding
+from quartet.runtime.direct.seeds import agree
 from quartet.runtime.direct.weight import LowBitWeight
 from quartet.runtime.optim import fit
 from quartet.runtime.optim.base import LowBitOptimizer
@@ -33,7 +34,8 @@ class Optimizer(torch.optim.Optimizer):
     stochastically onto the grid; then the numbers are gone. The first and the last are each one pass over memory on a
     GPU. The states of the inner optimizer are its own, keyed by the low-bit parameters. Random bits are Philox's of a
     64-bit seed with counter (element, parameter, step): a resumed run goes on bit for bit, rows of a parameter take the
-    same bits however they are sharded. Ranks that hold copies of a parameter (DDP) must give generators of one seed.
+    same bits however they are sharded. Ranks that train a parameter together (DDP, FSDP2) take the seed of the first of
+    them in the first step, which is collective.
 
     Args:
         optimizer: built on the converted model's parameters, or a function of ``params`` that builds it. Its step may
@@ -73,6 +75,7 @@ class Optimizer(torch.optim.Optimizer):
         if not any(True for _ in self._low_bit()):
             raise ValueError("none of the optimizer's parameters is low-bit; convert the model before building it")
         self._flips: list[tuple[Tensor, int]] = []
+        self._agreed = False
 
     @staticmethod
     def _built(optimizer: torch.optim.Optimizer | Factory, params: Iterable[Any] | None) -> torch.optim.Optimizer:
@@ -138,6 +141,10 @@ class Optimizer(torch.optim.Optimizer):
             if param.grad is not None:
                 fit.refuse_gradient(type(self).__name__, self._called(group, param), param)
                 self._check_fit(group, param)
+        if not self._agreed:
+            self._agreed = True
+            if not any(group[STEP] for group in self.param_groups):  # a checkpoint's are equal already
+                agree(self.param_groups, (SEED, "seed"), [param for _, param, _ in self._low_bit()])
         groups, members = self.param_groups, [list(group["params"]) for group in self.param_groups]
         buckets, low = self._buckets(), {id(p) for _, p, _ in self._low_bit()}
         self._flips = []
@@ -273,7 +280,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("inner", "rescale", "rescale_every", "feedback", "bucket_bytes")
-        return {"defaults": {}, "state": {}, "param_groups": [], "_flips": []} | {k: self.__dict__[k] for k in names}
+        fresh = {"defaults": {}, "state": {}, "param_groups": [], "_flips": [], "_agreed": False}
+        return fresh | {k: self.__dict__[k] for k in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -28,8 +28,8 @@ def model(case, seed=0):
     return direct.convert(Net(WIDTHS.get(case, 64)), bits, paper=paper)
 
 
-def wrapped(case, net):
-    return direct.Optimizer(CASES[case][2](net.parameters(), lr=3e-3), generator=torch.Generator().manual_seed(0))
+def wrapped(case, net, seed=0):
+    return direct.Optimizer(CASES[case][2](net.parameters(), lr=3e-3), generator=torch.Generator().manual_seed(seed))
 
 
 def steps(run, optimizer, rank=0, ranks=1):
@@ -42,12 +42,12 @@ def steps(run, optimizer, rank=0, ranks=1):
 
 
 def ddp(rank, folder):
-    """Ranks start with other weights, rank 0's are broadcast."""
+    """Ranks start with other weights and seeds, those of rank 0 are broadcast."""
     found = {}
     for case in CASES:
         net = model(case, seed=rank)
         run = DistributedDataParallel(net)
-        steps(run, wrapped(case, net), rank, dist.get_world_size())
+        steps(run, wrapped(case, net, seed=rank), rank, dist.get_world_size())
         found[case] = stored(net)
     return found
 
