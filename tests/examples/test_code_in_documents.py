@@ -25,8 +25,7 @@ import os, tempfile, torch, quartet, torch.distributed.checkpoint as dcp
 from collections import OrderedDict
 from quartet import Policy
 torch.manual_seed(0)
-model = torch.nn.Sequential(OrderedDict(up_proj=torch.nn.Linear(64, 96), act=torch.nn.GELU(),
-                                        down_proj=torch.nn.Linear(96, 64), lm_head=torch.nn.Linear(64, 256)))
+model = torch.nn.Sequential(OrderedDict(up_proj=torch.nn.Linear(64, 96), down_proj=torch.nn.Linear(96, 64)))
 x = tokens = torch.randn(64, 64)
 inputs, p, weights = (x,), Policy("fp8"), model.state_dict()
 path = os.path.join(tempfile.mkdtemp(dir="."), "state")
