@@ -36,22 +36,24 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
     """
     across = (cols + N - 1) // N
     line, first = (tl.program_id(0) // across).to(tl.int64), tl.program_id(0) % across * N
-    row, col = line * (4 * M) + 4 * tl.arange(0, M), first + tl.arange(0, N)
+    # along columns alone a thread has two rows of each of the four tiles: let them be neighbours
+    TURNS: tl.constexpr = 2 if ROWS is None else 1
+    row, col = line * (4 * M) + 4 * _in_turn(M, TURNS), first + tl.arange(0, N)
     tiles = load_fours(x, row, col, rows, cols, row_stride)
     if ROWS is not None:
         BLOCK: tl.constexpr = ROWS.block
         PER: tl.constexpr = N // BLOCK
         block = first // BLOCK + tl.arange(0, PER)
         if ROWS.tile:
-            by, scale = scales_of(_amax_of_parts(_amax(tiles), 4 * M // BLOCK, PER), ROWS)
+            by, scale = scales_of(_amax_of_parts(_amax(tiles), 4 * M // BLOCK, PER, TURNS), ROWS)
             _store_scales(scales, scale, line * (4 * M // BLOCK) + tl.arange(0, 4 * M // BLOCK), block,
                           (rows + BLOCK - 1) // BLOCK, padded // BLOCK)
-            every = _spread(by, M, N)
+            every = _spread(by, M, N, TURNS)
         for k in tl.static_range(4):
             if not ROWS.tile:
-                by, scale = scales_of(_amax_of_parts(magnitude(tiles[k]), M, PER), ROWS)
+                by, scale = scales_of(_amax_of_parts(magnitude(tiles[k]), M, PER, TURNS), ROWS)
                 _store_scales(scales, scale, row + k, block, rows, padded // BLOCK)
-                every = _spread(by, M, N)
+                every = _spread(by, M, N, TURNS)
             made = encode(tiles[k] * every, ROWS.element, HARDWARE)
             tl.store(codes + (row + k)[:, None] * padded + col[None, :], made,
                      mask=(row + k < rows)[:, None] & (col < padded)[None, :])
@@ -61,15 +63,17 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
         SIZE: tl.constexpr = COLUMNS.block
         GROUPS: tl.constexpr = 4 * M // SIZE
         group = line * GROUPS + tl.arange(0, GROUPS)
-        by, scale = scales_of(_amax_of_parts(_amax(tiles), GROUPS, N // SIZE if COLUMNS.tile else N), COLUMNS)
+        SCALES: tl.constexpr = N // SIZE if COLUMNS.tile else N
+        by, scale = scales_of(_amax_of_parts(_amax(tiles), GROUPS, SCALES, TURNS), COLUMNS)
         if COLUMNS.tile:
             _store_scales(turned_scales, tl.trans(scale), (first // SIZE + tl.arange(0, N // SIZE)).to(tl.int64), group,
                           (cols + SIZE - 1) // SIZE, turned_padded // SIZE)
         else:
             _store_scales(turned_scales, tl.trans(scale), col.to(tl.int64), group, cols, turned_padded // SIZE)
-        every = _spread(by, M, N)
+        every = _spread(by, M, N, TURNS)
         words = fp8_words((tiles[0] * every, tiles[1] * every, tiles[2] * every, tiles[3] * every), COLUMNS.element,
                           HARDWARE)
+        words = tl.reshape(tl.permute(tl.reshape(words, (TURNS, M // TURNS, N)), (1, 0, 2)), (M, N))
         word = line * M + tl.arange(0, M)
         tl.store(turned_words + col.to(tl.int64)[:, None] * (turned_padded // 4) + word[None, :], tl.trans(words),
                  mask=(col < cols)[:, None] & (word < turned_padded // 4)[None, :])
@@ -83,23 +87,34 @@ def _amax(tiles):
 
 
 @triton.jit
-def _amax_of_parts(top, R: tl.constexpr, C: tl.constexpr):
-    """``[R, C]`` of a tile in as many parts of equal size."""
+def _in_turn(M: tl.constexpr, TURNS: tl.constexpr):
+    """0 … M − 1, first every TURNS-th."""
+    i = tl.arange(0, M)
+    return i % (M // TURNS) * TURNS + i // (M // TURNS)
+
+
+@triton.jit
+def _amax_of_parts(top, R: tl.constexpr, C: tl.constexpr, TURNS: tl.constexpr):
+    """``[R, C]`` of a tile in as many parts of equal size, whose rows are :func:`_in_turn`."""
     M: tl.constexpr = top.shape[0]
     N: tl.constexpr = top.shape[1]
     if C < N:
         top = tl.max(tl.reshape(top, (M, C, N // C)), 2)
     if R < M:
-        top = tl.max(tl.reshape(top, (R, M // R, C)), 1)
+        if TURNS > 1:
+            top = tl.max(tl.reshape(top, (TURNS, M // TURNS, C)), 0)
+        top = tl.max(tl.reshape(top, (R, M // TURNS // R, C)), 1)
     return top
 
 
 @triton.jit
-def _spread(by, M: tl.constexpr, N: tl.constexpr):
-    """``[M, N]`` of a tile whose parts of equal size have one number each."""
+def _spread(by, M: tl.constexpr, N: tl.constexpr, TURNS: tl.constexpr):
+    """``[M, N]`` of one number for each of the parts of :func:`_amax_of_parts`."""
     R: tl.constexpr = by.shape[0]
     C: tl.constexpr = by.shape[1]
-    return tl.reshape(tl.broadcast_to(by[:, None, :, None], (R, M // R, C, N // C)), (M, N))
+    H: tl.constexpr = M // TURNS
+    turn = tl.reshape(tl.broadcast_to(by[:, None, :, None], (R, H // R, C, N // C)), (H, N))
+    return tl.reshape(tl.broadcast_to(turn[None, :, :], (TURNS, H, N)), (M, N))
 
 
 @triton.jit
