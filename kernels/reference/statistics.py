@@ -51,7 +51,7 @@ class Quantized:
     def of(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0, amax: Tensor | None = None,
            ends: Tensor | None = None) -> Quantized:
         """The arguments are those of the quantiser; the largest magnitude is the tensor's own unless given."""
-        if ends is not None:
+        if ends is not None and spec.block == "row":
             return Quantized(spec, *quantize_groups(x, spec, ends), ends=ends)
         if spec.takes_amax and amax is None:
             amax = largest_magnitude(x)
@@ -83,7 +83,10 @@ class Quantized:
 
 def operand_statistics(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, site: int = 0,
                        amax: Tensor | None = None, ends: Tensor | None = None) -> Tensor:
-    """float64 ``[len(COLUMNS) + BINS]`` of ``[rows, cols]`` that a quantiser reads; the arguments are its own."""
+    """float64 ``[len(COLUMNS) + BINS]`` of ``[rows, cols]`` that a quantiser reads; the arguments are its own.
+
+    ``ends``: where groups end along the columns, in each of which a row has a scale of its own, or is folded by itself.
+    """
     made = Quantized.of(x, spec, seed, site, amax, ends)
     x = x.to(torch.float32)
     cols = x.shape[1]
@@ -91,7 +94,7 @@ def operand_statistics(x: Tensor, spec: QuantSpec, seed: Tensor | None = None, s
     beyond = x.abs() > largest[:, :cols] * _ROUNDED
     return torch.cat((tensor_statistics(x), torch.stack((
         _share(q == 0), _ratio(((q == 0) & (x != 0)).sum(), (x != 0).sum()), _share(beyond), relative_error(q, x),
-        _unfolded(made.codes, made.scales, spec))), _histogram(made.steps(largest))))
+        _unfolded(made.codes, made.scales, spec, ends))), _histogram(made.steps(largest))))
 
 
 def tensor_statistics(x: Tensor) -> Tensor:
@@ -142,10 +145,11 @@ def _largest_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     return most.expand(codes.shape[0], codes.shape[1]).contiguous()
 
 
-def _unfolded(codes: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
+def _unfolded(codes: Tensor, scales: Tensor, spec: QuantSpec, ends: Tensor | None) -> Tensor:
     if not (spec.packed and spec.scale == "e8m0") or spec.tile:
         return torch.full((), float("nan"), dtype=torch.float64, device=codes.device)
-    folded, row = fold(codes, scales, spec)
+    folded, row = fold(codes, scales, spec, ends)
+    row = row if ends is None else row[:, group_of(ends, folded.shape[1])]
     exact, held = dequantize(codes, scales, spec) / spec.gain, folded.to(torch.float32) * row
     same = (held == exact) | (held.isnan() & exact.isnan())
     return _share(~same.reshape(codes.shape[0], -1, int(spec.block)).all(-1))

@@ -17,7 +17,7 @@ from quartet.kernels.reference.hadamard import FLAT_SIGNS
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, aten, editing, is_backward, shape, source_of, val
-from quartet.lowering.ir.operands import SCALED, Product, quantizer_of
+from quartet.lowering.ir.operands import SCALED, Kind, Product, quantizer_of
 from quartet.lowering.ir.ops.grouped import TOKENS
 from quartet.lowering.ir.ops.inspect import OBSERVE
 from quartet.lowering.ir.views import Dequantize, Hadamard, Quantize, QuantizeGroups
@@ -79,16 +79,17 @@ def _operands(state: State) -> Iterator[_Op]:
         op = _Op()
         for quantizer in quantizers:
             names = tuple(dict.fromkeys(name for _, name in readers[quantizer]))
-            op.lines.append(_operand(op.tensors, quantizer, names))
+            op.lines.append(_operand(op.tensors, quantizer, names, Product.of(readers[quantizer][0][0]).kind))
         yield op
 
 
-def _operand(tensors: Tensors, quantizer: Node, names: tuple[str, ...]) -> program.Operand:
+def _operand(tensors: Tensors, quantizer: Node, names: tuple[str, ...], kind: Kind) -> program.Operand:
     if quantizer.target is QuantizeGroups.op:
         of_groups = QuantizeGroups.of(quantizer)
-        made, ends = Quantize(of_groups.x, of_groups.spec), of_groups.ends
+        made = Quantize(of_groups.x, of_groups.spec)
     else:
-        made, ends = Quantize.of(quantizer), None
+        made = Quantize.of(quantizer)
+    ends = kind.ends if kind.over_tokens else None
     x, rotation, signs = made.x, 0, None
     if (rotated := Hadamard.into(x)) is not None:
         x, rotation, signs = rotated.x, rotated.n, rotated.signs

@@ -41,7 +41,7 @@ class Record:
     role: str = ""
     operand: str = ""
     recipe: str = ""
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
     scales: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -56,10 +56,10 @@ class Record:
         return " ".join(filter(None, (self.layer, self.role, self.operand, self.recipe)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without what is empty or NaN; an infinity is text."""
+        """Plain data for JSON, with the SNR in dB, without what is empty or NaN; an infinity is text."""
         named = {key: getattr(self, key) for key in ("step", "kind", "layer", "role", "operand", "recipe")}
-        known = {key: value if math.isfinite(value) else str(value) for key, value in self.values.items()
-                 if not math.isnan(value)}
+        known = {key: value if math.isfinite(value) else str(value)
+                 for key, value in (self.values | {"snr": self.snr}).items() if not math.isnan(value)}
         return {key: value for key, value in named.items() if value != ""} | known | (
             {"scales": {str(k): n for k, n in self.scales.items()}} if self.scales else {})
 

@@ -86,7 +86,7 @@ def _quantised(x: Tensor, text: str, ends: Tensor | None = None) -> Tensor:
     spec = QuantSpec.parse(text)
     whole = x if x.dim() == 2 or not spec.tile else torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % int(spec.block)))
     seed = torch.ones(1, dtype=torch.int64, device=x.device) if spec.stochastic else None
-    made = statistics.Quantized.of(_flat(whole), spec, seed, ends=ends if spec.block == "row" else None)
+    made = statistics.Quantized.of(_flat(whole), spec, seed, ends=ends)
     return made.values()[:, :x.shape[-1]].unflatten(0, whole.shape[:-1])[..., :x.shape[-2], :]
 
 

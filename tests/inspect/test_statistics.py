@@ -57,6 +57,7 @@ def test_lines_of_json(tmp_path):
     statistics().to_jsonl(tmp_path / "s.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and lines[0]["scales"] == {"4": 3} and lines[0]["layer"] == "layers.0.up"
+    assert lines[0]["snr"] == pytest.approx(20) and lines[5]["snr"] == "-inf"
     assert "unfolded" not in lines[0] and lines[5]["error"] == "inf" and lines[3]["recipe"] == "fp8"
 
 

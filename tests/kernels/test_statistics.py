@@ -66,6 +66,21 @@ def test_blocks_that_do_not_fold():
     assert histogram == {-2: 5, -23: 1}
 
 
+def test_groups_fold_one_by_one():
+    x = torch.full((2, 96), 1.5)
+    x[:, :32] = 0.75 * 2.0**-20
+    ends = torch.tensor([32, 32, 96], dtype=torch.int32)
+    whole, grouped = (measured(x, "e2m1/32 e8m0 ceil nearest", ends=end)[0] for end in (None, ends))
+    assert whole["unfolded"] == pytest.approx(1 / 3) and grouped["unfolded"] == 0
+
+
+def test_rows_have_a_scale_in_each_group():
+    x, ends = torch.full((2, 96), 448.0), torch.tensor([32, 96], dtype=torch.int32)
+    x[:, :32] = 2.0**-20
+    got, histogram = measured(x, "e4m3/row fp32 amax nearest", ends=ends)
+    assert got["error"] == got["underflow"] == got["clipped"] == 0 and histogram == {0: 2, -29: 2}
+
+
 def test_what_is_not_finite():
     x = torch.ones(2, 32)
     x[0, 0], x[1, 1] = float("nan"), float("inf")
