@@ -21,30 +21,33 @@ _FEWEST = 4096
 
 @triton.jit
 def quantize_whole_rows(x, codes, scales, rows, cols, row_stride, SPEC: tl.constexpr, HARDWARE: tl.constexpr,
-                        WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """M rows. WHOLE: N columns are all of them; else a row is read again for its codes, of which the cache has most."""
+                        PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """M rows in PARTS of N columns; of several a row is read again for its codes, when the cache has most of it."""
+    ELEMENT: tl.constexpr = SPEC.element
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    col = tl.arange(0, N)
-    inside = (row < rows)[:, None]
-    if WHOLE:
-        there = inside & (col < cols)[None, :]
-        tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
+    if PARTS == 1:
+        tile, at, there = _load(x, row, 0, rows, cols, row_stride, N)
         by, scale = scales_of(tl.max(magnitude(tile), 1), SPEC)
-        tl.store(codes + row[:, None] * cols + col[None, :], encode(tile * by[:, None], SPEC.element, HARDWARE),
-                 mask=there)
+        tl.store(codes + at, encode(tile * by[:, None], ELEMENT, HARDWARE), mask=there)
     else:
         top = tl.zeros((M, N), tl.int32)
-        for start in range(0, cols, N):
-            there = inside & (start + col < cols)[None, :]
-            tile = tl.load(x + row[:, None] * row_stride + (start + col)[None, :], mask=there, other=0.0)
-            top = tl.maximum(top, magnitude(tile.to(tl.float32)))
+        for part in range(PARTS):
+            tile, _, _ = _load(x, row, part * N, rows, cols, row_stride, N)
+            top = tl.maximum(top, magnitude(tile))
         by, scale = scales_of(tl.max(top, 1), SPEC)
-        for start in range(0, cols, N):
-            there = inside & (start + col < cols)[None, :]
-            tile = tl.load(x + row[:, None] * row_stride + (start + col)[None, :], mask=there, other=0.0)
-            tl.store(codes + row[:, None] * cols + (start + col)[None, :],
-                     encode(tile.to(tl.float32) * by[:, None], SPEC.element, HARDWARE), mask=there)
+        for part in range(PARTS):
+            tile, at, there = _load(x, row, part * N, rows, cols, row_stride, N)
+            tl.store(codes + at, encode(tile * by[:, None], ELEMENT, HARDWARE), mask=there)
     tl.store(scales + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _load(x, row, first, rows, cols, row_stride, N: tl.constexpr):
+    """fp32 tile of N columns from ``first`` on, where it lies in row-major ``[rows, cols]``, what of it is inside."""
+    col = first + tl.arange(0, N)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    tile = tl.load(x + row[:, None] * row_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tile, row[:, None] * cols + col[None, :], inside
 
 
 def quantize(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,7 @@ def quantize(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         m = max(1, _FEWEST // n)
         with on_device(x):
             launch(quantize_whole_rows, (cdiv(r, m),), (x, codes.view(torch.uint8), scales, r, k, x.stride(0)),
-                   SPEC=spec, HARDWARE=hardware(x.device), WHOLE=k <= n, M=m, N=n, num_warps=min(16, m * n // 1024))
+                   SPEC=spec, HARDWARE=hardware(x.device), PARTS=cdiv(k, n), M=m, N=n, num_warps=min(16, m * n // 1024))
     return codes, scales
 
 

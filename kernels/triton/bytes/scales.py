@@ -64,5 +64,6 @@ def scales_of(top, SPEC: tl.constexpr):
         inverse = tl.where(finite, (254 << 23) - bits, _NAN)
         return tl.where(finite, bits, _NAN).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
     else:
-        multiplier = multiplier_of(top, SPEC.max, False)
+        MAX: tl.constexpr = SPEC.max
+        multiplier = multiplier_of(top, MAX, False)
         return multiplier, tl.div_rn(tl.full(top.shape, 1.0, tl.float32), multiplier)

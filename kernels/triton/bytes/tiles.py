@@ -42,6 +42,7 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
     tiles = load_fours(x, row, col, rows, cols, row_stride)
     if ROWS is not None:
         BLOCK: tl.constexpr = ROWS.block
+        ELEMENT: tl.constexpr = ROWS.element
         PER: tl.constexpr = N // BLOCK
         block = first // BLOCK + tl.arange(0, PER)
         if ROWS.tile:
@@ -54,13 +55,14 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
                 by, scale = scales_of(_amax_of_parts(magnitude(tiles[k]), M, PER, TURNS), ROWS)
                 _store_scales(scales, scale, row + k, block, rows, padded // BLOCK)
                 every = _spread(by, M, N, TURNS)
-            made = encode(tiles[k] * every, ROWS.element, HARDWARE)
+            made = encode(tiles[k] * every, ELEMENT, HARDWARE)
             tl.store(codes + (row + k)[:, None] * padded + col[None, :], made,
                      mask=(row + k < rows)[:, None] & (col < padded)[None, :])
     if COLUMNS is not None:
         if ROWS is not None:
             tiles = load_fours(x, row, col, rows, cols, row_stride)  # from the cache: registers for both are too many
         SIZE: tl.constexpr = COLUMNS.block
+        TURNED: tl.constexpr = COLUMNS.element
         GROUPS: tl.constexpr = 4 * M // SIZE
         group = line * GROUPS + tl.arange(0, GROUPS)
         SCALES: tl.constexpr = N // SIZE if COLUMNS.tile else N
@@ -71,8 +73,7 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
         else:
             _store_scales(turned_scales, tl.trans(scale), col.to(tl.int64), group, cols, turned_padded // SIZE)
         every = _spread(by, M, N, TURNS)
-        words = fp8_words((tiles[0] * every, tiles[1] * every, tiles[2] * every, tiles[3] * every), COLUMNS.element,
-                          HARDWARE)
+        words = fp8_words((tiles[0] * every, tiles[1] * every, tiles[2] * every, tiles[3] * every), TURNED, HARDWARE)
         words = tl.reshape(tl.permute(tl.reshape(words, (TURNS, M // TURNS, N)), (1, 0, 2)), (M, N))
         word = line * M + tl.arange(0, M)
         tl.store(turned_words + col.to(tl.int64)[:, None] * (turned_padded // 4) + word[None, :], tl.trans(words),
