@@ -27,8 +27,11 @@ class Quantiser:
     """One operand of one product under another recipe.
 
     Args:
+        name: role, operand and recipe.
         spec: the quantiser; None: only what fprop does.
-        rotation, signs: before it. transposed: whether the product contracts the other axis.
+        rotation: before it, 0 for none.
+        signs: where those of the rotation are.
+        transposed: whether the product contracts the other axis.
         first: quantiser, rotation and signs of what fprop does to the tensor before, of operands that start from that.
         room: what the tokens of a group are padded to a multiple of.
     """
