@@ -180,7 +180,10 @@ class Launcher:
 
     def permit(self, every: bool) -> None:
         """C++ may serve the like of the call that runs on this thread: every one, or the first after each time that its
-        owner is written to or an optimizer steps."""
+        owner is written to or an optimizer steps.
+
+        Owners are told apart by address. One that is allocated where another has died is served what is made of its own
+        numbers, but Python is not asked, so that nothing is kept of it before permits are forgotten."""
         if self._ops is not None:
             self._ops.permit(every)
 
