@@ -49,14 +49,9 @@ def ddp(rank, folder):
         run = DistributedDataParallel(net)
         steps(run, wrapped(case, net, seed=rank), rank, dist.get_world_size())
         found[case] = stored(net)
-    return found
-
-
-def broadcast(rank, folder):
-    """What the last rank gives all, in buckets of several tensors and of one, and by the call of ours."""
     net, alone = model("4", seed=rank), direct.convert(nn.Sequential(nn.Linear(8, 8, bias=False)), 4)
-    DistributedDataParallel(alone)
-    return stored(direct.broadcast(net, source=dist.get_world_size() - 1)), stored(alone)
+    DistributedDataParallel(alone)  # a bucket of one tensor
+    return found | {"broadcast": stored(direct.broadcast(net, source=1)), "of one": stored(alone)}
 
 
 def fsdp(rank, folder):
@@ -69,7 +64,7 @@ def fsdp(rank, folder):
         part = net.up.weight.to_local()
         found[case] = rows(net)
         found[case]["bytes"] = part.codes.untyped_storage().nbytes()
-    return found
+    return found | {"uneven": uneven(folder)}
 
 
 def fsdp_of_one(rank, folder):
@@ -146,8 +141,8 @@ def layers(rows, bits, paper):
     return direct.convert(nn.Sequential(nn.Linear(8, rows), nn.Linear(rows, 4)), bits, paper=paper)
 
 
-def uneven(rank, folder):
-    """Outputs of three steps on what all ranks see, the last of which a loaded checkpoint takes."""
+def uneven(folder):
+    """Outputs of three steps on what all ranks see, the last of which a loaded checkpoint takes; one rank has all."""
     found, x = {}, torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     for rows in UNEVEN:
         for bits, paper in (("ternary", False), (8, True)):
@@ -172,7 +167,3 @@ def uneven(rank, folder):
                 dcp.save(state, checkpoint_id=into)
             found[rows, bits] = torch.stack([*seen, net(x).detach()])
     return found
-
-
-def uneven_alone(rank, folder):
-    return uneven(rank, folder)

@@ -51,10 +51,10 @@ def test_ranks_of_ddp_stay_equal_and_train_like_one(case, ranks):
 
 
 def test_a_broadcast_gives_all_ranks_the_codes_of_one(ranks):
-    (first, alone), (second, also) = ranks("broadcast")
-    assert_same(first, workers.stored(workers.model("4", seed=RANKS - 1)))
-    assert_same(first, second)
-    assert_same(alone, also)
+    first, second = ranks("ddp")
+    assert_same(first["broadcast"], workers.stored(workers.model("4", seed=1)))
+    for name in ("broadcast", "of one"):
+        assert_same(first[name], second[name])
 
 
 @pytest.mark.parametrize("case", workers.CASES)
@@ -78,8 +78,8 @@ def test_fsdp_of_one_rank_trains_like_none(case, ranks):
 
 
 def test_rows_that_the_ranks_do_not_divide_train_and_are_saved(ranks):
-    first, second = ranks("uneven")
-    (alone,) = ranks("uneven_alone", 1)
+    (first, second), (alone,) = ([rank["uneven"] for rank in run]
+                                 for run in (ranks("fsdp"), ranks("fsdp_of_one", 1)))
     for case, outputs in alone.items():
         assert torch.equal(first[case], outputs) and torch.equal(second[case], outputs), case
         assert not torch.equal(outputs[0], outputs[1])
