@@ -2,9 +2,9 @@
 
 A product runs back to back, because a GPU lowers its clock under a load that lasts as training does, on one H200 by a
 fifth. Passes are the ops that graphs call, with the provider that graphs get, replayed from a CUDA graph, so that the
-host's time is not in them, on a tensor that no cache holds. What an op folds to E4M3 is taken off where the fold is a
-pass of its own. What cannot be measured on a device, such as FP8 before Ada, follows from the H200's by the rate of a
-copy; what a kernel takes at least, and the host, are the H200's.
+host's time is not in them and nobody waits for g++, which builds the launcher, on a tensor that no cache holds. What an
+op folds to E4M3 is taken off where the fold is a pass of its own. What cannot be measured on a device, such as FP8
+before Ada, follows from the H200's by the rate of a copy; what a kernel takes at least, and the host, are the H200's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from quartet.lowering.ir.ops import fp8, fused
 from quartet.lowering.rates import datasheet, shipped
 from quartet.lowering.rates.constants import HOST, MEASURED, PASSES, Rates
 from quartet.runtime.devices import Target
+from quartet.runtime.replay.library import LAUNCHER
 
 Call = Callable[[], Any]
 ROWS, COLS = 16384, 8192  # of the tensor that passes work on
@@ -42,7 +43,7 @@ def measure(device: torch.device, seconds: float = 0.4) -> Rates:
     """The constants of a GPU. ``seconds``: how long each product runs before it is timed, and while it is. Raises
     MeasurementError where that tells none."""
     target = Target.of(device)
-    with torch.cuda.device(device), torch.no_grad():
+    with torch.cuda.device(device), torch.no_grad(), LAUNCHER.postponed():
         passes = {name: _replayed(call) for name, call in _passes(device, target)}
         products = {(dtype, size): _sustained(call, seconds) for size in PRODUCTS
                     for dtype, call in _products(device, target, *size)}

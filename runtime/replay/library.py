@@ -10,7 +10,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Launcher:
     _direct: Callable[[bytes, Any], Any] | None = None
     _guard: threading.RLock = field(default_factory=threading.RLock)
     _building: _Building | None = None
+    _postponed: bool = False
     _python: torch.library.Library = field(default_factory=lambda: torch.library.Library(_PYTHON, "FRAGMENT"))
 
     def offer(self, called: str, schema: str, run: Run, device: str = "cuda", owner: int = -1) -> Run:
@@ -126,7 +128,8 @@ class Launcher:
             self._attach(offer)
 
         def first(*args: Any) -> Any:
-            if self._ops is None and self.missing is None and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+            wanted = self._ops is None and self.missing is None and not self._postponed
+            if wanted and any(isinstance(x, Tensor) and x.is_cuda for x in args):
                 self.start()
             return run(*args)
 
@@ -139,6 +142,15 @@ class Launcher:
             function = function_of(offer.overload_of())
             call_through(offer.overload_of(), getattr(function, "usual", function))
             self._ops.detach(called)
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Nothing is built or waited for meanwhile: where no library is loaded, Python launches."""
+        before, self._postponed = self._postponed, True
+        try:
+            yield
+        finally:
+            self._postponed = before
 
     def prepare(self) -> None:
         """Begin to build the library where it has not been, while the caller goes on; :meth:`start` waits for it."""

@@ -519,3 +519,16 @@ def test_the_user_may_want_python(monkeypatch):
     assert Launcher().status() == f"Python: {library.VARIABLE}=python"
     monkeypatch.setenv(library.VARIABLE, "rust")
     assert "'rust' is unknown" in Launcher().status()
+
+
+def test_a_measurement_does_not_wait_for_the_library(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    launcher, asked = Launcher(), []
+    monkeypatch.setattr(Launcher, "start", lambda self: asked.append(True))
+    first = launcher.offer("postponed_probe", "(Tensor x) -> Tensor", lambda x: x)
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda")
+        with launcher.postponed():
+            assert first(x) is x and not asked
+        assert first(x) is x and asked
