@@ -193,7 +193,7 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
     state = State(gm, config)
     rules = Rules(state)
     if trains and config.memory is not None:
-        begin(gm, config)
+        begin(state)
     name_modules(gm.graph, config.modules)
     planned = True
     for index, step in enumerate(p for p in PASSES if p.name not in config.disable_passes):

@@ -18,11 +18,16 @@ Phase = TypeVar("Phase", bound=Found)
 
 @dataclass
 class State:
-    """One graph on its way through the passes."""
+    """One graph on its way through the passes.
+
+    Attributes:
+        unchanged: a copy of it as it was before the first pass, where that may be asked what it keeps for backward.
+    """
 
     gm: GraphModule
     config: Compilation
     flow: Flow = Flow()
+    unchanged: GraphModule | None = None
     _alone: list[MatmulRecord] = field(default_factory=list)
     _sites: dict[int, Found] = field(default_factory=dict)
     _replaced: dict[Node, Node] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering.ir.graph import shape, val
@@ -35,7 +35,7 @@ from quartet.passes.residuals.formats import Formats
 from quartet.passes.residuals.knapsack import Choice, Frontier, Point
 from quartet.passes.residuals.lossless import Backward
 from quartet.passes.residuals.prices import FEMTO, Prices
-from quartet.passes.residuals.trial import Division, divide
+from quartet.passes.residuals.trial import Division, copy_of, divide
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
@@ -75,23 +75,37 @@ class _Item:
     instead: int = 0  # bytes that are kept where the products run again
 
 
-def begin(gm: GraphModule, config: Compilation) -> None:
-    """Note what a joint graph keeps without us, before any pass has changed it."""
-    assert config.memory is not None
-    gm.graph.output_node().meta[PLAN_KEY] = Plan(config.memory, divide(gm, config).kept_bytes())
+def begin(state: State) -> None:
+    """Note what a joint graph keeps without us, before any pass has changed it; of a budget that only asks which
+    products run again, a copy by which that is found where there are any."""
+    budget, copied = state.config.memory, copy_of(state.gm)
+    assert budget is not None
+    if budget.lossless:
+        state.unchanged = copied
+    else:
+        _note(state, Plan(budget, divide(copied, state.config).kept_bytes()))
+
+
+def _note(state: State, plan: Plan) -> None:
+    state.gm.graph.output_node().meta[PLAN_KEY] = plan
 
 
 def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
     """The candidates to run again, of which backward has the codes of both operands; notes the plan at the graph."""
-    began, output = time.perf_counter(), state.gm.graph.output_node()
-    budget, plain = output.meta[PLAN_KEY].budget, output.meta[PLAN_KEY].plain
-    limit = budget.limit(plain)
-    if not candidates or limit is None:
+    began, unchanged = time.perf_counter(), state.unchanged
+    if not candidates:
         return []
-    kept = divide(state.gm, state.config)
+    if unchanged is not None:
+        assert state.config.memory is not None
+        _note(state, Plan(state.config.memory, divide(unchanged, state.config).kept_bytes()))
+    plan: Plan = state.gm.graph.output_node().meta[PLAN_KEY]
+    budget, plain, limit = plan.budget, plan.plain, plan.budget.limit(plan.plain)
+    if limit is None:
+        return []
+    kept = divide(copy_of(state.gm), state.config)
     if budget.lossless and kept.kept_bytes() <= limit:
         return []
-    again = divide(state.gm, state.config, candidates)
+    again = divide(copy_of(state.gm, candidates), state.config)
     sites = {node.name: site for node, site in candidates.items()}
     prices = {node.name: Prices.of(state.config.target_of(val(node).device)).again(candidates[node])
               for node in candidates}
@@ -104,8 +118,8 @@ def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
               if item.products and pick == len(each) - 1]
     names = {name for item in chosen for name in item.products}
     nodes = {node.name: node for node in candidates}
-    output.meta[PLAN_KEY] = Plan(budget, plain, tuple(_record(item, nodes, prices, state.config) for item in chosen),
-                                 sum(prices[name] for name in names), tradeoffs(frontier, plain), frontier.slack)
+    _note(state, Plan(budget, plain, tuple(_record(item, nodes, prices, state.config) for item in chosen),
+                      sum(prices[name] for name in names), tradeoffs(frontier, plain), frontier.slack))
     log.debug("memory: %d of %d products again, %.0f ms", len(names), len(candidates),
               1e3 * (time.perf_counter() - began))
     return [node for node in candidates if node.name in names]

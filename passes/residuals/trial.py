@@ -1,4 +1,4 @@
-"""What a joint graph would leave for backward if it were divided now: the partitioner is asked with a copy."""
+"""What a joint graph would leave for backward if it were divided: the partitioner is asked with a copy."""
 
 from __future__ import annotations
 
@@ -33,19 +33,24 @@ class Division:
         return sum(map(stored_bytes, self.storages()))
 
 
-def divide(gm: GraphModule, config: Compilation, again: Collection[Node] = ()) -> Division:
-    """Divide a copy of ``gm`` in which backward computes the nodes ``again`` once more."""
+def copy_of(gm: GraphModule, again: Collection[Node] = ()) -> GraphModule:
+    """A copy of ``gm``, in which backward computes the nodes ``again`` once more."""
     graph, copies = Graph(), dict[Node, Node]()
     output = graph.output(graph.graph_copy(gm.graph, copies))
     output.meta.update(gm.graph.output_node().meta)
     for node in again:
         copies[node].meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    primals = [node for node in graph.find_nodes(op="placeholder") if not is_backward(node)]
-    index = input_indices(graph)
-    kept = _of_forward(graph, len(primals))
+    return GraphModule(gm, graph)
+
+
+def divide(copied: GraphModule, config: Compilation) -> Division:
+    """Divide a copy, which is used up."""
+    primals = [node for node in copied.graph.find_nodes(op="placeholder") if not is_backward(node)]
+    index = input_indices(copied.graph)
+    kept = _of_forward(copied.graph, len(primals))
     assert config.partition is not None
     forward, backward = config.partition(
-        GraphModule(gm, graph), (), compiler="inductor", num_fwd_outputs=kept,
+        copied, (), compiler="inductor", num_fwd_outputs=kept,
         static_lifetime_input_indices=[i for i, node in enumerate(primals) if index.get(node) in config.weights])
     return Division(forward, backward, kept)
 
