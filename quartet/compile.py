@@ -9,6 +9,7 @@ from torch import nn
 from quartet.options import OptionError, Options, of_mode
 from quartet.policy import Policy
 from quartet.runtime import compat
+from quartet.runtime.in_place import inside_wrappers, refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +33,8 @@ def compile(model: Model, policy: Any = None, *, mode: str | None = None, fullgr
     Returns:
         ``model`` itself.
     Raises:
-        TypeError: not a module, or one that ``torch.compile`` returned.
+        TypeError: not a module, one that ``torch.compile`` returned, or a layer of ``torch.nn`` itself under
+            ``fully_shard``.
         OptionError, PolicyError: an option or a policy that does not exist; the message names the nearest.
     """
     from quartet.lowering import registry
@@ -41,7 +43,8 @@ def compile(model: Model, policy: Any = None, *, mode: str | None = None, fullgr
     _check(model, options)
     given = {**of_mode(mode), **options} | ({} if policy is None else {"policy": Policy.coerce(policy)})
     Options.parse(None, given, passes=pipeline.OPTIONAL, kernels=registry.disableable())
-    compat.compile_in_place(model, backend="quartet", options=given, fullgraph=fullgraph, dynamic=dynamic)
+    compat.compile_in_place(inside_wrappers(model), backend="quartet", options=given, fullgraph=fullgraph,
+                            dynamic=dynamic)
     return model
 
 
@@ -52,6 +55,7 @@ def _check(model: Any, options: dict[str, Any]) -> None:
     if compat.is_wrapped(model):
         raise TypeError("quartet.compile was given what torch.compile returned; give it the model itself, instead of "
                         "torch.compile")
+    refuse_sharded(model)
     for name, instead in (("options", "quartet.compile(model, policy, strict=True, …)"),
                           ("backend", "which is 'quartet'; for another one: model.compile(backend=…)")):
         if name in options:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quartet.runtime.compat import any_number_of_compilations, compiled_settings, no_sizes_seen
-from quartet.runtime.in_place import not_compiled
+from quartet.runtime.in_place import inside_wrappers, not_compiled
 from quartet.runtime.sizes import hint
 from quartet.runtime.slots.amax import frozen
 from quartet.runtime.view_ops import ORDERS, RESHAPES, aten
@@ -93,10 +93,12 @@ def storage_origin(node: Node) -> Node:
 
 
 def settings_of(model: Any) -> tuple[Any, str | None, dict[str, Any] | None]:
-    """(the module itself, mode, options) of a compiled or plain module."""
+    """(the module itself, mode, options) of a compiled or plain module; of a function it is the function."""
     inner = getattr(model, "_orig_mod", model)
-    mode, options = compiled_settings(model)
-    return inner, mode, options
+    if isinstance(inner, nn.Module):
+        inner = inside_wrappers(inner)
+    found = compiled_settings(model)
+    return inner, *(found if any(found) else compiled_settings(inner))
 
 
 def referred_to(model: Any) -> list[nn.Module]:

@@ -4,9 +4,13 @@ import copy
 
 import torch
 from residual_models import MLP, Deep
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch import nn
+from torch._dynamo.backends import registry
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 
+import quartet
 from quartet.backend import compile_graph
 from quartet.options import Options
 from quartet.policy import Policy
@@ -38,6 +42,27 @@ def compiled(model, policy="fp8"):
     return model, backend
 
 
+def layers_of_torch(x):
+    """What is quantised of a model whose class is PyTorch's own, which dynamo skips as a frame, in each wrapper."""
+    def model():
+        return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+
+    found = {}
+    for name, wrap in (("DDP", DistributedDataParallel), ("FSDP1", sharded)):
+        torch._dynamo.reset()
+        backend = Backend("fp8")
+        registry._COMPILER_FNS["quartet"] = lambda gm, inputs, own=backend, **given: own(gm, inputs)
+        wrapped = wrap(model())
+        assert quartet.compile(wrapped, "fp8") is wrapped
+        wrapped(x).sum().backward()
+        found[name] = len(backend.lowered())
+    try:
+        quartet.compile(fully_shard(model()))
+    except TypeError as error:
+        found["FSDP2"] = str(error)
+    return found
+
+
 def flat(rank, folder):
     torch.manual_seed(0)
     x, model = torch.randn(TOKENS, WIDTH), Deep(WIDTH, HIDDEN)
@@ -59,4 +84,4 @@ def flat(rank, folder):
         run(x)
     except Exception as error:
         found["delayed"] = str(error)
-    return found
+    return found | {"layers of torch.nn": layers_of_torch(x)}

@@ -25,3 +25,10 @@ def test_quantised_as_the_unsharded_model_is_and_under_its_names(flat, how):
 
 def test_what_is_remembered_of_a_parameter_is_refused(flat):
     assert all("FSDP version 1" in rank["delayed"] and "fully_shard" in rank["delayed"] for rank in flat)
+
+
+def test_layers_of_torch_itself_are_quantised_inside_of_wrappers(flat):
+    for rank in flat:
+        found = rank["layers of torch.nn"]
+        assert found["DDP"] == found["FSDP1"] == 5, "two layers, and no gradient of the first input"
+        assert "Sequential under fully_shard cannot be compiled" in found["FSDP2"] and "class Block" in found["FSDP2"]

@@ -116,17 +116,29 @@ def test_what_dynamo_skips():
     assert is_skipped(nn.Linear(2, 2)) and is_skipped(nn.Sequential(MLP())) and not is_skipped(MLP())
 
 
-@pytest.mark.parametrize(("build", "said"), [("nn.Sequential(nn.Linear(8, 8))", True), ("Own()", False)])
-def test_a_compile_that_does_nothing_says_so(build, said):
-    """The first use of the backend in a process, by its name alone."""
+@pytest.mark.parametrize(("call", "said"), [
+    ("nn.Sequential(nn.Linear(8, 8)).compile(backend='quartet')", True), ("Own().compile(backend='quartet')", False),
+    ("torch.compile(alone(nn.Sequential(nn.Linear(8, 8))), backend='quartet')", True),
+    ("torch.compile(alone(Own()), backend='quartet')", False),
+    ("torch.compile(nn.Sequential(nn.Linear(8, 8)), backend='quartet')", False),
+])
+def test_a_compile_that_does_nothing_says_so(call, said):
+    """The first use of the backend in a process, by its name alone; ``alone``: in DistributedDataParallel."""
     code = f"""
 import torch, warnings
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
     def forward(self, x): return x
+def alone(model):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(model)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    {build}.compile(backend="quartet")
+    {call}
 print([(w.filename, str(w.message)) for w in caught if "uncompiled" in str(w.message)])
 """
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
