@@ -3,7 +3,8 @@
 Fused kernels write parameters without moving their version counters, so that only the optimizer's hook tells that they
 have changed. Dynamo compiles the hook along with a compiled step: all that happens then is that :attr:`within` is
 emptied and the step noticed. A step that was captured in a CUDA graph is noticed when it is captured, not when it is
-replayed. A step that fails counts for nothing.
+replayed. A step that fails is not counted and nobody is told of it, but it may have written parameters before: whoever
+looks next finds that it never ended.
 """
 
 from __future__ import annotations
@@ -24,16 +25,12 @@ Told = Callable[[Optimizer], None]
 
 
 class OptimizerSteps:
-    """Counts from the first time that anybody watches.
-
-    Attributes:
-        within: what others keep until an optimizer steps, by a key of theirs. Each step replaces it by an empty one.
-    """
+    """Counts from the first time that anybody watches."""
 
     def __init__(self) -> None:
-        self.within: dict[Hashable, Any] = {}
-        self._uncounted = self._watching = False
-        self._eager = self._compiled = 0
+        self._within: dict[Hashable, Any] = {}
+        self._uncounted = self._watching = self._begun = False
+        self._eager = self._compiled = self._failed = 0
         self._before: list[Told] = []
         self._after: list[Told] = []
         self._at_the_end: list[Callable[[], None]] = []
@@ -45,6 +42,26 @@ class OptimizerSteps:
             self._watching = True
             register_optimizer_step_pre_hook(self._begins)
             register_optimizer_step_post_hook(self._has_stepped)
+
+    @property
+    def within(self) -> dict[Hashable, Any]:
+        """What others keep until an optimizer steps, by a key of theirs. Each step replaces it by an empty one, when it
+        ends or has failed."""
+        self._look()
+        return self._within
+
+    @property
+    def failed(self) -> int:
+        """How many steps have begun and not ended, which may have written some of their parameters; several between two
+        looks count once."""
+        self._look()
+        return self._failed
+
+    def _look(self) -> None:
+        if self._begun and not optimizer_steps(sys._getframe()):
+            self._begun = False
+            self._failed += 1
+            self._within = {}
 
     @property
     def number(self) -> int:
@@ -82,15 +99,17 @@ class OptimizerSteps:
         if not torch.compiler.is_compiling():
             for call in tuple(self._before):
                 call(optimizer)
+            self._begun = True
 
     def _has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.within = {}  # nothing is read before, so that dynamo repeats just this after each run of a compiled step
+        self._within = {}  # nothing is read before, so that dynamo repeats just this after each run of a compiled step
         if torch.compiler.is_compiling():
             self._uncounted = True
             return
         self._eager += 1
+        self._begun = optimizer_steps(sys._getframe()) > 1  # inside of another, which has not ended
         _call_all(self._after, optimizer)
-        if self._at_the_end and optimizer_steps(sys._getframe()) < 2:
+        if self._at_the_end and not self._begun:
             self._wait_for_backward()
 
     def _wait_for_backward(self) -> None:

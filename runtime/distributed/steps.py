@@ -18,9 +18,10 @@ class Steps:
         """Note it from now on."""
         OPTIMIZER_STEPS.after_each(self._note)
 
-    def of(self, parameter: Tensor) -> tuple[int, int]:
-        """What changes with each step of the parameter, and with each compiled one, which does not say of what."""
-        return self._last.get(id(parameter), 0), OPTIMIZER_STEPS.compiled
+    def of(self, parameter: Tensor) -> tuple[int, int, int]:
+        """What changes with each step of the parameter, and with each that is compiled or has failed, which do not say
+        of what."""
+        return self._last.get(id(parameter), 0), OPTIMIZER_STEPS.compiled, OPTIMIZER_STEPS.failed
 
     def _note(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:

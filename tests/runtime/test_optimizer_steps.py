@@ -104,9 +104,49 @@ def test_a_step_that_fails_counts_for_nothing_and_holds_up_nobody(steps, told):
         with pytest.raises(RuntimeError, match="no step"):
             optimizer.step()
     assert steps.number == before + 1 and "end" not in told, "the outer step has not ended"
+    assert steps.failed == 1, "between two looks"
     told.clear()
     good.step()
     assert told == [("before", good), ("after", good), "end"]
+
+
+def test_what_is_kept_does_not_outlive_a_step_that_fails(steps):
+    """It may have written parameters before it failed, also what its closure has just kept."""
+    class Half(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            if closure is not None:
+                closure()
+            raise RuntimeError("no step")
+
+    def closure():
+        steps.within["within"] = 1
+
+    optimizer = Half([parameter()], 0.1)
+    for given in (None, closure):
+        steps.within["kept"] = 1
+        with pytest.raises(RuntimeError, match="no step"):
+            optimizer.step(given)
+        assert not steps.within
+    assert steps.failed == 2 and steps.number == 0
+    good = torch.optim.SGD([parameter()], 0.1)
+    good.register_step_post_hook(lambda *_: steps.within["none"])  # the user's own fails, before ours is called
+    steps.within["kept"] = 1
+    with pytest.raises(KeyError):
+        good.step()
+    assert not steps.within and steps.failed == 3
+
+
+def test_a_closure_keeps_what_its_own_step_does_not_end(steps):
+    seen = []
+
+    def closure():
+        seen.append(dict(steps.within))
+        steps.within["kept"] = 1
+        return torch.zeros(())
+
+    torch.optim.LBFGS([parameter()], max_iter=2, tolerance_grad=-1).step(closure)
+    assert steps.failed == 0 and not steps.within and seen[0] == {}
 
 
 def stepping_in_backward(count):

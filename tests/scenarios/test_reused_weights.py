@@ -163,6 +163,23 @@ def test_an_optimizer_step_that_hides_its_writes_is_seen(trained):
     same_next_step(trained)
 
 
+def test_a_step_that_fails_after_it_has_written_is_seen(trained):
+    """The first group is written by a fused kernel, which leaves the version counter alone, before the last fails."""
+    results = []
+    for model, compiled, _ in trained:
+        groups = [{"params": [p]} for p in model.parameters()]
+        optimizer = torch.optim.AdamW(groups, lr=0.1, fused=True)
+        for _ in range(2):
+            train_step(model, compiled, optimizer)
+        for _ in range(2):  # from the second on codes are kept
+            compiled(data(0)).square().mean().backward()
+        optimizer.param_groups[-1]["betas"] = None
+        with pytest.raises(TypeError):
+            optimizer.step()
+        results.append(step(compiled, model, [data(9)]))  # before another step drops what is kept
+    assert_same(*results)
+
+
 def test_parameters_of_no_optimizer_are_quantised_in_every_forward(quantized):
     model = MLP()
     compiled, _ = compile_eager(model)
