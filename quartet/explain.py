@@ -101,12 +101,14 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
              *unused, *(f"the dump in {parsed.dump} is not whole: {text}" for text in undumped[:1]))
     return Report(records, saved_bytes_total=capture.saved_bytes, device=target or str(device),
                   policy=str(parsed.policy), notes=notes, saved=saved, memory=memory,
-                  predicted=predicted_speed(records, parsed.policy, chosen_for),
+                  predicted=predicted_speed(records, parsed.policy, chosen_for, memory),
                   graphs=None if parsed.dump is None or undumped else f"{parsed.dump}/index.html")
 
 
 def _check_arguments(model: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for an option that is given as an argument of the model, which takes no such."""
+    """Raise TypeError for what is no model, and for an option that is given as an argument of one that takes no such."""
+    if not callable(model):
+        raise TypeError(f"quartet.explain takes a module or a function, not {type(model).__name__}")
     options = Options.declared().keys() & kwargs.keys()
     if not options:
         return

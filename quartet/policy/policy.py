@@ -62,6 +62,8 @@ class Policy:
             object.__setattr__(self, "default", reference(self.default))
         except PolicyError as error:
             raise PolicyError(str(error), ("default",)) from None
+        if self.where_it_pays and self.default is None:
+            raise PolicyError("where_it_pays weighs the default recipe, and the default is None", ("where_it_pays",))
         self._check_alternatives()
         for rule in self.rules:
             if not isinstance(rule, Rule):

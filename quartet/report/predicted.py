@@ -8,7 +8,7 @@ from itertools import groupby
 from quartet.lowering import registry
 from quartet.lowering.cost import Layer, predict
 from quartet.lowering.rates import Rates, rates_of
-from quartet.lowering.recipe.records import MatmulRecord
+from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord
 from quartet.policy import Policy
 from quartet.report.advice import BF16
 from quartet.runtime.devices import Target
@@ -16,13 +16,14 @@ from quartet.runtime.devices import Target
 KERNELS = {kernel.name: kernel for kernel in registry.KERNELS}
 
 
-def predicted_speed(records: Sequence[MatmulRecord], policy: Policy, target: Target) -> float | None:
-    """Seconds of all linear layers in bfloat16, of those whose sizes and prices are known, over seconds as they are;
-    None where no rates of the device are known, or of no layer."""
+def predicted_speed(records: Sequence[MatmulRecord], policy: Policy, target: Target,
+                    memory: Sequence[MemoryRecord] = ()) -> float | None:
+    """Seconds of all linear layers in bfloat16, of those whose sizes and prices are known, over seconds as they are,
+    with what their budgets of memory add; None where no rates of the device are known, or of no layer."""
     rates = rates_of(target)
     times = [] if rates is None else list(_times(records, policy, rates))
     plain, ours = (sum(column) for column in zip(*times, strict=True)) if times else (0.0, 0.0)
-    return plain / ours if ours else None
+    return plain / (ours + sum(record.seconds for record in memory)) if ours else None
 
 
 def _times(records: Sequence[MatmulRecord], policy: Policy, rates: Rates) -> Iterator[tuple[float, float]]:

@@ -89,6 +89,9 @@ def _chosen(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Linear]]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    if not (callable(skip) or isinstance(skip, Iterable)):
+        raise TypeError(f"skip is names, or a function of a layer's name and the layer, not {type(skip).__name__}; "
+                        "skip=() converts every layer")
     patterns = () if callable(skip) else ((skip,) if isinstance(skip, str) else tuple(skip))
     for name, module in model.named_modules():
         if (not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear)

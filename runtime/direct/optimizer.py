@@ -50,7 +50,7 @@ class Optimizer(torch.optim.Optimizer):
         generator: draws the seed; default: it follows from ``torch.manual_seed``'s and the shapes.
 
     Raises:
-        ValueError: options that do not exist, no low-bit parameter, an inner optimizer with master weights.
+        ValueError: options that do not exist, no low-bit parameter, an inner optimizer with master weights, LBFGS.
     """
 
     inner: torch.optim.Optimizer | None = None
@@ -89,6 +89,9 @@ class Optimizer(torch.optim.Optimizer):
             inner = optimizer(params)
         if isinstance(inner, Optimizer):
             raise ValueError("the optimizer is wrapped already")
+        if isinstance(inner, torch.optim.LBFGS):
+            raise ValueError("LBFGS looks at all parameters at once; take an optimizer that steps one at a time, such as "
+                             "quartet.optim.AdamW")
         if any(group.get("master") is not None for group in inner.param_groups):
             raise ValueError("the optimizer keeps master weights, which low-bit weights do without; leave out master=")
         return inner

@@ -246,6 +246,8 @@ def test_errors_name_the_remedy():
         wrapped(net())
     with pytest.raises(ValueError, match="leave out master="):
         direct.Optimizer(optim.AdamW(model.parameters(), master="fp16"))
+    with pytest.raises(ValueError, match="LBFGS looks at all parameters at once"):
+        direct.Optimizer(torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="wrapped already"):
         direct.Optimizer(wrapped(model))
     with pytest.raises(ValueError, match="'radial', 'rare' or None"):

@@ -46,6 +46,11 @@ def test_all_linear_layers_but_the_head_are_converted():
     assert isinstance(model.up.weight, nn.Parameter) and type(model.head.weight) is nn.Parameter
 
 
+def test_skip_that_is_neither_is_refused():
+    with pytest.raises(TypeError, match=r"not NoneType; skip=\(\) converts every layer"):
+        direct.convert(torch.nn.Linear(64, 64), skip=None)
+
+
 def test_skip_takes_names_and_functions():
     assert set(direct.weights(net(4, skip="up"))) == {"down.weight", "head.weight"}
     assert set(direct.weights(net(4, skip=("up", "he*")))) == {"down.weight"}

@@ -60,6 +60,8 @@ def test_it_is_said_once_when_the_model_is_compiled():
 def test_explain_tells_an_option_from_an_argument_of_the_model():
     with pytest.raises(TypeError, match="policy is an option.*options={'policy': 'fp8'}"):
         quartet.explain(torch.nn.Linear(32, 32), torch.randn(32, 32), policy="fp8")
+    with pytest.raises(TypeError, match="takes a module or a function, not NoneType"):
+        quartet.explain(None, torch.randn(32, 32))
 
 
 def test_a_plain_optimizer_of_low_bit_weights_names_ours():

@@ -1,6 +1,7 @@
 """Which of several recipes a layer gets under a policy with alternatives, told for GPUs that need not be there."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from test_profitability import FREE, Branches, Chain, bf16, casts_at, priced, rates, report  # noqa: F401
@@ -9,6 +10,8 @@ from torch import nn
 from quartet import Policy, PolicyError, recipes
 from quartet.passes.plan import profitability as pays
 from quartet.policy.recipes import recipes_of
+from quartet.report.predicted import predicted_speed
+from quartet.runtime.devices import Target
 
 pytest.importorskip("triton")
 AUTO = Policy.coerce("auto")
@@ -120,6 +123,15 @@ def test_the_predicted_speed_is_of_what_was_chosen(monkeypatch):
     assert report_for("h200", "auto").predicted == pytest.approx(one.predicted)
 
 
+def test_what_a_budget_adds_is_in_the_predicted_speed():
+    policy = Policy("quartet")
+    records, target = report_for("h200", policy).records, Target.named("h200")
+    alone = predicted_speed(records, policy, target)
+    longer, longest = (predicted_speed(records, policy, target, [SimpleNamespace(seconds=s)]) for s in (1e-3, 2e-3))
+    assert alone > longer > longest
+    assert 1 / longest - 1 / longer == pytest.approx(1 / longer - 1 / alone)
+
+
 def test_alternatives_are_part_of_a_policy():
     own = replace(recipes()["fp8"], name="mine")
     policy = Policy("quartet", where_it_pays=True, alternatives=("fp8", own)).on("lm_head", None)
@@ -141,3 +153,8 @@ def test_alternatives_are_part_of_a_policy():
 def test_alternatives_that_are_none_are_refused(arguments, message):
     with pytest.raises(PolicyError, match=message):
         Policy("quartet", **arguments)
+
+
+def test_there_has_to_be_a_default_that_is_weighed():
+    with pytest.raises(PolicyError, match="weighs the default recipe, and the default is None"):
+        Policy(None, where_it_pays=True)
