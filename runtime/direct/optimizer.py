@@ -90,8 +90,8 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(inner, Optimizer):
             raise ValueError("the optimizer is wrapped already")
         if isinstance(inner, torch.optim.LBFGS):
-            raise ValueError("LBFGS looks at all parameters at once; take an optimizer that steps one at a time, such as "
-                             "quartet.optim.AdamW")
+            raise ValueError("LBFGS looks at all parameters at once; take an optimizer that steps one at a time, such "
+                             "as quartet.optim.AdamW")
         if any(group.get("master") is not None for group in inner.param_groups):
             raise ValueError("the optimizer keeps master weights, which low-bit weights do without; leave out master=")
         return inner
