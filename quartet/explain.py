@@ -106,7 +106,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
 
 def _check_arguments(model: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for what is no model, and for an option that is given as an argument of a model, which takes none."""
+    """Raise TypeError for what is no model, and for an option in the place of a model's own argument."""
     if not callable(model):
         raise TypeError(f"quartet.explain takes a module or a function, not {type(model).__name__}")
     options = Options.declared().keys() & kwargs.keys()

@@ -41,8 +41,8 @@ def _skipped(frame: FrameType) -> str | None:
 def inside_wrappers(model: torch.nn.Module) -> torch.nn.Module:
     """What has to be compiled for a model to be: of ``DistributedDataParallel`` and of FSDP version 1 around a layer of
     ``torch.nn`` itself the layer, since dynamo breaks the graph in the wrapper and skips the layer as a frame."""
-    while isinstance(model, _wrappers()) and is_skipped(model.module):
-        model = model.module
+    while isinstance(model, _wrappers()) and is_skipped(inner := model.get_submodule("module")):
+        model = inner
     return model
 
 
