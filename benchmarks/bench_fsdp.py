@@ -150,6 +150,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     cuda = args.device.type == "cuda"
+    if args.check:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to add up in a fixed order
     if cuda:
         args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(args.device)
