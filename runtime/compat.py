@@ -332,14 +332,18 @@ def in_backward() -> bool:
     return backward_number() is not None
 
 
+def cutting_wrappers() -> tuple[type[torch.nn.Module], ...]:
+    """What data parallelism puts around a module, as ``module``, and whose forward breaks a graph."""
+    flat = sys.modules.get("torch.distributed.fsdp")
+    return (torch.nn.parallel.DistributedDataParallel, *([] if flat is None else [flat.FullyShardedDataParallel]))
+
+
 def inside(module: torch.nn.Module) -> torch.nn.Module | None:
     """The module in what torch.compile or data parallelism put around it; None for any other."""
     if isinstance(module, _load("torch._dynamo.eval_frame", "OptimizedModule")):
         return module._orig_mod
-    if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-        return module.module
-    flat = sys.modules.get("torch.distributed.fsdp")
-    return module.module if flat is not None and isinstance(module, flat.FullyShardedDataParallel) else None
+    wrapped = isinstance(module, (torch.nn.DataParallel, *cutting_wrappers()))
+    return module.get_submodule("module") if wrapped else None
 
 
 def is_flattened(module: torch.nn.Module) -> bool:

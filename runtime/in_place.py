@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from quartet.runtime.compat import is_skipped
+from quartet.runtime.compat import cutting_wrappers, is_skipped
 
 
 def warn_of_skipped(frame: FrameType | None) -> None:
@@ -41,14 +41,9 @@ def _skipped(frame: FrameType) -> str | None:
 def inside_wrappers(model: torch.nn.Module) -> torch.nn.Module:
     """What has to be compiled for a model to be: of ``DistributedDataParallel`` and of FSDP version 1 around a layer of
     ``torch.nn`` itself the layer, since dynamo breaks the graph in the wrapper and skips the layer as a frame."""
-    while isinstance(model, _wrappers()) and is_skipped(inner := model.get_submodule("module")):
+    while isinstance(model, cutting_wrappers()) and is_skipped(inner := model.get_submodule("module")):
         model = inner
     return model
-
-
-def _wrappers() -> tuple[type[torch.nn.Module], ...]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return (torch.nn.parallel.DistributedDataParallel,) + ((fsdp.FullyShardedDataParallel,) if fsdp else ())
 
 
 def refuse_sharded(model: torch.nn.Module) -> None:

@@ -57,6 +57,11 @@ class OptimizerSteps:
         self._look()
         return self._failed
 
+    @property
+    def writes(self) -> tuple[int, int]:
+        """What changes with each step that has written parameters, or may have: one that has ended, or failed."""
+        return self.number, self.failed
+
     def _look(self) -> None:
         if self._begun and not optimizer_steps(sys._getframe()):
             self._begun = False

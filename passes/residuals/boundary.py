@@ -42,9 +42,7 @@ class Storage:
 
 
 def returned(gm: GraphModule) -> Sequence[Any]:
-    values = outputs(gm.graph)
-    assert isinstance(values, (list, tuple))
-    return values
+    return outputs(gm.graph)
 
 
 def is_symbol(node: Any) -> bool:

@@ -131,14 +131,14 @@ class Refresh:
 
     def __init__(self, packed: Sequence[Packed], maxima: Maxima) -> None:
         self._packed, self._maxima = packed, maxima
-        self._trained, self._steps = False, (OPTIMIZER_STEPS.number, OPTIMIZER_STEPS.failed)
+        self._trained, self._writes = False, OPTIMIZER_STEPS.writes
 
     def __call__(self) -> None:
         """Collective where there are scales."""
         trained, self._trained = self._trained, torch.is_grad_enabled()
         accumulating = any(each.place.parameter.grad is not None for each in self._packed)
-        before, self._steps = self._steps, (OPTIMIZER_STEPS.number, OPTIMIZER_STEPS.failed)
-        anew = before != self._steps or not (trained and self._trained and accumulating)
+        before, self._writes = self._writes, OPTIMIZER_STEPS.writes
+        anew = before != self._writes or not (trained and self._trained and accumulating)
         with torch.inference_mode(False), torch.no_grad():  # training may read what an evaluation has made
             for each in self._packed:
                 each.attach()
