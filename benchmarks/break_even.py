@@ -18,21 +18,12 @@ from gpu_common import names
 from quartet.lowering import registry
 from quartet.lowering.cost import Layer, break_even
 from quartet.lowering.rates import Host, rates_of
-from quartet.lowering.recipe.types import ROLES, Recipe
+from quartet.lowering.recipe.types import ROLES
 from quartet.recipes import resolve
 from quartet.runtime.devices import Target
 
 TOKENS = (2048, 4096, 8192, 16384)
 TITLES = {"h200": "H200", "h100": "H100 SXM", "b200": "B200", "rtx 4090": "RTX 4090", "a100": "A100"}
-
-
-def kernel(recipe: Recipe, role: str, target: Target) -> registry.Kernel | None:
-    """What multiplies in a role, of a model in bfloat16."""
-    gemm = getattr(recipe, role)
-    if gemm is None or gemm.specs is None:
-        return None
-    turned = 0 if gemm.rotation is None else gemm.rotation.n
-    return registry.choose(target, torch.bfloat16, tuple((spec, turned) for spec in gemm.specs))[0]
 
 
 def columns(gpus: Sequence[str], recipes: Sequence[str], graphs: bool) -> Iterator[tuple[str, list[float]]]:
@@ -46,7 +37,7 @@ def columns(gpus: Sequence[str], recipes: Sequence[str], graphs: bool) -> Iterat
         for name in recipes:
             recipe = resolve(name)
             assert recipe is not None
-            kernels = {role: kernel(recipe, role, target) for role in ROLES}
+            kernels = {role: registry.multiplies(getattr(recipe, role), target, torch.bfloat16) for role in ROLES}
             title = f"{TITLES.get(gpu, gpu)} `{name}`" if name == recipes[0] else f"`{name}`"
             for recompute in (False, True) if recipe.recompute == "gemm" and gpu == gpus[0] else (False,):
                 widths = [break_even(recipe, Layer(kernels, m, recompute=recompute), rates) for m in TOKENS]

@@ -37,17 +37,9 @@ def _seconds(recipe: Recipe, n: int, k: int, gpu: str) -> tuple[float, float] | 
     """(in bf16, under the recipe) of the three products of a layer."""
     target = Target.named(gpu)
     rates = rates_of(target)
-    kernels = {role: _kernel(recipe, role, target) for role in ROLES}
+    kernels = {role: registry.multiplies(getattr(recipe, role), target, torch.bfloat16) for role in ROLES}
     cost = None if rates is None else predict(recipe, Layer(kernels, TOKENS, n, k), rates)
     return None if cost is None else (max(float(cost.plain), float(cost.plain_host)), cost.step)
-
-
-def _kernel(recipe: Recipe, role: str, target: Target) -> registry.Kernel | None:
-    gemm = getattr(recipe, role)
-    if gemm is None or gemm.specs is None:
-        return None
-    rotated = 0 if gemm.rotation is None else gemm.rotation.n
-    return registry.choose(target, torch.bfloat16, tuple((spec, rotated) for spec in gemm.specs))[0]
 
 
 def told(rows: Sequence[dict]) -> str:

@@ -233,6 +233,15 @@ def choose(device: torch.device | Target, dtype: torch.dtype, operands: Operands
     return None, reasons
 
 
+def multiplies(gemm: Gemm | None, target: Target, dtype: torch.dtype) -> Kernel | None:
+    """The kernel of a recipe's product of matrices, of a model in ``dtype``; None of one that is not quantised, or that
+    no kernel takes."""
+    if gemm is None or gemm.specs is None:
+        return None
+    (a, b), size = gemm.specs, 0 if gemm.rotation is None else gemm.rotation.n
+    return choose(target, dtype, ((a, size), (b, size)))[0]
+
+
 def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[str, ...] = ()) -> str:
     """Which kernels take which operands of these products on these devices: the key of a choice among them.
 

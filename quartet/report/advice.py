@@ -65,7 +65,7 @@ def _layers(records: Sequence[MatmulRecord]) -> Iterator[tuple[int, int, int]]:
 
 def _gain(recipe: Recipe, layers: Sequence[tuple[int, int, int]], target: Target, rates: Rates) -> float:
     """How many times faster the layers would be that are, in the time of all; 1 where none is."""
-    kernels = {role: _kernel(recipe, role, target) for role in ROLES}
+    kernels = {role: registry.multiplies(getattr(recipe, role), target, torch.bfloat16) for role in ROLES}
 
     @cache
     def cost(m: int, n: int, k: int) -> Cost | None:
@@ -75,12 +75,3 @@ def _gain(recipe: Recipe, layers: Sequence[tuple[int, int, int]], target: Target
     before = sum(float(one.plain) for one in known)
     after = sum(one.step if one.pays else float(one.plain) for one in known)
     return before / after if after else 1.0
-
-
-def _kernel(recipe: Recipe, role: str, target: Target) -> registry.Kernel | None:
-    """What would compute a product of a recipe without rotations, of a model in bfloat16."""
-    gemm = getattr(recipe, role)
-    if gemm is None or gemm.specs is None:
-        return None
-    a, b = gemm.specs
-    return registry.choose(target, torch.bfloat16, ((a, 0), (b, 0)))[0]
