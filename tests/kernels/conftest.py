@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter import differences
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 
@@ -12,6 +13,12 @@ GOLDEN = Path(__file__).parents[2] / "../shared/golden"
 @pytest.fixture
 def gen() -> torch.Generator:
     return torch.Generator().manual_seed(20240514)
+
+
+@pytest.fixture(scope="module")
+def interpreted(request) -> dict[str, list[str]]:
+    """Case → how it differs from the reference in Triton's interpreter, of the module's ``SCRIPT``."""
+    return differences(request.module.SCRIPT)
 
 
 @pytest.fixture

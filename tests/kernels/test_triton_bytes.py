@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import differences
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,11 +27,6 @@ CALLS = {
     "both": lambda: tiles.quantize_both(X, MXFP8, BLOCK),
     "int8 a row": lambda: rows.quantize(X, INT8),
 }
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> dict[str, list[str]]:
-    return differences(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases.cases())

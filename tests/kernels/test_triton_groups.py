@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import differences
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,11 +21,6 @@ SCRIPT = Path(__file__).with_name("group_cases.py")
 KERNELS = ["group_amax", "group_scales", "cast_groups"]
 ENDS = torch.zeros(64, dtype=torch.int32)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> dict[str, list[str]]:
-    return differences(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases.cases())

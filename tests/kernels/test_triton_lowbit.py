@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter import differences
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,11 +28,6 @@ VARIANTS = {
     "ragged": ("4", 4097, {"feedback": True}), "narrow": ("8", 64, {}),
 }
 EVERYWHERE = ("ternary", "feedback")
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> dict[str, list[str]]:
-    return differences(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases.cases())
