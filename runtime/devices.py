@@ -144,6 +144,18 @@ class Target:
         return self.architecture or self.type
 
 
+def without_triton(target: Target) -> str | None:
+    """None where the Triton kernels of ``kernels/triton`` run, or would with a GPU that is only named, else why not."""
+    reason = target.lacks("nvidia instructions")
+    if reason is not None:
+        return reason
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed ({error}); it comes with PyTorch's CUDA builds"
+    return None
+
+
 def absent(device: torch.device) -> str | None:
     """Why a CUDA device cannot be used in this process; None when it can, or is of another kind."""
     if device.type != "cuda":

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import Builder, hand_over, is_backward, results, val
 from quartet.lowering.ir.op import Op
+from quartet.lowering.ir.operands import readers
 from quartet.lowering.ir.ops import fused
 from quartet.lowering.ir.views import Quantize
 from quartet.lowering.targets.chains import Source, both_axes
@@ -44,10 +45,11 @@ def take(graph: Graph, runs: Runs) -> None:
 
 
 def _written(node: Node) -> bool:
-    """Whether a kernel writes all that is read of a quantiser, without a copy before it: rows lie in memory."""
+    """Whether a kernel writes all that is read of a quantiser, without a copy before it: rows lie in memory. What
+    products read that are left to Inductor it dequantises in the same kernel."""
     from quartet.kernels.triton.bytes import rows, tiles
 
     made = Quantize.of(node)
     supports = tiles.supports if made.spec.blocked else rows.supports
     return (supports(made.spec, val(made.x).dtype) is None and results(node).keys() <= {0, 1}
-            and (made.spec.blocked or Source.of(node).transposed is None))
+            and (made.spec.blocked or Source.of(node).transposed is None) and not readers(node))

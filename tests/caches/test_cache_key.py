@@ -254,7 +254,7 @@ FACTS = {
     "no compiler of C++": ("cpu", "quartet.kernels.cpu.ops.unavailable", no),
     "no VNNI": ("cpu", "torch.cpu.get_capabilities", dict),
     "no nvcc, headers or objects": ("cuda", "quartet.kernels.cutlass.build.unready", no),
-    "no Triton": ("cuda", "quartet.lowering.targets.triton_quantizers.unavailable", no),
+    "no Triton": ("cuda", "quartet.lowering.targets.triton_quantizers.without_triton", no),
     "no GPU": ("cuda", "quartet.runtime.devices.Target.lacks", no),
 }
 
@@ -265,7 +265,7 @@ def test_what_a_choice_of_kernels_rests_on_here_is_in_the_key(monkeypatch, recip
     kind, question, answer = FACTS[fact]
     monkeypatch.setattr("quartet.kernels.cpu.ops.unavailable", lambda: None)
     monkeypatch.setattr("quartet.kernels.cutlass.build.unready", lambda *arguments: None)
-    monkeypatch.setattr("quartet.lowering.targets.triton_quantizers.unavailable", lambda target: None)
+    monkeypatch.setattr("quartet.lowering.targets.triton_quantizers.without_triton", lambda target: None)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
     kernels, before = kernels_and_key(recipe, kind)
     assert kernels_and_key(recipe, kind) == (kernels, before)

@@ -20,6 +20,7 @@ from quartet.kernels.reference.formats.nvfp4 import tensor_scales
 from quartet.kernels.reference.formats.packing import swizzled_size
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
+from quartet.lowering.ir.ops import fused
 from quartet.lowering.targets import inductor
 from quartet.lowering.targets.blackwell import block_scaled
 from quartet.lowering.targets.blackwell import block_scaled_ops as ops
@@ -125,7 +126,7 @@ def agree(node, kind):
             assert made.target in (blackwell_ops.QUANTIZE, blackwell_ops.QUANTIZE_BOTH)
             assert second == first + 1 and scales.target is operator.getitem
         else:
-            assert (first, second) == (0, 1) and made.target is ir.QUANTIZE
+            assert made.target in (fused.QUANTIZE_BYTES, fused.QUANTIZE_BYTES_BOTH) and second == first + 1
             assert scales.target is ops.SWIZZLE and scales.args[1] == 1
         assert scales.meta["val"].numel() == swizzled_size(rows, k // (16 if kind == "nvf4" else 32))
         assert scales.meta["val"].dtype is torch.uint8

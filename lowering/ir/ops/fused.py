@@ -33,7 +33,7 @@ from quartet.kernels.spec import QuantSpec, chain_multiple
 from quartet.lowering.ir import ceil_to
 from quartet.lowering.ir.op import Size, op
 from quartet.lowering.ir.ops import core
-from quartet.runtime.devices import Target
+from quartet.runtime.devices import Target, without_triton
 from quartet.runtime.slots.weights import REUSED, described
 
 if TYPE_CHECKING:
@@ -214,12 +214,6 @@ def _quantize_both_cuda(x: Tensor, rotation: int, signs: Tensor | None, spec: st
     return *folded, *portable.fold(codes, scales, columns.spec, t_ends)
 
 
-def unproven(target: Target) -> str | None:
-    """Why the kernels of one-byte codes are chosen nowhere: take this from their providers once they are."""
-    return ("no GPU has run it yet; tests/gpu/test_bytes.py compares it with the reference there, "
-            "benchmarks/bench_quantize.py with what Inductor generates")
-
-
 def _bytes_fake(x, spec):
     return core.quantize.fake(x, spec, None, 0)[:2]
 
@@ -230,7 +224,7 @@ def cuda_quantize_bytes(x: Tensor, spec: str) -> Two:
     return codes, scales
 
 
-@cuda_quantize_bytes.provider("triton", "cuda", unproven, replayed=True)
+@cuda_quantize_bytes.provider("triton", "cuda", without_triton, replayed=True)
 def _quantize_bytes(x: Tensor, spec: str) -> Two:
     from quartet.kernels.triton.bytes import rows, tiles
 
@@ -243,7 +237,7 @@ def cuda_quantize_bytes_both(x: Tensor, spec: str, t_spec: str) -> Four:
     return *cuda_quantize_bytes.reference(x, spec), *cuda_quantize_bytes.reference(x.t(), t_spec)
 
 
-@cuda_quantize_bytes_both.provider("triton", "cuda", unproven, replayed=True)
+@cuda_quantize_bytes_both.provider("triton", "cuda", without_triton, replayed=True)
 def _quantize_bytes_both(x: Tensor, spec: str, t_spec: str) -> Four:
     from quartet.kernels.triton.bytes import tiles
 

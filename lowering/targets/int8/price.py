@@ -1,4 +1,4 @@
-"""What a product of INT8 operands costs, whose quantisers and scaling are generated code."""
+"""What a product of INT8 operands costs; but for rows as they lie, quantisers are generated code, and scaling is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from quartet.lowering.cost import Layer
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
 from quartet.lowering.targets.price_parts import Passes, generated_rotations, with_passes
+
+ROWS = 0.75  # of "copy": a quantiser with a scale a row, of rows as they lie (docs/performance.md)
 
 
 def integers(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
@@ -21,7 +23,9 @@ def _quantisers(recipe: Recipe, layer: Layer, role: str) -> Passes:
     gemm = getattr(recipe, role)
     turned = {"fprop": (False, False), "dgrad": (False, True), "wgrad": (True, True)}[role]
     for operand, elements, other_way in zip((gemm.a, gemm.b), layer.operands(role), turned, strict=True):
-        if operand.source != "saved":
+        if operand.source != "saved" and operand.spec.block == "row" and not other_way:
+            yield "copy", ROWS * elements
+        elif operand.source != "saved":
             yield "amax", elements
             yield "cast", elements
         if other_way:
