@@ -76,7 +76,7 @@ def test_the_forward_quantiser_is_that_of_the_default_recipe(bench, monkeypatch)
 
 def test_fusion_is_measured_with_it_too(bench):
     fusion, forward = importlib.import_module("bench_fusion"), recipes()["quartet"].fprop
-    assert (fusion.SPEC, fusion.ROTATION) == (forward.a.spec, forward.rotation)
+    assert (fusion.DEFAULT, fusion.ROTATION) == (forward.a.spec, forward.rotation)
 
 
 def test_fusion_says_that_it_needs_a_gpu(bench, tmp_path, capsys):
