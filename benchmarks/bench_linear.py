@@ -2,15 +2,17 @@
 
     python benchmarks/bench_linear.py
     python benchmarks/bench_linear.py --shapes first8 --columns bf16,torchao,fp8,quartet --time-limit 420
+    python benchmarks/bench_linear.py --in-a-loop --columns bf16,fp8,quartet,auto
     python benchmarks/bench_linear.py --profile quartet --shapes 15872x4096x12288
     python benchmarks/plot.py bench-out/bench_linear.json
 
 A case is ``tokens x in x out`` of one bias-free bf16 linear layer, or ``mlp-tokens x dim x hidden``. All columns of a
 case start from the same weights and are timed in one process, taking turns; inputs (which require their gradient) and
-output gradients are random and rotate among several buffers; compilation is not timed. The table gives each column's
-speed as a multiple of BF16's; ``*`` marks times shorter than the host takes to launch the step. The error of a column
-is its distance from BF16's output and gradients: 0 says that it left the products in BF16. A column that fails says
-why, and the others go on. A run continues the file it finds at ``--out``.
+output gradients are random and rotate among several buffers; compilation is not timed. Each step starts behind a full
+launch queue, so that the device's time is what counts; ``--in-a-loop`` times steps as a training loop makes them. The
+table gives each column's speed as a multiple of BF16's; ``*`` marks times shorter than the host takes to launch the
+step. The error of a column is its distance from BF16's output and gradients: 0 says that it left the products in BF16.
+A column that fails says why, and the others go on. A run continues the file it finds at ``--out``.
 """
 
 from __future__ import annotations
@@ -217,7 +219,7 @@ def measure(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
     exact.clear()
     try:
         cases = micro_batches.cases(steps, args.micro_batches)
-        times = common.Clock(args.device).interleaved(cases, args.repeat)
+        times = common.Clock(args.device).interleaved(cases, args.repeat, loop=args.in_a_loop)
         for column in steps:
             columns[column] |= micro_batches.summary(times, column, args.micro_batches)
             columns[column]["tflops"] = args.micro_batches * layer.flops / columns[column]["ms"] / 1e9
@@ -286,6 +288,9 @@ def add_arguments(parser: argparse.ArgumentParser, columns: Sequence[str], group
     parser.add_argument("--profile", metavar="COLUMN", help="instead of timing print where this column's time goes")
     parser.add_argument("--compiler", default="inductor", help="torch.compile backend of the peers")
     parser.add_argument("--cuda-graphs", action="store_true", help="through CUDA graphs, all columns")
+    parser.add_argument("--in-a-loop", action="store_true",
+                        help="time steps that follow each other as in training, the host's time included, and not each "
+                             "behind a full launch queue")
     parser.add_argument("--micro-batches", type=int, default=1, metavar="N",
                         help="of an optimizer step, timed together; above 1 also a later one by itself")
     parser.add_argument("--seed", type=int, default=0)
@@ -315,7 +320,8 @@ def measure_all(args: argparse.Namespace, benchmark: str, **more: Any) -> common
     deadline = common.Deadline(args.time_limit)
     settings = common.environment(args.device) | {"repeat": args.repeat, "seed": args.seed, "compiler": args.compiler,
                                                   "cuda_graphs": args.cuda_graphs,
-                                                  "micro_batches": args.micro_batches, **more}
+                                                  "micro_batches": args.micro_batches, "in_a_loop": args.in_a_loop,
+                                                  **more}
     say(common.describe(settings))
     if args.profile:
         profile(args)

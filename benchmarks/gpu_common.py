@@ -38,6 +38,7 @@ COLUMNS = (BASELINE, *TORCHAO, *OURS)
 HEADS = ("lm_head", "classifier")
 FLUSH_BYTES = 256 << 20
 MOST_FLUSHES = 64
+LOOP = 10  # calls that follow each other
 
 
 def prepare(column: str, model: nn.Module) -> nn.Module:
@@ -139,14 +140,28 @@ class Clock:
         flushes = min(MOST_FLUSHES, math.ceil(1.5 * host_ms / self.flush_ms) + 1) if self.cuda else 0
         return self._elapsed(lambda: case.run(i), flushes)
 
-    def interleaved(self, cases: dict[str, Case], repeat: int, warm_up: int = 3) -> dict[str, list[Time]]:
-        """``repeat`` times of each case, the cases taking turns and the first one changing every round."""
+    def in_a_loop(self, case: Case, first: int) -> Time:
+        """The mean of ``LOOP`` calls that follow each other, as in training, from an idle device on: where the host is
+        slower than the device, its time."""
+        def call() -> None:
+            for i in range(first, first + LOOP):
+                case.reset(i)
+                case.run(i)
+
+        time = self._elapsed(call, 0)
+        return Time(time.device / LOOP, time.host / LOOP)
+
+    def interleaved(self, cases: dict[str, Case], repeat: int, warm_up: int = 3,
+                    loop: bool = False) -> dict[str, list[Time]]:
+        """``repeat`` times of each case, the cases taking turns and the first one changing every round; with ``loop``
+        by :meth:`in_a_loop`."""
         hosts = {name: min(self.time(case, i, 0.0).host for i in range(warm_up)) for name, case in cases.items()}
         times: dict[str, list[Time]] = {name: [] for name in cases}
         names = list(cases)
         for i in range(repeat):
             for name in names[i % len(names):] + names[:i % len(names)]:
-                times[name].append(self.time(cases[name], i, hosts[name]))
+                case = cases[name]
+                times[name].append(self.in_a_loop(case, i) if loop else self.time(case, i, hosts[name]))
         return times
 
 

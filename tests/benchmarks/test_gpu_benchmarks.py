@@ -247,3 +247,7 @@ def test_cases_take_turns(scripts):
     assert [call[:2] for call in calls[::2]] == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("b", 1), ("a", 1)]
     assert [call[2] for call in calls] == ["reset", "run"] * 6
     assert all(len(t) == 2 and t[0].device > 0 for t in times.values())
+
+    calls.clear()
+    times = scripts.gpu_common.Clock(torch.device("cpu")).interleaved({"a": Case("a")}, 2, warm_up=1, loop=True)
+    assert [call[1] for call in calls[2::2]] == [*range(10), *range(1, 11)] and len(times["a"]) == 2
