@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quartet.model.flat import all_parameters, is_view, own_parameters, path_in_model
+from quartet.model.scope import compiling, source_bases, source_name
 from quartet.passes import pipeline
 from quartet.passes.naming import module_name, module_path, parameter_path, stacks
 from quartet.runtime import compat
@@ -117,7 +118,7 @@ class _Models:
     """The modules that a graph's parameters can be of, found from what dynamo compiles and from the calls around it."""
 
     def __init__(self) -> None:
-        self.scope = compat.compiling()
+        self.scope = compiling()
         outside, inside, part = calls(sys._getframe())
         self.outside, self.inside = _unwrapped(outside), _unwrapped(inside)
         self.bucketed = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in (*outside, *inside))
@@ -148,8 +149,8 @@ class _Models:
                 if id(parameter) in names:
                     self._remember(root)
                     lone = "." not in names[id(parameter)] and all(root is not module for module in self._compiled())
-                    return (parameter_path(compat.source_name(source)) if lone else "") or names[id(parameter)]
-        return parameter_path(compat.source_name(source)) or node.name
+                    return (parameter_path(source_name(source)) if lone else "") or names[id(parameter)]
+        return parameter_path(source_name(source)) or node.name
 
     def module(self, key: str, path: str) -> str:
         """The name of a module by its ``id`` in text, or from what dynamo writes for it."""
@@ -181,7 +182,7 @@ class _Models:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not self.is_parameter(node, value):
                 source = getattr(node.meta.get("grapharg"), "source", None)
                 if source is not None and self._first_module(source) is None:
-                    yield index, parameter_path(compat.source_name(source)) or node.name
+                    yield index, parameter_path(source_name(source)) or node.name
 
     def compiled(self) -> nn.Module | None:
         """What was compiled, or for a function the first module that gave names."""
@@ -242,7 +243,7 @@ class _Models:
         """The first module on the way from a variable to a parameter."""
         if self.scope is None:
             return None
-        values = (self.scope.value(base) for base in compat.source_bases(source))
+        values = (self.scope.value(base) for base in source_bases(source))
         return next((unwrapped(value) for value in values if isinstance(value, nn.Module)), None)
 
     def _whole(self) -> Iterable[nn.Module]:
@@ -284,7 +285,7 @@ def _plain(gm: GraphModule, weights: Mapping[int, str]) -> str:
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
         if isinstance(weight, Node) and weight in index and index[weight] not in weights:
             source = getattr(weight.meta.get("grapharg"), "source", None)
-            return parameter_path(compat.source_name(source)) or weight.name
+            return parameter_path(source_name(source)) or weight.name
     return ""
 
 
