@@ -34,7 +34,7 @@ from quartet.backend import compile_graph
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.compilation import Observer
-from quartet.passes.residuals import choose
+from quartet.passes.residuals.trial import Trial
 from quartet.runtime.devices import Target
 
 BATCH, LENGTH = 4, 2048
@@ -92,15 +92,15 @@ def measure(policy: str, layers: int, target: str, profile: cProfile.Profile | N
         with profile or nullcontext():
             return clock.timed("whole", compile)(gm, inputs)
 
-    divide, begin = choose.divide, pipeline.begin
-    choose.divide, pipeline.begin = clock.timed("divisions", divide), clock.timed("begin", begin)
+    divided, begin = Trial.divided, pipeline.begin
+    Trial.divided, pipeline.begin = clock.timed("divisions", divided), clock.timed("begin", begin)
     try:
         torch.compile(model, backend=backend, fullgraph=True)(tokens, tokens)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, Generated):
             raise
     finally:
-        choose.divide, pipeline.begin = divide, begin
+        Trial.divided, pipeline.begin = divided, begin
     return clock.seconds
 
 

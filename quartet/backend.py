@@ -29,6 +29,7 @@ from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.compilation import Compilation, Inspection, Observer
 from quartet.passes.residuals.budget import Budget, default
+from quartet.passes.residuals.cut import minimum_cut
 from quartet.passes.residuals.partition import SavedActivations
 from quartet.policy.recipes import quantizes, recipes_of, remembers
 from quartet.policy.saved import saves
@@ -110,7 +111,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if step.config.observers:
         extra = {"inner_compile": telling(inner_compile or compat.compile_fx_inner(), step.config.observers)}
     with sdpa_kernel(SDPBackend.MATH) if options.open_attention else nullcontext(), \
-            compat.every_pass() if watched else patiently(gm):
+            compat.every_pass() if watched else patiently(gm), compat.cutting_by(minimum_cut):
         compiled = compat.compile_fx(gm, example_inputs, config_patches=patches, **extra)
     if not watched:
         decided(gm, example_inputs, step, bool(names.weights))

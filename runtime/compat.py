@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +35,12 @@ PRIVATE = (
     ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
     ("torch._inductor.custom_graph_pass", "CustomPartitionerFn", "where saved activations become codes"),
     ("torch._functorch.partitioners", "min_cut_rematerialization_partition", "the partitioner that comes before that"),
+    ("torch._functorch", "partitioners", "where it looks for a minimum cut"),
+    ("torch.fx._lazy_graph_module", "_make_graph_module", "copies of a graph whose Python nobody needs"),
     ("torch._ops", "OpOverload", "tells an operator of a printed graph from a function"),
     ("torch._ops", "OperatorBase", "the same for higher-order operators"),
     ("torch.utils._python_dispatch", "TorchDispatchMode", "what an op allocates, so that C++ can repeat it"),
+    ("torch._guards", "TracingContext", "whether draws that nothing reads stay in a graph"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
     ("torch.fx.experimental.symbolic_shapes", "statically_known_true", "equality of symbolic sizes, without a guard"),
     ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
@@ -97,6 +101,7 @@ OperatorBase: Any = _load("torch._ops", "OperatorBase")
 TorchDispatchMode: Any = _load("torch.utils._python_dispatch", "TorchDispatchMode")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
+make_graph_module: Callable[..., torch.fx.GraphModule] = _load("torch.fx._lazy_graph_module", "_make_graph_module")
 statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")
 
 
@@ -185,6 +190,51 @@ def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
                           "Leave out the rules with op='saved' and the option memory")
     own = options.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
     return own, _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
+
+
+def with_steps(partition: Any, **steps: Callable[..., Any]) -> Callable[..., Any] | None:
+    """PyTorch's partitioner with functions of one's own in place of some that it calls by these names: ``step(theirs)``
+    gives each. Nobody else's partitioner changes. None where ``partition`` is another, or calls no such function."""
+    code = getattr(partition, "__code__", None)
+    known = getattr(partition, "__globals__", {})
+    if not (partition is _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
+            and code is not None and all(name in code.co_names and name in known for name in steps)):
+        return None
+    own = {**known, **{name: step(known[name]) for name, step in steps.items()}}
+    made = FunctionType(code, own, code.co_name, partition.__defaults__, partition.__closure__)
+    made.__kwdefaults__ = partition.__kwdefaults__
+    return made
+
+
+def changes_what_it_keeps() -> bool:
+    """Whether PyTorch's partitioner has been told to quantise or to offload what it has chosen to keep."""
+    passes: Mapping[str, Any] = getattr(inductor_config, "post_grad_fusion_options", {})
+    functorch: Any = importlib.import_module("torch._functorch.config")
+    return "activation_quantization_aten_pass" in passes or getattr(functorch, "enable_activation_offloading", False)
+
+
+def keeps_dead_draws() -> bool:
+    """Whether random numbers that nothing reads stay in a graph."""
+    return _load("torch._guards", "TracingContext").try_get() is None or bool(inductor_config.fallback_random)
+
+
+@contextmanager
+def cutting_by(minimum_cut: Callable[..., Any]) -> Iterator[None]:
+    """The partitioner asks ``minimum_cut(graph, source, sink)``, which gives what ``networkx.minimum_cut`` does, or
+    None for what that is to say itself. Others may see it, to whom it makes no difference."""
+    partitioners: Any = importlib.import_module("torch._functorch.partitioners")
+    asked = partitioners if hasattr(partitioners, "minimum_cut") else importlib.import_module("networkx")
+    theirs = asked.minimum_cut
+
+    def ours(graph: Any, source: Any, sink: Any, *others: Any, **named: Any) -> Any:
+        found = None if others or named else minimum_cut(graph, source, sink)
+        return theirs(graph, source, sink, *others, **named) if found is None else found
+
+    asked.minimum_cut = ours
+    try:
+        yield
+    finally:
+        asked.minimum_cut = theirs
 
 
 _warned = False

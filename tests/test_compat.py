@@ -109,3 +109,35 @@ def test_a_tested_version_is_not_warned_about(monkeypatch, version):
 
 def test_this_version_is_a_tested_one():
     assert ".".join(torch.__version__.split(".")[:2]) in compat.TESTED
+
+
+def test_a_partitioner_with_other_steps_changes_nobody_elses():
+    whole = compat.partitioner({"custom_partitioner_fn": None})[1]
+    seen = []
+
+    def first(theirs):
+        def step(*args, **kwargs):
+            seen.append(theirs)
+            raise StopIteration
+        return step
+
+    made = compat.with_steps(whole, fx_graph_cse=first)
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    with pytest.raises(StopIteration):
+        made(gm, (), num_fwd_outputs=1)
+    assert seen == [whole.__globals__["fx_graph_cse"]] and made.__kwdefaults__ == whole.__kwdefaults__
+    assert compat.with_steps(whole, step_of_another_version=first) is None
+    assert compat.with_steps(lambda *args: None, fx_graph_cse=first) is None
+
+
+def test_minimum_cuts_are_asked_for_and_put_back(monkeypatch):
+    networkx = pytest.importorskip("networkx")
+    asked = importlib.import_module("torch._functorch.partitioners")
+    asked = asked if hasattr(asked, "minimum_cut") else networkx
+    theirs, graph = asked.minimum_cut, networkx.DiGraph()
+    graph.add_edge(0, 1, capacity=3)
+    with compat.cutting_by(lambda graph, source, sink: "ours"):
+        assert asked.minimum_cut(graph, 0, 1) == "ours"
+    with compat.cutting_by(lambda graph, source, sink: None):
+        assert asked.minimum_cut(graph, 0, 1) == (3, ({0}, {1}))
+    assert asked.minimum_cut is theirs

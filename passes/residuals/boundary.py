@@ -82,9 +82,9 @@ def storages(kept: Sequence[Kept]) -> list[Storage]:
     return list(found.values())
 
 
-def shown_roots(forward: GraphModule, outputs: int) -> set[Node]:
-    """What the user's own results, the first of forward's, are views or casts of."""
-    shown = [n for n in returned(forward)[:outputs] if isinstance(n, Node) and not is_symbol(n)]
+def shown_roots(results: Sequence[Any]) -> set[Node]:
+    """What the user's own results are views or casts of."""
+    shown = [n for n in results if isinstance(n, Node) and not is_symbol(n)]
     return {storage.root for storage in storages([Kept(n, n) for n in shown])}
 
 

@@ -33,9 +33,8 @@ from quartet.passes.residuals.boundary import Storage, byte_count, shown_roots, 
 from quartet.passes.residuals.budget import Budget, BudgetError
 from quartet.passes.residuals.formats import Formats
 from quartet.passes.residuals.knapsack import Choice, Frontier, Point
-from quartet.passes.residuals.lossless import Backward
 from quartet.passes.residuals.prices import FEMTO, Prices
-from quartet.passes.residuals.trial import Division, copy_of, divide
+from quartet.passes.residuals.trial import Divided, Trial, copy_of, kept_bytes, own_storages
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
@@ -83,7 +82,7 @@ def begin(state: State) -> None:
     if budget.lossless:
         state.unchanged = copied
     else:
-        _note(state, Plan(budget, divide(copied, state.config).kept_bytes()))
+        _note(state, Plan(budget, kept_bytes(Trial(copied, state.config).divided())))
 
 
 def _note(state: State, plan: Plan) -> None:
@@ -97,15 +96,16 @@ def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
         return []
     if unchanged is not None:
         assert state.config.memory is not None
-        _note(state, Plan(state.config.memory, divide(unchanged, state.config).kept_bytes()))
+        _note(state, Plan(state.config.memory, kept_bytes(Trial(unchanged, state.config).divided())))
     plan: Plan = state.gm.graph.output_node().meta[PLAN_KEY]
     budget, plain, limit = plan.budget, plan.plain, plan.budget.limit(plan.plain)
     if limit is None:
         return []
-    kept = divide(copy_of(state.gm), state.config)
-    if budget.lossless and kept.kept_bytes() <= limit:
+    trial = Trial(copy_of(state.gm), state.config)
+    kept = trial.divided()
+    if budget.lossless and kept_bytes(kept) <= limit:
         return []
-    again = divide(copy_of(state.gm, candidates), state.config)
+    again = trial.again(state.gm, candidates).divided()
     sites = {node.name: site for node, site in candidates.items()}
     prices = {node.name: Prices.of(state.config.target_of(val(node).device)).again(candidates[node])
               for node in candidates}
@@ -125,15 +125,15 @@ def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
     return [node for node in candidates if node.name in names]
 
 
-def formats_of(config: Compilation, division: Division, chooses: bool,
+def formats_of(config: Compilation, divided: Divided, chooses: bool,
                served: Callable[[Storage], bool] = lambda storage: False) -> Formats:
-    """What can be done with what a division keeps; ``served``: by codes that are kept anyway."""
+    """What can be done with what is kept; ``served``: by codes that are kept anyway."""
     def target(storage: Storage) -> Target:
         return config.target_of(val(storage.root).device)
 
     of = cache(Prices.of)
-    return Formats(config.policy.resolve_saved, shown_roots(division.forward, division.outputs),
-                   Backward(division.backward.graph), chooses, target, lambda storage: of(target(storage)), served)
+    return Formats(config.policy.resolve_saved, shown_roots(divided.shown), divided.seen, chooses, target,
+                   lambda storage: of(target(storage)), served)
 
 
 def measured(plan: Plan, frontier: Frontier, point: Point, records: Sequence[SavedRecord],
@@ -171,13 +171,13 @@ def tradeoffs(frontier: Frontier, plain: int) -> tuple[Tradeoff, ...]:
                  for size, time in (frontier.totals[i] for i in shown))
 
 
-def _items(kept: Division, again: Division, sites: Mapping[str, Quantized],
+def _items(kept: Divided, again: Divided, sites: Mapping[str, Quantized],
            beside: Mapping[str, Sequence[Node]]) -> list[_Item]:
     """The knapsack's items: what both divisions keep one by one, the rest with its products.
 
     ``beside``: codes that are kept for a product to run again, of which no division knows; who shares some is one item.
     """
-    ours, theirs = kept.storages(), again.storages()
+    ours, theirs = own_storages(kept), own_storages(again)
     stays = {storage.root.name for storage in theirs}
     common = {storage.root.name for storage in ours} & stays
     items = [_Item([storage]) for storage in ours if storage.root.name in common]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch.fx import Graph, Node
@@ -45,19 +45,27 @@ def namespace(node: Node) -> str:
 
 
 class Backward:
-    """The backward graph as it was partitioned: which of its nodes only compute again what forward had."""
+    """Which nodes of a backward only compute again what forward had.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: backward as it was partitioned, or a joint graph. computed: what of the latter backward computes.
+    """
+
+    def __init__(self, graph: Graph, computed: Collection[Node] | None = None) -> None:
+        self._computed = computed
         self.gradients: set[Node] = set()
         for node in graph.nodes:
             if node.op == "placeholder" and node.name.startswith("tangents"):
                 self.gradients.add(node)
-            elif any(n in self.gradients for n in node.all_input_nodes):
+            elif self._is_inside(node) and any(n in self.gradients for n in node.all_input_nodes):
                 self.gradients.add(node)
+
+    def _is_inside(self, node: Node) -> bool:
+        return self._computed is None or node in self._computed
 
     def readers(self, node: Node) -> Iterator[Node]:
         """The nodes that read a tensor, through views and casts."""
-        for user in node.users:
+        for user in filter(self._is_inside, node.users):
             if above_view(user) is node or user.target is CAST and val(user).dtype in FLOATS:
                 yield from self.readers(user)
             else:
@@ -68,7 +76,8 @@ class Backward:
         todo, seen = [node], {node}
         while todo:
             for user in todo.pop().users:
-                if user not in seen and user not in self.gradients and user.op == "call_function":
+                if user not in seen and user not in self.gradients and user.op == "call_function" and (
+                        self._is_inside(user)):
                     seen.add(user)
                     todo.append(user)
                     yield user
