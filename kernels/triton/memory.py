@@ -73,6 +73,16 @@ def opaque(tile):
 
 
 @triton.jit
+def after(x, other):
+    """fp32 ``x`` as it is, once ``other`` is known: what follows is not begun beforehand, at the price of registers."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f,f", [x, other], dtype=tl.float32, is_pure=True,
+                                         pack=1)
+
+
+@triton.jit
 def load4(pointers, valid):
     """Four vectors of 32-bit words at each 16-byte aligned pointer, 0 where not ``valid``; never in the interpreter."""
     return tl.inline_asm_elementwise(
@@ -283,9 +293,12 @@ def load_blocks(pointer, offsets, valid, limit, N: tl.constexpr, WIDE: tl.conste
 
 
 @triton.jit
-def _pair(a, b, TYPE: tl.constexpr):
+def pair(a, b, TYPE: tl.constexpr):
     """int32 of two fp32 rounded to a 16-bit type, ``a`` in the low half."""
-    if TYPE == tl.bfloat16:
+    if INTERPRETED:
+        low, high = a.to(TYPE).to(tl.uint16, bitcast=True), b.to(TYPE).to(tl.uint16, bitcast=True)
+        return (low.to(tl.uint32) | (high.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+    elif TYPE == tl.bfloat16:
         return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32,
                                          is_pure=True, pack=1)
     else:
@@ -307,7 +320,7 @@ def store_blocks(pointer, offsets, x, valid, limit, N: tl.constexpr, WIDE: tl.co
                 words = words + (x[i].to(tl.int32, bitcast=True),)
         else:
             for i in tl.static_range(N // 2):
-                words = words + (_pair(x[2 * i], x[2 * i + 1], TYPE),)
+                words = words + (pair(x[2 * i], x[2 * i + 1], TYPE),)
         target = (pointer + offsets).to(tl.pointer_type(tl.int32), bitcast=True)
         for h in tl.static_range(N * TYPE.primitive_bitwidth // 512):
             tl.store(target[:, None] + h * 16 + tl.arange(0, 16)[None, :],

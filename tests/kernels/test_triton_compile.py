@@ -108,9 +108,10 @@ CALLS: dict[str, Callable[[], Any]] = {
 }
 OTHERS = (80, 89, 100, 120)
 EVERYWHERE = ("rows-quest-fold", "rows-default-fold", "rows-stochastic-fold", "rows-stochastic-clipped",
-              "columns-quest", "both-stochastic", "rows-nvfp4", "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4",
-              "amax-rotated", "requantize-stochastic", "fold", "dequantize", "signs", "bits", "cast-both",
-              "cast-amax", "first-amax", "cast-e5m2-both", "cast-e5m2-turned", "transpose", "unrotate-masked")
+              "columns-quest", "both-stochastic", "rows-nvfp4", "rows-four-six", "rows-eden", "both-nvfp4",
+              "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic", "fold", "dequantize",
+              "signs", "bits", "cast-both", "cast-amax", "first-amax", "cast-e5m2-both", "cast-e5m2-turned",
+              "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name not in ("cast-both", "cast-amax") or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100

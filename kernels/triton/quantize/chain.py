@@ -39,7 +39,7 @@ class Chain:
     def unit(self, width: int) -> int:
         """Elements that one thread owns of an axis ``width`` long."""
         if self.spec.rule == "eden":
-            return 16
+            return 32
         n = self.multiple
         return 32 if n < 32 and cdiv(width, n) * n % 32 == 0 else n
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.reference.formats.scales import QUEST_CLIP, QUEST_FLOOR
-from quartet.kernels.triton.memory import INTERPRETED
+from quartet.kernels.triton.memory import INTERPRETED, half_to_float, pair
 from quartet.kernels.triton.quantize.blocks import amax_bits, scaled, squares, tree_sum
 
 _CLIP = tl.constexpr(QUEST_CLIP)
@@ -113,6 +113,76 @@ def grid_index(z, CLIPS: tl.constexpr):
 
 
 @triton.jit
+def binade(x, LEAST: tl.constexpr):
+    """The power of two in non-negative fp32, at least LEAST, which is one."""
+    return tl.maximum((x.to(tl.int32, bitcast=True) & _INFINITE).to(tl.float32, bitcast=True), LEAST)
+
+
+@triton.jit
+def rounded(x, BITS: tl.constexpr, LEAST: tl.constexpr):
+    """Non-negative fp32 to nearest even with BITS bits behind the first; below LEAST in LEAST's steps.
+
+    The last bit of a sum with 2^(23 − BITS) times the power of two in x is the last of those.
+    """
+    LARGE: tl.constexpr = 2.0 ** (23 - BITS)
+    power = binade(x, LEAST)
+    return tl.fma(power, -LARGE, tl.fma(power, LARGE, x))
+
+
+@triton.jit
+def grid_value(z):
+    """min(|z|, 6) on the E2M1 grid, to nearest."""
+    return rounded(tl.minimum(tl.abs(z), 6.0), 1, 1.0)
+
+
+@triton.jit
+def value_pairs(v, N: tl.constexpr):
+    """N/2 int32 vectors of the float16 of N values: elements 0 and 2, 1 and 3, and so on in each four."""
+    pairs = ()
+    for k in tl.static_range(N // 4):
+        pairs = pairs + (pair(v[4 * k], v[4 * k + 2], tl.float16), pair(v[4 * k + 1], v[4 * k + 3], tl.float16))
+    return pairs
+
+
+@triton.jit
+def codes_of_pairs(pairs, x, N: tl.constexpr):
+    """N/8 int32 vectors of codes: magnitudes of :func:`value_pairs` on the grid, and the signs of ``x``."""
+    packed = ()
+    for w in tl.static_range(N // 8):
+        packed = packed + (_magnitudes(pairs[4 * w], pairs[4 * w + 1], pairs[4 * w + 2], pairs[4 * w + 3])
+                           | _signs(x[8 * w:8 * w + 8]),)
+    return packed
+
+
+@triton.jit
+def _magnitudes(even0, odd0, even1, odd1):
+    """int32 of eight codes without signs, of float16 values; bits 11…9 of a value times 2^-14 are its code."""
+    if INTERPRETED:
+        out = tl.zeros_like(even0)
+        for k in tl.static_range(8):
+            halves = (even0 if k < 4 else even1) if k % 2 == 0 else (odd0 if k < 4 else odd1)
+            value = half_to_float(halves >> (16 * (k % 4 // 2)), tl.float16) * 2.0**-14
+            out = out | ((value.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) >> 9) << (4 * k))
+        return out
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c;
+            mov.b32 c, 0x04000400;
+            mul.rn.f16x2 a, $2, c;
+            shl.b32 a, a, 4;
+            mul.rn.f16x2 b, $1, c;
+            add.u32 a, a, b;
+            mul.rn.f16x2 b, $4, c;
+            shl.b32 b, b, 4;
+            mul.rn.f16x2 c, $3, c;
+            add.u32 b, b, c;
+            prmt.b32 a, a, b, 0x7531;
+            shr.u32 $0, a, 1;
+            }""", "=r,r,r,r,r", [even0, odd0, even1, odd1], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _four(f0, f1, f2, f3):
     """Bits of 2^23 + f0 + 16 f1 + 256 f2 + 4096 f3."""
     return (tl.fma(tl.fma(f3, 16.0, f2), 256.0, tl.fma(f1, 16.0, f0)) + _ROUND).to(tl.int32, bitcast=True)
@@ -130,16 +200,14 @@ def _signs(z):
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b;
-            prmt.b32 a, $1, $3, 0x0073;
-            prmt.b32 b, $5, $7, 0x0073;
-            prmt.b32 a, a, b, 0x5410;
-            shr.u32 a, a, 4;
-            and.b32 a, a, 0x08080808;
-            prmt.b32 b, $2, $4, 0x0073;
-            prmt.b32 $0, $6, $8, 0x0073;
-            prmt.b32 b, b, $0, 0x5410;
-            and.b32 b, b, 0x80808080;
-            or.b32 $0, a, b;
+            prmt.b32 a, $1, $3, 0x00FB;
+            prmt.b32 b, $5, $7, 0xFB00;
+            prmt.b32 a, a, b, 0x7610;
+            prmt.b32 b, $2, $4, 0x00FB;
+            prmt.b32 $0, $6, $8, 0xFB00;
+            prmt.b32 b, b, $0, 0x7610;
+            lop3.b32 a, a, b, 0x0F0F0F0F, 0xE4;
+            and.b32 $0, a, 0x88888888;
             }""", "=&r,f,f,f,f,f,f,f,f", [z[0], z[1], z[2], z[3], z[4], z[5], z[6], z[7]], dtype=tl.int32,
             is_pure=True, pack=1)
 
@@ -194,7 +262,7 @@ def _stochastic(z, word0, word1, CLIPS: tl.constexpr):
 
 @triton.jit
 def _halves(a, b, CLIPS: tl.constexpr):
-    """uint32 of two floats rounded to float16, ``a`` in the low half; with CLIPS to ±6 · 2^-14 at most."""
+    """int32 of two floats rounded to float16, ``a`` in the low half; with CLIPS to ±6 · 2^-14 at most."""
     if CLIPS:
         return tl.inline_asm_elementwise(
             """{
@@ -204,10 +272,9 @@ def _halves(a, b, CLIPS: tl.constexpr):
             min.f16x2 h, h, top;
             mov.b32 top, 0x8E008E00;
             max.f16x2 $0, h, top;
-            }""", "=r,f,f", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
+            }""", "=r,f,f", [a, b], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.uint32,
-                                         is_pure=True, pack=1)
+        return pair(a, b, tl.float16)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Device functions of an NVFP4 quantiser: E2M1 in blocks of 16 under E4M3 scales, and a factor of the tensor.
 
-The formulas are those of ``quartet.kernels.reference.formats.nvfp4``, whose quotients are IEEE's. ``encode`` is the
-tensor's multiplier and ``inverse`` its reciprocal, both fp32; scale bytes are int32.
+The formulas are those of ``quartet.kernels.reference.formats.nvfp4``, whose quotients are IEEE's. ``multiplier`` is the
+tensor's and ``inverse`` its reciprocal, both fp32; scale bytes are int32.
 """
 
 from __future__ import annotations
@@ -10,26 +10,36 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.reference.formats.nvfp4 import EDEN_CLIP
-from quartet.kernels.triton.memory import load_byte
+from quartet.kernels.triton.memory import INTERPRETED, after, load_byte
 from quartet.kernels.triton.quantize.blocks import amax_bits, scaled, tree_sum
-from quartet.kernels.triton.quantize.quantizer import encode as encode_blocks
-from quartet.kernels.triton.quantize.quantizer import grid_index, random_words
+from quartet.kernels.triton.quantize.quantizer import (
+    binade,
+    codes_of_pairs,
+    encode,
+    grid_value,
+    random_words,
+    rounded,
+    value_pairs,
+)
 
 BLOCK = tl.constexpr(16)
 _CLIP = tl.constexpr(EDEN_CLIP)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
-_TOP = tl.constexpr(448.0)
+_TOP, _LEAST = tl.constexpr(448.0), tl.constexpr(2.0**-6)  # of E4M3: the largest, and the smallest normal one
 _NAN = tl.constexpr(127)
 
 
 @triton.jit
-def e4m3_byte(x):
-    """E4M3 bytes of non-negative fp32, to nearest even, at most 448; 127 of NaN."""
-    capped = tl.minimum(x, _TOP)
-    bits = capped.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    small = (capped + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # 2^14, whose spacing is E4M3's below 2^-6
-    return tl.where(x != x, _NAN, tl.where(capped < 0.015625, small, normal))
+def _e4m3(x):
+    """Non-negative fp32 on the E4M3 grid, to nearest even, at most 448; NaN stays."""
+    return rounded(tl.minimum(x, _TOP, propagate_nan=tl.PropagateNan.ALL), 3, _LEAST)
+
+
+@triton.jit
+def _e4m3_byte(value):
+    """int32 bytes of values of the E4M3 grid without a sign; 127 of NaN."""
+    bits = (value * 7.52316384526264e-37).to(tl.uint32, bitcast=True)  # 2^-120
+    return tl.minimum((bits >> 20).to(tl.int32), _NAN)
 
 
 @triton.jit
@@ -41,74 +51,109 @@ def e4m3_value(byte):
 
 @triton.jit
 def _e4m3_stochastic(x, draw):
-    """E4M3 bytes of non-negative fp32, up or down by a draw of 0…511; see ``reference.nvfp4.e4m3_stochastic``."""
+    """E4M3 bytes of non-negative fp32, up or down by a draw of 0…511; see ``reference.nvfp4.e4m3_stochastic``.
+
+    A byte has the exponent and the steps of an eighth of its power of two, in sum: eight steps are the next exponent.
+    """
     capped = tl.minimum(x, _TOP)
-    exponent = tl.maximum(capped.to(tl.int32, bitcast=True) >> 23, 127 - 6)
-    spacing = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
-    steps = ((257 - exponent) << 23).to(tl.float32, bitcast=True) * capped * 512.0
-    steps = (steps + 8388608.0) - 8388608.0
-    down = tl.floor((steps + draw.to(tl.float32)) * (1.0 / 512.0))
-    return e4m3_byte(tl.where(x != x, x, tl.minimum(down * spacing, _TOP)))
+    power = binade(capped, _LEAST).to(tl.int32, bitcast=True)
+    reciprocal = ((254 << 23) - power).to(tl.float32, bitcast=True)
+    fixed = tl.fma(capped * reciprocal, 8.0 * 512.0, 8388608.0).to(tl.int32, bitcast=True)  # + 2^23: the low bits
+    byte = (power >> 20) + ((fixed + draw) >> 9) - ((121 << 3) + (0x4B000000 >> 9))
+    return tl.where(x != x, _NAN, byte)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x, to nearest."""
+    if INTERPRETED:
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+    else:
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _encoder(scale, inverse):
     """What multiplies the elements of a block with an fp32 scale."""
-    return tl.minimum(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale * inverse), _LARGEST)
+    return tl.minimum(_reciprocal(scale * inverse), _LARGEST)
 
 
 @triton.jit
-def _magnitude(x, encoder):
-    """|value| on the E2M1 grid of one element under its block's encoder, to nearest."""
-    i = grid_index(x * encoder, True)
-    return tl.maximum(tl.maximum(i * 0.5, i - 2.0), i * 2.0 - 8.0)
+def _values(x, encoder):
+    """Magnitudes of a block on the E2M1 grid under its encoder, to nearest."""
+    v = ()
+    for i in tl.static_range(16):
+        v = v + (grid_value(x[i] * encoder),)
+    return v
 
 
 @triton.jit
-def _squared_error(x, encode, scale, encoder):
+def _squared_error(x, v, scale, multiplier):
     error = ()
     for i in tl.static_range(16):
-        e = _magnitude(x[i], encoder) * scale - tl.abs(x[i]) * encode
+        e = tl.fma(v[i], scale, tl.abs(x[i]) * -multiplier)  # two bits times four: the product is exact
         error = error + (e * e,)
     return tree_sum(error, 16)
 
 
 @triton.jit
-def _four_six(x, top, encode, inverse):
-    """The scale bytes that map a block's largest magnitude to 6, or to 4 where its squared error is smaller."""
-    six, four = e4m3_byte(top * (encode * (1.0 / 6.0))), e4m3_byte(top * (encode * (1.0 / 4.0)))
-    six_scale, four_scale = e4m3_value(six), e4m3_value(four)
-    better = (_squared_error(x, encode, four_scale, _encoder(four_scale, inverse))
-              < _squared_error(x, encode, six_scale, _encoder(six_scale, inverse)))
-    return tl.where(better, four, six)
+def _four_six(x, top, multiplier, inverse):
+    """Scale, encoder and nibble words of a block: its largest magnitude is mapped to 6, or to 4 where its squared error
+    is smaller."""
+    six, four = _e4m3(top * (multiplier * (1.0 / 6.0))), _e4m3(top * (multiplier * (1.0 / 4.0)))
+    six_encoder, four_encoder = _encoder(six, inverse), _encoder(four, inverse)
+    six_values = _values(x, six_encoder)
+    six_error = _squared_error(x, six_values, six, multiplier)
+    six_pairs = value_pairs(six_values, 16)
+    four_values = _values(x, after(four_encoder, six_error))
+    better = _squared_error(x, four_values, four, multiplier) < six_error
+    four_pairs = value_pairs(four_values, 16)
+    pairs = ()
+    for k in tl.static_range(8):
+        pairs = pairs + (tl.where(better, four_pairs[k], six_pairs[k]),)
+    return (tl.where(better, four, six), tl.where(better, four_encoder, six_encoder),
+            codes_of_pairs(pairs, x, 16))
 
 
 @triton.jit
-def _group_sum(x):
-    """The sum of a vector's eight neighbours, as ``tree_sum`` of them has it, for each of the eight."""
-    G: tl.constexpr = x.shape[0] // 8
-    total = tl.sum(tl.reshape(tl.sum(tl.reshape(tl.sum(tl.reshape(x, (G, 2, 4)), 1), (G, 2, 2)), 1), (G, 2)), 1)
-    return tl.reshape(tl.broadcast_to(total[:, None], (G, 8)), x.shape)
+def _lane_sum(x):
+    """The sum of a vector's four neighbours, as ``tree_sum`` of them has it, of each four."""
+    return tl.sum(tl.sum(tl.reshape(x, (x.shape[0] // 4, 2, 2)), 1), 1)
 
 
 @triton.jit
-def _eden(x, top, keys, site, row, column, units, encode, inverse):
-    """Scale byte and encoder of one block a lane; eight lanes beside each other have a group."""
-    scale = e4m3_value(e4m3_byte(top * (encode * (1.0 / _CLIP))))
-    scale = tl.where(scale == 0.0, 1.0, scale)
-    encoder = _encoder(scale, inverse)
-    length, along = (), ()
-    for i in tl.static_range(16):
-        a = tl.abs(x[i]) * encode
-        length = length + (a * a,)
-        along = along + (a * (_magnitude(x[i], encoder) * scale),)
-    length, along = _group_sum(tree_sum(length, 16)), _group_sum(tree_sum(along, 16))
+def _group_sum(even, odd):
+    """The sum of a group's eight blocks, two a lane, as ``tree_sum`` of them has it, for each of the four lanes."""
+    total = _lane_sum(even) + _lane_sum(odd)
+    return tl.reshape(tl.broadcast_to(total[:, None], (total.shape[0], 4)), even.shape)
+
+
+@triton.jit
+def _eden(x, keys, site, row, column, units, multiplier, inverse):
+    """Scale bytes, encoders and nibble words of two blocks a lane; four lanes beside each other have a group."""
+    scales, encoders, lengths, alongs, packed = (), (), (), (), ()
+    for b in tl.static_range(2):
+        block = x[b * 16:b * 16 + 16]
+        top = amax_bits(block, 16).to(tl.float32, bitcast=True)
+        factor = after(multiplier, alongs[b - 1]) if b > 0 else multiplier
+        scale = _e4m3(top * (factor * (1.0 / _CLIP)))
+        scale = tl.where(scale == 0.0, 1.0, scale)
+        encoder = _encoder(scale, inverse)
+        v = _values(block, encoder)
+        length, along = (), ()
+        for i in tl.static_range(16):
+            a = tl.abs(block[i]) * factor
+            length, along = length + (a * a,), along + (a * (v[i] * scale),)
+        lengths, alongs = lengths + (tree_sum(length, 16),), alongs + (tree_sum(along, 16),)
+        scales, encoders = scales + (scale,), encoders + (encoder,)
+        packed = packed + codes_of_pairs(value_pairs(v, 16), block, 16)
+    length, along = _group_sum(lengths[0], lengths[1]), _group_sum(alongs[0], alongs[1])
     ratio = tl.where(along == 0.0, 1.0, tl.div_rn(length, along))
-    words = random_words(keys, site, row * ((units + 15) // 16) + (column >> 4), 16)
-    word = tl.where(column & 8 == 0, tl.where(column & 4 == 0, words[0], words[1]),
-                    tl.where(column & 4 == 0, words[2], words[3]))
-    draw = (word >> (7 * (column & 1) + 8 * (column & 2)).to(tl.uint32)) & 0x1FF
-    return _e4m3_stochastic(scale * ratio, draw), encoder
+    words = random_words(keys, site, row * ((units + 7) // 8) + (column >> 3), 16)
+    word = tl.where(column & 4 == 0, tl.where(column & 2 == 0, words[0], words[1]),
+                    tl.where(column & 2 == 0, words[2], words[3])) >> (16 * (column & 1)).to(tl.uint32)
+    return (_e4m3_stochastic(scales[0] * ratio, (word & 0x1FF).to(tl.int32)),
+            _e4m3_stochastic(scales[1] * ratio, ((word >> 7) & 0x1FF).to(tl.int32))), encoders, packed
 
 
 @triton.jit
@@ -116,44 +161,58 @@ def quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN: tl.
     """Nibble words and scale bytes of units of elements, rotated already.
 
     ``tensor``: a pointer to the multiplier, and one to scale bytes with its two strides, whose blocks are of 16 rows
-    each; tiles take those instead of any others. Under ``eden`` a unit is a block and lanes follow a row in eights.
+    each; tiles take those instead of any others. Under ``eden`` a unit has two blocks and lanes follow a row in fours.
     """
     SPEC: tl.constexpr = CHAIN.spec
     N: tl.constexpr = CHAIN.unit
     HARDWARE: tl.constexpr = CHAIN.hardware
     multiplier = tl.load(tensor[0])
-    inverse = tl.div_rn(tl.full(multiplier.shape, 1.0, tl.float32), multiplier)
-    scales, encoders = (), ()
-    for b in tl.static_range(N // 16):
-        block = x[b * 16:b * 16 + 16]
-        top = amax_bits(block, 16).to(tl.float32, bitcast=True)
-        if SPEC.rule == "eden":
-            byte, encoder = _eden(block, top, keys, site, row, column, units, multiplier, inverse)
-        else:
+    inverse = _reciprocal(multiplier)
+    scales, encoders, packed = (), (), ()
+    if SPEC.rule == "eden":
+        scales, encoders, packed = _eden(x, keys, site, row, column, units, multiplier, inverse)
+    else:
+        for b in tl.static_range(N // 16):
+            block = x[b * 16:b * 16 + 16]
             if SPEC.tile:
                 at = (row >> 4) * tensor[2] + (column * (N // 16) + b).to(tl.int64) * tensor[3]
                 byte = load_byte(tensor[1] + at, valid)
-            elif SPEC.rule == "four_six":
-                byte = _four_six(block, top, multiplier, inverse)
+                encoder = _encoder(e4m3_value(byte), inverse)
             else:
-                byte = e4m3_byte(top * (multiplier * (1.0 / 6.0)))
-            encoder = _encoder(e4m3_value(byte), inverse)
-        scales, encoders = scales + (byte,), encoders + (encoder,)
+                top = amax_bits(block, 16).to(tl.float32, bitcast=True)
+                if SPEC.rule == "four_six":
+                    factor = after(multiplier, encoders[b - 1]) if b > 0 else multiplier
+                    scale, encoder, words = _four_six(block, top, factor, inverse)
+                    packed = packed + words
+                else:
+                    scale = _e4m3(top * (multiplier * (1.0 / 6.0)))
+                    encoder = _encoder(scale, inverse)
+                byte = _e4m3_byte(scale)
+            scales, encoders = scales + (byte,), encoders + (encoder,)
+    if HARDWARE or SPEC.rule == "amax":
+        packed = _codes(x, encoders, keys, site, row, column, units, CHAIN)
+    return packed, scales
+
+
+@triton.jit
+def _codes(x, encoders, keys, site, row, column, units, CHAIN: tl.constexpr):
+    """Nibble words of blocks under their encoders."""
+    N: tl.constexpr = CHAIN.unit
+    HARDWARE: tl.constexpr = CHAIN.hardware
+    DRAWS: tl.constexpr = CHAIN.spec.stochastic and CHAIN.spec.rule != "eden"
     z = ()
     for b in tl.static_range(N // 16):
         z = z + scaled(x[b * 16:b * 16 + 16], encoders[b], 16)
-    DRAWS: tl.constexpr = SPEC.stochastic and SPEC.rule != "eden"
     words = ()
     if DRAWS:
         words = random_words(keys, site, (row * units + column) * (N // 16), N)
     # apart from the encoders, whose products with 2^-14 need not be exact
     factor = tl.full(x[0].shape, 2.0**-14 if DRAWS and not HARDWARE else 1.0, tl.float32)
-    packed, _ = encode_blocks(z, (factor,), words, N, N, DRAWS, True, False, HARDWARE)
-    return packed, scales
+    return encode(z, (factor,), words, N, N, DRAWS, True, False, HARDWARE)[0]
 
 
 @triton.jit
-def tile_scales(x, encode, out, rows, cols, row_stride, columns, B: tl.constexpr):
+def tile_scales(x, multiplier, out, rows, cols, row_stride, columns, B: tl.constexpr):
     """Scale bytes of B tiles of 16 by 16 beside each other, by the rule ``amax``; ``columns``: tiles of a row."""
     down, across = tl.arange(0, 16), tl.arange(0, 16 * B)
     row = tl.program_id(0).to(tl.int64) * 16 + down
@@ -162,6 +221,6 @@ def tile_scales(x, encode, out, rows, cols, row_stride, columns, B: tl.constexpr
     x = tl.load(x + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
     bits = tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     top = tl.max(tl.reshape(bits, (B, 16)), 1).to(tl.float32, bitcast=True)
-    byte = e4m3_byte(top * (tl.load(encode) * (1.0 / 6.0)))
+    byte = _e4m3_byte(_e4m3(top * (tl.load(multiplier) * (1.0 / 6.0))))
     tile = tl.program_id(1) * B + tl.arange(0, B)
     tl.store(out + tl.program_id(0).to(tl.int64) * columns + tile, byte.to(tl.uint8), mask=tile < columns)
