@@ -87,6 +87,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rows-nvfp4": lambda: ops.quantize(X, NVFP4, packed=True, folded=False),
     "rows-four-six": lambda: ops.quantize(X, two_level("e2m1/16 e4m3 four_six nearest"), packed=True, folded=False),
     "rows-eden": lambda: ops.quantize(X, two_level("e2m1/16 e4m3 eden stochastic"), packed=True, folded=False),
+    "rows-tiles": lambda: ops.quantize(X, two_level("e2m1/16x16 e4m3 amax nearest"), packed=True, folded=False),
     "both-nvfp4": lambda: ops.quantize_both(X, NVFP4_STOCHASTIC, two_level("e2m1/16 e4m3 amax stochastic", 16)),
     "tiles-nvfp4": lambda: ops._tiles(X, two_level("e2m1/16x16 e4m3 amax nearest")),
     "dequantize-nvfp4": lambda: ops.dequantize(CODES, torch.empty(64, 256).to(torch.float8_e4m3fn), NVFP4.spec,
@@ -108,10 +109,10 @@ CALLS: dict[str, Callable[[], Any]] = {
 }
 OTHERS = (80, 89, 100, 120)
 EVERYWHERE = ("rows-quest-fold", "rows-default-fold", "rows-stochastic-fold", "rows-stochastic-clipped",
-              "columns-quest", "both-stochastic", "rows-nvfp4", "rows-four-six", "rows-eden", "both-nvfp4",
-              "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic", "fold", "dequantize",
-              "signs", "bits", "cast-both", "cast-amax", "first-amax", "cast-e5m2-both", "cast-e5m2-turned",
-              "transpose", "unrotate-masked")
+              "columns-quest", "both-stochastic", "rows-nvfp4", "rows-four-six", "rows-eden", "rows-tiles",
+              "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic", "fold",
+              "dequantize", "signs", "bits", "cast-both", "cast-amax", "first-amax", "cast-e5m2-both",
+              "cast-e5m2-turned", "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name not in ("cast-both", "cast-amax") or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100

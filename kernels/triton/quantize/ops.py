@@ -55,19 +55,19 @@ def quantize(x: Tensor, chain: Chain, *, packed: bool, folded: bool,
         return (*((codes, scales, mask) if packed else _nothing(x)), values, row_scales)
     (r, k), n = x.shape, chain.unit(x.shape[1])
     x = x if x.stride(1) == 1 else x.contiguous()
-    units, given = chain.units(k), _tiles(x, chain)
-    out = _Packed(x, r, units * n, chain.spec, form, given)
+    units = chain.units(k)
+    out = _Packed(x, r, units * n, chain.spec, form)
     values = x.new_empty((r, units * n) if folded else 0, dtype=torch.float8_e4m3fn)
     row_scales = x.new_empty((r, 1) if folded else 0, dtype=torch.float32)
     if x.numel():
-        lanes = min(power_of_two(units), WARP)
+        lanes = WARP // chain.spec.block if chain.spec.tile else min(power_of_two(units), WARP)
         per_program = WARP // lanes
         grid = (cdiv(r, per_program), 1 if folded else cdiv(units, lanes))
         with on_device(x):
             launch(rows.quantize_rows, grid,
                 (x, chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32),
                  values.view(torch.int32), row_scales, inexact_blocks(x.device), table(x.device), r, k, x.stride(0),
-                 units, chain.site, chain.encode, *_given(given)),
+                 units, chain.site, chain.encode),
                 CHAIN=chain.constants(n, form), FOLD=folded, WIDE=wide(x, max(n, chain.multiple)), R=per_program,
                 L=lanes, num_warps=1)
     return (*(out.results if packed else _nothing(x)), values, row_scales)
@@ -211,7 +211,7 @@ class _Packed:
             if r % 128 or blocks % 4:
                 self.scales.zero_()
         else:
-            self.scales = empty(r, blocks) if given is None else given
+            self.scales = empty(cdiv(r, spec.block) if spec.tile else r, blocks) if given is None else given
         self.mask = empty(r, padded // 8) if spec.mask else _none(like)
         self.typed = spec.scale == "e4m3" and not form.swizzled
 
@@ -234,19 +234,19 @@ def _columns(x: Tensor, along_rows: Chain | None, chain: Chain, form: Form) -> t
         lanes = max(WARP, rn // per)
         with on_device(x):
             launch(columns.quantize_both, (height, cdiv(k, lanes * per)),
-                (x, r, k, x.stride(0), *_side(along_rows, theirs), *_side(chain, mine), *_given(given)),
+                (x, r, k, x.stride(0), *_side(along_rows, theirs), *_side(chain, mine, given), *_given(given)),
                 ROWS=None if along_rows is None else along_rows.constants(rn, form), COLUMNS=chain.constants(n, form),
                 WIDE=along_rows is not None and wide(x, rn), WORDS=words, ALL=r % n == 0 and k % (lanes * per) == 0,
                 L=lanes, num_warps=warps(lanes))
     return _nothing(x) if theirs is None else theirs.results, mine.results
 
 
-def _side(chain: Chain | None, out: _Packed | None) -> tuple[Tensor | int | None, ...]:
+def _side(chain: Chain | None, out: _Packed | None, given: Tensor | None = None) -> tuple[Tensor | int | None, ...]:
     """The arguments of :func:`columns.quantize_both` for one direction."""
     if chain is None or out is None:
         return None, None, None, None, None, 0, None
-    return (chain.signs, chain.seed, out.codes.view(torch.int32), out.scales, out.mask.view(torch.int32), chain.site,
-            chain.encode)
+    return (chain.signs, chain.seed, out.codes.view(torch.int32), None if out.scales is given else out.scales,
+            out.mask.view(torch.int32), chain.site, chain.encode)
 
 
 def _tiles(x: Tensor, chain: Chain) -> Tensor | None:
@@ -255,13 +255,13 @@ def _tiles(x: Tensor, chain: Chain) -> Tensor | None:
         return None
     if x.stride(1) != 1 and x.stride(0) == 1:
         return _tiles(x.t(), chain).t().contiguous()
-    r, k = x.shape
-    tiles, lanes = cdiv(k, 16), 16
-    out = x.new_empty(cdiv(r, 16), tiles, dtype=torch.uint8)
+    (r, k), n = x.shape, chain.unit(x.shape[1])
+    units, lanes = chain.units(k), WARP // chain.spec.block
+    out = x.new_empty(cdiv(r, chain.spec.block), units * n // chain.spec.block, dtype=torch.uint8)
     if x.numel():
         with on_device(x):
-            launch(two_level.tile_scales, (cdiv(r, 16), cdiv(tiles, lanes)),
-                   (x, chain.encode, out, r, k, x.stride(0), tiles), B=lanes, num_warps=4)
+            launch(two_level.tile_scales, (cdiv(r, chain.spec.block), cdiv(units, lanes)),
+                   (x, chain.encode, out, r, k, x.stride(0), units), N=n, WIDE=wide(x, n), B=lanes, num_warps=1)
     return out
 
 

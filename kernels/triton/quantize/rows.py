@@ -29,7 +29,7 @@ from quartet.kernels.triton.quantize.quantizer import (
     round_keys,
     scale_byte,
 )
-from quartet.kernels.triton.quantize.two_level import e4m3_value, quantize_blocks
+from quartet.kernels.triton.quantize.two_level import e4m3_value, quantize_blocks, store_tile
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def quantize_unit(x, signs, keys, site, row, column, units, valid, tensor, CHAIN
 def store_unit(packed, masks, scales, out, row, column, units, valid, CHAIN: tl.constexpr):
     """Write what :func:`quantize_unit` made of unit ``column`` of the ``units`` of a row, which is int64.
 
-    ``out``: where words of codes, bytes of scales and words of the mask go.
+    ``out``: where words of codes, bytes of scales, None if those are there already, and words of the mask go.
     """
     N: tl.constexpr = CHAIN.unit
     BLOCK: tl.constexpr = CHAIN.spec.block
@@ -90,13 +90,15 @@ def store_unit(packed, masks, scales, out, row, column, units, valid, CHAIN: tl.
         store2(code_words + unit * 2, packed, valid)
     for w in tl.static_range(N // 32):
         store4(code_words + unit * (N // 8) + w * 4, packed[w * 4:w * 4 + 4], valid)
-    if CHAIN.swizzled or not CHAIN.spec.tile:  # those of tiles were given
+    if scale_bytes is not None:
         for b in tl.static_range(N // BLOCK):
             if CHAIN.swizzled:
                 at = swizzled(row.to(tl.int32), column * (N // BLOCK) + b, units * (N // BLOCK))
+                tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
+            elif CHAIN.spec.tile:
+                store_tile(scale_bytes, scales[b], row, column * (N // BLOCK) + b, units * (N // BLOCK), valid)
             else:
-                at = unit * (N // BLOCK) + b
-            tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
+                tl.store(scale_bytes + (unit * (N // BLOCK) + b), scales[b].to(tl.uint8), mask=valid)
     if CHAIN.spec.mask:
         for w in tl.static_range(N // 32):
             tl.store(mask_words + unit * (N // 32) + w, masks[w], mask=valid)
@@ -104,9 +106,9 @@ def store_unit(packed, masks, scales, out, row, column, units, valid, CHAIN: tl.
 
 @triton.jit
 def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_words, row_scales, inexact, lut,
-                  rows, cols, row_stride, units, site, encode, given, given_row, given_column,
+                  rows, cols, row_stride, units, site, encode,
                   CHAIN: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
-    """R rows, L units of each: all of the row with FOLD, else L units from the second grid axis on.
+    """R rows, L units of each: all of the row with FOLD, else L units from the second grid axis on. Tiles: R is 16.
 
     CHAIN: a ``ChainConstants``, without swizzled scales where FOLD is set.
     FOLD reads what the program has just written back from the cache, once the row's largest scale is known.
@@ -115,7 +117,7 @@ def quantize_rows(x, signs, seed, code_words, scale_bytes, mask_words, value_wor
     row = tl.program_id(0).to(tl.int64) * R + lane // L
     keys = round_keys(seed, CHAIN.spec.stochastic)
     out = (code_words, scale_bytes, mask_words)
-    tensor = (encode, given, given_row, given_column)
+    tensor = (encode, None, 0, 0)
     if FOLD:
         top = tl.zeros_like(lane)
         for start in range(0, units, L):

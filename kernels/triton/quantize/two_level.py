@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from quartet.kernels.reference.formats.nvfp4 import EDEN_CLIP
-from quartet.kernels.triton.memory import INTERPRETED, after, load_byte
+from quartet.kernels.triton.memory import INTERPRETED, after, load_blocks, load_byte
 from quartet.kernels.triton.quantize.blocks import amax_bits, scaled, tree_sum
 from quartet.kernels.triton.quantize.quantizer import (
     binade,
@@ -22,7 +22,6 @@ from quartet.kernels.triton.quantize.quantizer import (
     value_pairs,
 )
 
-BLOCK = tl.constexpr(16)
 _CLIP = tl.constexpr(EDEN_CLIP)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _TOP, _LEAST = tl.constexpr(448.0), tl.constexpr(2.0**-6)  # of E4M3: the largest, and the smallest normal one
@@ -160,8 +159,8 @@ def _eden(x, keys, site, row, column, units, multiplier, inverse):
 def quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN: tl.constexpr):
     """Nibble words and scale bytes of units of elements, rotated already.
 
-    ``tensor``: a pointer to the multiplier, and one to scale bytes with its two strides, whose blocks are of 16 rows
-    each; tiles take those instead of any others. Under ``eden`` a unit has two blocks and lanes follow a row in fours.
+    ``tensor``: a pointer to the multiplier, and one to given scale bytes of tiles with its two strides, or None: then
+    lanes hold 16 whole rows of tiles. Under ``eden`` a unit has two blocks and lanes follow a row in fours.
     """
     SPEC: tl.constexpr = CHAIN.spec
     N: tl.constexpr = CHAIN.unit
@@ -174,12 +173,13 @@ def quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN: tl.
     else:
         for b in tl.static_range(N // 16):
             block = x[b * 16:b * 16 + 16]
-            if SPEC.tile:
+            if tensor[1] is not None:
                 at = (row >> 4) * tensor[2] + (column * (N // 16) + b).to(tl.int64) * tensor[3]
                 byte = load_byte(tensor[1] + at, valid)
                 encoder = _encoder(e4m3_value(byte), inverse)
             else:
-                top = amax_bits(block, 16).to(tl.float32, bitcast=True)
+                top = _tile_top(block, valid) if SPEC.tile else amax_bits(block, 16)
+                top = top.to(tl.float32, bitcast=True)
                 if SPEC.rule == "four_six":
                     factor = after(multiplier, encoders[b - 1]) if b > 0 else multiplier
                     scale, encoder, words = _four_six(block, top, factor, inverse)
@@ -212,15 +212,29 @@ def _codes(x, encoders, keys, site, row, column, units, CHAIN: tl.constexpr):
 
 
 @triton.jit
-def tile_scales(x, multiplier, out, rows, cols, row_stride, columns, B: tl.constexpr):
-    """Scale bytes of B tiles of 16 by 16 beside each other, by the rule ``amax``; ``columns``: tiles of a row."""
-    down, across = tl.arange(0, 16), tl.arange(0, 16 * B)
-    row = tl.program_id(0).to(tl.int64) * 16 + down
-    column = tl.program_id(1).to(tl.int64) * (16 * B) + across
-    inside = (row < rows)[:, None] & (column < cols)[None, :]
-    x = tl.load(x + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
-    bits = tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    top = tl.max(tl.reshape(bits, (B, 16)), 1).to(tl.float32, bitcast=True)
-    byte = _e4m3_byte(_e4m3(top * (tl.load(multiplier) * (1.0 / 6.0))))
-    tile = tl.program_id(1) * B + tl.arange(0, B)
-    tl.store(out + tl.program_id(0).to(tl.int64) * columns + tile, byte.to(tl.uint8), mask=tile < columns)
+def _tile_top(block, valid):
+    """Bits of the largest magnitude of a tile, for each of its 16 lanes; others' lie between them."""
+    B: tl.constexpr = valid.shape[0] // 16
+    top = tl.max(tl.reshape(tl.where(valid, amax_bits(block, 16), 0), (16, B)), 0)
+    return tl.reshape(tl.broadcast_to(top[None, :], (16, B)), valid.shape)
+
+
+@triton.jit
+def tile_scales(x, multiplier, out, rows, cols, row_stride, units, N: tl.constexpr, WIDE: tl.constexpr,
+                B: tl.constexpr):
+    """Scale bytes of tiles of 16 by 16, by the rule ``amax``: of 16 rows and B units of N elements of each."""
+    lane = tl.arange(0, 16 * B)
+    row = tl.program_id(0).to(tl.int64) * 16 + lane // B
+    column = tl.program_id(1) * B + lane % B
+    valid = (row < rows) & (column < units)
+    values = load_blocks(x, row * row_stride + column * N, valid, cols - column * N, N, WIDE)
+    factor = tl.load(multiplier) * (1.0 / 6.0)
+    for b in tl.static_range(N // 16):
+        top = _tile_top(values[b * 16:b * 16 + 16], valid).to(tl.float32, bitcast=True)
+        store_tile(out, _e4m3_byte(_e4m3(top * factor)), row, column * (N // 16) + b, units * (N // 16), valid)
+
+
+@triton.jit
+def store_tile(out, byte, row, column, columns, valid):
+    """Write the scale bytes of tiles from the lanes with their first rows."""
+    tl.store(out + (row >> 4) * columns + column, byte.to(tl.uint8), mask=valid & (row & 15 == 0))
