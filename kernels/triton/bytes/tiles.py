@@ -1,7 +1,7 @@
 """FP8 in blocks and tiles, along rows, along columns, or along both from one read.
 
-A program has a tile that whole blocks fill either way, as four tiles of every fourth row: a thread then has four rows of
-a column, whose codes make a word of a transposed row.
+A program has a tile that whole blocks fill either way, as four tiles of every fourth row: a thread then has four rows
+of a column, whose codes make a word of a transposed row.
 """
 
 from __future__ import annotations
