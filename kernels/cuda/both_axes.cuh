@@ -1,5 +1,5 @@
 // A bfloat16 matrix quantised along its rows, to E4M3 with a scale a row, and along its columns, to packed codes: one
-// read. A cluster of thread blocks has 32 rows and keeps their codes until the largest scale of each row is known.
+// read. A cluster of thread blocks has 64 rows and keeps their codes until the largest scale of each row is known.
 
 #pragma once
 
@@ -18,109 +18,117 @@ struct BothAxes {
     int rows, cols, width;    // columns of a thread block, a multiple of 64; those of the cluster cover a row
 };
 
-struct BothAxesShared {
-    Rotation along_rows, along_columns;
-    ScaleTable scales;
-    FoldTable folds;
-    unsigned tops[TILE_ROWS];
-    int bytes[TILE_ROWS];
+// What a thread copies of a tile: 16 bytes of four rows, 16 rows apart.
+struct Copy {
+    const __nv_bfloat16* from;
+    unsigned to;
+    int row, column;
+
+    __device__ Copy(const BothAxes& p, unsigned tile, int first_row, int first_column) {
+        const int thread = threadIdx.x % GROUP, r = thread / 8, chunk = thread % 8;
+        row = first_row + r, column = first_column + 8 * chunk;
+        from = p.x + row * p.stride + column, to = tile + swizzled(r, chunk);
+    }
+
+    // Start to copy a tile, with zeros beyond the matrix; the next one is ``columns`` further.
+    __device__ void start(const BothAxes& p, int turn, int columns) {
+        const unsigned tile = to + turn % 2 * TILE_BYTES;
+        const auto* at = from;
+#pragma unroll
+        for (int i = 0; i < 4; ++i, at += 16 * p.stride) {
+            const int bytes = row + 16 * i < p.rows && column < p.cols ? 16 : 0;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                         :: "r"(tile + i * 2048), "l"(at), "r"(bytes) : "memory");
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        from += columns, column += columns;
+    }
 };
 
-// Start to copy the tile at a row and a column of the matrix, zeros where it goes beyond.
-__device__ inline void copy_tile(const BothAxes& p, unsigned tile, int row, int column) {
-    const int r = lane_id() / 8, chunk = lane_id() % 8, c = column + 8 * chunk;
-    const auto* from = p.x + (row + r) * p.stride + c;
-    const unsigned to[2] = {tile + swizzled(r, chunk), tile + swizzled(r + 4, chunk)};
-    if (row + TILE_ROWS <= p.rows && column + TILE_COLUMNS <= p.cols) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i, from += 4 * p.stride) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                         :: "r"(to[i % 2] + i / 2 * 1024), "l"(from) : "memory");
-        }
-    } else {
-        for (int i = 0; i < 8; ++i, from += 4 * p.stride) {
-            const bool inside = row + r + 4 * i < p.rows && c < p.cols;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                         :: "r"(to[i % 2] + i / 2 * 1024), "l"(inside ? from : p.x), "r"(inside ? 16 : 0) : "memory");
-        }
+// Where a lane writes a block of a column of each tile: two blocks of a column are a whole sector.
+struct Columns {
+    uint8_t *codes, *scales;
+    int left;  // columns from the lane's on that there are to write
+
+    __device__ Columns(const BothAxes& p, const Lane& lane, int row, int first) {
+        const int block = row / 32 + lane.block;
+        const int64_t blocks = (p.rows + 31) / 32, at = (first + lane.row) * blocks + block;
+        codes = p.codes + 16 * at, scales = p.scales + at;
+        left = kept(block < blocks ? p.cols - (first + lane.row) : 0);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+
+    // The next tile is ``columns`` further, where a column has ``blocks``.
+    __device__ void write(const Quantized& made, const Lane& lane, int columns, int blocks) {
+        const uint4 words = made.whole(lane);
+        if (left > 0) *reinterpret_cast<uint4*>(codes) = words, *scales = made.scale;
+        const int64_t step = int64_t{columns} * blocks;
+        left -= columns, codes += 16 * step, scales += step;
+    }
+};
 
 __device__ inline void quantize_both_axes(const BothAxes& p, int cluster) {
-    extern __shared__ __align__(128) uint8_t memory[];
-    auto& shared = *reinterpret_cast<BothAxesShared*>(memory);
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    const int place = Quantized::place(), rank = blockIdx.x % cluster;
-    const int row = blockIdx.x / cluster * TILE_ROWS, first_column = rank * p.width;
-    const int64_t row_groups = (p.cols + 31) / 32 * 2, column_groups = (p.rows + 31) / 32 * 2;
-    uint8_t* const tiles = memory + sizeof(BothAxesShared);
-    Part part(tiles + warps * 2 * TILE_BYTES, shared.tops, shared.bytes, p.width, TILE_ROWS);
-    part.rows = min(TILE_ROWS, p.rows - row);
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int groups = blockDim.x / GROUP, own = group_id(), warp = warp_in_group();
+    const int rank = blockIdx.x % cluster;
+    const int row = blockIdx.x / cluster * SIDE, first_column = rank * p.width;
+    const unsigned row_groups = (p.cols + 31) / 32 * 2, column_groups = (p.rows + 31) / 32 * 2;
+    auto& shared = *reinterpret_cast<Shared*>(memory + groups * 2 * TILE_BYTES);
+    Part part(shared, reinterpret_cast<uint8_t*>(&shared + 1), p.width);
+    part.rows = min(SIDE, p.rows - row);
     part.blocks = max(0, min(p.width / 32, static_cast<int>(row_groups / 2) - first_column / 32));
 
-    const unsigned tile = shared_address(tiles) + warp * 2 * TILE_BYTES;
-    const int turns = (part.blocks + 1) / 2;
-    int at = warp;
-    if (at < turns) copy_tile(p, tile, row, first_column + at * TILE_COLUMNS);
-    shared.along_rows.make(p.along_rows.signs);
-    shared.along_columns.make(p.along_columns.signs);
-    shared.scales.make();
+    const unsigned tiles = shared_address(memory) + own * 2 * TILE_BYTES;
+    const int turns = (part.blocks + 1) / 2, column = first_column + own * SIDE, step = groups * SIDE;
+    Copy copy(p, tiles, row, column);
+    if (own < turns) copy.start(p, 0, step);
+    shared.rotation.make(2, p.along_rows.signs, p.along_columns.signs);
+    publish();
     shared.folds.make();
-    if (threadIdx.x < TILE_ROWS) shared.tops[threadIdx.x] = 0;
-    const Philox row_random(p.along_rows.seed), column_random(p.along_columns.seed);
+    if (threadIdx.x < SIDE) shared.tops[threadIdx.x] = 0;
+    const Philox row_random(p.along_rows), column_random(p.along_columns);
     __syncthreads();
 
-    unsigned top = 0;  // of row place
-    for (int turn = 0; at < turns; at += warps, ++turn) {
-        if (at + warps < turns) {
-            copy_tile(p, tile + (turn + 1) % 2 * TILE_BYTES, row, first_column + (at + warps) * TILE_COLUMNS);
-            asm volatile("cp.async.wait_group 1;" ::: "memory");
-        } else {
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
-        }
-        __syncwarp();
-        const unsigned here = tile + turn % 2 * TILE_BYTES;
-        const int column = first_column + at * TILE_COLUMNS;
+    const unsigned rotations = operand(shared_address(&shared.rotation));
+    const Lane lane;
+    const int line = 16 * warp + lane.row;
+    unsigned row_group = kept((row + line) * row_groups + column / 16 + lane.block);
+    unsigned column_group = kept((column + line) * column_groups + row / 16 + lane.block);
+    Keeper keeper(lane, part.codes, part.scales, part.pitch, part.bytes, 2 * own);
+    Columns columns(p, lane, row, column + 16 * warp);
+    for (int ahead = kept(turns - own), turn = 0; ahead > 0; ahead -= groups, ++turn) {
+        const unsigned tile = operand(tiles + turn % 2 * TILE_BYTES);
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        publish();
+        wait_for(own);
+        Sums sums[2];
+        Sums::begin();
+        sums[0].multiply<false>(tile, rotations);
+        sums[1].multiply<false>(tile + 64 / 16, rotations);
+        Sums::commit();
+        if (ahead > groups) copy.start(p, turn + 1, step);
         {
-            const Fragments rotation(shared.along_rows);
-            unsigned long long group = (row + g + 8 * (t & 1)) * row_groups + (column / 16 + t / 2);
-            for (int b = 0; b < 2; ++b, group += 2) {
-                unsigned a[2][8];
-                load_rows(a, here, b);
-                const Quantized made = quantize<false>(a, rotation, shared.scales, 0, row_random, group, 16 * row_groups,
-                                                       p.along_rows.site);
-                part.keep(made, 2 * at + b, g, place);
-                top = max(top, made.scale);
-            }
+            const Random random(row_random, lane, row_group);
+            Sums::finish();
+            for (auto& each : sums) each.arrive();
+            keeper.keep(quantize<0>(sums, lane, random), 2 * groups);
         }
+        Sums::begin();
+        sums[0].multiply<true>(tile, rotations + 64 / 16);
+        sums[1].multiply<true>(tile + 32 * 128 / 16, rotations + 64 / 16);
+        Sums::commit();
         {
-            const Fragments rotation(shared.along_columns);
-            unsigned long long group = (column + g + 8 * (t & 1)) * column_groups + (row / 16 + t / 2);
-            const int left = p.cols - column;
-            uint8_t* codes = p.codes + (column + g) * (8 * column_groups) + row / 2 + 4 * t;
-            uint8_t* scale = p.scales + (column + place) * (column_groups / 2) + row / 32;
-            for (int pair = 0; pair < 2; ++pair, group += 32 * column_groups, scale += 16 * column_groups) {
-                unsigned a[2][8];
-                load_columns(a, here, pair);
-                const Quantized made = quantize<false>(a, rotation, shared.scales, 0, column_random, group,
-                                                       16 * column_groups, p.along_columns.site);
-#pragma unroll
-                for (int i = 0; i < 4; ++i, codes += 64 * column_groups) {
-                    if (32 * pair + 8 * i + g < left) *reinterpret_cast<unsigned*>(codes) = made.codes[i / 2][i % 2];
-                }
-                if (32 * pair + place < left) *scale = made.scale;
-            }
+            const Random random(column_random, lane, column_group);
+            Sums::finish();
+            for (auto& each : sums) each.arrive();
+            columns.write(quantize<0>(sums, lane, random), lane, step, column_groups / 2);
         }
-        __syncwarp();
+        row_group += step / 16, column_group += step * column_groups;
     }
-    atomicMax(&shared.tops[place], top);
-    __syncthreads();
-    part.combine(TILE_ROWS);
+    part.combine(keeper);
     if (rank == 0 && threadIdx.x < part.rows) {
         p.row_scales[row + threadIdx.x] = __uint_as_float(shared.bytes[threadIdx.x] << 23);
     }
-    part.fold(p.values + row * (16 * row_groups) + first_column, 16 * row_groups, shared.folds, p.inexact);
+    part.fold(p.values + row * (int64_t{16} * row_groups) + first_column, int64_t{16} * row_groups, p.inexact);
     Part::leave();
 }
 

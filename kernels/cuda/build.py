@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "quantizers.cu"
-ARCHITECTURE = "sm_90"
+ARCHITECTURE = "sm_90a"  # wgmma
 NAME = f"quartet_cuda_{ARCHITECTURE}"
 FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas=-v", *code_for(ARCHITECTURE))
 TIMEOUT_SECONDS = 600.0

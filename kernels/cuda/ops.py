@@ -22,31 +22,14 @@ if TYPE_CHECKING:
 
 ROTATION, BLOCK = 32, 32
 STOCHASTIC = QuantSpec(rule="headroom", rounding="stochastic")
-CLUSTERS = (1, 2, 4, 8)
-HALF = 113 * 1024  # bytes of shared memory of each of two thread blocks on one multiprocessor
-ENOUGH = 256       # thread blocks that keep a GPU busy
-
-
-@dataclass(frozen=True)
-class Strips:
-    """How a kernel cuts a matrix into strips, one of a cluster, and these into parts, one of a thread block.
-
-    Args:
-        width: rows or columns of a strip. unit: what a warp takes of its length at a time.
-        fixed: bytes of shared memory of a thread block, ``stage`` of each of its warps.
-    """
-
-    width: int
-    unit: int
-    fixed: int
-    stage: int
-
-    def shared(self, length: int, warps: int) -> int:
-        """Bytes of shared memory that hold a part of that length."""
-        return self.fixed + warps * self.stage + self.width * (length // 2 + 16 + length // BLOCK + 4)
-
-
-ROWS, COLUMNS = Strips(32, 64, 6656, 8192), Strips(64, 32, 4864, 4096)  # of quantize_both and of requantize
+SIDE = 64     # width of a strip, and what a warpgroup takes of its length at a time
+FIXED = 4864  # bytes of shared memory of a thread block
+MEMORY, RESERVED = 228 * 1024, 1024  # bytes of shared memory of a multiprocessor, and what a thread block takes of it
+# Clusters of so many thread blocks that an H200 has at once, one block a multiprocessor. Those of four and eight leave some
+# of its 132 multiprocessors empty, as a cluster lies in one GPC (62 of four were seen with two blocks on each, 30 of eight).
+AT_ONCE = {1: 132, 2: 66, 4: 31, 8: 15}
+ROWS, COLUMNS = 4096, 2048  # bytes of shared memory of each warp of quantize_both and of requantize, for its tiles
+MOST = 2**36  # elements; a group of 16 has a number of 32 bits
 
 
 @dataclass(frozen=True)
@@ -59,27 +42,32 @@ class Split:
     shared: int
 
 
+def shared(stage: int, length: int, warps: int) -> int:
+    """Bytes of shared memory of a thread block of so many warps, each with ``stage`` of them, that keeps a part."""
+    return FIXED + warps * stage + SIDE * (length // 2 + 16 + length // BLOCK + 4)
+
+
 @cache
-def split(strips: Strips, length: int, count: int) -> Split | None:
+def split(stage: int, length: int, count: int) -> Split | None:
     """How strips of a length are shared out, of which there are ``count``; None where they are too long.
 
-    Two thread blocks of eight warps a multiprocessor where they fit, else one of sixteen, else of eight. Of those that
-    make enough thread blocks the one whose warps idle least, and the smallest cluster of equal ones.
+    A multiprocessor takes the longer, the more parts it gets and the longer they are: the cluster where that is least,
+    the smallest of equal ones. Where a multiprocessor gets several parts and has room for two, thread blocks of eight
+    warps, so that one computes while another waits for its cluster; else of sixteen, else of eight.
+
+    Args:
+        stage: ``ROWS`` or ``COLUMNS``.
     """
-    units = -(-length // strips.unit)
-    for warps, room in ((8, HALF), (16, SHARED), (8, SHARED)):
-        fits = []
-        for cluster in CLUSTERS:
-            part = -(-units // cluster)
-            shared = strips.shared(part * strips.unit, warps)
-            if shared <= room and cluster <= max(1, units):
-                fits.append((cluster * -(-part // warps), Split(cluster, part * strips.unit, warps * 32, shared)))
-        enough = [fit for fit in fits if fit[1].cluster * count >= ENOUGH]
-        if enough:
-            return min(enough, key=lambda fit: fit[0])[1]
-        if fits:
-            return fits[-1][1]
-    return None
+    units = -(-length // SIDE)
+    best = None
+    for cluster, at_once in AT_ONCE.items():
+        part, turns = -(-units // cluster) * SIDE, -(-count // at_once)
+        two = shared(stage, part, 8) <= MEMORY // 2 - RESERVED
+        warps = 8 if (two and turns > 1) or shared(stage, part, 16) > SHARED else 16
+        room = shared(stage, part, warps)
+        if room <= SHARED and cluster <= max(1, units) and (best is None or turns * part < best[0]):
+            best = turns * part, Split(cluster, part, warps * 32, room)
+    return best and best[1]
 
 
 def declines(chain: Chain, device: torch.device) -> str | None:
@@ -100,7 +88,9 @@ def declines_both(x: Tensor, along_rows: Chain, along_columns: Chain) -> str | N
     if reason is None and (not x.is_cuda or x.dim() != 2 or x.dtype != torch.bfloat16 or x.stride(1) != 1
                            or x.shape[1] % 8 or x.stride(0) % 8 or x.data_ptr() % 16):
         return "the CUDA quantisers read bfloat16 rows on a GPU in whole units of 16 bytes"
-    if reason is None and split(ROWS, x.shape[1], -(-x.shape[0] // ROWS.width)) is None:
+    if reason is None and _padded(x.shape[0]) * _padded(x.shape[1]) > MOST:
+        return f"the CUDA quantisers number {MOST} random elements, fewer than {tuple(x.shape)}"
+    if reason is None and split(ROWS, x.shape[1], -(-x.shape[0] // SIDE)) is None:
         return f"the CUDA quantisers keep rows in shared memory, and {x.shape[1]} elements are too many"
     return reason
 
@@ -115,7 +105,9 @@ def declines_requantize(codes: Tensor, scales: Tensor, in_spec: QuantSpec, chain
             and codes.data_ptr() % 16 == codes.shape[1] % 16 == 0 and 0 < matrices < 65536
             and codes.shape[0] % matrices == 0 and scales.shape == (codes.shape[0], codes.shape[1] // 16)):
         return f"the CUDA quantisers turn 1 to 65535 contiguous matrices on a GPU, not {matrices} of {codes.shape}"
-    if reason is None and split(COLUMNS, codes.shape[0] // matrices, codes.shape[1] * 2 // COLUMNS.width) is None:
+    if reason is None and _padded(codes.shape[0] // matrices) * matrices * codes.shape[1] * 2 > MOST:
+        return f"the CUDA quantisers number {MOST} random elements, fewer than {matrices} of {codes.shape}"
+    if reason is None and split(COLUMNS, codes.shape[0] // matrices, codes.shape[1] * 2 // SIDE) is None:
         return f"the CUDA quantisers keep columns in shared memory, and {codes.shape[0] // matrices} rows are too many"
     return reason
 
@@ -136,7 +128,7 @@ def quantize_both(x: Tensor, along_rows: Chain, along_columns: Chain,
     codes = x.new_empty(cols, _padded(rows) // 2, dtype=torch.uint8)
     scales = x.new_empty(cols, _padded(rows) // BLOCK, dtype=torch.uint8)
     if x.numel():
-        strips = -(-rows // ROWS.width)
+        strips = -(-rows // SIDE)
         how = split(ROWS, cols, strips)
         assert how is not None and x.device.index is not None
         kernel = function(x.device.index, "quantize_both", how.cluster, how.threads, how.shared)
@@ -165,7 +157,7 @@ def requantize(codes: Tensor, scales: Tensor, chain: Chain, inexact: Tensor, *, 
     made = (empty(packed, _padded(rows) // 2, torch.uint8), empty(packed, _padded(rows) // BLOCK, torch.uint8),
             empty(folded, _padded(rows), torch.float8_e4m3fn), empty(folded, 1, torch.float32))
     if codes.numel():
-        strips = -(-cols // COLUMNS.width)
+        strips = -(-cols // SIDE)
         how = split(COLUMNS, rows, strips * matrices)
         assert how is not None and codes.device.index is not None
         kernel = function(codes.device.index, "requantize", how.cluster, how.threads, how.shared)

@@ -14,6 +14,8 @@ constexpr int TOP = 6, LOWEST = -24;       // powers of two between a row's scal
 constexpr int NAN_ROW = TOP - LOWEST + 1;  // of the table
 constexpr int PAD = 16;                    // bytes between rows of codes, against bank conflicts
 
+__device__ inline float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
+
 // E4M3 bytes of the eight E2M1 magnitudes times 2^d, row d + 24; the last row is NaN.
 struct FoldTable {
     uint2 rows[32];
@@ -28,48 +30,69 @@ struct FoldTable {
     }
 };
 
-// Four E4M3 bytes of four nibbles, those above them are ignored; see quartet.kernels.triton.quantize.fold.
-__device__ inline unsigned folded(unsigned nibbles, uint2 table) {
-    const unsigned magnitude = __byte_perm(table.x, table.y, nibbles & 0x7777);
-    unsigned sign;  // bit 3 of a selector spreads a byte's sign: 0xFF for a negative code, else 0x80
-    asm("prmt.b32 %0, %1, %1, %2;" : "=r"(sign) : "r"(0x80808080), "r"(nibbles));
-    return magnitude | (sign << 7 & 0x80808080);
+// Bytes, with their signs, that a table has for the magnitudes of eight codes.
+__device__ inline uint2 looked_up(unsigned codes, uint2 table) {
+    const unsigned magnitudes = codes & 0x77777777, low = codes << 4;  // each nibble's sign at the end of a byte
+    return {__byte_perm(table.x, table.y, magnitudes) | (__byte_perm(low, codes, 0x5140) & 0x80808080),
+            __byte_perm(table.x, table.y, magnitudes >> 16) | (__byte_perm(low, codes, 0x7362) & 0x80808080)};
 }
 
-// Rows of codes and scales in shared memory, a part of a matrix's rows whose other parts the blocks of the cluster have.
-struct Part {
-    uint8_t *codes, *scales;
-    unsigned* tops;      // largest word of a scale of each row
-    int* bytes_of_rows;  // of the scales of the whole rows
-    int pitch, bytes;    // from row to row, of codes and of scales
-    int rows, blocks;    // that there are to write
+// What the thread blocks have in shared memory beside tiles and a part.
+struct Shared {
+    Rotation rotation;
+    FoldTable folds;
+    unsigned tops[SIDE];
+    int bytes[SIDE];
+};
 
-    // ``width`` elements of each of ``height`` rows, in shared memory from ``memory`` on.
-    __device__ Part(uint8_t* memory, unsigned* tops, int* bytes_of_rows, int width, int height)
-        : codes(memory), scales(memory + height * (width / 2 + PAD)), tops(tops), bytes_of_rows(bytes_of_rows),
-          pitch(width / 2 + PAD), bytes(width / 32 + 4) {}
+// Where a warp puts codes and scales of two blocks of each row at a time, in shared memory, and the largest such scale.
+struct Keeper {
+    unsigned codes, scale;
+    int row, top;
 
-    // A block of 32 rows, of which a lane has those from ``row`` on, eight apart, and the scale of row ``place``.
-    __device__ void keep(const Quantized& made, int block, int row, int place) const {
-        uint8_t* to = codes + row * pitch + block * 16 + 4 * (lane_id() % 4);
-#pragma unroll
-        for (int i = 0; i < 4; ++i, to += 8 * pitch) *reinterpret_cast<unsigned*>(to) = made.codes[i / 2][i % 2];
-        scales[place * bytes + block] = made.scale;
+    // The first two blocks are those from ``block`` on.
+    __device__ Keeper(const Lane& lane, const uint8_t* codes_of_part, const uint8_t* scales_of_part, int pitch,
+                      int bytes, int block) : row(16 * warp_in_group() + lane.row), top(0) {
+        const int id = lane_id();
+        const int place = (16 * warp_in_group() + id % 16) * pitch + (block + id / 16) * 16;
+        codes = kept(shared_address(codes_of_part) + place);
+        scale = kept(shared_address(scales_of_part) + row * bytes + block + lane.block);
     }
 
-    // From the largest words of this block's part of each row in ``tops``, the bytes of the whole rows' scales, in every
-    // block of the cluster. None of them may end before all have called ``leave``.
-    __device__ void combine(int height) const {
+    __device__ void keep(const Quantized& made, int blocks) {
+        store_matrices(codes, made.codes[0][0], made.codes[0][1], made.codes[1][0], made.codes[1][1]);
+        asm volatile("st.shared.u8 [%0], %1;" :: "r"(scale), "r"(made.scale) : "memory");
+        top = max(top, made.top);
+        codes += 16 * blocks, scale += blocks;
+    }
+};
+
+// Codes and scales of 64 rows in shared memory, a part of a matrix's rows; the blocks of the cluster have the others.
+struct Part {
+    Shared& shared;
+    uint8_t *codes, *scales;
+    int pitch, bytes;  // from row to row, of codes and of scales
+    int rows, blocks;  // that there are to write
+
+    // ``width`` elements of each row, in shared memory from ``memory`` on.
+    __device__ Part(Shared& shared, uint8_t* memory, int width)
+        : shared(shared), codes(memory), scales(memory + SIDE * (width / 2 + PAD)), pitch(width / 2 + PAD),
+          bytes(width / 32 + 4) {}
+
+    // From the largest scales that the threads kept, the bytes of the whole rows' scales, in every block of the
+    // cluster. None of them may end before all have called ``leave``.
+    __device__ void combine(const Keeper& keeper) const {
+        atomicMax(&shared.tops[keeper.row], keeper.top);
         const auto cluster = cooperative_groups::this_cluster();
         cluster.sync();
-        unsigned top = 0;
-        if (threadIdx.x < height) {
+        unsigned all = 0;
+        if (threadIdx.x < SIDE) {
             for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
-                top = max(top, cluster.map_shared_rank(tops, rank)[threadIdx.x]);
+                all = max(all, cluster.map_shared_rank(shared.tops, rank)[threadIdx.x]);
             }
         }
         asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-        if (threadIdx.x < height) bytes_of_rows[threadIdx.x] = max(static_cast<int>(top >> 8) - TOP, 1);
+        if (threadIdx.x < SIDE) shared.bytes[threadIdx.x] = max(static_cast<int>(all) - TOP, 1);
         __syncthreads();
     }
 
@@ -87,22 +110,24 @@ struct Part {
     }
 
     // E4M3 values, from ``values`` on, of rows ``stride`` apart; counts blocks that may not fold exactly.
-    __device__ void fold(uint8_t* values, int64_t stride, const FoldTable& table, unsigned long long* inexact) const {
+    __device__ void fold(uint8_t* values, int64_t stride, unsigned long long* inexact) const {
         int lost = 0;
         for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32) {
-            const int scale = bytes_of_rows[row];
+            const int scale = shared.bytes[row];
+            const uint8_t* from = codes + row * pitch;
+            const uint8_t* scales_from = scales + row * bytes;
+            uint8_t* to = values + row * stride;
+#pragma unroll 2
             for (int half = lane_id(); half < 2 * blocks; half += 32) {
-                const int byte = scales[row * bytes + half / 2], down = byte - scale;
-                const uint8_t* at = codes + row * pitch + 8 * half;
-                const uint2 words = *reinterpret_cast<const uint2*>(at);
-                if (down < -8 && half % 2 == 0) {
-                    const uint4 all = *reinterpret_cast<const uint4*>(at);
-                    lost += ((all.x | all.y | all.z | all.w) & 0x77777777) != 0;
+                const int byte = scales_from[half / 2], down = byte - scale;
+                const uint2 words = *reinterpret_cast<const uint2*>(from + 8 * half);
+                const uint2 table = shared.folds.rows[byte == 255 ? NAN_ROW : min(max(down, LOWEST), TOP) - LOWEST];
+                if (down < -8) {
+                    const uint4 all = *reinterpret_cast<const uint4*>(from + 16 * (half / 2));
+                    lost += half % 2 == 0 && ((all.x | all.y | all.z | all.w) & 0x77777777) != 0;
                 }
-                const uint2 entry = table.rows[byte == 255 ? NAN_ROW : min(max(down, LOWEST), TOP) - LOWEST];
-                const uint4 out = {folded(words.x, entry), folded(words.x >> 16, entry), folded(words.y, entry),
-                                   folded(words.y >> 16, entry)};
-                *reinterpret_cast<uint4*>(values + row * stride + 16 * half) = out;
+                const uint2 low = looked_up(words.x, table), high = looked_up(words.y, table);
+                *reinterpret_cast<uint4*>(to + 16 * half) = {low.x, low.y, high.x, high.y};
             }
         }
         if (lost) atomicAdd(inexact, static_cast<unsigned long long>(lost));

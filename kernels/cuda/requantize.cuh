@@ -14,109 +14,119 @@ struct Requantize {
     uint8_t* values;                  // [matrices · cols, padded rows], or null
     float* row_scales;                // [matrices · cols]
     unsigned long long* inexact;
-    int rows, cols, height;           // rows of a thread block, a multiple of 32; those of the cluster cover a column
+    int rows, cols, height;           // rows of a thread block, a multiple of 64; those of the cluster cover a column
 };
 
-struct RequantizeShared {
-    Rotation rotation;
-    ScaleTable scales;
-    FoldTable folds;
-    unsigned tops[TILE_COLUMNS];
-    int bytes[TILE_COLUMNS];
-};
+constexpr int SHIFT = 2;  // values are four times larger, so that none is below bfloat16's normal numbers
 
-// The 32 codes of a row as bfloat16, times a power of two given as one twice, in the order 0 4 1 5 2 6 3 7 of each eight:
-// as the low bits of a bfloat16's exponent and the first of its significand a code is its value · 2^-126.
-__device__ inline void expand(uint8_t* row, int first_chunk, int swizzle, uint4 codes, unsigned power) {
-    const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
+// Codes as bfloat16 times 2^SHIFT.
+struct Expansion {
+    uint2 high, low;  // bytes of the eight magnitudes
+
+    __device__ Expansion() : high{kept(0x3F3F3F00u), kept(0x40404040u)}, low{kept(0xC0800000u), kept(0xC0804000u)} {}
+
+    // A block's codes, to four chunks of a row of a tile, whose addresses are ``to`` but for bits 4 and 5.
+    __device__ void write(unsigned to, uint4 codes, int scale) const {
+        const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
+        const unsigned power = (scale + SHIFT) * 0x00800080;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        unsigned out[4];
+        for (int w = 0; w < 4; ++w) {
+            const uint2 top = looked_up(words[w], high);
+            const unsigned magnitudes = words[w] & 0x77777777;
+            const uint2 end = {__byte_perm(low.x, low.y, magnitudes), __byte_perm(low.x, low.y, magnitudes >> 16)};
+            unsigned out[4] = {__byte_perm(end.x, top.x, 0x5140), __byte_perm(end.x, top.x, 0x7362),
+                               __byte_perm(end.y, top.y, 0x5140), __byte_perm(end.y, top.y, 0x7362)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const unsigned sign = 4 * i <= 12 ? words[w] << (12 - 4 * i) : 0;
-            const unsigned rest = 4 * i <= 6 ? words[w] << (6 - 4 * i) : words[w] >> (4 * i - 6);
-            const unsigned value = (sign & 0x80008000) | (rest & 0x01C001C0);
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(value), "r"(power), "r"(0x80008000));
+            for (int i = 0; i < 4; ++i) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(out[i]) : "r"(power));
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                         :: "r"(to ^ 16 * w), "r"(out[0]), "r"(out[1]), "r"(out[2]), "r"(out[3]) : "memory");
         }
-        *reinterpret_cast<uint4*>(row + ((first_chunk + w ^ swizzle) << 4)) = {out[0], out[1], out[2], out[3]};
+        if (scale > 254 - SHIFT) replace(to, words, scale);
     }
-}
+
+  private:
+    // What is not finite as bfloat16: NaN, and from 2^125 on, where a NaN scale is as right; zeros are zeros.
+    __device__ static void replace(unsigned to, const unsigned (&words)[4], int scale) {
+        const unsigned one = scale == 255 ? 0x7FC0 : 0x7F80, zero = scale == 255 ? 0x7FC0 : 0;
+#pragma unroll 1
+        for (int i = 0; i < 16; ++i) {
+            const unsigned pair = (i < 8 ? i < 4 ? words[0] : words[1] : i < 12 ? words[2] : words[3]) >> i % 4 * 8;
+            store((to ^ i / 4 * 16) + i % 4 * 4, (pair & 0x70 ? one : zero) << 16 | (pair & 7 ? one : zero));
+        }
+    }
+};
 
 __device__ inline void requantize_transpose(const Requantize& p, int cluster) {
-    extern __shared__ __align__(128) uint8_t memory[];
-    auto& shared = *reinterpret_cast<RequantizeShared*>(memory);
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const int groups = blockDim.x / GROUP, own = group_id(), warp = warp_in_group();
     const int rank = blockIdx.x % cluster, first_row = rank * p.height;
-    const int first_column = blockIdx.x / cluster * TILE_COLUMNS;
-    const int64_t above = int64_t(blockIdx.y) * p.rows, above_out = int64_t(blockIdx.y) * p.cols + first_column;
-    const int64_t groups = (p.rows + 31) / 32 * 2;
-    uint8_t* const tile = memory + sizeof(RequantizeShared) + warp * TILE_BYTES;
-    Part part(memory + sizeof(RequantizeShared) + warps * TILE_BYTES, shared.tops, shared.bytes, p.height, TILE_COLUMNS);
-    part.rows = min(TILE_COLUMNS, p.cols - first_column);
-    part.blocks = max(0, min(p.height / 32, static_cast<int>(groups / 2) - first_row / 32));
+    const int first_column = blockIdx.x / cluster * SIDE;
+    const int64_t above = int64_t{blockIdx.y} * p.rows, above_out = int64_t{blockIdx.y} * p.cols + first_column;
+    const unsigned row_groups = (p.rows + 31) / 32 * 2;
+    auto& shared = *reinterpret_cast<Shared*>(memory + groups * TILE_BYTES);
+    Part part(shared, reinterpret_cast<uint8_t*>(&shared + 1), p.height);
+    part.rows = min(SIDE, p.cols - first_column);
+    part.blocks = max(0, min(p.height / 32, static_cast<int>(row_groups / 2) - first_row / 32));
 
-    const int64_t at = (above + first_row + 32 * warp + lane) * (p.cols / 32) + first_column / 32;  // in blocks
+    // A thread has one block of a row of each tile.
+    const int turns = (part.blocks + 1) / 2, line = threadIdx.x % GROUP / 2, half = threadIdx.x % 2;
+    const int row = first_row + own * SIDE + line, block = first_column / 32 + half;
+    const int64_t at = (above + row) * (p.cols / 32) + block;
+    const int step = kept(groups * SIDE * (p.cols / 32));
     const auto* codes = reinterpret_cast<const uint4*>(p.codes) + at;
     const uint8_t* scales = p.scales + at;
-    const bool both = first_column + 32 < p.cols;
-    uint4 words[2];
-    int bytes[2];
-    const auto load = [&](int block) {
-        const bool inside = first_row + 32 * block + lane < p.rows;
-        words[0] = words[1] = {0, 0, 0, 0};
-        bytes[0] = bytes[1] = 0;
-        if (inside) words[0] = __ldg(codes), bytes[0] = __ldg(scales);
-        if (inside && both) words[1] = __ldg(codes + 1), bytes[1] = __ldg(scales + 1);
-        codes += warps * p.cols, scales += warps * p.cols;
+    int left = kept(32 * block < p.cols ? p.rows - row : 0);
+    uint4 words = {0, 0, 0, 0};
+    int scale = 0;
+    const auto load = [&] {
+        if (left > 0) words = __ldg(codes), scale = __ldg(scales);
+        else words = {0, 0, 0, 0}, scale = 0;
+        codes += step, scales += step, left -= groups * SIDE;
     };
-    if (warp < part.blocks) load(warp);
-    shared.rotation.make(p.chain.signs);
-    shared.scales.make();
+    if (own < turns) load();
+    shared.rotation.make(1, p.chain.signs, nullptr);
+    publish();
     shared.folds.make();
-    if (threadIdx.x < TILE_COLUMNS) shared.tops[threadIdx.x] = 0;
-    const Philox draw(p.chain.seed);
+    if (threadIdx.x < SIDE) shared.tops[threadIdx.x] = 0;
+    const Philox draw(p.chain);
     __syncthreads();
 
-    const Fragments rotation(shared.rotation);
-    const int mine = g / 2 + 4 * (g & 1);  // the column of each eight that expand puts at place g
-    const int place = Quantized::place() - g + mine;
-    unsigned long long group = (above_out + mine + 8 * (t & 1)) * groups + (first_row / 16 + 2 * warp + t / 2);
-    unsigned tops[2] = {};
-    for (int block = warp; block < part.blocks; block += warps, group += 2 * warps) {
-        int largest[2];
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            largest[b] = __reduce_max_sync(~0u, bytes[b] == 255 ? 0 : bytes[b]);
-            const unsigned power = bytes[b] == 255 ? 0x7FC0 : max(253 + bytes[b] - largest[b], 0) << 7;
-            expand(tile + lane * 128, 4 * b, lane & 7, words[b], power * 0x10001);
-        }
-        __syncwarp();
-        if (block + warps < part.blocks) load(block + warps);
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            unsigned a[2][8];
-            load_columns(a, shared_address(tile), b);
-            const Quantized made = quantize<true>(a, rotation, shared.scales, largest[b] - 127, draw,
-                                                  group + 32 * b * groups, 16 * groups, p.chain.site);
-            part.keep(made, block, 32 * b + mine, 32 * b + place);
-            tops[b] = max(tops[b], made.scale);
-        }
-        __syncwarp();
+    const Lane lane;
+    const Expansion expansion;
+    const unsigned tile = shared_address(memory) + own * TILE_BYTES, to = kept(tile + swizzled(line, 4 * half));
+    const unsigned columns = operand(tile);
+    const unsigned rotation = operand(shared_address(&shared.rotation));
+    unsigned random_group = kept(static_cast<unsigned>(above_out + 16 * warp + lane.row) * row_groups + first_row / 16
+                                 + 4 * own + lane.block);
+    Keeper keeper(lane, part.codes, part.scales, part.pitch, part.bytes, 2 * own);
+    for (int ahead = kept(turns - own); ahead > 0; ahead -= groups) {
+        expansion.write(to, words, scale);
+        publish();
+        wait_for(own);
+        Sums sums[2];
+        Sums::begin();
+        sums[0].multiply<true>(columns, rotation);
+        sums[1].multiply<true>(columns + 32 * 128 / 16, rotation);
+        Sums::commit();
+        if (ahead > groups) load();
+        const Random random(draw, lane, random_group);
+        Sums::finish();
+        for (auto& each : sums) each.arrive();
+        wait_for(own);
+        keeper.keep(quantize<SHIFT>(sums, lane, random), 2 * groups);
+        random_group += 4 * groups;
     }
-    atomicMax(&shared.tops[place], tops[0]);
-    atomicMax(&shared.tops[32 + place], tops[1]);
     __syncthreads();
     if (p.turned != nullptr) {
-        part.write(p.turned + above_out * (8 * groups) + first_row / 2, p.turned_scales + above_out * (groups / 2)
-                   + first_row / 32, groups);
+        part.write(p.turned + above_out * (8 * row_groups) + first_row / 2,
+                   p.turned_scales + above_out * (row_groups / 2) + first_row / 32, row_groups);
     }
     if (p.values == nullptr) return;
-    part.combine(TILE_COLUMNS);
+    part.combine(keeper);
     if (rank == 0 && threadIdx.x < part.rows) {
         p.row_scales[above_out + threadIdx.x] = __uint_as_float(shared.bytes[threadIdx.x] << 23);
     }
-    part.fold(p.values + above_out * (16 * groups) + first_row, 16 * groups, shared.folds, p.inexact);
+    part.fold(p.values + above_out * (int64_t{16} * row_groups) + first_row, int64_t{16} * row_groups, p.inexact);
     Part::leave();
 }
 

@@ -29,10 +29,10 @@ def no_nvcc():
 def test_they_compile_once_and_serve_where_there_is_no_compiler(cache, monkeypatch):
     path = build.library()
     notes = notes_of(path)
-    assert notes["registers"] <= 128 and notes["spills"] <= 32  # two thread blocks of 256 threads a multiprocessor
+    assert notes["registers"] <= 128 and notes["spills"] == 0  # 16 warps a multiprocessor
     image = path.read_bytes()
     for name in library._PARAMETERS:
-        assert all(f"{name}_{cluster}".encode() in image for cluster in ops.CLUSTERS)
+        assert all(f"{name}_{cluster}".encode() in image for cluster in ops.AT_ONCE)
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert build.library() == path
     monkeypatch.setattr(build, "find_nvcc", no_nvcc)
@@ -75,26 +75,48 @@ def test_other_devices_have_tritons(name):
     assert "measured on compute capability 9.0" in fused.hopper(Target.named(name))
 
 
-@pytest.mark.parametrize("strips", [ops.ROWS, ops.COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("stage", [ops.ROWS, ops.COLUMNS], ids=["rows", "columns"])
 @pytest.mark.parametrize("count", [1, 100, 1000])
-def test_a_strip_is_shared_out_whole(strips, count):
+def test_a_strip_is_shared_out_whole(stage, count):
     for length in LENGTHS:
-        how = ops.split(strips, length, count)
-        assert how.cluster * how.length >= length and how.length % strips.unit == 0
-        assert how.shared == strips.shared(how.length, how.threads // 32) <= library.SHARED
-        assert how.threads in (256, 512) and how.cluster in ops.CLUSTERS
-        assert (how.cluster - 1) * how.length < length + 7 * strips.unit  # no thread block without work but by rounding
+        how = ops.split(stage, length, count)
+        assert how.cluster * how.length >= length and how.length % ops.SIDE == 0
+        assert how.shared == ops.shared(stage, how.length, how.threads // 32) <= library.SHARED
+        assert how.threads in (256, 512) and how.cluster in ops.AT_ONCE
+        assert (how.cluster - 1) * how.length < length + 7 * ops.SIDE  # no thread block without work but by rounding
 
 
 def test_few_strips_have_more_thread_blocks_and_many_smaller_clusters():
     few, many = (ops.split(ops.ROWS, 2048, count) for count in (8, 1024))
     assert few.cluster > many.cluster == 1
-    assert ops.split(ops.ROWS, 8192, 512) == ops.Split(4, 2048, 256, ops.ROWS.shared(2048, 8))
-    assert ops.split(ops.COLUMNS, 16384, 128) == ops.Split(8, 2048, 256, ops.COLUMNS.shared(2048, 8))
+
+
+@pytest.mark.parametrize(("stage", "length", "count", "cluster", "warps"), [
+    (ops.ROWS, 8192, 256, 2, 16), (ops.ROWS, 4096, 256, 1, 16), (ops.ROWS, 14336, 256, 4, 16),
+    (ops.ROWS, 2048, 128, 1, 16), (ops.COLUMNS, 16384, 128, 8, 8), (ops.COLUMNS, 8192, 128, 2, 16), (ops.COLUMNS, 8192, 32, 8, 8)])
+def test_the_splits_are_those_measured_to_be_fast(stage, length, count, cluster, warps):
+    how = ops.split(stage, length, count)
+    assert (how.cluster, how.threads) == (cluster, warps * 32)
 
 
 def test_what_is_too_long_is_declined():
     assert ops.split(ops.ROWS, 10**6, 1) is None and ops.split(ops.COLUMNS, 10**6, 1) is None
+
+
+def on_a_gpu(rows: int, cols: int, dtype: torch.dtype):
+    """Stands for a tensor too large for this machine."""
+    return SimpleNamespace(is_cuda=True, device=CPU, shape=torch.Size((rows, cols)), dtype=dtype, dim=lambda: 2,
+                           stride=lambda i: (cols, 1)[i], data_ptr=lambda: 0, is_contiguous=lambda: True)
+
+
+def test_more_random_elements_than_have_numbers_are_declined():
+    fits, beyond = (on_a_gpu(2**22, cols, torch.bfloat16) for cols in (2**14, 2**14 + 8))
+    assert ops.declines_both(fits, chain(), chain()) is None
+    assert f"number {2**36} random elements" in ops.declines_both(beyond, chain(), chain())
+    for matrices, reason in ((2**14, None), (2**14 + 1, f"number {2**36} random elements")):
+        codes, scales = (on_a_gpu(matrices * 1024, cols, torch.uint8) for cols in (2048, 128))
+        declined = ops.declines_requantize(codes, scales, QuantSpec(rule="even"), chain(), matrices)
+        assert declined is None if reason is None else reason in declined
 
 
 @pytest.mark.parametrize("other", [QuantSpec(rule="headroom"), QuantSpec(rule="ceil", rounding="stochastic"),
