@@ -93,7 +93,8 @@ def test_few_strips_have_more_thread_blocks_and_many_smaller_clusters():
 
 @pytest.mark.parametrize(("stage", "length", "count", "cluster", "warps"), [
     (ops.ROWS, 8192, 256, 2, 16), (ops.ROWS, 4096, 256, 1, 16), (ops.ROWS, 14336, 256, 4, 16),
-    (ops.ROWS, 2048, 128, 1, 16), (ops.COLUMNS, 16384, 128, 8, 8), (ops.COLUMNS, 8192, 128, 2, 16), (ops.COLUMNS, 8192, 32, 8, 8)])
+    (ops.ROWS, 2048, 128, 1, 16), (ops.COLUMNS, 16384, 128, 8, 8), (ops.COLUMNS, 8192, 128, 2, 16),
+    (ops.COLUMNS, 8192, 32, 8, 8)])
 def test_the_splits_are_those_measured_to_be_fast(stage, length, count, cluster, warps):
     how = ops.split(stage, length, count)
     assert (how.cluster, how.threads) == (cluster, warps * 32)
