@@ -26,7 +26,7 @@ SIDE = 64     # width of a strip, and what a warpgroup takes of its length at a 
 FIXED = 4864  # bytes of shared memory of a thread block
 MEMORY, RESERVED = 228 * 1024, 1024  # bytes of shared memory of a multiprocessor, and what a thread block takes of it
 # Clusters of so many thread blocks that an H200 has at once, one block a multiprocessor. Those of four and eight leave
-# some of its 132 empty, since a cluster lies in one GPC: with two blocks a multiprocessor it has 62 of four, 30 of eight.
+# some of its 132 empty, as a cluster lies in one GPC: with two blocks a multiprocessor it has 62 of four, 30 of eight.
 AT_ONCE = {1: 132, 2: 66, 4: 31, 8: 15}
 ROWS, COLUMNS = 4096, 2048  # bytes of shared memory of each warp of quantize_both and of requantize, for its tiles
 MOST = 2**36  # elements; a group of 16 has a number of 32 bits
