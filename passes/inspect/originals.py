@@ -18,7 +18,6 @@ from quartet.passes.state import State
 from quartet.runtime.sizes import same_sizes
 from quartet.runtime.view_ops import CAST
 
-_OPERAND_A = {"x": "fprop", "e": "dgrad"}  # the product whose operand a a tensor of tokens is
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,15 @@ class Originals:
     def _read(self, site: Found, letter: str) -> Operand | None:
         """What the quantiser of an operand reads, where the views of the model have gone."""
         role, side = {"x": ("fprop", "a"), "w": ("fprop", "b"), "e": ("dgrad", "a")}[letter]
+        if turned := letter == "e" and (site.index, role) not in self._products:
+            role = "wgrad"  # of an input that needs no gradient; its operand a is E's transpose
         product = self._products.get((site.index, role))
         found = None if product is None else quantizer_of(getattr(Product.of(product), side).codes)
         if found is None or isinstance(site, Rotated) and site.gemms[role].gemm.outer is not None:
             return None
         rotated = Hadamard.into(found.view.x)
         x = found.view.x if rotated is None else rotated.x
-        operand = x, found.layout != ROWS
+        operand = x, turned != (found.layout != ROWS)
         if site.batch is not None or site.groups is not None and letter == "w":
             stack = None if found.layout == TRANSPOSED else shown_stack(x)
             if stack is None:
@@ -95,17 +96,14 @@ class Originals:
 
     def _padded(self, site: Found, plain: Seen) -> Seen | None:
         """X, E and gX as the products read and leave them, with the ends of padded groups."""
-        products = {letter: self._products.get((site.index, role)) for letter, role in _OPERAND_A.items()}
-        operands = {letter: self._read(site, letter) for letter in _OPERAND_A}
-        dgrad = products["e"]
-        if products["x"] is None or dgrad is None or None in operands.values():
+        fprop, dgrad = (self._products.get((site.index, role)) for role in ("fprop", "dgrad"))
+        tokens = {letter: operand for letter in "xe" if (operand := self._read(site, letter)) is not None}
+        if fprop is None or len(tokens) < 2:
             return None
-        tokens = {letter: operand for letter, operand in operands.items() if operand is not None}
         gradients = {role: out for role, out in plain.gradients.items() if role != "dgrad"}
-        out = _result(dgrad)
-        if same_sizes(shape(out)[1:], (site.k,)):
+        if dgrad is not None and same_sizes(shape(out := _result(dgrad))[1:], (site.k,)):
             gradients["dgrad"] = out, False
-        return Seen({**plain.operands, **tokens}, gradients, Product.of(dgrad).kind.ends)
+        return Seen({**plain.operands, **tokens}, gradients, Product.of(fprop).kind.ends)
 
 
 def _result(product: Node) -> Node:

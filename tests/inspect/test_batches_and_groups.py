@@ -99,21 +99,25 @@ def test_gradients_of_groups(recipe):
     assert_same(found["weight", "wgrad"], model.weight.grad[..., columns], gw[..., columns])
 
 
-def test_gradients_of_groups_that_stay_padded_and_of_groups_that_do_not():
-    model, x = Mixture(), torch.randn(TOKENS, IN, requires_grad=True)
+@pytest.mark.parametrize("recipe, needed, most", [("mxfp8", True, 0.01), ("mxfp8", False, 0.01),
+                                                  ("fp8-rowwise", False, 0.1), ("quartet", False, 0.5)])
+def test_gradients_of_groups_that_stay_padded_and_of_groups_that_do_not(recipe, needed, most):
+    model, x = Mixture(), torch.randn(TOKENS, IN, requires_grad=needed)
     found = []
     for disabled in ([], ["stay_padded"]):
         inspector = Inspector(1)
         torch._dynamo.reset()
-        compiled, _ = compile_eager(model, Policy(None).on("grouped", "mxfp8"), inspect=inspector,
+        compiled, _ = compile_eager(model, Policy(None).on("grouped", recipe), inspect=inspector,
                                     disable_passes=disabled)
         step(compiled, model, (x, offsets()))
         found.append(products(inspector.statistics()))
     padded, plain = found
-    assert padded.keys() == plain.keys() == {(layer, role) for layer in ("up", "down") for role in ("dgrad", "wgrad")}
+    roles = {(layer, role) for layer in ("up", "down") for role in ("dgrad", "wgrad")} - {("up", "dgrad")}
+    assert padded.keys() == plain.keys() == roles | ({("up", "dgrad")} if needed else set())
     for key, values in plain.items():
-        assert padded[key] == pytest.approx(values, rel=1e-4), key
-        assert 0 < values["error"] < 0.01
+        if recipe != "quartet":  # which draws the same bits for other places
+            assert padded[key] == pytest.approx(values, rel=1e-4), key
+        assert 0 < padded[key]["error"] < most and 0 < values["error"] < most
 
 
 @pytest.mark.parametrize("kind, recipe", [("bmm", "fp8-block"), ("bmm", "nvfp4"), ("grouped", "fp8-rowwise"),
