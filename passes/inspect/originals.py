@@ -19,7 +19,6 @@ from quartet.runtime.sizes import same_sizes
 from quartet.runtime.view_ops import CAST
 
 
-
 @dataclass(frozen=True)
 class Seen:
     """What the graph has of a site: ``"x"``, ``"w"`` and ``"e"``, and its gradients by role, each a node and whether it
