@@ -91,14 +91,21 @@ def store_unit(packed, masks, scales, out, row, column, units, valid, CHAIN: tl.
     for w in tl.static_range(N // 32):
         store4(code_words + unit * (N // 8) + w * 4, packed[w * 4:w * 4 + 4], valid)
     if scale_bytes is not None:
-        for b in tl.static_range(N // BLOCK):
+        COUNT: tl.constexpr = N // BLOCK
+        PER: tl.constexpr = 2 - COUNT % 2  # two neighbours at once are so in both layouts
+        for b in tl.static_range(0, COUNT, PER):
             if CHAIN.swizzled:
-                at = swizzled(row.to(tl.int32), column * (N // BLOCK) + b, units * (N // BLOCK))
-                tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
-            elif CHAIN.spec.tile:
-                store_tile(scale_bytes, scales[b], row, column * (N // BLOCK) + b, units * (N // BLOCK), valid)
+                at = swizzled(row.to(tl.int32), column * COUNT + b, units * COUNT)
             else:
-                tl.store(scale_bytes + (unit * (N // BLOCK) + b), scales[b].to(tl.uint8), mask=valid)
+                at = unit * COUNT + b
+            if CHAIN.spec.tile and not CHAIN.swizzled:
+                for k in tl.static_range(PER):
+                    store_tile(scale_bytes, scales[b + k], row, column * COUNT + b + k, units * COUNT, valid)
+            elif PER == 2:
+                tl.store((scale_bytes + at).to(tl.pointer_type(tl.int16), bitcast=True),
+                         (scales[b] | (scales[b + 1] << 8)).to(tl.int16), mask=valid)
+            else:
+                tl.store(scale_bytes + at, scales[b].to(tl.uint8), mask=valid)
     if CHAIN.spec.mask:
         for w in tl.static_range(N // 32):
             tl.store(mask_words + unit * (N // 32) + w, masks[w], mask=valid)
