@@ -25,7 +25,8 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
 
     Args:
         kernel: a ``triton.jit`` function.
-        arguments: its parameters up to the first constexpr: tensors, None, ints and floats; at least one a tensor.
+        arguments: its parameters up to the first constexpr: tensors, None, ints, floats, and tuples of them; the first
+            a tensor, or a tuple that begins with one.
         constants: its constexpr parameters, all of them, and ``num_warps``.
     Raises:
         ValueError: more programs along the grid's second or third axis than CUDA launches.
@@ -33,8 +34,8 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
     full = _, y, z = (*grid, 1, 1)[:3]
     if y > _LIMIT or z > _LIMIT:
         raise _too_wide(kernel, full, arguments)
-    key = (id(kernel), torch.cuda.current_device() if arguments[0].is_cuda else -1, *constants.values(),
-           *map(_kind, arguments))
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    key = id(kernel), torch.cuda.current_device() if first.is_cuda else -1, *constants.values(), *map(_kind, arguments)
     known = _COMPILED.get(key)
     if known is not None:
         compiled, values = known
@@ -58,7 +59,8 @@ def _note(compiled: Any, names: Sequence[str], grid: tuple[int, ...], arguments:
             or about.launch_cooperative_grid):
         recorder.refuse(f"{about.name} is launched with scratch memory or in clusters")
         return
-    kinds = [compiled.src.signature[name] for name in names[:len(arguments)]]
+    kinds = flat([compiled.src.signature[name] for name in names[:len(arguments)]])
+    given = flat(arguments)
     passed = [i for i, kind in enumerate(kinds) if kind != "constexpr"]  # not None, nor an integer that is 1
     try:
         function = Function(about.name, compiled.function, about.num_warps * _WARP, about.shared,
@@ -66,11 +68,16 @@ def _note(compiled: Any, names: Sequence[str], grid: tuple[int, ...], arguments:
     except ValueError as error:
         recorder.refuse(str(error))
         return
-    recorder.launched(function, (grid[0], grid[1], grid[2]), (*(arguments[i] for i in passed), None, None))
+    recorder.launched(function, (grid[0], grid[1], grid[2]), (*(given[i] for i in passed), None, None))
+
+
+def flat(values: Sequence[Any]) -> list[Any]:
+    """Values, and those that tuples among them hold, in their order."""
+    return [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
 
 
 def _too_wide(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> ValueError:
-    shapes = ", ".join(str(list(x.shape)) for x in arguments if isinstance(x, Tensor) and x.dim() > 1)
+    shapes = ", ".join(str(list(x.shape)) for x in flat(arguments) if isinstance(x, Tensor) and x.dim() > 1)
     return ValueError(f"{kernel.__name__} on {shapes} needs a grid of {' × '.join(map(str, grid))} programs, and CUDA "
                       f"launches at most {_LIMIT} along its second and third axis; split the tensor along its columns "
                       f"into {-(-max(grid[1:]) // _LIMIT)} parts or more")
@@ -78,6 +85,8 @@ def _too_wide(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) ->
 
 def _kind(value: Any) -> Any:
     """What Triton specialises an argument by: a pointer's type and alignment, an integer's divisibility and width."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() & 15 == 0
     if isinstance(value, int):

@@ -82,16 +82,26 @@ def _source(launch: Launch) -> ASTSource:
     values = dict(zip(names, launch.arguments, strict=False)) | launch.keywords
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(names):
-        value = values[name]
-        kind = _kind(value)
-        if kind is None or name in launch.keywords:
-            signature[name], constants[(at,)] = "constexpr", value
-            continue
-        signature[name] = kind
-        aligned = value.data_ptr() if isinstance(value, Tensor) else value
-        if isinstance(aligned, int) and aligned % 16 == 0:
-            attributes[(at,)] = [["tt.divisibility", 16]]
+        if name in launch.keywords:
+            signature[name], constants[(at,)] = "constexpr", values[name]
+        elif isinstance(values[name], tuple):
+            signature[name] = tuple(_specialised(value, (at, i), constants, attributes)
+                                    for i, value in enumerate(values[name]))
+        else:
+            signature[name] = _specialised(values[name], (at,), constants, attributes)
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> str:
+    """The type of an argument, which is noted as a constant or as divisible."""
+    kind = _kind(value)
+    if kind is None:
+        constants[path] = value
+        return "constexpr"
+    aligned = value.data_ptr() if isinstance(value, Tensor) else value
+    if isinstance(aligned, int) and aligned % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return kind
 
 
 def _kind(value: Any) -> str | None:
