@@ -30,6 +30,7 @@ from torch import Tensor
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.devices import Target
 from quartet.runtime.replay.library import LAUNCHER
+from quartet.runtime.replay.recorder import tensors_of
 
 Size = Annotated[int, "SymInt"]
 """Annotates an argument that may be symbolic."""
@@ -207,9 +208,9 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         """What the first provider of the arguments' device computes, for devices without a kernel of their own."""
-        for arg in args if self._by_device else ():
-            if isinstance(arg, Tensor) and arg.device.type in self._by_device:
-                return self._by_device[arg.device.type](*args)
+        for x in tensors_of(args) if self._by_device else ():
+            if x.device.type in self._by_device:
+                return self._by_device[x.device.type](*args)
         return self.reference(*args)
 
     def _register(self, name: str, run: Implementation, key: str) -> None:
@@ -221,7 +222,7 @@ class Op:
         chosen: dict[torch.device, Implementation] = {}
 
         def run(*args: Any) -> Any:
-            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            device = next(x.device for x in tensors_of(args))
             known = chosen.get(device)
             if known is None:
                 provider, _ = self.choose(Target.of(device))

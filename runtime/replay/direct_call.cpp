@@ -8,6 +8,8 @@
 #include <Python.h>
 #include <structmember.h>
 
+#include <algorithm>
+
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
@@ -22,7 +24,7 @@ namespace {
 
 using c10::IValue;
 
-enum class Kind { kTensor, kInt, kFloat, kBool, kString, kDtype, kInts, kOther };
+enum class Kind { kTensor, kInt, kFloat, kBool, kString, kDtype, kInts, kTensors, kOther };
 
 struct Parameter {
   PyObject* name;  // interned, and never freed
@@ -34,7 +36,7 @@ struct Parameter {
 struct Op {
   quartet::Attached* attached;
   c10::DispatchKey key;
-  bool single;  // result, and no tuple
+  enum { kOne, kTuple, kList } results;
   std::vector<Parameter> parameters;
 };
 
@@ -55,8 +57,11 @@ Kind kind_of(const c10::Type& type) {
     case c10::TypeKind::BoolType: return Kind::kBool;
     case c10::TypeKind::StringType: return Kind::kString;
     case c10::TypeKind::ListType:
-      return type.expectRef<c10::ListType>().getElementType()->kind() == c10::TypeKind::IntType ? Kind::kInts
-                                                                                               : Kind::kOther;
+      switch (type.expectRef<c10::ListType>().getElementType()->kind()) {
+        case c10::TypeKind::IntType: return Kind::kInts;
+        case c10::TypeKind::TensorType: return Kind::kTensors;
+        default: return Kind::kOther;
+      }
     default: return Kind::kOther;
   }
 }
@@ -124,6 +129,17 @@ bool read(PyObject* from, const Parameter& parameter, IValue& to) {
       to = std::move(numbers);
       return true;
     }
+    case Kind::kTensors: {
+      if (!PyList_CheckExact(from)) return false;
+      c10::List<at::Tensor> tensors;
+      tensors.reserve(PyList_GET_SIZE(from));
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(from); ++i) {
+        if (!THPVariable_CheckExact(PyList_GET_ITEM(from, i))) return false;
+        tensors.push_back(THPVariable_Unpack(PyList_GET_ITEM(from, i)));
+      }
+      to = std::move(tensors);
+      return true;
+    }
     case Kind::kOther: return false;
   }
   return false;
@@ -139,11 +155,18 @@ bool is_plain(const Op& op, const IValue* arguments, size_t count) {
   const auto local = c10::impl::tls_local_dispatch_key_set();
   auto keys = local.included_;
   const bool recorded = c10::GradMode::is_enabled();
+  const auto plain = [&](const IValue& argument) {
+    if (!argument.isTensor()) return true;
+    keys = keys | argument.toTensor().key_set();
+    return !recorded || !argument.toTensor().requires_grad();
+  };
   for (size_t i = 0; i < count; ++i) {
-    if (!arguments[i].isTensor()) continue;
-    const auto& tensor = arguments[i].toTensor();
-    if (recorded && tensor.requires_grad()) return false;
-    keys = keys | tensor.key_set();
+    if (arguments[i].isTensorList()) {
+      const auto list = arguments[i].toListRef();
+      if (!std::all_of(list.begin(), list.end(), plain)) return false;
+    } else if (!plain(arguments[i])) {
+      return false;
+    }
   }
   keys = keys - local.excluded_ - passed_over;
   return keys.highestPriorityTypeId() == op.key && !at::impl::torch_function_mode_enabled() &&
@@ -190,10 +213,13 @@ PyObject* direct_call(PyObject* self, PyObject* const* given, size_t flags, PyOb
   if (!served(*called->op, given, PyVectorcall_NARGS(flags), keywords, results)) {
     return PyObject_Vectorcall(called->usual, given, flags, keywords);
   }
-  if (called->op->single) return THPVariable_Wrap(std::move(results[0]));
-  PyObject* const all = PyTuple_New(static_cast<Py_ssize_t>(results.size()));
-  for (size_t i = 0; all != nullptr && i < results.size(); ++i) {
-    PyTuple_SET_ITEM(all, static_cast<Py_ssize_t>(i), THPVariable_Wrap(std::move(results[i])));
+  if (called->op->results == Op::kOne) return THPVariable_Wrap(std::move(results[0]));
+  const auto count = static_cast<Py_ssize_t>(results.size());
+  const bool list = called->op->results == Op::kList;
+  PyObject* const all = list ? PyList_New(count) : PyTuple_New(count);
+  for (Py_ssize_t i = 0; all != nullptr && i < count; ++i) {
+    PyObject* const result = THPVariable_Wrap(std::move(results[i]));
+    list ? PyList_SET_ITEM(all, i, result) : PyTuple_SET_ITEM(all, i, result);
   }
   return all;
   END_HANDLE_TH_ERRORS
@@ -233,7 +259,7 @@ extern "C" PyObject* quartet_direct_call(const char* called, PyObject* usual) {
   const auto& schema = quartet::schema_of(*attached);
   op->attached = attached;
   op->key = quartet::key_of(*attached);
-  op->single = schema.returns().size() == 1;
+  op->results = quartet::returns_list(schema) ? Op::kList : schema.returns().size() == 1 ? Op::kOne : Op::kTuple;
   for (const auto& argument : schema.arguments()) op->parameters.push_back(parameter_of(argument));
   auto* const made = PyObject_New(DirectCall, reinterpret_cast<PyTypeObject*>(type));
   if (made == nullptr) return nullptr;

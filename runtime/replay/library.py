@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quartet.kernels import launcher
 from quartet.kernels.build_cache import BuildError, build_once, fingerprint, intact, run_compiler, target_of
 from quartet.kernels.cpu.build import compiler
 from quartet.runtime.compat import call_through, function_of
-from quartet.runtime.replay.recorder import NotReplayable, Recorder
+from quartet.runtime.replay.recorder import NotReplayable, Recorder, tensors_of
 
 log = logging.getLogger("quartet")
 
@@ -129,7 +128,7 @@ class Launcher:
 
         def first(*args: Any) -> Any:
             wanted = self._ops is None and self.missing is None and not self._postponed
-            if wanted and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+            if wanted and any(x.is_cuda for x in tensors_of(args)):
                 self.start()
             return run(*args)
 

@@ -6,7 +6,7 @@ them with zeros, and launch functions. Where it did anything else, ``reason`` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,15 @@ class NotReplayable(Exception):
     """What a run did that no plan repeats."""
 
 
+def tensors_of(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments, and in lists among them, in their order."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from tensors_of(argument)
+
+
 @dataclass(frozen=True)
 class _Step:
     name: str
@@ -44,7 +53,7 @@ class Recorder(TorchDispatchMode):
         self._origins: dict[int, tuple[int, int]] = {}  # by id of a tensor: what it shows
         self._kept: list[Tensor] = []  # so that ids stay theirs
         self._tensors: dict[int, list[Tensor]] = {
-            INPUT: [x for x in arguments if isinstance(x, Tensor)], BUFFER: [], HELD: []}
+            INPUT: list(tensors_of(arguments)), BUFFER: [], HELD: []}
         self._steps: list[_Step] = []
         for i, x in enumerate(self._tensors[INPUT]):
             if id(x) not in self._origins:

@@ -220,7 +220,7 @@ struct HashOf {
   size_t operator()(const Signature& signature) const { return signature.hash; }
 };
 
-enum Tag : int64_t { kNone, kTensor, kInt, kDouble, kBool, kString, kDevice, kInts };
+enum Tag : int64_t { kNone, kTensor, kInt, kDouble, kBool, kString, kDevice, kInts, kTensors };
 
 using Inputs = c10::SmallVector<const at::Tensor*, 8>;
 
@@ -252,6 +252,12 @@ bool write(const IValue& argument, Words& words, Inputs& inputs) {
     const auto& tensor = argument.toTensor();
     if (tensor.defined() && tensor.layout() != c10::kStrided) return false;
     write_tensor(tensor, words, inputs);
+  } else if (argument.isTensorList()) {
+    const auto list = argument.toListRef();
+    words.push_back(kTensors | static_cast<int64_t>(list.size()) << 8);
+    for (const IValue& each : list) {
+      if (!write(each, words, inputs)) return false;
+    }
   } else if (argument.isNone()) {
     words.push_back(kNone);
   } else if (argument.isInt()) {
@@ -458,7 +464,11 @@ class Replay final : public c10::OperatorKernel {
     std::vector<at::Tensor> results;
     if (serve(op_, arguments, count, results)) {
       torch::jit::drop(*stack, count);
-      for (auto& result : results) stack->emplace_back(std::move(result));
+      if (returns_list(handle.schema())) {
+        stack->emplace_back(c10::List<at::Tensor>(std::move(results)));
+      } else {
+        for (auto& result : results) stack->emplace_back(std::move(result));
+      }
       return;
     }
     Signature signature;
@@ -519,6 +529,10 @@ Attached* attached(const std::string& called) {
   const std::lock_guard lock(registry_guard);
   const auto found = registry.find(called);
   return found == registry.end() ? nullptr : found->second.get();
+}
+
+bool returns_list(const c10::FunctionSchema& schema) {
+  return schema.returns().size() == 1 && schema.returns()[0].type()->kind() == c10::TypeKind::ListType;
 }
 
 const c10::FunctionSchema& schema_of(const Attached& op) { return op.python.schema(); }

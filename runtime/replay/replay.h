@@ -13,6 +13,9 @@ struct Attached;  // an op whose kernels are launched from here
 // The op of a name such as "cuda_fold" or "cuda_fold.triton"; nullptr where none was ever attached.
 Attached* attached(const std::string& called);
 
+// Whether the one result is a list of tensors.
+bool returns_list(const c10::FunctionSchema& schema);
+
 const c10::FunctionSchema& schema_of(const Attached& op);
 c10::DispatchKey key_of(const Attached& op);
 

@@ -148,6 +148,33 @@ def test_views_offsets_types_and_unwritten_results(declare, driver):
     assert counts().replays == 4
 
 
+def test_lists_of_tensors(declare, driver):
+    kernel = function(driver, "scale", "*", "*", "fp32", "*")
+
+    def run(xs, by):
+        made = [x.new_empty(x.shape) for x in xs]
+        for x, y in zip(xs, made, strict=True):
+            launch(kernel, (x.numel(),), (x, y, by, None))
+        return made
+
+    op, counts = declare(run, "(Tensor[] xs, float by) -> Tensor[]")
+    for xs in ([torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], [torch.randn(3)],
+               [torch.randn(2, 2), torch.randn(3)]):
+        found, wanted = recorded(op, xs, 2.0)
+        assert type(found) is list and len(found) == len(xs)
+        assert all(torch.equal(f, x * 2) and torch.equal(f, w) for f, w, x in zip(found, wanted, xs, strict=True))
+    assert counts() == Counts(replays=6, runs=6, plans=3)
+    twice = torch.arange(3.0)
+    recorded(op, [twice, twice], 3.0)
+    found = op([twice, twice + 1], 3.0)
+    assert torch.equal(found[0], twice * 3) and torch.equal(found[1], twice * 3 + 3)
+    xs = [torch.randn(3, requires_grad=True), torch.randn(2, 2)]
+    before = counts().replays
+    with torch.no_grad():
+        op(xs, 2.0)
+    assert counts().replays == before + 1
+
+
 def test_zeros_are_written_at_their_place_in_the_order(declare, driver):
     kernel = function(driver, "scale", "*", "*", "fp32", "*")
 
