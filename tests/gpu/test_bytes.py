@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import byte_cases as cases  # noqa: E402
 import triton_expected as expected  # noqa: E402
 
-from quartet.kernels.triton.bytes import rows, tiles  # noqa: E402
-from quartet.lowering.ir.ops import fused  # noqa: E402
+from quartet.kernels.triton.bytes import rows, tensors, tiles  # noqa: E402
+from quartet.lowering.ir.ops import fp8, fused  # noqa: E402
+from quartet.runtime.replay.library import LAUNCHER  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,6 +45,15 @@ def test_shapes(spec, shape, dtype, device):
 @pytest.mark.parametrize("specs", PAIRS, ids=str)
 def test_both_axes(specs, shape, dtype, device):
     same(cases.check_both(expected.data(*shape, dtype, device), *specs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", cases.TENSORS, ids=str)
+def test_several_tensors(spec, dtype, device):
+    given = [expected.data(*shape, dtype, device) for shape in ((8192, 512), (128, 4096), (132, 4097), (16, 14336),
+                                                                (1000, 1030), (4, 4), (20000, 64), (256, 256))]
+    same(cases.check_tensors(given, spec))
+    same(cases.check_tensors([*given, given[0][4:, 3:], given[1].t(), cases.broken(200, 1030, dtype).to(device)], spec))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,6 +115,20 @@ def test_rows_beyond_2_31_elements(spec, large):
     same(cases.difference("codes", codes[-LAST:], wanted[0]) + cases.difference("scales", scales[-LAST:], wanted[1]))
 
 
+def test_tensors_beyond_2_31_elements(large):
+    spec = cases.TENSORS[0]
+    largest = tensors.largest_magnitudes([large[-LAST:], large])
+    assert torch.equal(largest[1], cases.ref.largest_magnitude(large))
+    multipliers, _ = tensors.scales_of([large.abs().amax(1), large[-LAST:].abs().amax(1)], spec)
+    codes, tail, turned, _ = tensors.cast([large, large[-LAST:]], multipliers, torch.float8_e4m3fn, plain=True,
+                                          turned=True)
+    wanted = fp8.fp8_cast.reference(large[-LAST:], multipliers[0, :1], "e4m3", True, False)[0]
+    same(cases.difference("codes", codes[-LAST:], wanted)
+         + cases.difference("transpose", turned[:, -LAST:].contiguous(), wanted.t().contiguous())
+         + cases.difference("the others", tail, fp8.fp8_cast.reference(large[-LAST:], multipliers[1, :1], "e4m3", True,
+                                                                       False)[0]))
+
+
 def test_graphs_and_streams_and_no_waiting(device):
     """A captured call follows its input, and nothing waits for the device."""
     x, spec = expected.data(512, 1024, torch.bfloat16, device), cases.BLOCKS[0]
@@ -132,3 +156,18 @@ def test_the_ops_are_repeated_from_cpp(device):
         for _ in range(4):
             for got, want in zip(op.overload_of(provider)(x, *arguments), op.reference(x, *arguments), strict=True):
                 same(cases.difference("results", got, want))
+
+
+def test_the_ops_of_several_tensors_are_repeated_from_cpp(device):
+    xs = [expected.data(*shape, torch.bfloat16, device) for shape in ((128, 416), (64, 32))]
+    rows = [x.abs().amax(1) for x in xs]
+    table = fp8.fp8_scales.reference(rows, str(cases.TENSORS[0]))[0]
+    for op, arguments in ((fp8.amax_of_each, (xs,)), (fp8.fp8_scales, (rows, str(cases.TENSORS[0]))),
+                          (fp8.fp8_casts, (xs, table, "e4m3", True, True))):
+        before = LAUNCHER.counts(op.name).replays
+        for _ in range(4):
+            got, want = op(*arguments), op.reference(*arguments)
+            for one, other in zip(*((made if isinstance(made, (tuple, list)) else (made,)) for made in (got, want)),
+                                  strict=True):
+                same(cases.difference("results", one, other))
+        assert LAUNCHER.missing is not None or LAUNCHER.counts(op.name).replays == before + 2

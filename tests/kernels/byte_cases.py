@@ -26,6 +26,7 @@ ROWS = tuple(map(QuantSpec.parse, (
     "int8/row fp32 amax nearest", "e4m3/row fp32 amax_pow2 nearest", "e5m2/row fp32 amax nearest",
     "int8/row fp32 amax_pow2 nearest")))
 RECIPES = BLOCKS[:3] + ROWS[:2]
+TENSORS = tuple(map(QuantSpec.parse, ("e4m3/tensor fp32 amax nearest", "e5m2/tensor fp32 amax_pow2 nearest")))
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "turned": lambda x: x.t().contiguous().t(), "apart": apart, "padded": lambda x: padded(x.t()).t()}
 
@@ -60,6 +61,28 @@ def check_both(x: Tensor, spec: QuantSpec, turned: QuantSpec) -> list[str]:
     return lines
 
 
+def check_tensors(xs: list[Tensor], spec: QuantSpec) -> list[str]:
+    """Magnitudes, scales, codes and transposes of several tensors with a scale each; rows in multiples of four."""
+    from quartet.kernels.triton.bytes import tensors
+
+    rows = [x.abs().amax(1) for x in xs]
+    multipliers, scales = tensors.scales_of(rows, spec)
+    made = tensors.cast(xs, multipliers, spec.format.storage, plain=True, turned=True)
+    whole = torch.stack([ref.largest_magnitude(x) for x in xs])
+    lines = difference("magnitudes", tensors.largest_magnitudes(xs), whole)
+    for i, x in enumerate(xs):
+        wanted = ref.fp32_scale(x, spec)
+        codes = ref.quantize(x, spec)[0]
+        lines += [line for what, got, want in (
+            ("multiplier", multipliers[i, :1], wanted[0]), ("last multiplier", multipliers[i, 3:], wanted[0]),
+            ("scale", scales[i, :1], wanted[1]), ("codes", made[i], codes),
+            ("transpose", made[len(xs) + i], codes.t().contiguous())) for line in difference(f"{what} {i}", got, want)]
+    for plain in (True, False):
+        one = tensors.cast(xs[:1], multipliers[:1], spec.format.storage, plain=plain, turned=not plain)
+        lines += difference("codes alone", *one, made[0 if plain else len(xs)])
+    return lines
+
+
 def edges(cols: int) -> Tensor:
     """Rows at the limits of a rule: magnitudes beside those where the exponent of the scale changes, ties between
     codes, the largest and the smallest numbers."""
@@ -88,12 +111,21 @@ class Case:
         return check(x, self.spec) if self.both is None else check_both(x, self.spec, self.both)
 
 
+@dataclass(frozen=True)
+class Several:
+    xs: tuple[Tensor, ...]
+    spec: QuantSpec
+
+    def differences(self, device: str = "cpu") -> list[str]:
+        return check_tensors([x.to(device) for x in self.xs], self.spec)
+
+
 def broken(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return special(rows, cols, torch.tensor([cols // 2]), dtype)
 
 
-def cases() -> dict[str, Case]:
-    found: dict[str, Case] = {}
+def cases() -> dict[str, Case | Several]:
+    found: dict[str, Case | Several] = {}
     for spec in (*BLOCKS, *ROWS):
         found[f"{spec} edges"] = Case(edges(150), spec)
         found[f"{spec} special"] = Case(broken(20, 150), spec)
@@ -109,6 +141,13 @@ def cases() -> dict[str, Case]:
         found[f"{spec} special turned"] = Case(broken(20, 150).t(), spec)
     for one, other in zip(BLOCKS, (*BLOCKS[:3], *BLOCKS[4:], BLOCKS[3]), strict=True):
         found[f"{one} and {other}"] = Case(expected.data(131, 141), one, other)
+    for spec in TENSORS:
+        shapes = ((128, 64), (4, 16), (132, 70), (260, 1), (4, 300))
+        several = [expected.data(*shape, torch.bfloat16) * 2.0 ** (7 * i - 20) for i, shape in enumerate(shapes)]
+        several += [several[0] * 0, several[1].t().contiguous().t(), several[2][4:, 3:], several[1] * 3]
+        found[f"{spec} several"] = Several(tuple(several), spec)
+        found[f"{spec} edges of several"] = Several((edges(150)[:68], edges(9)[:4], edges(64)[4:36] * 2.0**-20), spec)
+        found[f"{spec} special of several"] = Several((broken(20, 150), torch.ones(4, 4), broken(12, 9)), spec)
     found["both special"] = Case(broken(20, 150), BLOCKS[0], BLOCKS[1])
     found["both fp16"] = Case(broken(16, 36, torch.float16), BLOCKS[1], BLOCKS[0])
     found["a row of many"] = Case(expected.data(2, 17000), ROWS[0])

@@ -15,17 +15,21 @@ import byte_cases as cases  # noqa: E402
 import triton_offline  # noqa: E402
 
 from quartet.kernels.spec import QuantSpec  # noqa: E402
-from quartet.kernels.triton.bytes import rows, tiles  # noqa: E402
+from quartet.kernels.triton.bytes import rows, tensors, tiles  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("byte_cases.py")
 MXFP8, BLOCK = cases.BLOCKS[:2]
 INT8 = cases.ROWS[0]
 X = torch.empty(64, 8192, dtype=torch.bfloat16)
+MULTIPLIERS = torch.empty(3, 4, 1)
 CALLS = {
     "rows": lambda: tiles.quantize(X, BLOCK),
     "columns": lambda: tiles.quantize(X.t(), MXFP8),
     "both": lambda: tiles.quantize_both(X, MXFP8, BLOCK),
     "int8 a row": lambda: rows.quantize(X, INT8),
+    "casts": lambda: tensors.cast([X, X, X], MULTIPLIERS, torch.float8_e4m3fn, plain=True, turned=True),
+    "scales": lambda: tensors.scales_of([X[0], X[1], X[2]], cases.TENSORS[0]),
+    "magnitudes": lambda: tensors.largest_magnitudes([X, X, X]),
 }
 
 
@@ -55,27 +59,39 @@ def compiled(name, capability):
     """Machine code and PTX of a call's one kernel, with what the GPU converts by itself."""
     (launch,) = triton_offline.launches(CALLS[name])
     assert launch.keywords["enable_fp_fusion"] is False
-    launch.keywords["HARDWARE"] = capability >= 89
+    if "HARDWARE" in launch.keywords:
+        launch.keywords["HARDWARE"] = capability >= 89
     return triton_offline.compile_with_ptx(launch, capability)
 
 
 @pytest.mark.parametrize("name, capability, registers", [
-    ("rows", 90, 64), ("columns", 90, 128), ("both", 90, 128), ("int8 a row", 90, 64), ("both", 80, 128)])
+    ("rows", 90, 64), ("columns", 90, 128), ("both", 90, 128), ("int8 a row", 90, 64), ("both", 80, 128),
+    ("casts", 90, 64), ("scales", 90, 64), ("magnitudes", 90, 64), ("casts", 80, 128)])
 def test_all_stays_in_registers_that_leave_room_for_another_program(name, capability, registers):
     """On a multiprocessor: for two of 256 threads with 128, four with 64."""
     kernel, _ = compiled(name, capability)
     assert (kernel.stack, kernel.local) == (0, 0) and kernel.registers <= registers, f"{kernel.registers} registers"
 
 
-@pytest.mark.parametrize("name", ["rows", "columns", "both", "int8 a row"])
+@pytest.mark.parametrize("name", ["rows", "columns", "both", "int8 a row", "scales", "magnitudes"])
 def test_hopper_reads_sixteen_bytes_at_a_time(name):
     _, ptx = compiled(name, 90)
     assert set(re.findall(r"ld\.global\.(\S+)", ptx)) == {"v4.b32"}
 
 
-def test_transposed_codes_are_written_as_words_side_by_side():
-    _, ptx = compiled("columns", 90)
+@pytest.mark.parametrize("name", ["columns", "casts"])
+def test_transposed_codes_are_written_as_words_side_by_side(name):
+    _, ptx = compiled(name, 90)
     assert "st.global.v4.b32" in ptx
+
+
+def test_what_has_no_scale_of_one_tensor_is_refused():
+    for call, message in ((lambda: tensors.largest_magnitudes([X, X.float()]), "of one dtype"),
+                          (lambda: tensors.scales_of([X[0].double()], cases.TENSORS[0]), "of one dtype"),
+                          (lambda: tensors.cast([X[:3]], MULTIPLIERS, torch.float8_e5m2, plain=True, turned=True),
+                           "rows are a multiple of four")):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_the_gpu_converts_where_it_can():

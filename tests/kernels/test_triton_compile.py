@@ -95,6 +95,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "amax-rotated": lambda: rotations.rotated_amax(X, 16, torch.ones(16)),
     "cast": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=False),
     "cast-both": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=True),
+    "cast-e5m2": lambda: cast.cast(X, SCALE, torch.float8_e5m2, plain=True, transposed=False),
     "cast-e5m2-both": lambda: cast.cast(X, SCALE, torch.float8_e5m2, plain=True, transposed=True),
     "cast-columns": lambda: cast.cast(X, torch.ones(4096), torch.float8_e4m3fn, plain=False, transposed=True),
     "cast-turned": lambda: cast.cast_stack(X.view(4, -1, X.shape[1]), SCALE, torch.float8_e4m3fn, turned=True),
@@ -111,15 +112,15 @@ OTHERS = (80, 89, 100, 120)
 EVERYWHERE = ("rows-quest-fold", "rows-default-fold", "rows-stochastic-fold", "rows-stochastic-clipped",
               "columns-quest", "both-stochastic", "rows-nvfp4", "rows-four-six", "rows-eden", "rows-tiles",
               "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic", "fold",
-              "dequantize", "signs", "bits", "cast-both", "cast-amax", "first-amax", "cast-e5m2-both",
-              "cast-e5m2-turned", "transpose", "unrotate-masked")
+              "dequantize", "signs", "bits", "cast-both", "cast-amax", "first-amax", "cast-e5m2",
+              "cast-e5m2-both", "cast-e5m2-turned", "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
                  if name not in ("cast-both", "cast-amax") or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100
 WRITES = {"STG", "RED", "REDG", "ATOMG"}
 ELSEWHERE = {"mxfp4_gemm", "put16", "prepare", "update", "settle", "expand", "absorb",
              "rescale", "group_amax", "group_scales", "cast_groups", "quantize_tiles",
-             "quantize_whole_rows"}  # compiled by the tests of their own modules
+             "quantize_whole_rows", "_amax_tile", "_scale_tile"}  # compiled by the tests of their own modules
 
 
 def compiled(name: str, capability: int) -> triton_offline.Compiled:

@@ -102,18 +102,10 @@ def test_the_scales_are_those_of_each_tensor(rule):
             torch.testing.assert_close(table[i], alone, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_reduction_over_lists_is_the_reference(dtype):
-    xs = [torch.randn(65, 31).to(dtype), torch.zeros(3, 3, dtype=dtype), torch.tensor([[-7.5, 2.0]], dtype=dtype),
-          torch.tensor([[float("nan"), 1.0]], dtype=dtype), torch.tensor([[float("inf"), 1.0]], dtype=dtype)]
-    (foreach,) = [provider for provider in amax_of_each.providers if provider.name == "foreach"]
-    torch.testing.assert_close(foreach.run(xs), amax_of_each.reference(xs), rtol=0, atol=0, equal_nan=True)
-
-
 def test_they_are_found_once_an_optimizer_step(monkeypatch):
     found = []
-    monkeypatch.setattr(fp8, "_amax_foreach", lambda xs: found.append(len(xs)) or amax_of_each.reference(xs))
-    (once,) = [provider for provider in amax_of_weights.providers if provider.name == "foreach"]
+    monkeypatch.setattr(fp8, "_amax_triton", lambda xs: found.append(len(xs)) or amax_of_each.reference(xs))
+    (once,) = [provider for provider in amax_of_weights.providers if provider.name == "triton"]
     weights = [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 8))]
     optimizer = torch.optim.SGD(weights, 0.5)
     REUSED.watch()

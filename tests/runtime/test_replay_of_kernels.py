@@ -16,13 +16,15 @@ pytest.importorskip("triton")
 from quartet.cli.selftest.ops import examples  # noqa: E402
 from quartet.kernels.launcher import Function, launch  # noqa: E402
 from quartet.kernels.triton import draws, host  # noqa: E402
-from quartet.kernels.triton.bytes import rows, tiles  # noqa: E402
+from quartet.kernels.triton.bytes import rows, tensors, tiles  # noqa: E402
+from quartet.kernels.triton.launch import flat  # noqa: E402
 from quartet.kernels.triton.quantize import cast, fold, groups, ops, rotations  # noqa: E402
 from quartet.lowering.ir.ops import core, fp8  # noqa: E402
+from quartet.runtime.replay.recorder import tensors_of  # noqa: E402
 
 pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
               pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of this process is a real one")]
-FACES = (ops, rotations, cast, groups, draws, rows, tiles)
+FACES = (ops, rotations, cast, groups, draws, rows, tiles, tensors)
 CPU = torch.device("cpu")
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))
 
@@ -42,7 +44,7 @@ def passed(monkeypatch, driver):
         return functions[name, kinds]
 
     def stand_in(kernel, grid, arguments, **constants):
-        given = [*grid, *(value for value in arguments if value is not None)]
+        given = [*grid, *(value for value in flat(arguments) if value is not None)]
         kinds = tuple("*" if isinstance(value, torch.Tensor) else "fp64" if isinstance(value, float) else "i64"
                       for value in given)
         name = f"{kernel.__name__} {constants}"
@@ -94,7 +96,7 @@ def test_the_driver_is_given_what_python_gave_it(op, provider, arguments, passed
     for _ in range(3):
         passed.clear()
         result = called(*arguments)
-        made.append(result if isinstance(result, tuple) else (result,))
+        made.append(result if isinstance(result, (tuple, list)) else (result,))
         given.append(list(passed))
     assert counts().replays == 1 and counts().plans == 1
     for recorded, repeated in zip(*made[1:], strict=True):
@@ -102,9 +104,9 @@ def test_the_driver_is_given_what_python_gave_it(op, provider, arguments, passed
             recorded.shape, recorded.stride(), recorded.dtype, recorded.storage_offset())
     assert given[1] and [name for name, _ in given[1]] == [name for name, _ in given[2]]
     pairs = [pair for before, after in zip(*given[1:], strict=True) for pair in zip(before[1], after[1], strict=True)]
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    read = list(tensors_of(arguments))
     lasting = [fold.table(CPU), fold.inexact_blocks(CPU)]
-    there, results = storages([*tensors, *lasting]), [storages(tensors) for tensors in made[1:]]
+    there, results = storages([*read, *lasting]), [storages(some) for some in made[1:]]
     temporaries = {}
     for before, after in pairs:
         if place(before, there) is not None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quartet.kernels.spec import QuantSpec
+from quartet.kernels.triton.bytes import tensors
 from quartet.kernels.triton.host import DTYPES, cdiv, on_device
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import tile_in_stack
@@ -211,6 +212,9 @@ def _cast(x: Tensor, multiplier: Tensor, dtype: torch.dtype, plain: bool, transp
         # Triton 3.6 writes a wrong transpose of bytes that were made from fp32 in the same kernel
         codes, _ = _cast(x, multiplier, dtype, True, False, by, index)
         return codes if plain else codes.new_empty(0), transpose(codes)
+    if transposed and not columns and index is None and by is _GIVEN and r % 4 == 0:
+        made = tensors.cast([x], multiplier, dtype, plain=plain, turned=True)
+        return (made[0] if plain else x.new_empty(0, dtype=dtype)), made[-1]
     r = r if index is None else len(index)
     codes = x.new_empty((r, k) if plain else 0, dtype=dtype)
     flipped = x.new_empty((k, r) if transposed else 0, dtype=dtype)

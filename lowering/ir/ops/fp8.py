@@ -3,6 +3,8 @@
     amax_of_each    tensors of one dtype, not empty → the largest magnitude of each, fp32 [tensors, 1, 1]
     amax_of_weights the same of parameters, once an optimizer step
     fp8_scale       largest magnitudes fp32 → multipliers and scales of the same shape, which Inductor inlines
+    fp8_scales      magnitudes of several tensors, such as the largest of each row → their multipliers and scales, fp32
+                    [tensors, APART, 1]
     fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element, ``index`` → codes of the rows
                     of x that the index names, zeros where it is −1, and of their transpose, from one read, and their
                     scale [1, 1]
@@ -10,6 +12,7 @@
                     0, times 2^margin; and the largest magnitude of x, [1, 1]
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
+    fp8_casts       several x and the multipliers of ``fp8_scales`` → codes of all, and of all their transposes
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
     fp8_mm          A · Bᵀ of [M, K] and [N, K], scales [M, 1] and [1, N] → [M, N], for an M or K that only the data
                     decides: ``aten._scaled_mm`` asks whether the one is 1, and which stride is the larger
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from quartet.kernels.reference.formats.elements import fp8_encode
-from quartet.kernels.reference.formats.scales import scale_of_amax
+from quartet.kernels.reference.formats.scales import APART, scale_of_amax
 from quartet.kernels.reference.products import grouped
 from quartet.kernels.reference.quantize import largest_magnitude
 from quartet.kernels.spec import QuantSpec
@@ -52,10 +55,11 @@ def amax_of_each(xs: list[Tensor]) -> Tensor:
     return made.copy_(torch.stack([largest_magnitude(x) for x in xs]))
 
 
-@amax_of_each.provider("foreach", "cuda")
-def _amax_foreach(xs: list[Tensor]) -> Tensor:
-    made = _one_each(xs)
-    return made.copy_(torch.stack(torch.ops.aten._foreach_norm.Scalar(xs, float("inf"))).reshape(-1, 1, 1))
+@amax_of_each.provider("triton", "cuda", replayed=True)
+def _amax_triton(xs: list[Tensor]) -> Tensor:
+    from quartet.kernels.triton.bytes import tensors
+
+    return tensors.largest_magnitudes(xs)
 
 
 @op(fake=_one_each, strides="any")
@@ -63,10 +67,10 @@ def amax_of_weights(xs: list[Tensor]) -> Tensor:
     return amax_of_each.reference(xs)
 
 
-@amax_of_weights.provider("foreach", "cuda")
+@amax_of_weights.provider("triton", "cuda")
 def _amax_once(xs: list[Tensor]) -> Tensor:
     first, *others = xs
-    return _one_each(xs).copy_(REUSED.share(first, "amax_of_weights", lambda: _amax_foreach(xs), others))
+    return _one_each(xs).copy_(REUSED.share(first, "amax_of_weights", lambda: _amax_triton(xs), others))
 
 
 def _scale_inlined(amax: Tensor, spec: str) -> Two:
@@ -79,6 +83,25 @@ def _scale_inlined(amax: Tensor, spec: str) -> Two:
 def fp8_scale(amax: Tensor, spec: str) -> Two:
     multiplier, scale = scale_of_amax(amax, QuantSpec.parse(spec))
     return multiplier.contiguous(), scale.contiguous()
+
+
+def _scales_fake(magnitudes, spec):
+    first = magnitudes[0]
+    return tuple(first.new_empty(len(magnitudes), APART, 1, dtype=torch.float32) for _ in range(2))
+
+
+@op(fake=_scales_fake, strides="any")
+def fp8_scales(magnitudes: list[Tensor], spec: str) -> Two:
+    amax = torch.cat([largest_magnitude(x) for x in magnitudes]).reshape(-1, 1, 1)
+    multipliers, scales = scale_of_amax(amax.expand(-1, APART, 1), QuantSpec.parse(spec))
+    return multipliers.contiguous(), scales.contiguous()
+
+
+@fp8_scales.provider("triton", "cuda", replayed=True)
+def _scales_triton(magnitudes: list[Tensor], spec: str) -> Two:
+    from quartet.kernels.triton.bytes import tensors
+
+    return tensors.scales_of(magnitudes, QuantSpec.parse(spec))
 
 
 def _cast_fake(x, multiplier, element, plain, transposed):
@@ -106,6 +129,24 @@ def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, trans
         return fp8_cast.reference(x, multiplier, element, plain, transposed)
     transposed_codes, codes = cast.cast(x.t(), multiplier, FLOAT8[element], plain=False, transposed=True)
     return codes, codes.t().contiguous() if transposed else transposed_codes
+
+
+def _casts_fake(xs, multipliers, element, plain, transposed):
+    made = [_cast_fake(x, multipliers, element, plain, transposed) for x in xs]
+    return [codes[i] for i, wanted in enumerate((plain, transposed)) if wanted for codes in made]
+
+
+@op(fake=_casts_fake)
+def fp8_casts(xs: list[Tensor], multipliers: Tensor, element: str, plain: bool, transposed: bool) -> list[Tensor]:
+    made = [fp8_cast.reference(x, multipliers[i, :1], element, plain, transposed) for i, x in enumerate(xs)]
+    return [codes[i] for i, wanted in enumerate((plain, transposed)) if wanted for codes in made]
+
+
+@fp8_casts.provider("triton", "cuda", replayed=True)
+def _casts_triton(xs: list[Tensor], multipliers: Tensor, element: str, plain: bool, transposed: bool) -> list[Tensor]:
+    from quartet.kernels.triton.bytes import tensors
+
+    return tensors.cast(xs, multipliers, FLOAT8[element], plain=plain, turned=transposed)
 
 
 def _quantized_fake(x, amax, spec, plain, transposed):
@@ -212,6 +253,7 @@ def _row_major_triton(codes: Tensor) -> Tensor:
 
 
 AMAX_OF_EACH, AMAX_OF_WEIGHTS, SCALE = amax_of_each.overload, amax_of_weights.overload, fp8_scale.overload
+SCALES, CASTS = fp8_scales.overload, fp8_casts.overload
 QUANTIZE, QUANTIZE_DELAYED = fp8_quantize.overload, fp8_quantize_delayed.overload
 CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload
