@@ -27,7 +27,6 @@ from quartet.lowering.ir.graph import (
     is_backward,
     keep_as,
     maker,
-    results,
     shape,
     source_of,
     val,
@@ -37,9 +36,11 @@ from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.ops.grouped import CLEAR_ROWS, PAD_GROUPS, PLACE
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
+from quartet.lowering.targets.fp8.casts import Cast, largest_magnitude, magnitudes_of_rows, scales_by
 from quartet.lowering.targets.fp8.delayed import History, record_instead
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
 from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
+from quartet.lowering.targets.fp8.together import cast_together
 from quartet.lowering.targets.fp8.weights import Scales, scales_of_weights
 from quartet.lowering.targets.fp8_products import multiply, row_major
 from quartet.runtime.devices import Target
@@ -77,8 +78,10 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     experts = experts_of(graph, quantizers, traced)
     known = scales_of_weights(graph, quantizers)
     seen: dict[Node, Node] = {}
-    for quantizer in quantizers:
-        if quantizer in experts:
+    alone = [quantizer for quantizer in quantizers if quantizer not in experts]
+    together = cast_together(graph, alone, gemms, known, traced)
+    for quantizer in alone:
+        if quantizer in together:
             continue
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
@@ -94,46 +97,42 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
 
 
 def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, seen: dict[Node, Node]) -> None:
-    """A quantise as its scale, in ops that Inductor inlines unless that is known, and one cast for the codes and their
-    transpose; under delayed scaling, and of padded tokens, as one op for the scale too. ``seen`` gets the magnitudes
-    that an op has found on its way."""
-    made = Quantize.of(node)
-    x, spec = made.x, made.spec
+    """A quantise as its scale, unless that is known, and one cast for the codes and their transpose; under delayed
+    scaling, and of padded tokens, as one op for the scale too. ``seen`` gets the magnitudes that an op has found on its
+    way."""
+    cast = Cast.of(node)
+    x, spec, amax, plain, turned = cast.x, cast.spec, cast.amax, cast.plain, cast.turned
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-    items = results(node)
-    users = list(items[0].users) if 0 in items else []
-    flipped = [user for user in users if user.target is aten.permute.default]
-    plain, rows = len(flipped) < len(users), list[Node]()
-    if (history := History.of(made.amax, node)) is not None:
-        both = build(fp8_ops.QUANTIZE_DELAYED, x, history.known, str(spec), history.margin, plain, bool(flipped))
-        scale = build.item(both, 2)
+    pair, rows = None, list[Node]()
+    if (history := History.of(amax, node)) is not None:
+        both = build(fp8_ops.QUANTIZE_DELAYED, x, history.known, str(spec), history.margin, plain, turned)
         seen.setdefault(history.current, build.item(both, 3))
+    elif known is not None:
+        pair = known.multiplier, known.scale
+    elif spec.block != "tensor" or spec.rule == "absmean":
+        first, second = traced(build, partial(_scales, spec), [x], "scale", spec)
+        pair = first, second
     else:
-        if spec.block != "tensor" or spec.rule == "absmean":
-            first, second = traced(build, partial(_scales, spec), [x], "scale", spec)
-            known = first, second
-        elif known is None:
-            amax = made.amax
-            if amax is None:
-                x, grouped, *rows = _tokens_of(build, x)
-                (amax,) = traced(build, lambda t: (reference.largest_magnitude(t),), [grouped], "amax")
-            if not rows:
-                made_of = build(fp8_ops.SCALE, build(aten.reshape.default, amax, [1, 1]), str(spec))
-                known = build.item(made_of, 0), build.item(made_of, 1)
-        if known is None:
-            both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, bool(flipped), *rows)
-            scale = build.item(both, 2)
-        else:
-            multiplier, scale = known
-            both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, bool(flipped))
+        if amax is None:
+            x, tokens, *rows = _tokens_of(build, x)
+            of_rows = None if rows else magnitudes_of_rows(build, traced, x)
+            if of_rows is None:
+                amax = largest_magnitude(build, traced, tokens)
+            else:
+                _, (pair,) = scales_by(build, [of_rows], spec)
+        if rows:
+            both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, turned, *rows)
+        elif pair is None:
+            made = build(fp8_ops.SCALE, build(aten.reshape.default, amax, [1, 1]), str(spec))
+            pair = build.item(made, 0), build.item(made, 1)
+    if pair is None:
+        scale = build.item(both, 2)
+    else:
+        multiplier, scale = pair
+        both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, turned)
     if spec.block == "tensor" and not rows:
         both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
-    codes, transposed = build.item(both, 0), build.item(both, 1)
-    for user in flipped:
-        user.replace_all_uses_with(transposed)
-    for index, value in enumerate((codes, scale)):
-        if index in items:
-            items[index].replace_all_uses_with(value)
+    cast.hand_over(build.item(both, 0), build.item(both, 1), scale)
 
 
 def _tokens_of(build: Builder, x: Node) -> tuple[Node, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -13,11 +14,22 @@ from quartet.lowering.ir.views import Quantize
 from quartet.lowering.targets.chains import REUSABLE
 from quartet.runtime.view_ops import ORDERS, SAME
 
-Scales = tuple[Node, Node]  # what x is multiplied by, and what its codes are
+
+@dataclass(frozen=True)
+class Scales:
+    """What a weight is multiplied by and what its codes are, fp32 ``[1, 1]``.
+
+    ``table``: the multipliers of all weights, fp32 ``[weights, APART, 1]``; ``row``: of this one.
+    """
+
+    multiplier: Node
+    scale: Node
+    table: Node
+    row: int
 
 
 def scales_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Scales]:
-    """Multiplier and scale, fp32 ``[1, 1]``, for the quantisers of forward whose X is an input of the graph, with one
+    """Multiplier and scale for the quantisers of forward whose X is an input of the graph, with one
     scale a tensor: the weights, and the model's own X where a layer reads it.
 
     The largest magnitudes of parameters are found once an optimizer step, while gradients accumulate.
@@ -42,11 +54,11 @@ def scales_of_weights(graph: Graph, quantizers: list[Node]) -> dict[Node, Scales
         multipliers, scales = build.item(tables, 0), build.item(tables, 1)
         for node, weight in members:
             row = weights.index(weight)
-            found[node] = _row(build, multipliers, row), _row(build, scales, row)
+            found[node] = Scales(one_of(build, multipliers, row), one_of(build, scales, row), multipliers, row)
     return found
 
 
-def _row(build: Builder, table: Node, row: int) -> Node:
+def one_of(build: Builder, table: Node, row: int) -> Node:
     """fp32 ``[1, 1]`` that lies at a multiple of 16 bytes."""
     return build(aten.slice.Tensor, build(aten.select.int, table, 0, row), 0, 0, 1)
 

@@ -1,0 +1,87 @@
+"""A quantise node with one scale a tensor on its way to a cast: what is read of it, what its X is multiplied by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from quartet.kernels import reference
+from quartet.kernels.spec import QuantSpec
+from quartet.lowering.ir.graph import Builder, Traced, aten, results, shape, source_of, val
+from quartet.lowering.ir.ops.fp8 import SCALES
+from quartet.lowering.ir.views import Quantize
+from quartet.lowering.targets.fp8.weights import one_of
+from quartet.runtime.view_ops import RESHAPES
+
+MOST_ROWS = 1 << 17  # whose magnitudes one program looks through
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Which results of a quantiser are read.
+
+    Args:
+        items: codes and scales, by their number. flipped: transposes of the codes.
+        plain: whether something else reads the codes.
+    """
+
+    x: Node
+    spec: QuantSpec
+    amax: Node | None
+    items: dict[int, Node]
+    flipped: list[Node]
+    plain: bool
+
+    @staticmethod
+    def of(quantizer: Node) -> Cast:
+        made, items = Quantize.of(quantizer), results(quantizer)
+        users = list(items[0].users) if 0 in items else []
+        flipped = [user for user in users if user.target is aten.permute.default]
+        return Cast(made.x, made.spec, made.amax, items, flipped, len(flipped) < len(users))
+
+    @property
+    def turned(self) -> bool:
+        return bool(self.flipped)
+
+    def hand_over(self, codes: Node | None, transposed: Node | None, scale: Node) -> None:
+        """What reads the quantiser's results reads these instead; None for codes that nothing reads."""
+        for user in self.flipped:
+            assert transposed is not None
+            user.replace_all_uses_with(transposed)
+        for index, value in enumerate((codes, scale)):
+            if index in self.items and value is not None:
+                self.items[index].replace_all_uses_with(value)
+
+
+def magnitudes_of_rows(build: Builder, traced: Traced, x: Node) -> Node | None:
+    """Their largest ones, which Inductor finds in the kernel that makes the rows; None of too many rows, or of none.
+
+    They are found of what x shows, where the shapes are those of the loops: of x itself Inductor 2.11 leaves them out
+    of the kernels in which it reduces along rows and columns at once, as in the backward of a norm.
+    """
+    rows = shape(x)[0]
+    if not isinstance(rows, int) or rows > MOST_ROWS or val(x).numel() == 0:
+        return None
+    while x.target in RESHAPES and shape(source_of(x))[-1:] == shape(x)[-1:]:
+        x = source_of(x)
+    (found,) = traced(build, _largest_of_rows, [x], "rows")
+    return found
+
+
+def _largest_of_rows(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x.abs().amax(-1),)
+
+
+def largest_magnitude(build: Builder, traced: Traced, x: Node) -> Node:
+    """fp32 ``[1, 1]``, in ops that Inductor inlines."""
+    (found,) = traced(build, lambda t: (reference.largest_magnitude(t),), [x], "amax")
+    return found
+
+
+def scales_by(build: Builder, magnitudes: list[Node], spec: QuantSpec) -> tuple[Node, list[tuple[Node, Node]]]:
+    """The multipliers of several tensors as a table, and of each its multiplier and scale."""
+    tables = build(SCALES, magnitudes, str(spec))
+    multipliers, scales = build.item(tables, 0), build.item(tables, 1)
+    return multipliers, [(one_of(build, multipliers, i), one_of(build, scales, i)) for i in range(len(magnitudes))]

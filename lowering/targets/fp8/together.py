@@ -1,0 +1,111 @@
+"""Casts of several tensors in one launch: weights that follow each other, and the gradients that meet one X."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import groupby
+
+from torch.fx import Graph, Node
+
+from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, val
+from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of
+from quartet.lowering.ir.ops.fp8 import CASTS
+from quartet.lowering.ir.ops.grouped import PAD_GROUPS
+from quartet.lowering.targets.fp8.casts import MOST_ROWS, Cast, magnitudes_of_rows, scales_by
+from quartet.lowering.targets.fp8.weights import Scales
+
+TOGETHER = 8  # tensors at most; codes of weights lie in memory from the first of them on
+_WORD = 4  # rows: codes of so many are written at once to the transpose
+
+
+def cast_together(graph: Graph, quantizers: list[Node], gemms: list[Node], known: dict[Node, Scales],
+                  traced: Traced) -> set[Node]:
+    """Rewrite those of the quantisers that are cast with others; ``known``: the scales of weights."""
+    able = [node for node in quantizers if _able(node)]
+    done: set[Node] = set()
+    for members in _weights([node for node in able if node in known], known):
+        build = Builder(graph, like=members[0], before=members[0], backward=False)
+        first = known[members[0]]
+        table = build(aten.slice.Tensor, first.table, 0, first.row, first.row + len(members))
+        _cast(build, members, table, [known[node].scale for node in members])
+        done.update(members)
+    for members in _gradients([node for node in able if node not in known], gemms):
+        build = Builder(graph, like=members[0], before=members[0], backward=True)
+        casts = [Cast.of(node) for node in members]
+        for cast in casts:
+            pull(cast.x, members[0])
+        magnitudes = [magnitudes_of_rows(build, traced, cast.x) for cast in casts]
+        table, scales = scales_by(build, [rows for rows in magnitudes if rows is not None], casts[0].spec)
+        _cast(build, members, table, [scale for _, scale in scales])
+        done.update(members)
+    return done
+
+
+def _cast(build: Builder, members: list[Node], table: Node, scales: list[Node]) -> None:
+    casts = [Cast.of(node) for node in members]
+    plain, turned = casts[0].plain, casts[0].turned
+    made = build(CASTS, [cast.x for cast in casts], table, casts[0].spec.element, plain, turned)
+    for i, (cast, scale) in enumerate(zip(casts, scales, strict=True)):
+        cast.hand_over(build.item(made, i) if plain else None,
+                       build.item(made, i + len(casts) * plain) if turned else None, scale)
+
+
+def _able(quantizer: Node) -> bool:
+    """Whether the kernel for several takes it: a matrix as it lies in memory, by a scale of its own."""
+    cast, x = Cast.of(quantizer), val(Cast.of(quantizer).x)
+    return (cast.spec.block == "tensor" and cast.spec.rule in ("amax", "amax_pow2") and cast.amax is None
+            and (is_backward(quantizer) or "recompute" not in quantizer.meta) and cast.x.target is not PAD_GROUPS
+            and x.element_size() == 2 and all(isinstance(size, int) for size in x.shape) and x.stride(1) == 1
+            and 0 < x.shape[0] <= MOST_ROWS and x.shape[0] % _WORD == 0 and x.numel() > 0
+            and (cast.plain or cast.turned))
+
+
+def _kind(quantizer: Node) -> Hashable:
+    """What quantisers have in common that are cast in one launch."""
+    cast = Cast.of(quantizer)
+    return str(cast.spec), val(cast.x).dtype, val(cast.x).device, cast.plain, cast.turned
+
+
+def _weights(quantizers: list[Node], known: dict[Node, Scales]) -> Iterator[list[Node]]:
+    """Neighbours in a table of scales."""
+    def run(numbered: tuple[int, Node]) -> Hashable:
+        place, node = numbered
+        return known[node].table, known[node].row - place, _kind(node)
+
+    for _, neighbours in groupby(enumerate(quantizers), key=run):
+        yield from _some(node for _, node in neighbours)
+
+
+def _gradients(quantizers: list[Node], gemms: list[Node]) -> Iterator[list[Node]]:
+    """Gradients that are multiplied with the codes of one X."""
+    able, found = set(quantizers), dict[Hashable, list[Node]]()
+    for gemm in gemms:
+        for one, other in (Product.of(gemm).operands, Product.of(gemm).operands[::-1]):
+            gradient, x = quantizer_of(one.codes), quantizer_of(other.codes)
+            if (gradient is not None and x is not None and gradient.node in able and one.layout == TRANSPOSED
+                    and is_backward(gradient.node) and not is_backward(x.node)):
+                found.setdefault((x.node, _kind(gradient.node)), []).append(gradient.node)
+    for members in found.values():
+        members = sorted(set(members))
+        yield from _some([node for i, node in enumerate(members) if not _made_of(node, members[:i])])
+
+
+def _made_of(node: Node, others: list[Node]) -> bool:
+    """Whether a node needs what one of the others computes, which stand before it."""
+    waiting, seen = list(node.all_input_nodes), set[Node]()
+    while others and waiting:
+        made = waiting.pop()
+        if made in others:
+            return True
+        if made not in seen and made > others[0]:
+            seen.add(made)
+            waiting += made.all_input_nodes
+    return False
+
+
+def _some(nodes: Iterable[Node]) -> Iterator[list[Node]]:
+    """Runs of at most ``TOGETHER``, and at least two."""
+    left = list(nodes)
+    for at in range(0, len(left), TOGETHER):
+        if len(part := left[at:at + TOGETHER]) > 1:
+            yield part

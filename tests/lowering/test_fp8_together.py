@@ -1,0 +1,114 @@
+"""FP8 weights that follow each other, and gradients that meet one X, are cast in one launch, bit for bit as alone."""
+
+import re
+
+import pytest
+import torch
+from around import around, linear, matrix
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import quartet
+from quartet.backend import compile_graph
+from quartet.lowering.targets.fp8 import lower, together
+from quartet.options import Options
+from quartet.runtime.capture import Capture
+from quartet.runtime.devices import Target
+
+FP8 = quartet.Policy("fp8").on("*", "fp8")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+
+
+class Branches(nn.Module):
+    """Three layers of one X, whose results meet, and one behind them."""
+
+    def __init__(self, *widths, last=32):
+        super().__init__()
+        self.branches = nn.ModuleList(linear(32, width) for width in widths)
+        self.last = linear(min(widths), last)
+
+    def forward(self, x):
+        x = torch.sin(x)
+        width = self.last.in_features
+        return self.last(sum(torch.tanh(branch(x))[:, :width] for branch in self.branches))
+
+
+def casts(model, rows=64, **options):
+    """How many are cast in each launch, by direction, and how many scales are made at once in backward."""
+    x = matrix(rows, 32, grad=False).requires_grad_()
+    lines = around("lower", model, x, target="sm_90", **({"policy": FP8} | options)).after
+    found = {"forward": [], "backward": [], "scales": []}
+    for line in lines:
+        one, several = "= fp8_cast(" in line, re.search(r"= fp8_(casts|scales)\(\[(.*?)\]", line)
+        if one or several:
+            count = 1 if one else len(several[2].split(", "))
+            direction = "backward" if "bwd" in line else "forward"
+            if one or several[1] == "casts":
+                found[direction].append(count)
+            elif direction == "backward":
+                found["scales"].append(count)
+    return found
+
+
+def test_weights_and_the_gradients_of_one_x():
+    found = casts(Branches(48, 32, 16))
+    assert found == {"forward": [1, 4, 1], "backward": [1, 3], "scales": [1, 3]}
+
+
+def test_so_many_at_a_time(monkeypatch):
+    monkeypatch.setattr(together, "TOGETHER", 2)
+    found = casts(Branches(48, 32, 16))
+    assert sorted(found["forward"]) == [1, 1, 2, 2] and sorted(found["backward"]) == [1, 1, 2]
+
+
+def test_rows_that_fill_no_words_are_cast_alone():
+    found = casts(Branches(48, 32, 16), rows=63)
+    assert sorted(found["forward"]) == [1, 1, 4] and found["backward"] == [1, 1, 1, 1]
+
+
+def test_weights_in_a_checkpointed_region_are_cast_alone():
+    class Checkpointed(Branches):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    assert set(casts(Checkpointed(48, 32, 16))["forward"]) == {1}
+
+
+def test_what_is_made_of_another_is_not_cast_with_it():
+    """A gradient that a product of the other's codes has made."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first, free = graph.call_function(torch.sin, (x,)), graph.call_function(torch.cos, (x,))
+    between = graph.call_function(torch.exp, (first,))
+    last = graph.call_function(torch.tan, (between,))
+    assert together._made_of(last, [first]) and not together._made_of(free, [first])
+    assert together._made_of(last, [first, free])
+
+
+def gradients(model, x):
+    def backend(gm, inputs):
+        return compile_graph(gm, inputs, Options(policy=FP8, target=Target.named("sm_90")), Capture(),
+                             say=lambda *_: None, remember=False)
+
+    torch._dynamo.reset()
+    out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    return out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(),
+                                     [x, *model.parameters()])
+
+
+@pytest.mark.parametrize("rows", [64, 60])
+def test_the_step_is_bit_for_bit_that_of_each_alone(rows, monkeypatch):
+    torch.manual_seed(3)
+    model, x = Branches(48, 32, 16), (matrix(rows, 32, grad=False) * 3).requires_grad_()
+    found = gradients(model, x)
+    monkeypatch.setattr(lower, "cast_together", lambda *_: set())
+    alone = gradients(model, x)
+    monkeypatch.setattr(lower, "magnitudes_of_rows", lambda *_: None)
+    whole = gradients(model, x)
+    assert all(value.abs().max() > 0 for value in found)
+    for one, other, third in zip(found, alone, whole, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
