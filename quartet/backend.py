@@ -40,6 +40,7 @@ from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
 from quartet.runtime.agreement import same_kernels
 from quartet.runtime.devices import Target
+from quartet.runtime.frames import with_room
 from quartet.runtime.in_place import warn_of_skipped
 from quartet.runtime.inspect.calls import Inspected, Layers, no_token
 from quartet.runtime.replay.library import LAUNCHER
@@ -70,6 +71,7 @@ def quartet(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     return compile_graph(gm, example_inputs, parsed)
 
 
+@with_room
 def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
                   inner_compile: Callable[..., Any] | None = None,
                   collect: Callable[[list[MatmulRecord]], None] | None = None,

@@ -192,17 +192,16 @@ def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
     return own, _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
 
 
-def with_steps(partition: Any, **steps: Callable[..., Any]) -> Callable[..., Any] | None:
-    """PyTorch's partitioner with functions of one's own in place of some that it calls by these names: ``step(theirs)``
-    gives each. Nobody else's partitioner changes. None where ``partition`` is another, or calls no such function."""
-    code = getattr(partition, "__code__", None)
-    known = getattr(partition, "__globals__", {})
-    if not (partition is _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
-            and code is not None and all(name in code.co_names and name in known for name in steps)):
+def with_steps(function: Any, **steps: Callable[..., Any]) -> Callable[..., Any] | None:
+    """PyTorch's partitioner, or a function that it calls, with others in place of some that it calls by these names:
+    ``step(theirs)`` gives each. Nobody else's changes. None where it is no function of PyTorch's that calls these."""
+    code, known = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    if code is None or not function.__module__.startswith("torch._functorch.") or not (
+            set(steps) <= {*code.co_names} & known.keys()):
         return None
     own = {**known, **{name: step(known[name]) for name, step in steps.items()}}
-    made = FunctionType(code, own, code.co_name, partition.__defaults__, partition.__closure__)
-    made.__kwdefaults__ = partition.__kwdefaults__
+    made = FunctionType(code, own, code.co_name, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 

@@ -1,14 +1,18 @@
-"""The calls of modules and the steps of optimizers that Python is inside of."""
+"""The calls that Python is inside of: of modules, of steps of optimizers, and where in memory they lie."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import update_wrapper
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+F = TypeVar("F", bound=Callable[..., Any])
 _STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch wraps every step in
+_ROOM = 1 << 16  # words: half of the piece of 1 MiB that CPython maps for a frame so large
 
 
 def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn.Module], torch.nn.Module | None]:
@@ -41,6 +45,20 @@ def optimizer_steps(frame: FrameType | None) -> int:
         count += frame.f_code is _STEP
         frame = frame.f_back
     return count
+
+
+def with_room(function: F) -> F:
+    """The same function, below which all calls lie in one piece of memory.
+
+    CPython keeps frames in pieces of 16 KiB. A loop that stands at the end of one has a piece mapped, and given back,
+    for every call that it makes: that takes longer than most of them do, and a compilation is deep enough to meet
+    several such ends. A frame larger than a piece is given one with half a MiB to spare.
+    """
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_stacksize=_ROOM)
+    return cast(F, update_wrapper(call, function))
 
 
 def _owner(function: Any, first: Any) -> Any:

@@ -36,7 +36,7 @@ from quartet.lowering.recipe.records import MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import Saved
 from quartet.passes.compilation import Compilation
 from quartet.passes.naming import module_of
-from quartet.passes.pipeline import source_digest
+from quartet.passes.pipeline import source_digest, without_collections
 from quartet.passes.quantize.randomness import draw_seed
 from quartet.passes.residuals.boundary import (
     Storage,
@@ -76,6 +76,7 @@ class SavedActivations(CustomPartitionerFn):
         self.records: list[SavedRecord] = []
         self.memory: list[MemoryRecord] = []
 
+    @without_collections()
     def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Pair:
         plan: Plan | None = gm.graph.output_node().meta.get(PLAN_KEY)
         forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)

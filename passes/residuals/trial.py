@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet.lowering.ir.graph import RECOMPUTED, aten, is_backward, outputs
+from quartet.lowering.ir.graph import BACKWARD, RECOMPUTED, aten, is_backward, outputs
 from quartet.passes.compilation import Compilation
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.residuals.boundary import Kept, Storage, is_symbol, pairs, returned, storages, stored_bytes
 from quartet.passes.residuals.lossless import Backward, op_name
 from quartet.runtime import compat
 
+Step = Callable[[Callable[..., Any]], Callable[..., Any]]  # of the partitioner, made from its own
 _VALUES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, type(None))
 
 
@@ -110,7 +112,8 @@ class Trial:
     def divided(self) -> Divided:
         """What is kept."""
         solve = compat.with_steps(
-            self.config.partition, fx_graph_cse=self._once("merged"), classify_nodes=self._once("classified"),
+            self.config.partition, fx_graph_cse=self._once("merged"),
+            classify_nodes=self._once("classified", _extract_graph_with_inputs_outputs=_forward_alone),
             has_recomputable_rng_ops=_unless, _extract_fwd_bwd_modules=_instead_of_copying)
         if solve is not None and not compat.changes_what_it_keeps() and all(map(_is_plain, self.gm.graph.nodes)):
             try:
@@ -138,12 +141,14 @@ class Trial:
                                       static_lifetime_input_indices=self._weights)
         return forward, backward
 
-    def _once(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """A step of the partitioner that is taken the first time only."""
+    def _once(self, name: str, **steps: Step) -> Step:
+        """A step of the partitioner that is taken the first time only, with other steps inside where it has them."""
         def step(theirs: Callable[..., Any]) -> Callable[..., Any]:
+            taken = compat.with_steps(theirs, **steps) or theirs
+
             def result(*args: Any, **kwargs: Any) -> Any:
                 if name not in self._results:
-                    self._results[name] = theirs(*args, **kwargs)
+                    self._results[name] = taken(*args, **kwargs)
                 return self._results[name]
             return result
         return step
@@ -158,6 +163,17 @@ class _Saved(Exception):
 
 class _Drawn(Exception):
     """The partitioner would save the states of generators, from which backward draws again."""
+
+
+def _forward_alone(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Which nodes forward computes, without a graph of them."""
+    def found(graph: Graph, inputs: Sequence[Node], results: Sequence[Any], *others: Any) -> Any:
+        computed = _computed(graph, inputs, results, _is_backwards)
+        known = {*inputs, *computed}
+        if not all(node in known for node in results if isinstance(node, Node)):
+            return theirs(graph, inputs, results, *others)  # a result of backward stands for an input
+        return SimpleNamespace(nodes=[*inputs, *(node for node in graph.nodes if node in computed)])
+    return found
 
 
 def _instead_of_copying(theirs: Callable[..., Any]) -> Callable[..., NoReturn]:
@@ -192,20 +208,21 @@ def _is_plain(node: Node) -> bool:
 def _cut(graph: Graph, saved: Sequence[Node], count: int) -> Cut:
     """What is kept of what is saved: what backward reads, in the order of forward's results."""
     results = [node for node in outputs(graph)[count:] if isinstance(node, Node)]
-    computed = _computed(graph, saved, results)
+    gradients = [node for node in graph.find_nodes(op="placeholder") if is_backward(node)]
+    computed = _computed(graph, [*saved, *gradients], results, _is_forwards)
     read = [node for node in saved if node in results or not all(map(_is_idle, _readers(node, computed)))]
     tensors = [node for node in read if not is_symbol(node) and isinstance(node.meta.get("val"), torch.Tensor)]
     tensors.sort(key=lambda node: bool(node.meta.get("saved_tensor_with_no_vc_check")))
     return Cut(graph, [Kept(node, node) for node in tensors], outputs(graph)[:count], _from_gradients(graph, computed))
 
 
-def _computed(graph: Graph, saved: Iterable[Node], results: Collection[Node]) -> set[Node]:
-    """What backward computes from what is saved and from gradients, for its results or to some effect."""
-    given = {*saved, *filter(is_backward, graph.find_nodes(op="placeholder"))}
-    possible: set[Node] = set()
+def _computed(graph: Graph, inputs: Iterable[Node], results: Collection[Any],
+              is_others: Callable[[Node], bool]) -> set[Node]:
+    """What one half computes of its inputs, for its results or to some effect; ``is_others``: what it must not."""
+    given, possible = set(inputs), set[Node]()
     for node in graph.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and node not in given and not _is_forwards(node) and
-                                     all(n in given or n in possible for n in node.all_input_nodes)):
+        if node not in given and not is_others(node) and (node.op == "get_attr" or node.op == "call_function" and all(
+                n in given or n in possible for n in node.all_input_nodes)):
             possible.add(node)
     draws, wanted = compat.keeps_dead_draws(), set(results)
     for node in reversed(graph.nodes):
@@ -233,8 +250,16 @@ def _from_gradients(graph: Graph, computed: Collection[Node]) -> set[Node]:
 
 def _is_forwards(node: Node) -> bool:
     """Whether a node must not run in backward: it is tagged so, or writes to something without being backward's."""
-    mutates = isinstance(node.target, compat.OpOverload) and node.target._schema.is_mutable
-    return node.meta.get("partitioner_tag") == "must_be_in_forward" or (mutates and not is_backward(node))
+    return node.meta.get("partitioner_tag") == "must_be_in_forward" or (_writes(node) and not is_backward(node))
+
+
+def _is_backwards(node: Node) -> bool:
+    """Whether a node must not run in forward."""
+    return node.meta.get("partitioner_tag") == BACKWARD or (_writes(node) and is_backward(node))
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, compat.OpOverload) and node.target._schema.is_mutable
 
 
 def _readers(node: Node, computed: Collection[Node]) -> list[Node]:
