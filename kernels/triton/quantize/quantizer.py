@@ -120,13 +120,14 @@ def binade(x, LEAST: tl.constexpr):
 
 @triton.jit
 def rounded(x, BITS: tl.constexpr, LEAST: tl.constexpr):
-    """Non-negative fp32 to nearest even with BITS bits behind the first; below LEAST in LEAST's steps.
+    """Non-negative fp32 to nearest even with BITS bits behind the first; below LEAST, a power of two, in its steps.
 
-    The last bit of a sum with 2^(23 − BITS) times the power of two in x is the last of those.
+    The last bit of a difference with 2^(23 − BITS) · x is the last of those: that product's own last bit is 0 where x
+    lies halfway, and just above a power of two, where the difference falls below the product's, x goes to it anyway.
     """
     LARGE: tl.constexpr = 2.0 ** (23 - BITS)
-    power = binade(x, LEAST)
-    return tl.fma(power, -LARGE, tl.fma(power, LARGE, x))
+    like = tl.maximum(x, 1.5 * LEAST)
+    return tl.fma(like, LARGE, tl.fma(like, -LARGE, x))
 
 
 @triton.jit
