@@ -100,15 +100,29 @@ def gradients(model, x):
                                      [x, *model.parameters()])
 
 
-@pytest.mark.parametrize("rows", [64, 60])
+@pytest.mark.parametrize("rows", [64, 62])
 def test_the_step_is_bit_for_bit_that_of_each_alone(rows, monkeypatch):
     torch.manual_seed(3)
     model, x = Branches(48, 32, 16), (matrix(rows, 32, grad=False) * 3).requires_grad_()
-    found = gradients(model, x)
+    found = [gradients(model, x)]
     monkeypatch.setattr(lower, "cast_together", lambda *_: set())
-    alone = gradients(model, x)
+    found.append(gradients(model, x))
+    monkeypatch.setattr(lower, "MOST_ROWS", 8)
+    found.append(gradients(model, x))
     monkeypatch.setattr(lower, "magnitudes_of_rows", lambda *_: None)
-    whole = gradients(model, x)
-    assert all(value.abs().max() > 0 for value in found)
-    for one, other, third in zip(found, alone, whole, strict=True):
-        assert torch.equal(one, other) and torch.equal(one, third)
+    found.append(gradients(model, x))
+    assert all(value.abs().max() > 0 for value in found[0])
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("most", [1 << 17, 63])
+def test_magnitudes_are_those_of_rows_of_what_a_view_shows(most, monkeypatch):
+    """And of so many rows that one program would be long at them, Inductor finds the largest."""
+    monkeypatch.setattr(lower, "MOST_ROWS", most)
+    model, x = nn.Sequential(nn.Tanh(), linear(32, 16)), matrix(64, 32, grad=False).view(4, 16, 32).requires_grad_()
+    lines = around("lower", model, x, target="sm_90", policy=FP8).after
+    of_rows = [line for line in lines if re.search(r"= amax\(%\d+, \[-1\]\)", line)]
+    assert [re.search(r": (\S+\[.*?\])", line)[1] for line in of_rows] == [
+        "bf16[4, 16]", "bf16[16]", "bf16[4, 16]"], lines  # X, W, and the gradient of the result
+    one_program = sum("= fp8_scales(" in line for line in lines)
+    assert one_program == (3 if most > 64 else 1) and sum("= fp8_scale(" in line for line in lines) == 3 - one_program

@@ -33,13 +33,12 @@ def expert_amax(w: Tensor) -> Tensor:
     return largest_magnitude(w)
 
 
-@expert_amax.provider("foreach", "cuda")
-def _amax_foreach(w: Tensor) -> Tensor:
-    def make() -> Tensor:
-        (norm,) = torch.ops.aten._foreach_norm.Scalar([w], float("inf"))
-        return norm.to(torch.float32).reshape(1, 1)
+@expert_amax.provider("triton", "cuda")
+def _amax_triton(w: Tensor) -> Tensor:
+    from quartet.kernels.triton.bytes import tensors
 
-    return REUSED.share(w, "expert_amax", make).clone()  # compiled code may overwrite results
+    made = REUSED.share(w, "expert_amax", lambda: tensors.largest_magnitudes([w]))
+    return made.reshape(1, 1).clone()  # compiled code may overwrite results
 
 
 def _mm_fake(a, a_scales, w, multiplier, scale, ends, spec, turned, dtype, fast):

@@ -56,17 +56,20 @@ class Cast:
 
 
 def magnitudes_of_rows(build: Builder, traced: Traced, x: Node) -> Node | None:
-    """Their largest ones, which Inductor finds in the kernel that makes the rows; None of too many rows, or of none.
+    """The largest of each row, which Inductor finds in the kernel that makes the rows; None of sizes that are not
+    known, or where there is none.
 
     They are found of what x shows, where the shapes are those of the loops: of x itself Inductor 2.11 leaves them out
-    of the kernels in which it reduces along rows and columns at once, as in the backward of a norm.
+    of the kernels in which it reduces along rows and columns at once, as in the backward of a norm. What is copied into
+    the order of x, as heads are, has those of x.
     """
-    rows = shape(x)[0]
-    if not isinstance(rows, int) or rows > MOST_ROWS or val(x).numel() == 0:
+    if not all(isinstance(size, int) for size in shape(x)) or val(x).numel() == 0:
         return None
-    while x.target in RESHAPES and shape(source_of(x))[-1:] == shape(x)[-1:]:
-        x = source_of(x)
-    (found,) = traced(build, _largest_of_rows, [x], "rows")
+    shown = x
+    while shown.target in RESHAPES and shape(source_of(shown))[-1:] == shape(x)[-1:]:
+        shown = source_of(shown)
+    copied = shown.target in RESHAPES and source_of(shown).target is aten.clone.default
+    (found,) = traced(build, _largest_of_rows, [x if copied else shown], "rows")
     return found
 
 

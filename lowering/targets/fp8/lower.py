@@ -1,8 +1,9 @@
 """Lower products of FP8 operands with one scale a tensor or a row to the FP8 tensor cores.
 
-A largest magnitude becomes the aten ops of the reference, in the graph: there Inductor fuses it with what computes the
+The largest magnitudes of rows become aten ops in the graph: there Inductor finds them in the kernel that computes the
 operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the other axis,
-their transpose from the same read; with one a row the cast is fused like its scale, unless it is the rows of a
+their transpose from the same read, of several tensors at once where they can wait for each other (``together.py``);
+with one a row the cast is fused like its scale, unless it is the rows of a
 transposed tensor that are quantised. Under the rule ``delayed`` that op finds the largest magnitude too, for
 the steps to come. Rows that have a scale in each group of tokens are cast by an op of their own. Codes that do not lie
 row by row, as the product wants them, are copied.
@@ -36,7 +37,7 @@ from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.ops.grouped import CLEAR_ROWS, PAD_GROUPS, PLACE
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
-from quartet.lowering.targets.fp8.casts import Cast, largest_magnitude, magnitudes_of_rows, scales_by
+from quartet.lowering.targets.fp8.casts import MOST_ROWS, Cast, largest_magnitude, magnitudes_of_rows, scales_by
 from quartet.lowering.targets.fp8.delayed import History, record_instead
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
 from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
@@ -115,9 +116,9 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, seen: 
     else:
         if amax is None:
             x, tokens, *rows = _tokens_of(build, x)
-            of_rows = None if rows else magnitudes_of_rows(build, traced, x)
-            if of_rows is None:
-                amax = largest_magnitude(build, traced, tokens)
+            of_rows = magnitudes_of_rows(build, traced, tokens)
+            if of_rows is None or rows or val(of_rows).numel() > MOST_ROWS:
+                amax = largest_magnitude(build, traced, tokens if of_rows is None else of_rows)
             else:
                 _, (pair,) = scales_by(build, [of_rows], spec)
         if rows:
