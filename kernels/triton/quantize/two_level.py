@@ -72,45 +72,9 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _reciprocals(x, y):
-    """1 / x and 1 / y of 0 ≤ x ≤ y, to nearest, as ptxas makes ``rcp.rn``, but with one look at how large they are."""
-    if INTERPRETED:
-        return _reciprocal(x), _reciprocal(y)
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            .reg .f32 a, b, n;
-            setp.ge.f32 p, $2, 0f00800000;
-            setp.lt.and.f32 p, $3, 0f7E800000, p;
-            @p bra NEWTON;
-            rcp.rn.f32 $0, $2;
-            rcp.rn.f32 $1, $3;
-            bra DONE;
-            NEWTON:
-            rcp.approx.ftz.f32 a, $2;
-            rcp.approx.ftz.f32 b, $3;
-            neg.f32 n, $2;
-            fma.rn.f32 n, n, a, 0f3F800000;
-            fma.rn.f32 $0, a, n, a;
-            neg.f32 n, $3;
-            fma.rn.f32 n, n, b, 0f3F800000;
-            fma.rn.f32 $1, b, n, b;
-            DONE:
-            }""", "=&f,=&f,f,f", [x, y], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
-
-
-@triton.jit
 def _encoder(scale, inverse):
     """What multiplies the elements of a block with an fp32 scale."""
     return tl.minimum(_reciprocal(scale * inverse), _LARGEST)
-
-
-@triton.jit
-def _encoders(scale, larger, inverse):
-    """:func:`_encoder` of two scales, 0 ≤ ``scale`` ≤ ``larger``."""
-    x, y = _reciprocals(scale * inverse, larger * inverse)
-    return tl.minimum(x, _LARGEST), tl.minimum(y, _LARGEST)
 
 
 @triton.jit
@@ -136,7 +100,7 @@ def _four_six(x, top, multiplier, inverse):
     """Scale, encoder and nibble words of a block: its largest magnitude is mapped to 6, or to 4 where its squared error
     is smaller."""
     six, four = _e4m3(top * (multiplier * (1.0 / 6.0))), _e4m3(top * (multiplier * (1.0 / 4.0)))
-    six_encoder, four_encoder = _encoders(six, four, inverse)
+    six_encoder, four_encoder = _encoder(six, inverse), _encoder(four, inverse)
     six_values = _values(x, six_encoder)
     six_error = _squared_error(x, six_values, six, multiplier)
     six_pairs = value_pairs(six_values, 16)
