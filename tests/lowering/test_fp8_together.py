@@ -59,6 +59,22 @@ def test_weights_and_the_gradients_of_one_x():
     assert found == {"forward": [1, 4, 1], "backward": [1, 3], "scales": [1, 3]}
 
 
+class Autocast(Branches):
+    """fp32 weights, which each forward converts."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self.float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_weights_that_autocast_converts():
+    assert casts(Autocast(48, 32, 16)) == {"forward": [1, 4, 1], "backward": [1, 3], "scales": [1, 3]}
+
+
 def test_so_many_at_a_time(monkeypatch):
     monkeypatch.setattr(together, "TOGETHER", 2)
     found = casts(Branches(48, 32, 16))
@@ -100,10 +116,10 @@ def gradients(model, x):
                                      [x, *model.parameters()])
 
 
-@pytest.mark.parametrize("rows", [64, 62])
-def test_the_step_is_bit_for_bit_that_of_each_alone(rows, monkeypatch):
+@pytest.mark.parametrize("rows, kind", [(64, Branches), (62, Branches), (64, Autocast)])
+def test_the_step_is_bit_for_bit_that_of_each_alone(rows, kind, monkeypatch):
     torch.manual_seed(3)
-    model, x = Branches(48, 32, 16), (matrix(rows, 32, grad=False) * 3).requires_grad_()
+    model, x = kind(48, 32, 16), (matrix(rows, 32, grad=False) * 3).requires_grad_()
     found = [gradients(model, x)]
     monkeypatch.setattr(lower, "cast_together", lambda *_: set())
     found.append(gradients(model, x))

@@ -1,20 +1,24 @@
-"""Casts of several tensors in one launch: weights that follow each other, and the gradients that meet one X."""
+"""Casts of several tensors in one launch: weights that follow each other, and the gradients that meet one X.
+
+Those that wait for others do so in memory: codes of weights, and under autocast their conversions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 
 from torch.fx import Graph, Node
 
-from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, val
+from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, source_of, val
 from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of
 from quartet.lowering.ir.ops.fp8 import CASTS
 from quartet.lowering.ir.ops.grouped import PAD_GROUPS
 from quartet.lowering.targets.fp8.casts import MOST_ROWS, Cast, magnitudes_of_rows, scales_by
 from quartet.lowering.targets.fp8.weights import Scales
+from quartet.runtime.view_ops import CAST
 
-TOGETHER = 8  # tensors at most; codes of weights lie in memory from the first of them on
+TOGETHER = 8  # tensors at most
 _WORD = 4  # rows: codes of so many are written at once to the transpose
 
 
@@ -29,8 +33,9 @@ def cast_together(graph: Graph, quantizers: list[Node], gemms: list[Node], known
         table = build(aten.slice.Tensor, first.table, 0, first.row, first.row + len(members))
         _cast(build, members, table, [known[node].scale for node in members])
         done.update(members)
-    for members in _gradients([node for node in able if node not in known], gemms):
-        build = Builder(graph, like=members[0], before=members[0], backward=True)
+    able = [node for node in able if node not in known]
+    for members in chain(_conversions(able), _gradients(able, gemms)):
+        build = Builder(graph, like=members[0], before=members[0], backward=is_backward(members[0]))
         casts = [Cast.of(node) for node in members]
         for cast in casts:
             pull(cast.x, members[0])
@@ -74,6 +79,17 @@ def _weights(quantizers: list[Node], known: dict[Node, Scales]) -> Iterator[list
 
     for _, neighbours in groupby(enumerate(quantizers), key=run):
         yield from _some(node for _, node in neighbours)
+
+
+def _conversions(quantizers: list[Node]) -> Iterator[list[Node]]:
+    """Weights that forward converts to another dtype first, in their order."""
+    found: dict[Hashable, list[Node]] = {}
+    for node in quantizers:
+        x = Cast.of(node).x
+        if not is_backward(node) and x.target is CAST and source_of(x).op == "placeholder":
+            found.setdefault(_kind(node), []).append(node)
+    for members in found.values():
+        yield from _some(members)
 
 
 def _gradients(quantizers: list[Node], gemms: list[Node]) -> Iterator[list[Node]]:
