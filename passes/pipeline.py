@@ -211,20 +211,21 @@ def run(gm: torch.fx.GraphModule, config: Compilation) -> list[MatmulRecord]:
     if trains and config.memory is not None:
         begin(state)
     name_modules(gm.graph, config.modules)
-    planned = True
+    planned, told = True, log.isEnabledFor(logging.DEBUG)
     for index, step in enumerate(p for p in PASSES if p.name not in config.disable_passes):
         if not (planned or step.unplanned):
             continue
         name = step.name
         for observer in config.observers:
             observer.before(index, name, gm)
-        start, counts = time.perf_counter(), _ops(gm)
+        start, counts = time.perf_counter(), _ops(gm) if told else None
         step(state)
         rules.check(name, registered=name in _registered)
         seconds = time.perf_counter() - start
         for observer in config.observers:
             observer.after(index, name, gm, seconds)
-        log.debug("%-13s %6.1f ms  %s", name, seconds * 1e3, _difference(counts, _ops(gm)))
+        if counts is not None:
+            log.debug("%-13s %6.1f ms  %s", name, seconds * 1e3, _difference(counts, _ops(gm)))
         if name == "plan":
             planned = bool(state.at(Planned))
     records = _records(state)

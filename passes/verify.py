@@ -6,7 +6,7 @@ A violation is a bug of ours, or of a pass that the user has registered.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.fx import Node
 
@@ -66,11 +66,13 @@ class Rules:
         self._allowed.update(ops() if after == LOWERING else _ops_of(SPECIFICATION.get(after, ())))
         if registered:
             self._allowed.update(_ops_of(node.target for node in graph.nodes))
-        for node in graph.nodes:
-            op = op_of(node.target)
-            _require(op is None or op in self._allowed, after, node,
-                     f"an op stands where SPECIFICATION in passes/verify.py has it: no {op and op.name!r} so far")
-        _check_nodes(graph.nodes, after)
+        ours = [(node, op) for node in graph.nodes if (op := op_of(node.target)) is not None]
+        for node, op in ours:
+            if op not in self._allowed:
+                _violated(after, node, "an op stands where SPECIFICATION in passes/verify.py has it: "
+                                       f"no {op.name!r} so far")
+        divided = any(is_backward(node) for node in graph.nodes)  # what an evaluation captures carries no tags
+        _check_nodes((node for node, _ in ours), divided, after)
         if after == LOWERING:
             _check_lowered(self._state)
 
@@ -79,11 +81,9 @@ def _ops_of(targets: Iterable[Any]) -> tuple[Op, ...]:
     return tuple(op for op in map(op_of, targets) if op is not None)
 
 
-def _check_nodes(nodes: Iterable[Node], after: str) -> None:
-    divided = any(is_backward(node) for node in nodes)  # what an evaluation captures carries no tags
+def _check_nodes(nodes: Iterable[Node], divided: bool, after: str) -> None:
+    """What holds of each node of ours; ``divided``: into forward and backward."""
     for node in nodes:
-        if node.op != "call_function" or "quartet" not in str(node.target):
-            continue
         _require("val" in node.meta, after, node, "a node has a value")
         _require(not divided or "partitioner_tag" in node.meta, after, node, "a node has a direction")
         _require(is_backward(node) or not any(is_backward(i) for i in node.all_input_nodes), after, node,
@@ -146,4 +146,8 @@ def _check_maker(operand: Operand, views: tuple[type[Any], ...], node: Node, aft
 
 def _require(held: bool, after: str, node: Node, rule: str) -> None:
     if not held:
-        raise BrokenGraph(f"after pass '{after}', node {node.format_node()}: violated '{rule}'")
+        _violated(after, node, rule)
+
+
+def _violated(after: str, node: Node, rule: str) -> NoReturn:
+    raise BrokenGraph(f"after pass '{after}', node {node.format_node()}: violated '{rule}'")
