@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         elif func is _aten.zero_.default:
             self._fill(result)
         elif _is_view(func):
-            self._show(args[0], result)
+            self._show(func, args[0], result)
         else:
             self.refuse(f"it runs {func}")
         return result
@@ -116,14 +116,18 @@ class Recorder(TorchDispatchMode):
         self._kept.append(x)
         self._origins[id(x)] = source, at
 
-    def _show(self, x: Tensor, results: Any) -> None:
+    def _show(self, func: Any, x: Tensor, results: Any) -> None:
+        """``contiguous`` and ``reshape``, which autograd takes apart and not every mode above it does, may have
+        copied."""
         try:
             source, at = self._origin(x)
         except NotReplayable as error:
             self.refuse(str(error))
             return
         for result in results if isinstance(results, (tuple, list)) else [results]:
-            if id(result) not in self._origins:
+            if result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+                self.refuse(f"it runs {func}, which copies")
+            elif id(result) not in self._origins:
                 self._note(result, source, at)
 
     def _fill(self, x: Tensor) -> None:

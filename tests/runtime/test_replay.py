@@ -1,5 +1,6 @@
 """Ops repeated in C++, over a driver whose device is the host: what a plan holds for, and what stays in Python."""
 
+import contextlib
 import ctypes
 import logging
 import shutil
@@ -7,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quartet.kernels import launcher as launches
 from quartet.kernels.launcher import Function, launch
@@ -259,6 +261,33 @@ def test_what_stays_in_python_says_why(declare, run, said, caplog):
     assert counts() == Counts(replays=0, runs=4, plans=0, unplanned=1)
 
 
+class Through(TorchDispatchMode):
+    """Looks on, as PyTorch does in the first run of a compiled graph: what an op runs then is seen below autograd."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shown", [lambda x: x.contiguous(), lambda x: x.reshape(-1).view(3, 4)])
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Through])
+def test_what_may_be_a_view_or_a_copy_is_repeated_as_a_view_alone(declare, driver, shown, copies, mode):
+    kernel = function(driver, "scale", "*", "*", "fp32", "*")
+
+    def run(x):
+        y = torch.empty(3, 4)
+        launch(kernel, (x.numel(),), (shown(x), y, 2.0, None))
+        return y
+
+    op, counts = declare(run, "(Tensor x) -> Tensor")
+    for _ in range(4):
+        x = torch.randn(4, 3).t() if copies else torch.randn(3, 4)
+        with mode():
+            made = op(x)
+        assert torch.equal(made, x * 2)
+    assert counts() == (Counts(runs=4, unplanned=1) if copies else Counts(replays=2, runs=2, plans=1))
+
+
 def test_a_tensor_of_unseen_origin_is_no_constant():
     x = torch.ones(4)
     recorder = Recorder((x,))
@@ -438,8 +467,6 @@ def test_an_error_in_python_is_the_users_and_leaves_nothing(declare):
 
 
 def test_a_users_mode_sees_the_op(declare, scaled):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = []
 
     class Watch(TorchDispatchMode):
