@@ -45,32 +45,45 @@ def test_rotated_blocks_on_fp8_tensor_cores():
 
 def test_blocks_on_blackwell():
     assert_expected_inline(lowered("sm_100", "mxfp8", disable_kernels=["cutlass"]).text, """\
-  %0 = %1[0] : f8e4m3[8, 32]
-  %2 = %1[1] : u8[8, 1]
-  %3 = %4[0] : f8e4m3[64, 32]
-  %5 = %4[1] : u8[64, 1]
-- %6 = scaled_mm(%0, %2, %3, %5, 'e4m3/32 e8m0 ceil nearest', 'e4m3/32 e8m0 ceil nearest', bf16) : bf16[8, 64]
-- return [%6]
-+ %7 = swizzle_scales(%2, 1) : u8[512]
-+ %8 = swizzle_scales(%5, 1) : u8[512]
-+ %9 = library_scaled_mm(%0, %7, %3, %8, 'mxf8', 'mxf8', bf16, None) : bf16[8, 64]
-+ return [%9]""")
+  %0 = permute(%1, [1, 0]) : bf16[64, 32]
+- %2 = quantize(x, 'e4m3/32 e8m0 ceil nearest', None, 0) : (f8e4m3[8, 32], u8[8, 1], u8[0])
+- %3 = %2[0] : f8e4m3[8, 32]
+- %4 = %2[1] : u8[8, 1]
+- %5 = quantize(%0, 'e4m3/32 e8m0 ceil nearest', None, 0) : (f8e4m3[64, 32], u8[64, 1], u8[0])
+- %6 = %5[0] : f8e4m3[64, 32]
+- %7 = %5[1] : u8[64, 1]
+- %8 = scaled_mm(%3, %4, %6, %7, 'e4m3/32 e8m0 ceil nearest', 'e4m3/32 e8m0 ceil nearest', bf16) : bf16[8, 64]
+- return [%8]
++ %9 = cuda_quantize_bytes(x, 'e4m3/32 e8m0 ceil nearest') : (f8e4m3[8, 32], u8[8, 1])
++ %10 = %9[0] : f8e4m3[8, 32]
++ %11 = %9[1] : u8[8, 1]
++ %12 = cuda_quantize_bytes(%0, 'e4m3/32 e8m0 ceil nearest') : (f8e4m3[64, 32], u8[64, 1])
++ %13 = %12[0] : f8e4m3[64, 32]
++ %14 = %12[1] : u8[64, 1]
++ %15 = swizzle_scales(%11, 1) : u8[512]
++ %16 = swizzle_scales(%14, 1) : u8[512]
++ %17 = library_scaled_mm(%10, %15, %13, %16, 'mxf8', 'mxf8', bf16, None) : bf16[8, 64]
++ return [%17]""")
 
 
 def test_products_of_integers():
     assert_expected_inline(lowered("sm_90", "int8").text, """\
-  %0 = %1[0] : i8[8, 32]
-  %2 = %1[1] : f32[8, 1]
-  %3 = %4[0] : i8[64, 32]
-  %5 = %4[1] : f32[1, 1]
-- %6 = scaled_mm(%0, %2, %3, %5, 'int8/row fp32 amax nearest', 'int8/tensor fp32 amax nearest', bf16) : bf16[8, 64]
-- return [%6]
-+ %7 = int_mm(%0, %3) : f32[8, 64]
-+ %8 = mul(%7, %2) : f32[8, 64]
-+ %9 = permute(%5, [1, 0]) : f32[1, 1]
-+ %10 = mul(%8, %9) : f32[8, 64]
-+ %11 = convert_element_type(%10, bf16) : bf16[8, 64]
-+ return [%11]""")
+  %0 = %1[0] : i8[64, 32]
+  %2 = %1[1] : f32[1, 1]
+- %3 = quantize(x, 'int8/row fp32 amax nearest', None, 0) : (i8[8, 32], f32[8, 1], u8[0])
+- %4 = %3[0] : i8[8, 32]
+- %5 = %3[1] : f32[8, 1]
++ %6 = cuda_quantize_bytes(x, 'int8/row fp32 amax nearest') : (i8[8, 32], f32[8, 1])
++ %7 = %6[0] : i8[8, 32]
++ %8 = %6[1] : f32[8, 1]
+- %9 = scaled_mm(%4, %5, %0, %2, 'int8/row fp32 amax nearest', 'int8/tensor fp32 amax nearest', bf16) : bf16[8, 64]
+- return [%9]
++ %10 = int_mm(%7, %0) : f32[8, 64]
++ %11 = mul(%10, %8) : f32[8, 64]
++ %12 = permute(%2, [1, 0]) : f32[1, 1]
++ %13 = mul(%11, %12) : f32[8, 64]
++ %14 = convert_element_type(%13, bf16) : bf16[8, 64]
++ return [%14]""")
 
 
 def test_nothing_to_what_inductor_inlines():
