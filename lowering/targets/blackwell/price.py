@@ -13,7 +13,8 @@ from quartet.lowering.targets.blackwell.block_scaled import kind_of
 from quartet.lowering.targets.price_parts import Passes, quantisers, unrotated, with_passes
 
 DTYPE = {"mxf4": "fp4", "nvf4": "fp4", "mxf8": "fp8"}
-TWO_LEVEL = 1.5  # of a quantiser to blocks of 32: one to 16 with E4M3 scales; after a pass for the largest magnitude
+NVFP4_ROWS = {"four_six": 0.95, "eden": 0.85}  # of "rows": those of NVFP4 by that rule, after their largest magnitude
+NVFP4_OTHER_ROWS = 0.6  # by any other; columns and both axes take as long as MXFP4's
 MXFP8 = 0.8, 1.0  # of "copy": rows, and columns
 DOT_SCALED = 2.0  # of a product of ours: one by Triton
 
@@ -42,10 +43,12 @@ def _passes(recipe: Recipe, layer: Layer, role: str, kind: str) -> Passes:
         across = {"fprop": (rows, rows), "dgrad": (rows, columns), "wgrad": (columns, columns)}[role]
         yield from (("copy", times * elements) for times, elements in zip(across, (a, b), strict=True))
         return
+    rule = getattr(recipe, role).a.spec.rule
     made = [("rows", a), ("rows", b)] if role == "fprop" else list(quantisers(recipe, layer, role))
     for name, elements in made:
         if kind == "nvf4":
             yield "amax", elements
-        yield name, elements * (TWO_LEVEL if kind == "nvf4" else 1)
+        as_rows = kind == "nvf4" and name == "rows"
+        yield name, elements * (NVFP4_ROWS.get(rule, NVFP4_OTHER_ROWS) if as_rows else 1.0)
     if role != "fprop":
         yield from unrotated(recipe, layer, role)
