@@ -210,10 +210,12 @@ def _cut(graph: Graph, saved: Sequence[Node], count: int) -> Cut:
     results = [node for node in outputs(graph)[count:] if isinstance(node, Node)]
     gradients = [node for node in graph.find_nodes(op="placeholder") if is_backward(node)]
     computed = _computed(graph, [*saved, *gradients], results, _is_forwards)
-    read = [node for node in saved if node in results or not all(map(_is_idle, _readers(node, computed)))]
+    read = [node for node in saved if node in results
+            or not all(_is_idle(reader, computed, results) for reader in _readers(node, computed))]
     tensors = [node for node in read if not is_symbol(node) and isinstance(node.meta.get("val"), torch.Tensor)]
     tensors.sort(key=lambda node: bool(node.meta.get("saved_tensor_with_no_vc_check")))
-    return Cut(graph, [Kept(node, node) for node in tensors], outputs(graph)[:count], _from_gradients(graph, computed))
+    return Cut(graph, [Kept(node, node) for node in tensors], outputs(graph)[:count],
+               _from_gradients(graph, computed, results))
 
 
 def _computed(graph: Graph, inputs: Iterable[Node], results: Collection[Any],
@@ -232,11 +234,12 @@ def _computed(graph: Graph, inputs: Iterable[Node], results: Collection[Any],
     return wanted & possible
 
 
-def _from_gradients(graph: Graph, computed: Collection[Node]) -> set[Node]:
+def _from_gradients(graph: Graph, computed: Collection[Node], results: Collection[Node]) -> set[Node]:
     """What of it remains when backward is written in autograd's order: what stands behind the first node that reads a
-    gradient, and what that is made of. What came before to some other effect is dropped."""
+    gradient, the results, and what these are made of. What came before to some other effect is dropped."""
     gradients = {node for node in graph.find_nodes(op="placeholder") if node.name.startswith("tangents")}
-    begun, wanted = gradients.isdisjoint(n for node in computed for n in node.all_input_nodes), set[Node]()
+    begun = gradients.isdisjoint([*results, *(n for node in computed for n in node.all_input_nodes)])
+    wanted = {node for node in results if node in computed}
     for node in graph.nodes:
         if node in computed:
             begun = begun or not gradients.isdisjoint(node.all_input_nodes)
@@ -266,9 +269,9 @@ def _readers(node: Node, computed: Collection[Node]) -> list[Node]:
     return [user for user in node.users if user in computed]
 
 
-def _is_idle(reader: Node) -> bool:
-    """Whether a reader waits for a collective whose result nothing reads."""
-    return op_name(reader) == "wait_tensor" and not reader.users
+def _is_idle(reader: Node, computed: Collection[Node], results: Collection[Node]) -> bool:
+    """Whether a reader waits for a collective whose result nothing reads in backward."""
+    return op_name(reader) == "wait_tensor" and reader not in results and not _readers(reader, computed)
 
 
 def _of_forward(graph: Graph, inputs: int) -> int:
