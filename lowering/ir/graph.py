@@ -306,12 +306,15 @@ def editing(gm: torch.fx.GraphModule) -> Iterator[Graph]:
 
 
 def pull(node: Node, place: Node) -> None:
-    """Move a node, and what it is made from, to before ``place`` where it comes later."""
-    if node < place:
-        return
-    for source in node.all_input_nodes:
-        pull(source, place)
-    place.prepend(node)
+    """Move a node, and what it is made from, to before ``place`` where it comes later, in the order that they have."""
+    later, waiting = set[Node](), [node]
+    while waiting:
+        made = waiting.pop()
+        if made not in later and not made < place:
+            later.add(made)
+            waiting += made.all_input_nodes
+    for made in sorted(later):
+        place.prepend(made)
 
 
 def replace_all(old: Node, new: Node, keep: tuple[Node, ...] = ()) -> None:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quartet
 from quartet.backend import compile_graph
+from quartet.lowering.ir.graph import pull
 from quartet.lowering.targets.fp8 import lower, together
 from quartet.options import Options
 from quartet.runtime.capture import Capture
@@ -103,6 +104,19 @@ def test_what_is_made_of_another_is_not_cast_with_it():
     last = graph.call_function(torch.tan, (between,))
     assert together._made_of(last, [first]) and not together._made_of(free, [first])
     assert together._made_of(last, [first, free])
+
+
+def test_what_a_moved_node_needs_is_moved_with_it_in_its_order():
+    """However deep."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    place = last = graph.call_function(torch.sin, (x,))
+    made = []
+    for _ in range(5000):
+        last = graph.call_function(torch.tan, (x if last is place else last,))
+        made.append(last)
+    pull(last, place)
+    assert list(graph.nodes) == [x, *made, place]
 
 
 def gradients(model, x):
