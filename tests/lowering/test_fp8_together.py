@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quartet
 from quartet.backend import compile_graph
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import pull
 from quartet.lowering.targets.fp8 import lower, together
 from quartet.options import Options
@@ -95,15 +96,75 @@ def test_weights_in_a_checkpointed_region_are_cast_alone():
     assert set(casts(Checkpointed(48, 32, 16))["forward"]) == {1}
 
 
-def test_what_is_made_of_another_is_not_cast_with_it():
-    """A gradient that a product of the other's codes has made."""
+def test_frozen_weights():
+    """detach is a node of its own, which stands where the layer does."""
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(matrix(32, 32) for _ in range(3))
+
+        def forward(self, x):
+            for w in self.weights:
+                x = nn.functional.linear(torch.tanh(x), w.detach())
+            return x
+
+    assert casts(Frozen()) == {"forward": [1, 3, 1, 1], "backward": [1, 1, 1], "scales": [1, 1, 1]}
+
+
+def test_weights_that_backward_quantises_are_cast_there():
+    """Forward would keep their codes otherwise."""
+    operand = quartet.Operand(QuantSpec.parse("e4m3/tensor fp32 amax nearest"))
+    back = quartet.Recipe("back", skip=(), dgrad=quartet.Gemm(operand, operand))
+    found = casts(nn.Sequential(*(linear(32, 32) for _ in range(3))), policy=quartet.Policy(back).on("*", back))
+    assert found["forward"] == [] and sorted(found["backward"]) == [1, 1, 1, 3]
+
+
+class Crossing(nn.Module):
+    """A gradient that meets two X, each of which meets another."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.both, self.other, self.one, self.on_other = (linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        x, y = torch.sin(x), torch.cos(x)
+        last, one = torch.tanh(self.on_other(y)), torch.exp(-self.one(x))
+        return torch.cat([torch.tanh(self.both(x) + self.other(y)), one, last])
+
+
+def test_a_gradient_that_meets_two_x_is_cast_once():
+    assert casts(Crossing()) == {"forward": [1, 4, 1], "backward": [2, 1], "scales": [2, 1]}
+
+
+def test_gradients_of_several_layers_that_read_one_x_do_not_wait_for_each_other():
+    """The products of the layers between would, and with them all that they read."""
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys, self.out = (nn.ModuleList(linear(32, 32) for _ in range(3)) for _ in range(2))
+
+        def forward(self, x):
+            read, x = torch.sin(x), torch.cos(x)
+            for key, out in zip(self.keys, self.out, strict=True):
+                x = x + out(torch.tanh(x) * torch.sigmoid(key(read)))
+            return x
+
+    assert casts(Attending())["backward"] == [1] * 6
+
+
+def test_what_can_stand_beside_another():
+    """Not a gradient that a product of the other's codes has made, nor one behind a product that would stay there."""
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     first, free = graph.call_function(torch.sin, (x,)), graph.call_function(torch.cos, (x,))
     between = graph.call_function(torch.exp, (first,))
-    last = graph.call_function(torch.tan, (between,))
-    assert together._made_of(last, [first]) and not together._made_of(free, [first])
-    assert together._made_of(last, [first, free])
+    made = graph.call_function(torch.tan, (between,))
+    needed = graph.call_function(torch.ops.aten.mm.default, (x, x))
+    behind = graph.call_function(torch.tan, (needed,))
+    graph.call_function(torch.ops.aten.mm.default, (needed, x))
+    last = graph.call_function(torch.tan, (needed,))
+    assert together._at_hand(free, [first]) and together._at_hand(behind, [first, free])
+    assert not together._at_hand(made, [first]) and not together._at_hand(last, [first])
 
 
 def test_what_a_moved_node_needs_is_moved_with_it_in_its_order():
@@ -130,7 +191,7 @@ def gradients(model, x):
                                      [x, *model.parameters()])
 
 
-@pytest.mark.parametrize("rows, kind", [(64, Branches), (62, Branches), (64, Autocast)])
+@pytest.mark.parametrize("rows, kind", [(64, Branches), (62, Branches), (64, Autocast), (64, Crossing)])
 def test_the_step_is_bit_for_bit_that_of_each_alone(rows, kind, monkeypatch):
     torch.manual_seed(3)
     model, x = kind(48, 32, 16), (matrix(rows, 32, grad=False) * 3).requires_grad_()

@@ -1,6 +1,7 @@
 """Casts of several tensors in one launch: weights that follow each other, and the gradients that meet one X.
 
-Those that wait for others do so in memory: codes of weights, and under autocast their conversions.
+Those that wait for others do so in memory: codes of weights, and under autocast their conversions. A gradient waits
+for no product but those in front of it, so what other products read is freed as early as without.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from itertools import chain, groupby
 from torch.fx import Graph, Node
 
 from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, source_of, val
-from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of
+from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of, readers
 from quartet.lowering.ir.ops.fp8 import CASTS
 from quartet.lowering.ir.ops.grouped import PAD_GROUPS
 from quartet.lowering.targets.fp8.casts import MOST_ROWS, Cast, magnitudes_of_rows, scales_by
 from quartet.lowering.targets.fp8.weights import Scales
+from quartet.runtime.compat import OpOverload
 from quartet.runtime.view_ops import CAST
 
 TOGETHER = 8  # tensors at most
@@ -28,7 +30,9 @@ def cast_together(graph: Graph, quantizers: list[Node], gemms: list[Node], known
     able = [node for node in quantizers if _able(node)]
     done: set[Node] = set()
     for members in _weights([node for node in able if node in known], known):
-        build = Builder(graph, like=members[0], before=members[0], backward=False)
+        for node in members:
+            pull(Cast.of(node).x, members[0])
+        build = Builder(graph, like=members[0], before=members[0], backward=is_backward(members[0]))
         first = known[members[0]]
         table = build(aten.slice.Tensor, first.table, 0, first.row, first.row + len(members))
         _cast(build, members, table, [known[node].scale for node in members])
@@ -68,7 +72,7 @@ def _able(quantizer: Node) -> bool:
 def _kind(quantizer: Node) -> Hashable:
     """What quantisers have in common that are cast in one launch."""
     cast = Cast.of(quantizer)
-    return str(cast.spec), val(cast.x).dtype, val(cast.x).device, cast.plain, cast.turned
+    return is_backward(quantizer), str(cast.spec), val(cast.x).dtype, val(cast.x).device, cast.plain, cast.turned
 
 
 def _weights(quantizers: list[Node], known: dict[Node, Scales]) -> Iterator[list[Node]]:
@@ -93,30 +97,49 @@ def _conversions(quantizers: list[Node]) -> Iterator[list[Node]]:
 
 
 def _gradients(quantizers: list[Node], gemms: list[Node]) -> Iterator[list[Node]]:
-    """Gradients that are multiplied with the codes of one X."""
-    able, found = set(quantizers), dict[Hashable, list[Node]]()
+    """Gradients that are multiplied with the codes of one X; of one that meets several X, those of the first."""
+    able, found = set(quantizers), dict[Hashable, set[Node]]()
     for gemm in gemms:
         for one, other in (Product.of(gemm).operands, Product.of(gemm).operands[::-1]):
             gradient, x = quantizer_of(one.codes), quantizer_of(other.codes)
             if (gradient is not None and x is not None and gradient.node in able and one.layout == TRANSPOSED
                     and is_backward(gradient.node) and not is_backward(x.node)):
-                found.setdefault((x.node, _kind(gradient.node)), []).append(gradient.node)
-    for members in found.values():
-        members = sorted(set(members))
-        yield from _some([node for i, node in enumerate(members) if not _made_of(node, members[:i])])
+                found.setdefault((x.node, _kind(gradient.node)), set()).add(gradient.node)
+    for nodes in found.values():
+        runs: list[list[Node]] = []
+        for node in sorted(nodes & able):
+            if runs and len(runs[-1]) < TOGETHER and _at_hand(node, runs[-1]):
+                runs[-1].append(node)
+            else:
+                runs.append([node])
+        for members in runs:
+            if len(members) > 1:
+                able.difference_update(members)
+                yield members
 
 
-def _made_of(node: Node, others: list[Node]) -> bool:
-    """Whether a node needs what one of the others computes, which stand before it."""
-    waiting, seen = list(node.all_input_nodes), set[Node]()
-    while others and waiting:
-        made = waiting.pop()
-        if made in others:
-            return True
-        if made not in seen and made > others[0]:
-            seen.add(made)
-            waiting += made.all_input_nodes
-    return False
+def _at_hand(node: Node, others: list[Node]) -> bool:
+    """Whether a node can stand beside those before it: it needs nothing that they compute, and no product would stay
+    behind, as those of other layers that gave their gradients meanwhile, which hold their operands in memory."""
+    needed, waiting = set[Node](), [node]
+    while waiting:
+        for made in waiting.pop().all_input_nodes:
+            if made not in needed and not made < others[0]:
+                needed.add(made)
+                waiting.append(made)
+    if not needed.isdisjoint(others):
+        return False
+    own, between = set[Node]().union(*map(readers, others)), others[0].next
+    while between is not node:
+        if _multiplies(between) and between not in needed and between not in own:
+            return False
+        between = between.next
+    return True
+
+
+def _multiplies(node: Node) -> bool:
+    name = node.target._schema.name if isinstance(node.target, OpOverload) else ""
+    return name.endswith("mm") or "convolution" in name
 
 
 def _some(nodes: Iterable[Node]) -> Iterator[list[Node]]:
