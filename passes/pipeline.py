@@ -127,8 +127,8 @@ def without_collections() -> Iterator[None]:
     """Python looks for no cycles to free. Passes leave next to none, and make so many nodes that it would look at all
     that lives, again and again: some 0.3 s each time."""
     collects = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if collects:

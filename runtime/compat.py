@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -217,23 +218,32 @@ def keeps_dead_draws() -> bool:
     return _load("torch._guards", "TracingContext").try_get() is None or bool(inductor_config.fallback_random)
 
 
+_cutting, _found = Lock(), list[Any]()  # what the first found there, once for each compilation under way
+
+
 @contextmanager
 def cutting_by(minimum_cut: Callable[..., Any]) -> Iterator[None]:
     """The partitioner asks ``minimum_cut(graph, source, sink)``, which gives what ``networkx.minimum_cut`` does, or
-    None for what that is to say itself. Others may see it, to whom it makes no difference."""
+    None for what that is to say itself. Others may see it, to whom it makes no difference, until the last of the
+    compilations has ended that overlap in time."""
     partitioners: Any = importlib.import_module("torch._functorch.partitioners")
     asked = partitioners if hasattr(partitioners, "minimum_cut") else importlib.import_module("networkx")
-    theirs = asked.minimum_cut
 
     def ours(graph: Any, source: Any, sink: Any, *others: Any, **named: Any) -> Any:
         found = None if others or named else minimum_cut(graph, source, sink)
         return theirs(graph, source, sink, *others, **named) if found is None else found
 
-    asked.minimum_cut = ours
+    with _cutting:
+        theirs = _found[0] if _found else asked.minimum_cut
+        _found.append(theirs)
+        asked.minimum_cut = ours
     try:
         yield
     finally:
-        asked.minimum_cut = theirs
+        with _cutting:
+            _found.pop()
+            if not _found:
+                asked.minimum_cut = theirs
 
 
 _warned = False
