@@ -198,9 +198,10 @@ def _is_checkpointed(node: Node) -> bool:
 
 def _is_plain(node: Node) -> bool:
     """Whether a node is of the sort that :func:`_computed` knows: no state of a generator, no object that is no tensor,
-    no order of streams."""
+    no order of streams. The mesh of a DTensor is an input, and a result, with which nothing is computed."""
     if node.op == "placeholder":
-        return isinstance(node.meta.get("val"), _VALUES) and "_seed" not in node.name and "_offset" not in node.name
+        known = isinstance(node.meta.get("val"), _VALUES) or all(user.op == "output" for user in node.users)
+        return known and "_seed" not in node.name and "_offset" not in node.name
     value = node.meta.get("val")
     return isinstance(value, (*_VALUES, tuple, list)) and op_name(node) != "control_deps"
 

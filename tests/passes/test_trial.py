@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._library.fake_class_registry import FakeScriptObject
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
@@ -35,9 +36,17 @@ def waits_once_more(forward, backward, x, gradient):
     return [shown, shown], [backward(aten.mul.Tensor, gradient, gradient)]
 
 
+def has_a_mesh(forward, backward, x, gradient):
+    """An input that is no tensor is handed on by both halves, as the mesh of a DTensor."""
+    mesh = x.graph.find_nodes(op="placeholder")[1]
+    y = forward(aten.mm.default, x, x)
+    return [forward(aten.sin.default, y), mesh], [backward(aten.mul.Tensor, gradient, forward(aten.cos.default, y)), mesh]
+
+
 def joint(function):
     graph = Graph()
-    x, gradient = graph.placeholder("primals_1"), graph.placeholder("tangents_1")
+    x, mesh, gradient = map(graph.placeholder, ("primals_1", "primals_2", "tangents_1"))
+    mesh.meta["val"] = FakeScriptObject(None, "mesh", None)
     with FakeTensorMode():
         for node in (x, gradient):
             node.meta["val"] = torch.empty(8, 8)
@@ -53,7 +62,7 @@ def known(divided):
              {node.name for node in divided.seen.recomputed(kept.read)}) for kept in divided.kept]
 
 
-@pytest.mark.parametrize("function", [ignores_its_gradient, hands_its_gradient_on, waits_once_more])
+@pytest.mark.parametrize("function", [ignores_its_gradient, hands_its_gradient_on, waits_once_more, has_a_mesh])
 @pytest.mark.parametrize("budget", [0.0, 1.0])  # by 0 all inputs are saved, read or not
 def test_it_reads_what_a_division_reads(function, budget):
     gm, config = joint(function), SimpleNamespace(partition=min_cut_rematerialization_partition, weights={})
