@@ -64,6 +64,15 @@ def compiled(name, capability):
     return triton_offline.compile_with_ptx(launch, capability)
 
 
+def test_magnitudes_are_read_of_weights_as_they_lie():
+    """No copy of those that lie transposed; one of what has gaps."""
+    stack = torch.empty(3, 8, 16)
+    xs = [stack, stack.mT, stack.permute(2, 0, 1), stack[:, :, 1:]]
+    (launch,) = triton_offline.launches(lambda: tensors.largest_magnitudes(xs))
+    assert [read.data_ptr() == stack.data_ptr() for read in launch.arguments[0]] == [True, True, True, False]
+    assert all(read.is_contiguous() for read in launch.arguments[0])
+
+
 @pytest.mark.parametrize("name, capability, registers", [
     ("rows", 90, 64), ("columns", 90, 128), ("both", 90, 128), ("int8 a row", 90, 64), ("both", 80, 128),
     ("casts", 90, 64), ("scales", 90, 64), ("magnitudes", 90, 64), ("casts", 80, 128)])

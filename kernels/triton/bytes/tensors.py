@@ -105,7 +105,7 @@ def largest_magnitudes(xs: Sequence[Tensor]) -> Tensor:
         ValueError: another dtype, or several.
     """
     _check(xs)
-    parts = _contiguous(xs)
+    parts = tuple(map(_one_behind_the_other, xs))
     made = parts[0].new_zeros(len(parts), 1, 1, dtype=torch.float32)
     with on_device(made):
         for at in range(0, len(parts), TOGETHER):
@@ -128,7 +128,7 @@ def scales_of(magnitudes: Sequence[Tensor], spec: QuantSpec) -> Two:
         ValueError: another dtype, or several.
     """
     _check(magnitudes)
-    parts = _contiguous(magnitudes)
+    parts = tuple(map(_one_behind_the_other, magnitudes))
     multipliers, scales = (parts[0].new_empty(len(parts), APART, 1, dtype=torch.float32) for _ in range(2))
     n = max(_FEWEST, min(_MOST, power_of_two(max(x.numel() for x in parts))))
     with on_device(multipliers):
@@ -181,8 +181,12 @@ def _check(xs: Sequence[Tensor]) -> None:
                          f"{', '.join(sorted(map(dtype_name, dtypes))) or 'none'}")
 
 
-def _contiguous(xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x if x.is_contiguous() else x.contiguous() for x in xs)
+def _one_behind_the_other(x: Tensor) -> Tensor:
+    """The numbers of ``x``: as they lie where they fill their memory, in whatever order of the axes, else a copy."""
+    if x.is_contiguous():
+        return x
+    lying = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return lying if lying.is_contiguous() else x.contiguous()
 
 
 def _counts(xs: Sequence[Tensor]) -> tuple[int, ...]:
