@@ -223,9 +223,8 @@ _cutting, _found = Lock(), list[Any]()  # what the first found there, once for e
 
 @contextmanager
 def cutting_by(minimum_cut: Callable[..., Any]) -> Iterator[None]:
-    """The partitioner asks ``minimum_cut(graph, source, sink)``, which gives what ``networkx.minimum_cut`` does, or
-    None for what that is to say itself. Others may see it, to whom it makes no difference, until the last of the
-    compilations has ended that overlap in time."""
+    """The partitioner asks ``minimum_cut(graph, source, sink)``, which answers as networkx's, or None to have it asked.
+    Others may see it until the last of overlapping compilations has ended; it makes no difference to them."""
     partitioners: Any = importlib.import_module("torch._functorch.partitioners")
     asked = partitioners if hasattr(partitioners, "minimum_cut") else importlib.import_module("networkx")
 
@@ -242,8 +241,7 @@ def cutting_by(minimum_cut: Callable[..., Any]) -> Iterator[None]:
     finally:
         with _cutting:
             _found.pop()
-            if not _found:
-                asked.minimum_cut = theirs
+            asked.minimum_cut = asked.minimum_cut if _found else theirs
 
 
 _warned = False
