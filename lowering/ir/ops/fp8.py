@@ -131,15 +131,19 @@ def _cast_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, trans
     return codes, codes.t().contiguous() if transposed else transposed_codes
 
 
-def _casts_fake(xs, multipliers, element, plain, transposed):
-    made = [_cast_fake(x, multipliers, element, plain, transposed) for x in xs]
+def _listed(made: list[Two], plain: bool, transposed: bool) -> list[Tensor]:
+    """Codes of all, then transposes of all, as far as they are wanted."""
     return [codes[i] for i, wanted in enumerate((plain, transposed)) if wanted for codes in made]
+
+
+def _casts_fake(xs, multipliers, element, plain, transposed):
+    return _listed([_cast_fake(x, multipliers, element, plain, transposed) for x in xs], plain, transposed)
 
 
 @op(fake=_casts_fake)
 def fp8_casts(xs: list[Tensor], multipliers: Tensor, element: str, plain: bool, transposed: bool) -> list[Tensor]:
     made = [fp8_cast.reference(x, multipliers[i, :1], element, plain, transposed) for i, x in enumerate(xs)]
-    return [codes[i] for i, wanted in enumerate((plain, transposed)) if wanted for codes in made]
+    return _listed(made, plain, transposed)
 
 
 @fp8_casts.provider("triton", "cuda", replayed=True)

@@ -80,7 +80,7 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     known = scales_of_weights(graph, quantizers)
     seen: dict[Node, Node] = {}
     alone = [quantizer for quantizer in quantizers if quantizer not in experts]
-    together = cast_together(graph, alone, gemms, known, traced)
+    together = cast_together(alone, gemms, known, traced)
     for quantizer in alone:
         if quantizer in together:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from itertools import chain, groupby
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, source_of, val
 from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of, readers
@@ -24,34 +24,35 @@ TOGETHER = 8  # tensors at most
 _WORD = 4  # rows: codes of so many are written at once to the transpose
 
 
-def cast_together(graph: Graph, quantizers: list[Node], gemms: list[Node], known: dict[Node, Scales],
-                  traced: Traced) -> set[Node]:
+def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, Scales], traced: Traced) -> set[Node]:
     """Rewrite those of the quantisers that are cast with others; ``known``: the scales of weights."""
     able = [node for node in quantizers if _able(node)]
     done: set[Node] = set()
     for members in _weights([node for node in able if node in known], known):
-        for node in members:
-            pull(Cast.of(node).x, members[0])
-        build = Builder(graph, like=members[0], before=members[0], backward=is_backward(members[0]))
+        build, casts = _begun(members)
         first = known[members[0]]
         table = build(aten.slice.Tensor, first.table, 0, first.row, first.row + len(members))
-        _cast(build, members, table, [known[node].scale for node in members])
+        _cast(build, casts, table, [known[node].scale for node in members])
         done.update(members)
     able = [node for node in able if node not in known]
     for members in chain(_conversions(able), _gradients(able, gemms)):
-        build = Builder(graph, like=members[0], before=members[0], backward=is_backward(members[0]))
-        casts = [Cast.of(node) for node in members]
-        for cast in casts:
-            pull(cast.x, members[0])
+        build, casts = _begun(members)
         magnitudes = [magnitudes_of_rows(build, traced, cast.x) for cast in casts]
         table, scales = scales_by(build, [rows for rows in magnitudes if rows is not None], casts[0].spec)
-        _cast(build, members, table, [scale for _, scale in scales])
+        _cast(build, casts, table, [scale for _, scale in scales])
         done.update(members)
     return done
 
 
-def _cast(build: Builder, members: list[Node], table: Node, scales: list[Node]) -> None:
-    casts = [Cast.of(node) for node in members]
+def _begun(members: list[Node]) -> tuple[Builder, list[Cast]]:
+    """Where the first stands, what all are made from before it."""
+    first, casts = members[0], [Cast.of(node) for node in members]
+    for cast in casts:
+        pull(cast.x, first)
+    return Builder(first.graph, like=first, before=first, backward=is_backward(first)), casts
+
+
+def _cast(build: Builder, casts: list[Cast], table: Node, scales: list[Node]) -> None:
     plain, turned = casts[0].plain, casts[0].turned
     made = build(CASTS, [cast.x for cast in casts], table, casts[0].spec.element, plain, turned)
     for i, (cast, scale) in enumerate(zip(casts, scales, strict=True)):
@@ -61,7 +62,8 @@ def _cast(build: Builder, members: list[Node], table: Node, scales: list[Node]) 
 
 def _able(quantizer: Node) -> bool:
     """Whether the kernel for several takes it: a matrix as it lies in memory, by a scale of its own."""
-    cast, x = Cast.of(quantizer), val(Cast.of(quantizer).x)
+    cast = Cast.of(quantizer)
+    x = val(cast.x)
     return (cast.spec.block == "tensor" and cast.spec.rule in ("amax", "amax_pow2") and cast.amax is None
             and (is_backward(quantizer) or "recompute" not in quantizer.meta) and cast.x.target is not PAD_GROUPS
             and x.element_size() == 2 and all(isinstance(size, int) for size in x.shape) and x.stride(1) == 1
