@@ -36,9 +36,17 @@ def warps(lanes: int) -> int:
     return max(1, min(16, lanes // 32))
 
 
+def hardware(device: torch.device, *sizes: int) -> bool:
+    """Whether the GPU is to convert a tensor of these sizes to FP8 itself.
+
+    Not with a size of 1, of which Triton makes a constant: four known zeros give two equal conversions then, and of two
+    words ``{low, high}`` with the same ``high`` ptxas before CUDA 13.0 leaves the upper half of the first unwritten.
+    """
+    return 1 not in sizes and _converts_fp8(device)
+
+
 @cache
-def hardware(device: torch.device) -> bool:
-    """Whether the GPU converts FP8 itself."""
+def _converts_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (8, 9)
 
 

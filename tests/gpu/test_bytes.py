@@ -41,6 +41,16 @@ def test_shapes(spec, shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", (*cases.BLOCKS, *cases.ROWS), ids=str)
+def test_sizes_of_one(spec, dtype, device):
+    """Triton makes constants of them, so that the compiler knows every number that pads a block."""
+    for shape in ((1, 1), (1, 4096), (4096, 1)):
+        x = expected.data(*shape, dtype, device)
+        same(cases.check(x, spec) + cases.check(x.t(), spec)
+             + (cases.check_both(x, spec, cases.BLOCKS[2]) if spec.blocked else []))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("specs", PAIRS, ids=str)
 def test_both_axes(specs, shape, dtype, device):

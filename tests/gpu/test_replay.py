@@ -16,7 +16,7 @@ SPEC, STOCHASTIC = "e2m1/32 e8m0 quest(rms,nearest) nearest mask", "e2m1/32 e8m0
 
 
 def same(got, wanted):
-    got, wanted = (made if isinstance(made, tuple) else (made,) for made in (got, wanted))
+    got, wanted = (made if isinstance(made, (tuple, list)) else (made,) for made in (got, wanted))
     for g, w in zip(got, wanted, strict=True):
         assert (g.shape, g.dtype, g.stride()) == (w.shape, w.dtype, w.stride())
         assert torch.equal(g.contiguous().view(torch.uint8), w.contiguous().view(torch.uint8))
@@ -24,6 +24,8 @@ def same(got, wanted):
 
 def changed(argument):
     """Other data of the same signature."""
+    if isinstance(argument, list):
+        return list(map(changed, argument))
     if isinstance(argument, torch.Tensor) and argument.dim() == 2:
         return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype,
                                    device=argument.device).copy_(argument.flip(0))

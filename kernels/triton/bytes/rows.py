@@ -74,7 +74,8 @@ def quantize(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         m = max(1, _FEWEST // n)
         with on_device(x):
             launch(quantize_whole_rows, (cdiv(r, m),), (x, codes.view(torch.uint8), scales, r, k, x.stride(0)),
-                   SPEC=spec, HARDWARE=hardware(x.device), PARTS=cdiv(k, n), M=m, N=n, num_warps=min(16, m * n // 1024))
+                   SPEC=spec, HARDWARE=hardware(x.device, r, k), PARTS=cdiv(k, n), M=m, N=n,
+                   num_warps=min(16, m * n // 1024))
     return codes, scales
 
 

@@ -170,7 +170,7 @@ def cast(xs: Sequence[Tensor], multipliers: Tensor, dtype: torch.dtype, *, plain
                         tuple(x.view(torch.uint8).view(torch.int32) for x in flipped[at:at + TOGETHER]), rows, cols,
                         tuple(x.stride(0) for x in some), multipliers.flatten()[at * APART:]),
                        ELEMENT=_NAMES[dtype], PLAIN=plain, TURNED=turned, APART=APART,
-                       HARDWARE=hardware(xs[0].device), M=_ROWS, N=_COLUMNS, num_warps=8)
+                       HARDWARE=hardware(xs[0].device, *rows, *cols), M=_ROWS, N=_COLUMNS, num_warps=8)
     return [*(codes if plain else ()), *(flipped if turned else ())]
 
 

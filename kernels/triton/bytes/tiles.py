@@ -163,7 +163,8 @@ def _quantize(x: Tensor, along_rows: QuantSpec | None, along_columns: QuantSpec 
             launch(quantize_tiles, (cdiv(r, m) * cdiv(k, n),),
                    (x, codes.view(torch.uint8), scales, turned.view(torch.uint8).view(torch.int32), turned_scales, r, k,
                     x.stride(0), codes.shape[-1], turned.shape[-1]),
-                   ROWS=along_rows, COLUMNS=along_columns, HARDWARE=hardware(x.device), M=m // 4, N=n, num_warps=warps)
+                   ROWS=along_rows, COLUMNS=along_columns, HARDWARE=hardware(x.device, r, k), M=m // 4, N=n,
+                   num_warps=warps)
     return codes, scales, turned, turned_scales
 
 

@@ -156,7 +156,8 @@ def quantize_groups(x: Tensor, spec: QuantSpec, ends: Tensor) -> tuple[Tensor, T
             launch(cast_groups, (cdiv(rows, 64), cdiv(tokens, 128)),
                    (x, ends, multipliers, codes.view(torch.int32 if wide else torch.uint8), *sizes,
                     tokens // 16 if wide else tokens),
-                   ELEMENT=spec.element, HARDWARE=hardware(x.device), WIDE=wide, G=covering, M=32, N=64, num_warps=8)
+                   ELEMENT=spec.element, HARDWARE=hardware(x.device, rows, tokens), WIDE=wide, G=covering,
+                   M=32, N=64, num_warps=8)
     return codes, scales
 
 
