@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -255,6 +256,7 @@ def main(script: Path, works: Mapping[str, Work], default: Sequence[str], column
     if args.worker:
         work(args.worker, works[args.shapes[0]], args)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the processes of columns are ended then, too
     deadline = common.Deadline(args.time_limit)
     settings = common.environment(args.device) | {"seed": args.seed, "compiler": args.compiler, "steps": args.steps,
                                                   "rounds": args.rounds, "cuda_graphs": args.cuda_graphs}
