@@ -34,6 +34,7 @@ from quartet.lowering.ir.ops.saved import DECODE, ENCODE
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.records import MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import Saved
+from quartet.lowering.targets.triton.joined import fold_where_quantized
 from quartet.passes.compilation import Compilation
 from quartet.passes.naming import module_of
 from quartet.passes.pipeline import source_digest, without_collections
@@ -82,6 +83,9 @@ class SavedActivations(CustomPartitionerFn):
         forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)
         rewriting = _Rewriting(Division(forward, backward, kwargs["num_fwd_outputs"]), self.config, plan)
         records = rewriting.run()
+        for half in (forward, backward):
+            with editing(half) as graph:
+                fold_where_quantized(graph)
         self.records += records
         if rewriting.memory is not None:
             self.memory.append(rewriting.memory)

@@ -17,13 +17,16 @@ import quartet
 from quartet import Policy
 from quartet.backend import compile_graph, make_partitioner, make_pipeline
 from quartet.lowering import registry
+from quartet.lowering.ir.graph import argument
+from quartet.lowering.ir.ops import fused
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
 from quartet.passes.residuals.budget import Budget, BudgetError, default
 from quartet.report.memory import memory_lines
 from quartet.report.text import human_bytes
 from quartet.runtime import compat
-from quartet.runtime.capture import Capture
+from quartet.runtime.capture import Capture, Pretence
+from quartet.runtime.devices import Target
 
 
 class Net(nn.Module):
@@ -227,6 +230,19 @@ def test_codes_that_a_product_multiplies_again_are_kept_beside_their_transposes(
     (none,) = explained(Net(), X()[0].repeat(8, 1), target="h200", policy="fp8", memory="least",
                           recompute="none").memory
     assert record.least < none.saved_bytes  # both products of an input run again, and its codes are kept once
+
+
+def test_codes_that_backward_folds_again_are_folded_in_forward_by_their_quantiser():
+    options = replace(Options.parse(None, {"policy": "quartet", "memory": "least"}, passes=pipeline.OPTIONAL),
+                      target=Target.named("h200"))
+    capture, model = Pretence(), Net().bfloat16()
+    torch._dynamo.reset()
+    torch.compile(model, backend=lambda gm, given: compile_graph(gm, given, options, inner_compile=capture))(
+        X()[0].detach().bfloat16()).sum().backward()
+    forward, backward = ({target: graph.graph.find_nodes(op="call_function", target=target)
+                          for target in (fused.QUANTIZE, fused.FOLD)} for graph in capture.graphs)
+    assert not forward[fused.FOLD] and len(backward[fused.FOLD]) > 4  # products' own operands, and gradients' columns
+    assert len(forward[fused.QUANTIZE]) == 10 and all(argument(n, "folded") for n in forward[fused.QUANTIZE])
 
 
 def test_by_default_the_report_says_that_nothing_is_lost_and_nothing_where_nothing_can_be_chosen():
