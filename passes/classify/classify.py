@@ -5,18 +5,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 
+import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import aten, is_backward, shape, source
 from quartet.passes.classify.gates import is_gate
 from quartet.passes.classify.heads import is_head
+from quartet.passes.classify.mixing import mixed_heads
 from quartet.passes.flow import Flow
 from quartet.passes.sites import Found
+from quartet.runtime.sizes import same
 from quartet.runtime.view_ops import VIEWS
 
 _PASS = VIEWS | {aten.expand.default, aten.clone.default, aten.constant_pad_nd.default, aten._to_copy.default,
                  aten.index.Tensor, aten.tanh.default}
-_PASS_NAMES = ("prims.convert_element_type", "aten.mul", "aten.div", "aten.add", "aten.addmm")
+_PASS_NAMES = ("prims.convert_element_type", "aten.mul.", "aten.div.", "aten.add.")
 _VOCABULARY = {"lm_head", "embed_out", "unembed", "logits", "to_logits"}
 _CHOICES = ("aten.topk", "aten.sort")
 _LOGARITHMS = ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")
@@ -71,7 +74,9 @@ def _feeds(sources: set[Node], names: tuple[str, ...], flow: Flow, depth: int) -
     return False
 
 
-_MIXED = ("aten.where", "aten.masked_fill", "aten.maximum", "aten.clamp", "aten.native_dropout", "aten.sub", "aten.exp")
+_MIXED = ("aten.where", "aten.masked_fill", "aten.maximum", "aten.clamp", "aten.native_dropout", "aten.sub", "aten.exp",
+          "aten.cat.")
+_ALONG_ROWS = ("aten.mul.", "aten.div.", "aten.add.", "aten.sub.", "aten.where", "aten.maximum", "aten.expand.")
 
 
 def activations_class_of(node: Node, a: Node) -> str:
@@ -87,13 +92,19 @@ def activations_class_of(node: Node, a: Node) -> str:
             seen.add(user)
             if _softmax_like({user}) is not None:
                 return "attention_qk"
-            if depth < _DEPTH and (user.target in _PASS or str(user.target).startswith((*_PASS_NAMES, *_MIXED))):
+            if depth < _DEPTH and (_passes(user) or mixed_heads(user) is not None):
                 frontier.append((user, depth + 1))
     return "bmm"
 
 
+def _passes(node: Node) -> bool:
+    """Whether scores or probabilities go through a node one by one."""
+    return node.target in (*_PASS, operator.getitem) or str(node.target).startswith((*_PASS_NAMES, *_MIXED))
+
+
 def _comes_from_softmax(node: Node) -> bool:
-    """Whether a softmax, decomposed or not, lies above through views, casts and a dropout."""
+    """Whether ``node`` holds the results of a softmax, decomposed or not, one by one: through views, casts, a dropout
+    and a mixing of heads, and not by what they have weighed, as a router's scores weigh experts."""
     frontier, seen = [(node, 0)], {node}
     while frontier:
         at, depth = frontier.pop()
@@ -102,11 +113,21 @@ def _comes_from_softmax(node: Node) -> bool:
             return True
         if name.startswith("aten.div") and any(str(n.target).startswith("aten.exp") for n in _above_views(above[0])):
             return True
-        passes = at.target in (*_PASS, operator.getitem) or name.startswith((*_PASS_NAMES, *_MIXED))
-        if at.op == "call_function" and passes and depth < _DEPTH:
-            frontier += [(n, depth + 1) for n in above if n not in seen]
-            seen.update(above)
+        if at.op != "call_function" or depth == _DEPTH:
+            continue
+        scores = mixed_heads(at)
+        given = [scores] if scores is not None else _of_its_size(at, above) if _passes(at) else []
+        frontier += [(n, depth + 1) for n in given if n not in seen]
+        seen.update(given)
     return False
+
+
+def _of_its_size(node: Node, above: list[Node]) -> list[Node]:
+    """What a node takes whose rows are as long as its own: not what it repeats along them."""
+    if not str(node.target).startswith(_ALONG_ROWS):
+        return above
+    return [n for n in above if isinstance(n.meta.get("val"), torch.Tensor) and shape(n)
+            and same(shape(n)[-1], shape(node)[-1])]
 
 
 def _above_views(node: Node) -> list[Node]:

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import aten, is_backward, shape, val
+from quartet.passes.classify.mixing import mixed_heads
 
 _PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.convolution", "aten._grouped_mm",
              "aten._scaled_dot_product_", "quartet.")
@@ -24,7 +25,7 @@ _WITH_A_SUM = ("aten.addmm.", "aten.baddbmm.")
 _TRIANGLES = ("aten.tril.", "aten.triu.")
 _UNMIXED = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
             aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default,
-            aten.expand.default, aten.clone.default, aten.alias.default, aten.constant_pad_nd.default)
+            aten.expand.default, aten.clone.default, aten.alias.default, aten.constant_pad_nd.default, aten.cat.default)
 _DEPTH = 24
 
 
@@ -155,9 +156,11 @@ def _values(node: Node) -> list[Node]:
 
 
 def _above(node: Node) -> list[Node]:
-    """The tensors that give a node its values: not the positions of a lookup; none of a product or a count."""
+    """The tensors that give a node its values: not the positions of a lookup; none of a count, and of products only
+    the scores whose heads one mixes."""
     if node.op != "call_function" or _named(node, _PRODUCTS):
-        return []
+        scores = mixed_heads(node)
+        return [] if scores is None else [scores]
     if _named(node, _COUNTS) and not val(node).dtype.is_floating_point:
         return []
     return _tensors(node)[:1] if _named(node, _LOOKUPS) else _tensors(node)
@@ -170,6 +173,7 @@ def _wide(node: Node) -> bool:
 
 
 def _elementwise(node: Node) -> bool:
-    """Whether every element of a node is computed from one element of each thing that it reads."""
+    """Whether every element of a node is computed from one element of each thing that it reads, or from one of each
+    head."""
     return (node.target in _UNMIXED or torch.Tag.pointwise in getattr(node.target, "tags", ())
-            or _named(node, ("prims.convert_element_type.",)))
+            or _named(node, ("prims.convert_element_type.",)) or mixed_heads(node) is not None)

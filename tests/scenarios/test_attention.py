@@ -77,6 +77,22 @@ def test_the_two_products_of_attention_are_told_apart(fused):
     assert all(r.lowered for r in of_class(backend, *ATTENTION)) and not of_class(backend, "bmm")
 
 
+class LinearAttention(Attention):
+    """No softmax but that of a loss, behind layers with a bias."""
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (4, 16)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = (q.relu() @ (k.relu().mT @ v)).transpose(1, 2).flatten(2)
+        return F.log_softmax(x + self.o(y), -1).mean()
+
+
+def test_a_loss_behind_a_layer_is_no_softmax_of_scores():
+    model, inputs = LinearAttention(), data(2, 20, 64, grad=True)()
+    compiled, backend = compile_eager(model, Policy(None).on("bmm", "mxfp8"))
+    step(compiled, model, inputs)
+    assert len(of_class(backend, "bmm")) == 6 and not of_class(backend, *ATTENTION)
+
+
 @pytest.mark.parametrize("name", QUANTISING)
 def test_every_recipe_on_attention(name):
     model, inputs = Attention(), data(2, 32, 64, grad=True)()

@@ -92,6 +92,38 @@ def running_mean(q, k, v):
     return torch.ones(LENGTH, LENGTH).tril() / torch.arange(1, LENGTH + 1)[:, None] @ v
 
 
+def sinks(q, k, v, bias):  # as GPT-OSS has them: a score of each head that takes part in the softmax and weighs nothing
+    sink = torch.ones(1, 2, 1, 1).expand(len(q), 2, LENGTH, 1)
+    return torch.cat([q @ k.mT / 6 + bias, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+class TalkingHeads(Mixer):
+    """Heads are mixed before the softmax and after it."""
+
+    def __init__(self):
+        super().__init__(self.talk, BIAS)
+        self.before, self.after = (nn.Linear(2, 2, bias=False) for _ in range(2))
+
+    def talk(self, q, k, v, bias):
+        scores = self.before((q @ k.mT / 6).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + bias
+        return self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+
+class BehindExperts(Mixer):
+    """What attention reads are experts, weighed by a softmax of scores."""
+
+    def __init__(self):
+        super().__init__(lambda q, k, v, bias: (q @ k.mT / 6 + bias).softmax(-1) @ v, BIAS)
+        self.router, self.experts = nn.Linear(64, 2), nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        p = self.router(x).softmax(-1)
+        h = sum(p[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+        q, k, v = (layer(h).unflatten(-1, (2, 32)).transpose(1, 2) for layer in self.qkv)
+        return self.out(self.mix(q, k, v, *self.buffers()).transpose(1, 2).flatten(2))
+
+
 LOWER, BIAS = torch.ones(LENGTH, LENGTH).tril(), torch.zeros(LENGTH, LENGTH).masked_fill(future(), float("-inf"))
 CAUSAL = {
     "fused": lambda: Mixer(fused), "fused, mask given": lambda: Mixer(fused_with_a_mask, BIAS),
@@ -100,6 +132,8 @@ CAUSAL = {
     "baddbmm": lambda: Mixer(added_by_baddbmm, BIAS), "linear attention": lambda: Mixer(linear_attention),
     "retention": lambda: Mixer(retention, LOWER * 0.9), "state space": lambda: Mixer(state_space_chunk),
     "columns first": lambda: Mixer(columns_first), "running mean": lambda: Mixer(running_mean),
+    "sinks": lambda: Mixer(sinks, BIAS), "talking heads": TalkingHeads,
+    "behind experts": BehindExperts,
 }
 
 
