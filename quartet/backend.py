@@ -156,7 +156,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     tokens = tokens_for(gm, names.weights, names.compiled, training, remember)
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     observers = (*observers, *filter(None, [dump_of(options, names.weights, device)]))
-    replayed = compat.cuda_graphs(options.inductor)
+    replayed = bool(compat.option(options.inductor, "triton.cudagraphs"))
     told = replace(options, reuse_weights=options.reuse_weights and not replayed,
                    memory=_budget(tensors, [example_inputs[i] for i in names.weights], options))
     if told.memory is not None and told.memory.kind == "fastest" and told.recompute is None:
@@ -168,7 +168,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     compilation = Compilation(
         **_shared(told), **_shared(names), options=options.key(), tokens=tokens.trained, guessed=tokens.guessed,
         partition=_partition(told), observers=tuple(observers),
-        replayed=replayed, autotune=compat.max_autotune(options.inductor), **_prices(tensors, told),
+        replayed=replayed, autotune=bool(compat.option(options.inductor, "max_autotune")), **_prices(tensors, told),
         anchor=len(example_inputs) if anchored else None, token=token,
         inspection=None if options.inspect is None else Inspection(options.inspect.recipes),
         answers=_answers(gm, example_inputs, options, remember), threads=torch.get_num_threads(),

@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from threading import Lock
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ PRIVATE = (
     ("torch._inductor.lowering", "process_subgraph_nodes", "inlines a traced reference into Inductor's IR"),
     ("torch._inductor.lowering", "lowerings", "Inductor's own copy of a tensor"),
     ("torch._inductor", "ir", "fixes the layout of that copy"),
+    ("torch._inductor.dependencies", "StarDep", "how many bytes all of an input has"),
     ("torch._inductor.virtualized", "V", "the graph that Inductor is lowering"),
     ("torch._inductor.decomposition", "select_decomp_table", "how far a traced reference is decomposed"),
     ("torch._inductor.custom_graph_pass", "CustomPartitionerFn", "where saved activations become codes"),
@@ -88,6 +90,7 @@ def _load(module: str, name: str) -> Any:
 
 
 compile_fx: Callable[..., Any] = _load("torch._inductor.compile_fx", "compile_fx")
+StarDep: Any = _load("torch._inductor.dependencies", "StarDep")
 CustomGraphPass: type = _load("torch._inductor.custom_graph_pass", "CustomGraphPass")
 list_mode_options: Callable[..., dict[str, Any]] = _load("torch._inductor", "list_mode_options")
 try:
@@ -155,22 +158,15 @@ def register_log() -> None:
         registry.register_log("quartet", "quartet")
 
 
-def cuda_graphs(options: Mapping[str, Any]) -> bool:
-    """Whether Inductor will record CUDA graphs: as ``options`` say, else its config."""
-    return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
-
-
-def max_autotune(options: Mapping[str, Any]) -> bool:
-    """Whether kernels may be measured to find the fastest: as ``options`` say, else Inductor's config."""
-    return bool(options.get("max_autotune", inductor_config.max_autotune))
+def option(options: Mapping[str, Any], name: str) -> Any:
+    """What Inductor is told by this name, such as ``"triton.cudagraphs"``: by ``options``, else by its config."""
+    return options[name] if name in options else attrgetter(name)(inductor_config)
 
 
 def user_joint_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """The user's own ``joint_custom_pre_pass`` (a pass, several or None): of ``options``, else of Inductor's config."""
-    own = options.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    if own is None:
-        return ()
-    return tuple(own) if isinstance(own, (list, tuple)) else (own,)
+    own = option(options, "joint_custom_pre_pass")
+    return tuple(own) if isinstance(own, (list, tuple)) else () if own is None else (own,)
 
 
 def replaces_partitioner() -> bool:
@@ -189,7 +185,7 @@ def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
         raise ImportError(f"torch {torch.__version__} has no torch._inductor.config.custom_partitioner_fn, without "
                           f"which activations cannot be saved in eight bits; tested versions: {', '.join(TESTED)}. "
                           "Leave out the rules with op='saved' and the option memory")
-    own = options.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+    own = option(options, "custom_partitioner_fn")
     return own, _load("torch._functorch.partitioners", "min_cut_rematerialization_partition")
 
 
@@ -371,12 +367,13 @@ def trace(function: Callable[..., Any], inputs: list[torch.Tensor]) -> torch.fx.
         return make_fx(function, decomposition_table=decompositions)(*inputs)
 
 
-def register_inductor_lowering(op: Any, lower: Callable[[torch.fx.Node, tuple[Any, ...]], Any]) -> None:
-    """``lower(node, operands)`` gives Inductor's IR for ``op``; it stays a fallback for everybody else."""
+def register_inductor_lowering(op: Any, lower: Callable[[Any, tuple[Any, ...]], Any]) -> None:
+    """``lower(graph, operands)`` gives Inductor's IR for ``op``, which is ``graph.current_node`` of the graph that is
+    being lowered; it stays a fallback for everybody else."""
     virtualized = _load("torch._inductor.virtualized", "V")
 
     def lowering(*operands: Any) -> Any:
-        return lower(virtualized.graph.current_node, operands)
+        return lower(virtualized.graph, operands)
 
     _load("torch._inductor.lowering", "register_lowering")(op, type_promotion_kind=None)(lowering)
 

@@ -80,7 +80,7 @@ def test_a_module_that_lacks_is_reported(monkeypatch):
 def test_loading_what_lacks_names_it_the_version_and_all_that_lacks(monkeypatch):
     monkeypatch.delattr("torch._inductor.lowering.register_lowering")
     with pytest.raises(ImportError) as error:
-        compat.register_inductor_lowering(torch.ops.aten.mm.default, lambda node, operands: None)
+        compat.register_inductor_lowering(torch.ops.aten.mm.default, lambda graph, operands: None)
     text = str(error.value)
     assert "torch._inductor.lowering.register_lowering" in text and torch.__version__ in text
     assert all(version in text for version in compat.TESTED) and "decomposition of our ops" in text

@@ -21,13 +21,16 @@ from quartet.lowering.ir.op import ops
 from quartet.lowering.ir.ops import grouped, saved, weights  # noqa: F401  declare ops that are inlined
 from quartet.lowering.targets.blackwell import block_scaled_ops  # noqa: F401  declares one that is inlined
 from quartet.runtime import compat
+from quartet.runtime.planning import count_inputs_once
 from quartet.runtime.sizes import unbacked
 
 _traced: dict[Any, GraphModule] = {}
 
 
-def _inline(decompose: Callable[..., Any], node: Node, operands: tuple[Any, ...]) -> Any:
-    """Inductor IR of an op's decomposition applied to ``operands``; ``node`` is the graph node being lowered."""
+def _inline(decompose: Callable[..., Any], graph: Any, operands: tuple[Any, ...]) -> Any:
+    """Inductor IR of an op's decomposition applied to ``operands``, in the graph that is being lowered."""
+    node = graph.current_node
+    count_inputs_once(graph)
     values = [a.meta["val"] for a in node.args if isinstance(a, Node)]
     constants = map_arg(node.args, lambda n: None)
     shapes = tuple((str(tuple(v.shape)), str(v.stride()), v.dtype, str(v.device)) for v in values)
@@ -64,4 +67,4 @@ def register() -> None:
     for op in ops():
         if op.decompose is not None:
             compat.register_inductor_lowering(op.overload, partial(_inline, op.decompose))
-    compat.register_inductor_lowering(STORE, lambda node, operands: compat.store_in_inductor(*operands))
+    compat.register_inductor_lowering(STORE, lambda graph, operands: compat.store_in_inductor(*operands))

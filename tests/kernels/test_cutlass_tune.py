@@ -252,10 +252,10 @@ def test_max_autotune_is_what_tells_the_op(options, told):
 
 def test_the_modes_of_torch_compile_arrive():
     for mode, told in (("max-autotune", True), ("max-autotune-no-cudagraphs", True), ("reduce-overhead", False)):
-        assert compat.max_autotune(Options.parse(mode).inductor) is told
-    assert not compat.max_autotune(Options.parse("max-autotune", {"max_autotune": False}).inductor)
+        assert compat.option(Options.parse(mode).inductor, "max_autotune") is told
+    assert not compat.option(Options.parse("max-autotune", {"max_autotune": False}).inductor, "max_autotune")
     with compat.inductor_config.patch(max_autotune=True):
-        assert compat.max_autotune({})
+        assert compat.option({}, "max_autotune")
 
 
 # the clock
