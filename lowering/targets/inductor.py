@@ -21,7 +21,6 @@ from quartet.lowering.ir.op import ops
 from quartet.lowering.ir.ops import grouped, saved, weights  # noqa: F401  declare ops that are inlined
 from quartet.lowering.targets.blackwell import block_scaled_ops  # noqa: F401  declares one that is inlined
 from quartet.runtime import compat
-from quartet.runtime.planning import count_inputs_once
 from quartet.runtime.sizes import unbacked
 
 _traced: dict[Any, GraphModule] = {}
@@ -30,7 +29,7 @@ _traced: dict[Any, GraphModule] = {}
 def _inline(decompose: Callable[..., Any], graph: Any, operands: tuple[Any, ...]) -> Any:
     """Inductor IR of an op's decomposition applied to ``operands``, in the graph that is being lowered."""
     node = graph.current_node
-    count_inputs_once(graph)
+    _count_inputs_once(graph)
     values = [a.meta["val"] for a in node.args if isinstance(a, Node)]
     constants = map_arg(node.args, lambda n: None)
     shapes = tuple((str(tuple(v.shape)), str(v.stride()), v.dtype, str(v.device)) for v in values)
@@ -44,6 +43,23 @@ def _inline(decompose: Callable[..., Any], graph: Any, operands: tuple[Any, ...]
         _traced[key] = _with_known_strides(compat.trace(call, values))
     inputs = [value for value, arg in zip(operands, node.args, strict=True) if isinstance(arg, Node)]
     return compat.inline_into_inductor(_traced[key], inputs)
+
+
+def _count_inputs_once(graph: Any) -> None:
+    """Let no read of an input count for more bytes than the input has, in a graph that Inductor is lowering.
+
+    ``get_freeable_input_buf`` of torch/_inductor/memory.py takes an input for as large as the loops that read it, so
+    kept scales of groups for as large as what they scale. By that a backward would decode all that attention reads when
+    it begins, to be rid of the scales, and hold buffers for reuse below a peak that there is not.
+    """
+    theirs = graph.get_dep_size_hint
+
+    def size(dep: Any, *how: Any) -> Any:
+        read = theirs(dep, *how)
+        return min(read, theirs(compat.StarDep(dep.name), *how)) if dep.name in graph.graph_inputs else read
+
+    if "get_dep_size_hint" not in vars(graph):
+        graph.get_dep_size_hint = size
 
 
 def _with_known_strides(gm: GraphModule) -> GraphModule:
