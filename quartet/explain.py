@@ -13,6 +13,7 @@ import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
 from quartet.model.eager import Products, records_of, wanted
+from quartet.model.flat import named_parameters
 from quartet.model.names import Names, unwrapped
 from quartet.options import Options
 from quartet.passes.compilation import Observer
@@ -124,7 +125,7 @@ def _outside(model: Any, args: Any, kwargs: Any, records: Sequence[MatmulRecord]
     """Records of the products that no graph holds, and notes on the layers that did not run at all."""
     roots = [unwrapped(root) for root in referred_to(model)]
     held = {module_name(weight) for names in graphs for weight in names.weights.values()} | {r.fqn for r in records}
-    layers = {module_name(name): p.numel() for root in roots for name, p in root.named_parameters() if p.dim() > 1}
+    layers = {module_name(name): p.numel() for root in roots for name, p in named_parameters(root) if p.dim() > 1}
     if not breaks and layers.keys() <= held:
         return [], []
     if not breaks and not isinstance(model, torch.nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from quartet.kernels.spec import dtype_name
 from quartet.lowering.recipe.records import MatmulRecord
+from quartet.model.flat import own_parameters
 from quartet.passes.naming import module_name
 from quartet.policy import Policy
 from quartet.runtime.breaks import Break
@@ -77,7 +78,7 @@ class Products(TorchDispatchMode):
         for root in roots:
             for path, module in nn.Module.named_modules(root):
                 self._modules.setdefault(id(module), path)
-                for name, parameter in nn.Module.named_parameters(module, recurse=False):
+                for name, parameter in own_parameters(module).items():
                     self._weights.setdefault(_address(parameter), f"{path}.{name}" if path else name)
         self._weights.pop(0, None)
 

@@ -1,11 +1,13 @@
 """Layers are called as in ``named_modules()`` of what was compiled, whatever way a graph reaches them."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from harness import compile_eager, eager_backend
 from torch import nn
+from torch.nn.utils import prune
 
 import quartet
 from quartet import Policy
@@ -147,6 +149,17 @@ def test_a_wrapper_that_forwards_attributes():
 def test_keys_that_are_no_identifiers():
     model = Keys(["it's", 'a "b" c', "x[0]", "µ"])
     assert seen(model, x()) == linears(model)
+
+
+@pytest.mark.parametrize("hook", (partial(prune.l1_unstructured, name="weight", amount=0.5), nn.utils.weight_norm,
+                                  nn.utils.spectral_norm))
+def test_a_weight_that_an_older_hook_computes(hook):
+    model = Block()
+    hook(model.up)
+    assert seen(model, x()) == linears(model)
+    report = quartet.explain(model, x(), options={"policy": Policy(None).on("up", "fp8")})
+    assert {r.fqn for r in report.records if r.lowered} == {"up"}
+    assert not any("take no part" in note for note in report.notes)
 
 
 GLOBAL = Block()
