@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
+from quartet.model.absent import standing_in
 from quartet.model.eager import Products, records_of, wanted
 from quartet.model.flat import named_parameters
 from quartet.model.names import Names, unwrapped
@@ -35,7 +36,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     The model's buffers, gradients, training flags and the random state are as before afterwards; of a function, those
     of the modules that it refers to, and what optimizers that it refers to have stepped. Sizes are those of the
     inputs, whatever other sizes PyTorch has seen, unless they are marked dynamic. A model that
-    ``torch.compile(…, backend="quartet")`` returned is explained with its own mode and options unless given here.
+    ``torch.compile(…, backend="quartet")`` returned is explained with its own mode and options unless given here. One
+    on the meta device is explained as on a CPU, or on ``target``, and nothing of it is allocated.
 
     Args:
         model: the module, or a function such as a training step; compiled or not.
@@ -86,10 +88,11 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
                              collect_undumped=undumped.extend, say=noted, remember=False, observers=(stand_ins,))
 
     stand_ins = _StandIns(parsed)
-    roots = referred_to(inner)
-    with unchanged(inner), functions_left(breaks):
-        torch.compile(inner, backend=backend)(*args, **kwargs)
-    eager, unused = _outside(inner, args, kwargs, records, graphs, breaks, parsed.policy)
+    with standing_in(inner, (args, kwargs)) as (inner, (args, kwargs)):
+        roots = referred_to(inner)
+        with unchanged(inner), functions_left(breaks):
+            torch.compile(inner, backend=backend)(*args, **kwargs)
+        eager, unused = _outside(inner, args, kwargs, records, graphs, breaks, parsed.policy)
     if parsed.strict:
         _refuse(eager, parsed.policy)
     records += eager

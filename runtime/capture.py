@@ -31,7 +31,7 @@ class Capture:
     def __call__(self, gm: GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
         self.graphs.append(gm)
         if not kwargs.get("is_backward"):
-            self.saved_bytes += saved_bytes(gm)
+            self.saved_bytes += 0 if kwargs.get("is_inference") else saved_bytes(gm)
             if len(self.graphs) > 1:
                 self.notes = (f"{len(self.graphs)} graphs: the model has graph breaks",)
         run = self._runner(gm)

@@ -45,6 +45,7 @@ PRIVATE = (
     ("torch.utils._python_dispatch", "TorchDispatchMode", "what an op allocates, so that C++ can repeat it"),
     ("torch._guards", "TracingContext", "whether draws that nothing reads stay in a graph"),
     ("torch._guards", "detect_fake_mode", "the fake mode of a traced graph, and so the shapes of inserted nodes"),
+    ("torch._subclasses.fake_tensor", "FakeTensorMode", "explain() of a model on the meta device"),
     ("torch.fx.experimental.symbolic_shapes", "statically_known_true", "equality of symbolic sizes, without a guard"),
     ("torch._logging", "trace_structured", "artifacts that tlparse shows"),
     ("torch._logging._internal", "log_registry", "a name for our loggers in TORCH_LOGS"),
@@ -105,6 +106,7 @@ OperatorBase: Any = _load("torch._ops", "OperatorBase")
 TorchDispatchMode: Any = _load("torch.utils._python_dispatch", "TorchDispatchMode")
 inductor_config: Any = importlib.import_module("torch._inductor.config")
 detect_fake_mode: Callable[..., Any] = _load("torch._guards", "detect_fake_mode")
+FakeTensorMode: Any = _load("torch._subclasses.fake_tensor", "FakeTensorMode")
 make_graph_module: Callable[..., torch.fx.GraphModule] = _load("torch.fx._lazy_graph_module", "_make_graph_module")
 statically_known_true: Callable[..., bool] = _load("torch.fx.experimental.symbolic_shapes", "statically_known_true")
 

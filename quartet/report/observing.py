@@ -50,7 +50,7 @@ def telling(inner: Callable[..., Any], observers: Sequence[Observer]) -> Callabl
     def compile(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         if not kwargs.get("is_backward"):
             for observer in observers:
-                observer.kept(saved_bytes(gm))
+                observer.kept(0 if kwargs.get("is_inference") else saved_bytes(gm))
         return inner(gm, example_inputs, **kwargs)
 
     return compile

@@ -165,3 +165,23 @@ def test_what_pays_is_decided_for_the_target(monkeypatch):
     there, elsewhere = (quartet.explain(module, x, target=name) for name in ("sm_90", "l40s"))
     assert {r.kernel for r in there.records} == {None} and "would not pay: predicted" in str(there)
     assert {r.kernel for r in elsewhere.records} == {"cublaslt"}
+
+
+def test_a_model_on_the_meta_device_is_explained_as_one_that_is_there():
+    def made():
+        return nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.BatchNorm1d(32))
+
+    with torch.device("meta"):
+        absent, tokens = made(), torch.zeros(4, 32, dtype=torch.long)
+    for target in (None, "b200"):
+        options = {"policy": "quartet"}
+        report = quartet.explain(absent, tokens, options=options, target=target)
+        here = quartet.explain(made(), torch.zeros_like(tokens, device="cpu"), options=options, target=target)
+        assert str(report) == str(here) and any(r.lowered for r in report.records)
+    assert all(p.is_meta and p.grad is None for p in absent.parameters())
+
+
+def test_an_evaluation_keeps_nothing():
+    with torch.no_grad():
+        report = quartet.explain(nn.Linear(64, 64), torch.randn(32, 64))
+    assert report.saved_bytes_total == 0
