@@ -132,7 +132,8 @@ class MemoryRecord:
         saved_bytes: what it keeps now. least: the fewest bytes that could have been chosen.
         seconds: predicted, of a step, beyond keeping everything exactly.
         nominal: no rates are known for the device: seconds are good for an order only.
-        again: groups of products that backward runs again. encoded: tensors that are kept in fewer bits.
+        again: groups of products that backward runs again. weights: parameters that it quantises again.
+        encoded: tensors that are kept in fewer bits.
         slack: by how many bytes the budget may be undershot for the number of choices; 0: the choice is the best.
         frontier: what could have been chosen instead, from the least bytes to the least time.
     """
@@ -146,6 +147,7 @@ class MemoryRecord:
     seconds: float
     nominal: bool
     again: int
+    weights: int
     encoded: int
     slack: int
     frontier: tuple[Tradeoff, ...]

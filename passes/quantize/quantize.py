@@ -203,7 +203,8 @@ def _saved(state: State, site: Quantized, role: str, start: Start) -> QuantizedO
     made = site.operands[OPERANDS[role][1]]
     if role != "dgrad" or _keeps_weights(site) or not is_backward(site.gradients[role].node):
         return made
-    again = _quantize_again(state, start.reader, start.source, made)
+    at = Builder(state.gm.graph, like=start.reader, before=start.reader, backward=True)
+    again = quantize_again(at, start.source, made)
     if site.recipe.keep_weights:  # the products make the codes, where they may be reused
         Quantizer.of(again.codes).node.meta[REUSABLE] = Quantizer.of(made.codes).node.meta[REUSABLE]
     return again
@@ -230,13 +231,12 @@ def _start_from_saved(state: State, site: Quantized, role: str, start: Start) ->
     reader.replace_input_with(source, at.columns(values, shape(source)[1]))
 
 
-def _quantize_again(state: State, before: Node, source: Node, made: QuantizedOperand) -> QuantizedOperand:
+def quantize_again(at: Builder, source: Node, made: QuantizedOperand) -> QuantizedOperand:
     """The same codes computed once more in backward, so that the packed weight need not be kept.
 
     PyTorch merges equal nodes across the two directions. What tells this one apart is another site, of which a
     quantiser without random bits makes no use; after a rotation, which would be merged and kept, it stays as it is.
     """
-    at = Builder(state.gm.graph, like=before, before=before, backward=True)
     first = Quantizer.of(made.codes)
     again = Quantize.of(first.node)
     if source.target is ir.HADAMARD:

@@ -1,10 +1,11 @@
-"""Choose which products backward runs again, before kernels are chosen by it.
+"""Choose which products backward runs again, and which weights it quantises again, before kernels are chosen by it.
 
 Two copies of the joint graph are divided: one in which every product's result can be kept, and, unless that is within
 the budget without loss, one in which all of those are computed again whose codes are kept anyway. What the second does
 not keep is laid to the products that it is made of; what several products make together is one item of the knapsack:
 
     item       a tensor that stays       exact | encoded
+    item       codes of a parameter      kept | made again
     item       tensors and their products    each exact | encoded, or all products again
 
 What else is computed again, element by element, the partitioner decides for itself, here as later. What this chooses
@@ -16,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -24,6 +25,7 @@ from itertools import product
 from torch.fx import Node
 
 from quartet.kernels.spec import dtype_name
+from quartet.lowering import ir
 from quartet.lowering.ir.graph import shape, val
 from quartet.lowering.ir.operands import Product
 from quartet.lowering.recipe.records import MemoryRecord, SavedRecord, Tradeoff
@@ -38,10 +40,12 @@ from quartet.passes.residuals.trial import Divided, Trial, copy_of, kept_bytes, 
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
 from quartet.runtime.devices import Target
+from quartet.runtime.sizes import hint
 
 log = logging.getLogger("quartet")
 
 PLAN_KEY = "quartet_memory"  # node.meta key of a joint graph's output: what was chosen for it
+WEIGHT = "weight"  # what a record calls codes of a parameter that are not kept
 SHOWN = 64  # points of a frontier that a report has
 _WIDEST = 64  # combinations of formats of one item; with more all its tensors are treated alike
 
@@ -67,11 +71,12 @@ class Plan:
 
 @dataclass
 class _Item:
-    """Tensors that are chosen about together, and the products of which they are made, if these can run again."""
+    """Tensors that are chosen about together, and of what they are made that can run again: products, or the codes of
+    a weight."""
 
     storages: list[Storage] = field(default_factory=list)
-    products: list[str] = field(default_factory=list)
-    instead: int = 0  # bytes that are kept where the products run again
+    makers: list[str] = field(default_factory=list)
+    instead: int = 0  # bytes that are kept where these run again
 
 
 def begin(state: State) -> None:
@@ -89,10 +94,11 @@ def _note(state: State, plan: Plan) -> None:
     state.gm.graph.output_node().meta[PLAN_KEY] = plan
 
 
-def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
-    """The candidates to run again, of which backward has the codes of both operands; notes the plan at the graph."""
+def choose(state: State, candidates: Mapping[Node, Quantized], weights: Collection[Node] = ()) -> list[Node]:
+    """What is to run again of the candidates, products of which backward has the codes of both operands, and of the
+    codes ``weights``, which it can make of parameters; notes the plan at the graph."""
     began, unchanged = time.perf_counter(), state.unchanged
-    if not candidates:
+    if not candidates and not weights:
         return []
     if unchanged is not None:
         assert state.config.memory is not None
@@ -107,22 +113,26 @@ def choose(state: State, candidates: Mapping[Node, Quantized]) -> list[Node]:
         return []
     again = trial.again(state.gm, candidates).divided()
     sites = {node.name: site for node, site in candidates.items()}
-    prices = {node.name: Prices.of(state.config.target_of(val(node).device)).again(candidates[node])
-              for node in candidates}
+    prices = {node.name: Prices.of(state.config.target_of(val(node).device)).again(site)
+              for node, site in candidates.items()}
+    prices |= {node.name: Prices.of(state.config.target_of(val(node).device)).requantised(hint(val(node).numel()))
+               for node in weights}
     items = _items(kept, again, sites, {node.name: _beside(node, site) for node, site in candidates.items()})
+    for item in items:
+        item.makers += [root for storage in item.storages if not item.makers and (root := storage.root.name) in prices]
     formats = formats_of(state.config, kept, not budget.lossless)
     choices = [_choices(item, formats, prices) for item in items]
     frontier = Frontier(choices)
     point = frontier.within(limit) or frontier.least()
     chosen = [item for item, pick, each in zip(items, point.picks, choices, strict=True)
-              if item.products and pick == len(each) - 1]
-    names = {name for item in chosen for name in item.products}
-    nodes = {node.name: node for node in candidates}
+              if item.makers and pick == len(each) - 1]
+    names = {name for item in chosen for name in item.makers}
+    nodes = {node.name: node for node in (*candidates, *weights)}
     _note(state, Plan(budget, plain, tuple(_record(item, nodes, prices, state.config) for item in chosen),
                       sum(prices[name] for name in names), tradeoffs(frontier, plain), frontier.slack))
-    log.debug("memory: %d of %d products again, %.0f ms", len(names), len(candidates),
+    log.debug("memory: %d of %d products and weights again, %.0f ms", len(names), len(nodes),
               1e3 * (time.perf_counter() - began))
-    return [node for node in candidates if node.name in names]
+    return [node for node in nodes.values() if node.name in names]
 
 
 def formats_of(config: Compilation, divided: Divided, chooses: bool,
@@ -151,7 +161,8 @@ def measured(plan: Plan, frontier: Frontier, point: Point, records: Sequence[Sav
     found = MemoryRecord(
         str(budget), None if budget.kind == "least" else budget.limit(plan.plain), budget.lossless, plan.plain, kept,
         min(kept, *(point.bytes for point in points)), (point.time + plan.time) / FEMTO, nominal,
-        len(plan.again), sum(r.saved is not None for r in records), plan.slack + frontier.slack, points)
+        sum(r.op != WEIGHT for r in plan.again), sum(r.op == WEIGHT for r in plan.again),
+        sum(r.saved is not None for r in records), plan.slack + frontier.slack, points)
     if not (found.fits or budget.lossless) and (found.open or budget.kind == "bytes"):
         text = (f"memory={budget} is {found.limit} bytes of what one graph keeps for backward, where "
                 f"{plan.plain} are unquantised; {found.saved_bytes} are kept, and the least that can be is "
@@ -211,10 +222,10 @@ def _joined(groups: dict[str, _Item], products: Sequence[str]) -> _Item:
     whole = _Item()
     for old in {id(groups[name]): groups[name] for name in products if name in groups}.values():
         whole.storages += old.storages
-        whole.products += old.products
+        whole.makers += old.makers
         whole.instead += old.instead
-    whole.products += [name for name in products if name not in whole.products]
-    groups |= dict.fromkeys(whole.products, whole)
+    whole.makers += [name for name in products if name not in whole.makers]
+    groups |= dict.fromkeys(whole.makers, whole)
     return whole
 
 
@@ -233,11 +244,11 @@ def _products(root: Node, kept: set[str], sites: Mapping[str, Quantized]) -> lis
 
 
 def _choices(item: _Item, formats: Formats, prices: Mapping[str, int]) -> list[Choice]:
-    """The choices of an item, the last of one with products: to run them again."""
+    """The choices of an item, the last of one with makers: to run them again."""
     ways = [[way.cost for way in formats.ways(storage, module_of(storage.root))] for storage in item.storages]
     found = [_sum(costs) for costs in _combinations(ways)]
-    if item.products:
-        found.append(Choice(item.instead, sum(prices[name] for name in item.products)))
+    if item.makers:
+        found.append(Choice(item.instead, sum(prices[name] for name in item.makers)))
     return found
 
 
@@ -257,11 +268,14 @@ def _sum(costs: Sequence[Choice]) -> Choice:
 
 
 def _record(item: _Item, nodes: Mapping[str, Node], prices: Mapping[str, int], config: Compilation) -> SavedRecord:
-    """What is not kept, because products run again."""
-    first, size = nodes[item.products[0]], sum(map(stored_bytes, item.storages))
-    count = len(item.products)
+    """What is not kept, because it is made again."""
+    first, size, count = nodes[item.makers[0]], sum(map(stored_bytes, item.storages)), len(item.makers)
+    if first.target is ir.SCALED_MM:
+        kind, what = "product", "product again" if count == 1 else f"{count} products again"
+        reason = "backward multiplies the codes again, which are kept anyway"
+    else:
+        kind, what, reason = WEIGHT, "quantised again", "backward makes the codes of the parameter again"
     return SavedRecord(
-        first.name, module_of(first), "product", tuple(s if isinstance(s, int) else str(s) for s in shape(first)),
-        dtype_name(val(first).dtype), size, "product again" if count == 1 else f"{count} products again", 0,
-        "backward multiplies the codes again, which are kept anyway",
-        Prices.of(config.target_of(val(first).device)).seconds(sum(prices[name] for name in item.products)))
+        first.name, module_of(first), kind, tuple(s if isinstance(s, int) else str(s) for s in shape(first)),
+        dtype_name(val(first).dtype), size, what, 0, reason,
+        Prices.of(config.target_of(val(first).device)).seconds(sum(prices[name] for name in item.makers)))

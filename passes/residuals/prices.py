@@ -2,6 +2,7 @@
 
     encoded           one pass over its elements, one more for random bits, and one in backward where a kernel reads it
                       that cannot decode
+    a weight again    half a cast of it: it is read once more, and its codes are written as often
     a product again   what its layer takes with it computed again, less what it takes with its result kept
 
 Where the device has no rates, or a kernel no price, they are those of a nominal GPU: to pass over an element takes
@@ -36,11 +37,15 @@ class Prices:
         """A time in seconds; None where no rates are known."""
         return None if self.rates is None else time / FEMTO
 
-    def passes(self, elements: int, times: int = 1) -> int:
+    def passes(self, elements: int, times: float = 1) -> int:
         """Passes over so many elements each."""
         if self.rates is None:
             return round(times * elements * _ELEMENT * FEMTO)
         return round(times * (elements * self.rates.passes["cast"] + self.rates.launch) * FEMTO)
+
+    def requantised(self, elements: int) -> int:
+        """A weight quantised in backward once more, for codes that forward then need not write."""
+        return self.passes(elements, 0.5)
 
     def again(self, site: Quantized) -> int:
         """The forward product of a site in backward once more."""

@@ -4,7 +4,8 @@ Packed codes, scales and masks are results of opaque ops, which the partitioner 
 backward node reads the original X: so they are what is kept. With ``recompute="gemm"`` the output of a
 GEMM is not kept either where backward has the codes of both operands anyway: it runs the product again. Selective
 checkpointing that saves the output of such a GEMM has the codes kept, which are fewer bytes than that output. Under a
-budget of bytes (option ``memory``) it is chosen for each product whether its output is kept (``choose``).
+budget of bytes (option ``memory``) it is chosen for each product whether its output is kept, and for each parameter
+whether its codes are, or backward quantises it again to the same (``choose``).
 Where X itself is to be made again in backward, as the columns of a convolution are, so is its quantised form.
 """
 
@@ -14,11 +15,13 @@ from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import SAVED, aten, is_backward, source_of
+from quartet.lowering.ir.graph import SAVED, Builder, aten, editing, is_backward, results, source_of
 from quartet.lowering.ir.operands import Product, Quantizer, quantizer_of
+from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
+from quartet.passes.quantize.quantize import quantize_again
 from quartet.passes.residuals.choose import choose
-from quartet.passes.sites import SITE_KEY, Quantized
+from quartet.passes.sites import SITE_KEY, Quantized, QuantizedOperand
 from quartet.passes.state import State
 
 
@@ -44,8 +47,13 @@ def save(state: State) -> None:
             if asked is not None:
                 _keep_codes(node)
     if state.config.memory is not None:
-        for node in choose(state, candidates):
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        weights = _weights(state)
+        with editing(state.gm):
+            for node in choose(state, candidates, weights):
+                if node in weights:
+                    _quantize_in_backward(weights[node])
+                else:
+                    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_open(state: State, site: Quantized) -> bool:
@@ -54,6 +62,32 @@ def _is_open(state: State, site: Quantized) -> bool:
     if memory is None or recompute == "gemm" or (recompute == "none" and memory.kind != "fastest"):
         return False
     return not memory.lossless or site.recipe.recompute == "gemm"
+
+
+def _weights(state: State) -> dict[Node, list[Node]]:
+    """Codes that a quantiser has made of a parameter as it is, by which backward could make them again, and the
+    products there that read them; none where nothing is to become slower, or the user says what runs again."""
+    memory, found = state.config.memory, dict[Node, list[Node]]()
+    if memory is None or memory.lossless or state.config.recompute is not None:
+        return found
+    index = input_indices(state.gm.graph)
+    for node in filter(is_backward, state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM)):
+        made = quantizer_of((operand := Product.of(node).b).codes)
+        if made is not None and index.get(made.view.x) in state.config.weights and not is_backward(made.node) and (
+                "recompute" not in made.node.meta and not operand.spec.stochastic and not operand.spec.takes_amax):
+            found.setdefault(results(made.node)[0], []).append(node)
+    return found
+
+
+def _quantize_in_backward(products: list[Node]) -> None:
+    """Let products of backward read codes of a weight that are made there, once for all."""
+    first, operand = products[0], Product.of(products[0]).b
+    made = QuantizedOperand(operand.codes, operand.scales, None, operand.spec)
+    at = Builder(first.graph, like=first, before=first, backward=True)
+    again = quantize_again(at, Quantizer.of(operand.codes).view.x, made)
+    for product in products:
+        product.replace_input_with(operand.codes, again.codes)
+        product.replace_input_with(operand.scales, again.scales)
 
 
 def _keep_codes(product: Node) -> None:

@@ -22,9 +22,11 @@ def memory_lines(records: Sequence[MemoryRecord]) -> Iterator[str]:
                          "which is the least without loss" if r.lossless else "which is the least that can be")
         if r.again:
             parts.append(f"{r.again} × products again")
+        if r.weights:
+            parts.append(f"{r.weights} weights quantised again")
         if r.encoded:
             parts.append(f"{r.encoded} tensors in fewer bits")
-        if r.again or r.encoded:
+        if r.again or r.weights or r.encoded:
             parts.append("no rates to predict the time" if r.nominal else f"predicted {seconds(r.seconds)} a step")
         if r.slack:
             parts.append(f"the best within {human_bytes(r.slack)} less")

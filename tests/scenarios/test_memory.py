@@ -18,7 +18,7 @@ from quartet import Policy
 from quartet.backend import compile_graph, make_partitioner, make_pipeline
 from quartet.lowering import registry
 from quartet.lowering.ir.graph import argument
-from quartet.lowering.ir.ops import fused
+from quartet.lowering.ir.ops import fp8, fused
 from quartet.options import OptionError, Options
 from quartet.passes import pipeline
 from quartet.passes.residuals.budget import Budget, BudgetError, default
@@ -230,6 +230,41 @@ def test_codes_that_a_product_multiplies_again_are_kept_beside_their_transposes(
     (none,) = explained(Net(), X()[0].repeat(8, 1), target="h200", policy="fp8", memory="least",
                           recompute="none").memory
     assert record.least < none.saved_bytes  # both products of an input run again, and its codes are kept once
+
+
+class Tied(nn.Module):
+    """Layers that share a weight between two others."""
+
+    def __init__(self, d=64):
+        super().__init__()
+        self.first, self.shared, self.last = (nn.Linear(d, d, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(F.silu(self.shared(F.silu(self.shared(F.silu(self.first(x)))))))
+
+
+@pytest.mark.parametrize("model", [Net, Tied])
+def test_weights_that_backward_quantises_again_give_the_same_gradients(model):
+    model, rules = model(), Policy("fp8").on(op="saved", recipe=None)
+    expected, *_ = run(model, X(), rules, memory="fastest")
+    got, saved, (memory,), _ = run(model, X(), rules, memory="least")
+    assert_same(got, expected)
+    weights = [record for record in saved if record.op == "weight"]
+    assert len(weights) == memory.weights == sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert all(record.saved_bytes == 0 and record.saved == "quantised again" for record in weights)
+
+
+def test_a_weight_is_cast_in_backward_to_the_transpose_alone():
+    options = replace(Options.parse(None, {"policy": "fp8", "memory": 0.85}, passes=pipeline.OPTIONAL),
+                      target=Target.named("h200"))
+    capture, model = Pretence(), Net().bfloat16()
+    torch._dynamo.reset()
+    torch.compile(model, backend=lambda gm, given: compile_graph(gm, given, options, inner_compile=capture))(
+        X()[0].detach().bfloat16()).sum().backward()
+    forward, backward = ([n for target in (fp8.CAST, fp8.CASTS) for n in graph.graph.find_nodes(
+        op="call_function", target=target) if "primals" in str(n.args[0])] for graph in capture.graphs)
+    assert backward and all(argument(n, "transposed") and not argument(n, "plain") for n in backward)
+    assert any(not argument(n, "transposed") for n in forward)
 
 
 def test_codes_that_backward_folds_again_are_folded_in_forward_by_their_quantiser():
