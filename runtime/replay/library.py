@@ -11,6 +11,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ log = logging.getLogger("quartet")
 VARIABLE = "QUARTET_LAUNCHER"
 _FOLDER = Path(__file__).parent
 _DIRECT = "direct_call.cpp"  # which needs Python's headers
-_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-psabi")
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wno-psabi")
 _REMEDY = "install g++ 10 or newer (Debian: apt-get install g++), or point CXX at one"
 _PYTHON = "quartet_python"  # the namespace of what C++ calls where it has no plan
 
@@ -127,7 +128,7 @@ class Launcher:
             self._attach(offer)
 
         def first(*args: Any) -> Any:
-            wanted = self._ops is None and self.missing is None and not self._postponed
+            wanted = self._ops is None and self.missing is None and not (self._postponed or self.building)
             if wanted and any(x.is_cuda for x in tensors_of(args)):
                 self.start()
             return run(*args)
@@ -150,6 +151,11 @@ class Launcher:
             yield
         finally:
             self._postponed = before
+
+    @property
+    def building(self) -> bool:
+        """Whether the library is built just now, on a thread of its own: Python launches meanwhile."""
+        return self._building is not None and self._building.is_alive()
 
     def prepare(self) -> None:
         """Begin to build the library where it has not been, while the caller goes on; :meth:`start` waits for it."""
@@ -293,12 +299,22 @@ def _python_headers() -> Path | None:
 
 
 def _compile(command: list[str], path: Path) -> None:
+    """Each source by a compiler of its own, at the same time: both read most of PyTorch's headers."""
     root, python = Path(torch.__file__).parent, _python_headers()
     sources = [_FOLDER / "replay.cpp", *([_FOLDER / _DIRECT] if python else [])]
     folders = [root / "include", root / "include/torch/csrc/api/include", *([python] if python else [])]
     libraries = ["-ltorch_cpu", "-lc10", "-ldl", *(["-ltorch_python"] if python else [])]
-    run_compiler([*command, *_FLAGS, *(f"-I{folder}" for folder in folders), *map(str, sources), "-o", str(path),
-                  f"-L{root / 'lib'}", *libraries], "C++ compiler", _REMEDY)
+
+    def compiled(source: Path) -> str:
+        made = str(path.with_name(f"{source.stem}.o"))
+        run_compiler([*command, *_FLAGS, "-c", *(f"-I{folder}" for folder in folders), str(source), "-o", made],
+                     "C++ compiler", _REMEDY)
+        return made
+
+    with ThreadPoolExecutor(len(sources)) as threads:
+        objects = list(threads.map(compiled, sources))
+    run_compiler([*command, *_FLAGS, "-shared", *objects, "-o", str(path), f"-L{root / 'lib'}", *libraries],
+                 "C++ compiler", _REMEDY)
 
 
 LAUNCHER = Launcher()

@@ -558,6 +558,23 @@ def test_start_waits_for_the_build_that_was_begun_before(monkeypatch, stub, driv
     assert len(calls) == 1 and calls[0] is not threading.current_thread()
 
 
+def test_no_op_waits_for_a_build_under_way(monkeypatch, stub, driver):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    go, built = threading.Event(), library.library()
+    monkeypatch.setattr(library, "library", lambda: go.wait(20) and built)
+    made = Launcher()
+    first = made.offer("patient_probe", "(Tensor x) -> Tensor", lambda x: x)
+    made.withdraw("patient_probe")
+    made.prepare()
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda")
+        assert first(x) is x and made.building and made.status() != "C++, loaded"
+        go.set()
+        made._building.join(20)
+        assert first(x) is x and made.status() == "C++, loaded"
+
+
 def test_a_build_begun_before_fails_once(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     made = Launcher()
