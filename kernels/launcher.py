@@ -65,6 +65,7 @@ class Recorder(Protocol):
 
 class _Active(threading.local):
     recorder: Recorder | None = None
+    compiling: bool = False
 
 
 _active = _Active()
@@ -84,6 +85,20 @@ def active_recorder() -> Recorder | None:
     return _active.recorder
 
 
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """What this thread would launch is compiled and loaded, and not launched: tensors need no memory."""
+    before, _active.compiling = _active.compiling, True
+    try:
+        yield
+    finally:
+        _active.compiling = before
+
+
+def only_compiles() -> bool:
+    return _active.compiling
+
+
 def launch(function: Function, grid: tuple[int, ...], arguments: Sequence[Argument]) -> None:
     """Launch a function on the current device and stream.
 
@@ -96,7 +111,7 @@ def launch(function: Function, grid: tuple[int, ...], arguments: Sequence[Argume
     if len(arguments) != len(function.parameters):
         raise ValueError(f"{function.name} takes {len(function.parameters)} arguments, not {len(arguments)}")
     x, y, z = (*grid, 1, 1)[:3]
-    if not x * y * z:
+    if not x * y * z or _active.compiling:
         return
     values = [packed(kind, argument) for kind, argument in zip(function.parameters, arguments, strict=True)]
     pointers = (_POINTER * len(values))(*(ctypes.addressof(value) for value in values))

@@ -22,6 +22,7 @@ from quartet.kernels import extension
 from quartet.kernels.extension import ExtensionError
 from quartet.kernels.spec import dtype_name
 from quartet.lowering import registry
+from quartet.lowering.ir.ahead import compile_ahead
 from quartet.lowering.ir.graph import is_backward
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import ROLES
@@ -141,10 +142,11 @@ class Pipeline(CustomGraphPass):
     Args:
         config: what the compilation is to be.
         earlier: the user's own passes, run first.
+        ahead: begin to compile the kernels of a graph as soon as it is lowered.
     """
 
-    def __init__(self, config: Compilation, earlier: tuple = ()) -> None:
-        self.config, self.earlier = config, earlier
+    def __init__(self, config: Compilation, earlier: tuple = (), ahead: bool = False) -> None:
+        self.config, self.earlier, self.ahead = config, earlier, ahead
         self.records: list[MatmulRecord] = []
         self._bodies: set[Signature] = set()  # joint graphs of regions; what comes after them are their parts
 
@@ -158,6 +160,8 @@ class Pipeline(CustomGraphPass):
         config = self._config_of(graph)
         if config is not None:
             self.records += run(gm, config)
+            if self.ahead:
+                compile_ahead(graph)
 
     def _config_of(self, graph: Graph) -> Compilation | None:
         """The compilation of this graph; None for a piece of a region whose joint graph we have had."""

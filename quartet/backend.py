@@ -96,7 +96,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         calibrate_once(device)
     if device.type == "cuda" and options.target is None and not watched:
         LAUNCHER.prepare()
-    step = make_pipeline(gm, example_inputs, options, names, remember, observers)
+    step = make_pipeline(gm, example_inputs, options, names, remember, observers, ahead=not watched)
     if step.config.reuse_weights:
         REUSED.watch()
     anchored = step.config.anchor is not None
@@ -144,8 +144,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
 
 def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options,
                   names: Names | None = None, remember: bool = True,
-                  observers: Sequence[Observer] = ()) -> pipeline.Pipeline:
-    """The joint-graph pass for one dynamo graph, whose names are looked up unless given."""
+                  observers: Sequence[Observer] = (), ahead: bool = False) -> pipeline.Pipeline:
+    """The joint-graph pass for one dynamo graph, whose names are looked up unless given; ``ahead``: it will run."""
     names = names or names_of(gm, example_inputs)
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
     if names.views and remembers(options.policy):
@@ -174,7 +174,7 @@ def make_pipeline(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         answers=_answers(gm, example_inputs, options, remember), threads=torch.get_num_threads(),
         version=torch.__version__)
     earlier = (p for p in compat.user_joint_passes(options.inductor) if not isinstance(p, pipeline.Pipeline))
-    return pipeline.Pipeline(compilation, tuple(earlier))
+    return pipeline.Pipeline(compilation, tuple(earlier), ahead and options.target is None and not replayed)
 
 
 def _shared(source: Any) -> dict[str, Any]:

@@ -2,22 +2,24 @@
 
 Triton's own launch binds, specialises and prints every argument and compares every global that the kernel reads, each
 time. What it would find is decided by the constants, the devices, and the kind of each argument; so the first launch
-of a combination is Triton's, and later ones call what that returned.
+of a combination is Triton's, unless it was compiled ahead, and later ones call what that returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quartet.kernels.launcher import Function, active_recorder
+from quartet.kernels.launcher import Function, active_recorder, only_compiles
 
 _LIMIT = 65535  # of programs along the second and the third axis of a grid
 _WARP = 32
 _COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+_UNDER_WAY: dict[Any, Lock] = {}  # what is compiled just now: another thread that needs it waits
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
@@ -37,16 +39,33 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
     first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     key = id(kernel), torch.cuda.current_device() if first.is_cuda else -1, *constants.values(), *map(_kind, arguments)
     known = _COMPILED.get(key)
-    if known is not None:
+    if known is None:
+        with _UNDER_WAY.setdefault(key, Lock()):
+            known = _COMPILED.get(key)
+            if known is None:
+                _first(key, kernel, grid, arguments, constants)
+                return
+    if not only_compiles():
         compiled, values = known
         compiled[full](*arguments, *values)
         _note(compiled, kernel.arg_names, full, arguments)
-        return
-    compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+
+
+def _first(key: Any, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...],
+           constants: Mapping[str, Any]) -> None:
+    """Have Triton launch a kernel, or compile and load it where that is all that is wanted."""
+    full, ahead = (*grid, 1, 1)[:3], only_compiles()
+    if ahead:
+        compiled = kernel.warmup(*arguments, grid=grid, **constants, enable_fp_fusion=False)
+        compiled[full]
+    else:
+        compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
     if compiled is not None:  # the interpreter returns nothing
         names = kernel.arg_names[len(arguments):]
         _COMPILED[key] = compiled, tuple(constants[name] for name in names)
-        _note(compiled, kernel.arg_names, full, arguments)
+        if not ahead:
+            _note(compiled, kernel.arg_names, full, arguments)
+    _UNDER_WAY.pop(key, None)
 
 
 def _note(compiled: Any, names: Sequence[str], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:

@@ -66,6 +66,8 @@ class Provider:
         supports: target → None, or why not. Asked once a process and device.
         replayed: see :meth:`Op.provider`.
         exact: it gives the reference's bits, not only what ``kernels.reference.tolerance`` allows.
+        ahead: launches the kernels of such a call and does nothing else, so that they can be compiled by it for tensors
+            without memory; None for what is compiled when it first runs. It gets no owner.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Provider:
     supports: Supports = everywhere
     replayed: bool = False
     exact: bool = True
+    ahead: Implementation | None = None
 
     def declines(self, target: Target) -> str | None:
         """Why it does not run on a target, None where it does."""
@@ -116,8 +119,8 @@ class Op:
         return f"Op({self.name})"
 
     def provider(self, name: str, device: str, supports: Supports = everywhere, before: str = REFERENCE,
-                 replayed: bool = False, owner: str | None = None,
-                 exact: bool = True) -> Callable[[Implementation], Implementation]:
+                 replayed: bool = False, owner: str | None = None, exact: bool = True,
+                 ahead: Implementation | None = None) -> Callable[[Implementation], Implementation]:
         """Declare the decorated function an implementation, preferred to the provider called ``before``.
 
         Args:
@@ -127,6 +130,7 @@ class Op:
             owner: a tensor among the arguments for which results may be kept (``quartet.runtime.slots.weights``); the
                 rest holds where it is None.
             exact: see :class:`Provider`.
+            ahead: see there; what is ``replayed`` is its own.
 
         Raises:
             DeclarationError: a name that is taken or no identifier, or no provider called ``before``.
@@ -142,7 +146,7 @@ class Op:
             at = names.index(before)
             if owner is not None:
                 self._owner = list(inspect.signature(self.reference).parameters).index(owner)
-            made = Provider(name, device, run, supports, replayed, exact)
+            made = Provider(name, device, run, supports, replayed, exact, run if replayed else ahead)
             self._provide((*self.providers[:at], made, *self.providers[at:]))
             return run
 
@@ -172,6 +176,19 @@ class Op:
                 return provider, reasons
             reasons[provider.name] = reason
         return None, reasons
+
+    def ahead(self, overload: OpOverload, target: Target) -> Implementation | None:
+        """:attr:`Provider.ahead` of what computes an overload on a target."""
+        if overload is self.overload:
+            provider, _ = self.choose(target)
+        else:
+            provider = next(p for p in self.providers if self._overloads.get(p.name) is overload)
+        return None if provider is None else provider.ahead
+
+    @property
+    def owner(self) -> str | None:
+        """The argument for which results may be kept."""
+        return None if self._owner < 0 else list(inspect.signature(self.reference).parameters)[self._owner]
 
     def overload_of(self, provider: Provider) -> OpOverload:
         """What calls a provider whatever is preferred to it."""

@@ -44,7 +44,7 @@ def stand_ins(graph: Graph, target_of: Callable[[torch.device], Target],
     for node in graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is not None and node.target is not op.overload:
-            _, reasons = op.choose(target_of(_device(node)), disabled, exact)
+            _, reasons = op.choose(target_of(device_of(node)), disabled, exact)
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             yield f"{op.name} runs as {node.target}: {why}"
 
@@ -61,7 +61,7 @@ def settle(graph: Graph, target_of: Callable[[torch.device], Target], disabled: 
     for node in graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is not None and node.target is op.overload:
-            _settle(node, op, target_of(_device(node)), disabled, exact)
+            _settle(node, op, target_of(device_of(node)), disabled, exact)
 
 
 def _settle(node: Node, op: Op, target: Target, disabled: Collection[str], exact: bool) -> None:
@@ -75,7 +75,7 @@ def _settle(node: Node, op: Op, target: Target, disabled: Collection[str], exact
                  "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
-def _device(node: Node) -> torch.device:
+def device_of(node: Node) -> torch.device:
     """That of the tensors that a node gives, or reads where it gives none."""
     for value in (of.meta.get("val") for of in (node, *node.all_input_nodes)):
         for tensor in value if isinstance(value, tuple | list) else (value,):

@@ -21,7 +21,7 @@ _known: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()  # of 
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """What of a tensor the layouts of results can depend on, all sizes being known."""
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class _Layout:
 
 def value_of(mode: Any, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What ``target`` gives for fake tensors of a mode."""
-    key = _described((target, *args, *kwargs.items())) if _makes_new(target) else None
+    key = described((target, *args, *kwargs.items())) if _makes_new(target) else None
     with mode:
         if key is None:
             return target(*args, **kwargs)
@@ -40,7 +40,7 @@ def value_of(mode: Any, target: Callable[..., Any], args: Sequence[Any], kwargs:
         if key in known:
             return _made(known[key])
         result = target(*args, **kwargs)
-        if (layouts := _described(result)) is not None:
+        if (layouts := described(result)) is not None:
             known[key] = layouts
         return result
 
@@ -52,15 +52,15 @@ def _makes_new(target: Any) -> bool:
         result.alias_info is None and "Tensor" in str(result.type) for result in target._schema.returns)
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """Arguments or results without what makes no difference to layouts; None where a size is symbolic, or unknown what
     makes a difference."""
     if isinstance(value, torch.Tensor):
         shape, strides = tuple(value.shape), value.stride()
         static = all(type(size) is int for size in (*shape, *strides))
-        return _Layout(shape, strides, value.dtype, value.device) if static else None
+        return Layout(shape, strides, value.dtype, value.device) if static else None
     if isinstance(value, list | tuple):
-        parts = tuple(map(_described, value))
+        parts = tuple(map(described, value))
         return None if None in parts else (type(value), parts)
     plain = value is None or isinstance(value, int | float | str | torch.dtype | torch.device | OpOverload)
     return (type(value), value) if plain else None
@@ -68,7 +68,7 @@ def _described(value: Any) -> Any:
 
 def _made(layouts: Any) -> Any:
     """New tensors as they are described."""
-    if isinstance(layouts, _Layout):
+    if isinstance(layouts, Layout):
         return torch.empty_strided(layouts.shape, layouts.strides, dtype=layouts.dtype, device=layouts.device)
     kind, parts = layouts
     return kind(map(_made, parts))

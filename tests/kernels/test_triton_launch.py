@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,10 @@ def run(kernel, x=X, scale=None, rows=32, gain=0.5, N=32, MODE="a"):
     return kernel.log[-1]
 
 
+def run_quietly(kernel):
+    launch(kernel, (3,), (X, None, 32, 0.5), MODE="a", N=32, num_warps=4)
+
+
 def test_the_second_launch_is_short_and_passes_the_constants_in_the_kernels_order(kernel):
     how, grid, arguments, keywords = run(kernel)
     assert (how, grid, arguments) == ("first", (3,), (X, None, 32, 0.5))
@@ -82,6 +87,42 @@ def test_what_triton_specialises_is_launched_by_triton_first(kernel, change):
     assert run(kernel, **change)[0] == "first"
     assert run(kernel, **change)[0] == "again"
     assert run(kernel)[0] == "again"
+
+
+def test_what_is_compiled_ahead_is_launched_the_short_way(kernel, monkeypatch):
+    def warmup(*arguments, grid, **keywords):
+        kernel.log.append(("ahead", grid, arguments, keywords))
+        return Compiled(kernel.log)
+
+    monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
+    with launcher.compiling_only():
+        assert run(kernel)[0] == run(kernel)[0] == "ahead" and len(kernel.log) == 1
+    assert kernel.log[0][3] == {"MODE": "a", "N": 32, "num_warps": 4, "enable_fp_fusion": False}
+    assert run(kernel) == ("again", (3, 1, 1), (X, None, 32, 0.5, 32, "a"))
+
+
+def test_a_thread_waits_for_what_another_compiles(kernel, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def warmup(*arguments, **keywords):
+        begun.set()
+        assert go.wait(20)
+        return Compiled(kernel.log)
+
+    def ahead():
+        with launcher.compiling_only():
+            run_quietly(kernel)
+
+    monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
+    thread, other = threading.Thread(target=ahead), threading.Thread(target=run_quietly, args=(kernel,))
+    thread.start()
+    assert begun.wait(20)
+    other.start()
+    assert run(kernel, N=64)[0] == "first" and other.is_alive()
+    go.set()
+    thread.join(20)
+    other.join(20)
+    assert [how for how, *_ in kernel.log] == ["first", "again"]
 
 
 class Recorder:

@@ -39,7 +39,8 @@ def table(device: torch.device) -> Tensor:
 def inexact_blocks(device: torch.device) -> Tensor:
     """int64 counter, on ``device``, of the blocks of 32 that a fold may have had to round since the process started."""
     if device not in COUNTERS:
-        COUNTERS[device] = lasting(device, lambda: torch.zeros(1, dtype=torch.int64, device=device))
+        made = lasting(device, lambda: torch.zeros(1, dtype=torch.int64, device=device))
+        COUNTERS.setdefault(device, made)  # the first of several threads counts
     return COUNTERS[device]
 
 

@@ -67,7 +67,7 @@ def amax_of_weights(xs: list[Tensor]) -> Tensor:
     return amax_of_each.reference(xs)
 
 
-@amax_of_weights.provider("triton", "cuda")
+@amax_of_weights.provider("triton", "cuda", ahead=_amax_triton)
 def _amax_once(xs: list[Tensor]) -> Tensor:
     first, *others = xs
     return _one_each(xs).copy_(REUSED.share(first, "amax_of_weights", lambda: _amax_triton(xs), others))
