@@ -21,12 +21,11 @@ def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn
 
     Only frames of torch are looked into: reading the variables of a user's frame would keep them alive.
     """
-    called = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
     outside: list[torch.nn.Module] = []
     inside: list[torch.nn.Module] = []
     part = None
     while frame is not None:
-        if frame.f_code in called:
+        if calls_module(frame):
             outside.insert(0, frame.f_locals["self"])
         elif (frame.f_code.co_name, frame.f_globals.get("__name__")) == ("compile_wrapper", "torch._dynamo.eval_frame"):
             inside, outside = outside + inside, []
@@ -35,6 +34,13 @@ def calls(frame: FrameType | None) -> tuple[list[torch.nn.Module], list[torch.nn
             part = owner if isinstance(owner, torch.nn.Module) else None
         frame = frame.f_back
     return outside, inside, part
+
+
+def calls_module(frame: FrameType) -> bool:
+    """Whether ``frame`` is torch's own code around a module's forward. Codes are told by identity: those that dynamo
+    makes may hold constants without a hash."""
+    return any(frame.f_code is call.__code__ for call in (torch.nn.Module._call_impl,
+                                                          torch.nn.Module._wrapped_call_impl))
 
 
 def optimizer_steps(frame: FrameType | None) -> int:

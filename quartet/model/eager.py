@@ -28,10 +28,10 @@ from quartet.passes.naming import module_name
 from quartet.policy import Policy
 from quartet.runtime.breaks import Break
 from quartet.runtime.compat import TorchDispatchMode, in_backward
+from quartet.runtime.frames import calls_module
 
 Place = tuple[str, int, int]  # file, line, first line of the function
 TORCH = str(Path(torch.__file__).parent)
-CALLS = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 RECURRENT = ("rnn", "lstm", "gru", "_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 
 
@@ -109,7 +109,7 @@ class Products(TorchDispatchMode):
         module, places = None, []
         while frame is not None:
             code = frame.f_code
-            if code in CALLS and module is None:
+            if module is None and calls_module(frame):
                 module = self._modules.get(id(frame.f_locals.get("self")))
             if not code.co_filename.startswith(TORCH):
                 places.append((code.co_filename, frame.f_lineno, code.co_firstlineno))

@@ -1,10 +1,12 @@
-"""Where the frames of calls lie."""
+"""Where the frames of calls lie, and which of them are of modules."""
 
 import resource
+import sys
 
 import pytest
+import torch
 
-from quartet.runtime.frames import with_room
+from quartet.runtime.frames import calls, with_room
 
 CALLS, DEPTHS = 400, 150
 
@@ -42,3 +44,20 @@ def test_it_is_the_function():
         function(3, b=None)
     with pytest.raises(TypeError):
         function(1, 2)
+
+
+def test_modules_are_found_through_code_with_constants_that_have_no_hash():
+    """As dynamo makes where it goes on after a graph break."""
+    found = []
+
+    class Model(torch.nn.Module):
+        def forward(self):
+            found.extend(calls(sys._getframe())[0])
+
+    def call(model):
+        return model()
+
+    call.__code__ = call.__code__.replace(co_consts=(*call.__code__.co_consts, {}))
+    model = Model()
+    call(model)
+    assert found == [model, model]
