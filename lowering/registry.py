@@ -242,8 +242,11 @@ def multiplies(gemm: Gemm | None, target: Target, dtype: torch.dtype) -> Kernel 
     return choose(target, dtype, ((a, size), (b, size)))[0]
 
 
-def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[str, ...] = ()) -> str:
+def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[str, ...] = (),
+            at_once: bool = False) -> str:
     """Which kernels take which operands of these products on these devices: the key of a choice among them.
+
+    ``at_once``: of what may have to be built first, what is foreseen (``providers.answers``).
 
     A kernel is asked for every quantiser, Hadamard size and dtype that :func:`choose` can come to ask it for. So
     whatever of this machine an answer rests on (a compiler, objects of a cache, versions, what the processor has) is in
@@ -253,7 +256,7 @@ def answers(targets: Iterable[Target], gemms: Iterable[Gemm], disabled: tuple[st
                        for n in _hadamards(gemm)}, key=str)
     found: list[tuple[str, ...]] = []
     for target in sorted(set(targets), key=str) if operands else ():
-        found.append((str(target), target.missing or "", providers.answers(target)))
+        found.append((str(target), target.missing or "", providers.answers(target, at_once)))
         for kernel in () if target.missing else KERNELS:
             if kernel.name not in disabled:
                 found.append((kernel.name, *_answers(kernel, target, operands)))

@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quartet.inspect.inspector import recorder_of
 from quartet.lowering import registry
+from quartet.lowering.ir.ops import fused
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRecord
-from quartet.lowering.recipe.types import ROLES
+from quartet.lowering.recipe.types import ROLES, Gemm
 from quartet.lowering.targets import inductor
 from quartet.model.first_use import calibrate_once
 from quartet.model.judge import Judge, judge_of
@@ -96,6 +97,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         calibrate_once(device)
     if device.type == "cuda" and options.target is None and not watched:
         LAUNCHER.prepare()
+        fused.prepare(Target.of(device), {side.spec for gemm in _gemms(options) for side in (gemm.a, gemm.b)})
     step = make_pipeline(gm, example_inputs, options, names, remember, observers, ahead=not watched)
     if step.config.reuse_weights:
         REUSED.watch()
@@ -250,9 +252,14 @@ def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], option
     devices = {value.device for value in values
                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0}
     targets = map(Target.of, devices) if options.target is None else [options.target]
-    gemms = [gemm for recipe in recipes_of(options.policy) for role in ROLES
-             if (gemm := getattr(recipe, role)) is not None]
-    return registry.answers(targets, gemms, options.disable_kernels)
+    exact = bool(options.disable_kernels or options.portable_rounding or compat.default_store())
+    return registry.answers(targets, _gemms(options), options.disable_kernels, at_once=not exact)
+
+
+def _gemms(options: Options) -> list[Gemm]:
+    """Every product that the policy can ask for."""
+    return [gemm for recipe in recipes_of(options.policy) for role in ROLES
+            if (gemm := getattr(recipe, role)) is not None]
 
 
 def _say(judge: Judge, target: Target, names: Names, records: Sequence[MatmulRecord],

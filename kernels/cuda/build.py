@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ OLDEST_NVCC = (12, 0)
 
 
 _failures: dict[Path, str] = {}  # of this process: what does not compile is not tried again
+_compiling = threading.Lock()
 
 
 def unavailable() -> str | None:
@@ -39,12 +41,27 @@ def unavailable() -> str | None:
     try:
         library()
     except BuildError as error:
-        return f"the CUDA quantisers are not built: {str(error).splitlines()[0]}"
+        return _not_built(str(error))
     return None
 
 
+def foreseen() -> str | None:
+    """:func:`unavailable` as far as it is told without compiling: None where a compiler is there and has not failed."""
+    try:
+        _, version = _nvcc()
+        failed = _failures.get(_target(version))
+    except BuildError as error:
+        failed = None if built_ahead() is not None else str(error)
+    return None if failed is None else _not_built(failed)
+
+
+def begin() -> None:
+    """Begin to compile what is not there, on a thread of its own, for which :func:`library` waits."""
+    threading.Thread(target=unavailable, name="quartet-nvcc", daemon=True).start()
+
+
 def library() -> Path:
-    """Path of the compiled kernels, built if need be: once, however many processes ask.
+    """Path of the compiled kernels, built if need be: once, however many threads and processes ask.
 
     Without a compiler, an object that another machine built from the same source with the same flags.
 
@@ -58,16 +75,17 @@ def library() -> Path:
         if found is None:
             raise
         return found
-    target = target_of(f"{NAME}-{fingerprint(_source().encode(), version.encode())}")
-    if target in _failures:
-        raise BuildError(_failures[target])
-    if not intact(target):
-        log.warning("compiling the CUDA quantisers with nvcc: half a minute, this once")
-    try:
-        build_once(target, lambda path: _compile(nvcc, version, path))
-    except BuildError as error:
-        _failures[target] = str(error)
-        raise
+    target = _target(version)
+    with _compiling:
+        if target in _failures:
+            raise BuildError(_failures[target])
+        if not intact(target):
+            log.warning("compiling the CUDA quantisers with nvcc: half a minute, this once")
+        try:
+            build_once(target, lambda path: _compile(nvcc, version, path))
+        except BuildError as error:
+            _failures[target] = str(error)
+            raise
     return target
 
 
@@ -92,6 +110,15 @@ def _nvcc() -> tuple[Path, str]:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_NVCC:
         raise BuildError(f"{nvcc} is version {version}; {REMEDY}")
     return nvcc, version
+
+
+def _target(version: str) -> Path:
+    """Where the object lies that this version makes. Raises BuildError: the cache folder cannot be used."""
+    return target_of(f"{NAME}-{fingerprint(_source().encode(), version.encode())}")
+
+
+def _not_built(said: str) -> str:
+    return f"the CUDA quantisers are not built: {said.splitlines()[0]}"
 
 
 def _compile(nvcc: Path, version: str, path: Path) -> dict[str, Any]:

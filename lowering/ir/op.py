@@ -64,6 +64,7 @@ class Provider:
         device: the type of device whose tensors it takes, None for any.
         run: the implementation. What it needs it imports when it first runs.
         supports: target → None, or why not. Asked once a process and device.
+        foresees: the same as far as it is told at once, where ``supports`` may build something; else None.
         replayed: see :meth:`Op.provider`.
         exact: it gives the reference's bits, not only what ``kernels.reference.tolerance`` allows.
         ahead: launches the kernels of such a call and does nothing else, so that they can be compiled by it for tensors
@@ -77,12 +78,13 @@ class Provider:
     replayed: bool = False
     exact: bool = True
     ahead: Implementation | None = None
+    foresees: Supports | None = None
 
-    def declines(self, target: Target) -> str | None:
-        """Why it does not run on a target, None where it does."""
+    def declines(self, target: Target, at_once: bool = False) -> str | None:
+        """Why it does not run on a target, None where it does; ``at_once``: as it ``foresees``."""
         if self.device not in (None, target.type):
             return f"runs on {self.device}, not on {target.type}"
-        return self.supports(target)
+        return (at_once and self.foresees or self.supports)(target)
 
 
 class Op:
@@ -120,7 +122,8 @@ class Op:
 
     def provider(self, name: str, device: str, supports: Supports = everywhere, before: str = REFERENCE,
                  replayed: bool = False, owner: str | None = None, exact: bool = True,
-                 ahead: Implementation | None = None) -> Callable[[Implementation], Implementation]:
+                 ahead: Implementation | None = None,
+                 foresees: Supports | None = None) -> Callable[[Implementation], Implementation]:
         """Declare the decorated function an implementation, preferred to the provider called ``before``.
 
         Args:
@@ -131,6 +134,7 @@ class Op:
                 rest holds where it is None.
             exact: see :class:`Provider`.
             ahead: see there; what is ``replayed`` is its own.
+            foresees: see there.
 
         Raises:
             DeclarationError: a name that is taken or no identifier, or no provider called ``before``.
@@ -146,7 +150,7 @@ class Op:
             at = names.index(before)
             if owner is not None:
                 self._owner = list(inspect.signature(self.reference).parameters).index(owner)
-            made = Provider(name, device, run, supports, replayed, exact, run if replayed else ahead)
+            made = Provider(name, device, run, supports, replayed, exact, run if replayed else ahead, foresees)
             self._provide((*self.providers[:at], made, *self.providers[at:]))
             return run
 

@@ -32,9 +32,13 @@ def listing(target: Target) -> list[tuple[str, str, str | None]]:
             for provider in op.providers if provider.device in (None, target.type)]
 
 
-def answers(target: Target) -> str:
-    """What providers say that take some devices of their type only, for the key of graphs that :func:`settle` made."""
-    return " ".join(f"{op.name}.{provider.name}={'01'[provider.declines(target) is None]}"
+def answers(target: Target, at_once: bool = False) -> str:
+    """What providers say that take some devices of their type only, for the key of graphs that :func:`settle` made.
+
+    ``at_once``: as they foresee it. That is enough where none is disabled and inexact ones may run: a graph calls an op
+    whose preferred provider is still built, and which one runs is seen when it does.
+    """
+    return " ".join(f"{op.name}.{provider.name}={'01'[provider.declines(target, at_once) is None]}"
                     for op in ops() for provider in op.providers if provider.supports is not everywhere)
 
 

@@ -1,16 +1,20 @@
 """The CUDA quantisers where there is no GPU: that they compile, how they share out a matrix, and what they decline."""
 
 import shutil
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from quartet.backend import kernels_here
 from quartet.kernels.build_cache import BuildError, notes_of
 from quartet.kernels.cuda import build, library, ops
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.ops import fused
+from quartet.options import Options
+from quartet.policy import Policy
 from quartet.runtime.devices import Target
 
 LENGTHS = (1, 31, 32, 33, 64, 100, 1000, 2048, 4096, 5120, 8192, 14336, 16384, 28672, 32768, 40000)
@@ -62,6 +66,56 @@ def test_what_does_not_compile_is_tried_once_and_tritons_serve(cache, monkeypatc
         reason = fused.hopper(Target("cuda", "sm_90"))
         assert reason == "the CUDA quantisers are not built: `nvcc` failed with status 1; gcc is too new"
     assert len(asked) == 1
+
+
+@pytest.fixture
+def compiler(cache, monkeypatch):
+    """A compiler that waits until it may go on, and how often it was asked; ``fails`` says whether it fails then."""
+    made = SimpleNamespace(asked=0, go=threading.Event(), fails=False)
+
+    def compile(nvcc, version, path):
+        made.asked += 1
+        assert made.go.wait(20)
+        if made.fails:
+            raise BuildError("`nvcc` failed with status 1; gcc is too new")
+        path.write_bytes(b"a cubin")
+        return {}
+
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(build, "nvcc_version", lambda nvcc: "13.0.88")
+    monkeypatch.setattr(build, "_compile", compile)
+    yield made
+    made.go.set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_compilation_begun_before_is_foreseen_and_waited_for(compiler, fails):
+    compiler.fails, hopper = fails, Target("cuda", "sm_90")
+    fused.prepare(hopper, {None, QuantSpec.parse("e4m3/tensor fp32 amax nearest")})
+    fused.prepare(Target("cuda", "sm_89"), {ops.STOCHASTIC})
+    assert compiler.asked == 0 and fused.hopper(hopper, at_once=True) is None
+    fused.prepare(hopper, {None, ops.STOCHASTIC})
+    assert fused.hopper(hopper, at_once=True) is None
+    threading.Timer(0.1, compiler.go.set).start()
+    reason = fused.hopper(hopper)
+    assert (reason is not None) == fails and compiler.asked == 1
+    assert fused.hopper(hopper, at_once=True) == reason
+
+
+def test_what_is_foreseen_without_a_compiler(cache, monkeypatch):
+    monkeypatch.setattr(build, "find_nvcc", no_nvcc)
+    assert "nvcc is missing" in fused.hopper(Target("cuda", "sm_90"), at_once=True)
+
+
+@pytest.mark.parametrize(("policy", "options", "waits"), [
+    ("quartet", {}, False), ("fp8", {}, False), ("quartet", {"portable_rounding": True}, True),
+    ("quartet", {"disable_kernels": ("cuda_fold.triton",)}, True)])
+def test_a_key_waits_for_the_compiler_only_where_the_graph_depends_on_it(compiler, monkeypatch, policy, options, waits):
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: Target("cuda", "sm_90")))
+    compiler.go.set()
+    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    said = kernels_here(gm, [torch.zeros(4, 4)], Options(Policy(policy), **options))
+    assert "cuda_requantize.cuda=1" in said and compiler.asked == waits
 
 
 def test_an_old_compiler_is_told_so(cache, monkeypatch):

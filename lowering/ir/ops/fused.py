@@ -20,6 +20,8 @@ An FP8 operand is float8_e4m3fn ``[R, K]`` with fp32 power-of-two scales ``[R, 1
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -58,13 +60,26 @@ def _cuda_kernels() -> ModuleType:
     return ops
 
 
-def hopper(target: Target) -> str | None:
-    """None where the CUDA C++ quantisers run, or would with a compiler for a target that is only named."""
-    from quartet.kernels.cuda.build import unavailable
+def hopper(target: Target, at_once: bool = False) -> str | None:
+    """None where the CUDA C++ quantisers run, or would with a compiler for a target that is only named; ``at_once``: as
+    far as it is told without compiling them."""
+    from quartet.kernels.cuda import build
 
     if target.foreign is not None or target.capability != (9, 0):
         return f"the CUDA quantisers were measured on compute capability 9.0, not on {target}"
-    return None if target.pretended else unavailable()
+    return None if target.pretended else build.foreseen() if at_once else build.unavailable()
+
+
+_foreseen = partial(hopper, at_once=True)
+
+
+def prepare(target: Target, specs: Collection[QuantSpec | None]) -> None:
+    """Begin to compile the CUDA quantisers where one of these is theirs, while the caller goes on."""
+    from quartet.kernels.cuda import build
+    from quartet.kernels.cuda.ops import STOCHASTIC
+
+    if STOCHASTIC in specs and not target.pretended and _foreseen(target) is None:
+        build.begin()
 
 
 def _rotations() -> ModuleType:
@@ -198,7 +213,7 @@ def _quantize_both(x: Tensor, rotation: int, signs: Tensor | None, spec: str, se
     return *ops.fold(codes, scales, rows.spec), *ops.fold(t_codes, t_scales, columns.spec, t_ends)
 
 
-@cuda_quantize_both.provider("cuda", "cuda", hopper, before="triton", replayed=True, exact=False)
+@cuda_quantize_both.provider("cuda", "cuda", hopper, before="triton", replayed=True, exact=False, foresees=_foreseen)
 def _quantize_both_cuda(x: Tensor, rotation: int, signs: Tensor | None, spec: str, seed: Tensor | None, site: int,
                         encode: Tensor | None, t_rotation: int, t_signs: Tensor | None, t_spec: str,
                         t_seed: Tensor | None, t_site: int, t_encode: Tensor | None,
@@ -276,7 +291,7 @@ def _requantized(codes: Tensor, scales: Tensor, spec: QuantSpec, packed: bool, f
     return codes, scales, codes.new_empty(0), *operand
 
 
-@cuda_requantize.provider("cuda", "cuda", hopper, before="triton", replayed=True, exact=False)
+@cuda_requantize.provider("cuda", "cuda", hopper, before="triton", replayed=True, exact=False, foresees=_foreseen)
 def _requantize_cuda(codes: Tensor, scales: Tensor, in_spec: str, rotation: int, signs: Tensor | None, spec: str,
                      seed: Tensor | None, site: int, encode: Tensor | None, packed: bool, folded: bool,
                      matrices: int = 1, ends: Tensor | None = None) -> Five:
