@@ -2,7 +2,7 @@
 
     products   share · operations a second of the data sheet
     passes     the H200's · its bytes a second / the GPU's; of quantisers, which are limited by the instructions that
-               start, at least its instructions a second / the GPU's
+               start, at least its instructions a second / the GPU's; beside Hopper those of the Triton kernels
 
 An H200 keeps up 0.69 of its bf16 and 0.68 of its FP8 operations. Nobody has measured integer products and those of FP4
 under such a load: half is taken.
@@ -26,10 +26,11 @@ def rates(gpu: Gpu) -> Rates:
     assert reference is not None
     by_bytes = reference.bandwidth / gpu.bandwidth
     by_instructions = reference.processors * reference.clock / (gpu.processors * gpu.clock)
+    passes = known.passes if gpu.capability == reference.capability else {**known.passes, **shipped.PORTABLE}
     slower = {name: max(by_bytes, by_instructions) if name in BY_INSTRUCTIONS else by_bytes for name in PASSES}
     return Rates(
         gpu.name,
         flops={dtype: share * gpu.operations(dtype) for dtype, share in SHARE.items() if gpu.operations(dtype)},
         output={dtype: known.output["bf16"] * by_bytes * size / 2 for dtype, size in RESULT_BYTES.items()},
-        passes={name: known.passes[name] * factor for name, factor in slower.items()},
+        passes={name: passes[name] * factor for name, factor in slower.items()},
         launch=known.launch, host=HOST, origin=ESTIMATE if gpu.estimated else DATA_SHEET)
