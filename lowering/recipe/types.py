@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quartet.kernels.reference.estimator import ESTIMATORS
-from quartet.kernels.reference.formats.saved import SAVED_ELEMENTS
+from quartet.kernels.reference.formats.saved import ROW, SAVED_ELEMENTS
 from quartet.kernels.reference.hadamard import SIZES
 from quartet.kernels.reference.products.outliers import tail_parts
 from quartet.kernels.reference.products.smooth import FORMS
@@ -154,7 +154,8 @@ class Saved:
     Args:
         element: ``"e4m3"`` (symmetric, one bfloat16 scale a group) or ``"uint8"``, ``"uint6"`` or ``"uint4"``
             (asymmetric, fp32 scale and minimum).
-        group: elements along the last axis that share a scale, a multiple of 16 up to 256.
+        group: elements along the last axis that share a scale, a multiple of 16 up to 256; of E4M3 also ``ROW``, 0,
+            all of it.
         rounding: ``"nearest"``; integers also ``"stochastic"``.
         attention: also q, k, v and the output that a fused attention keeps; its statistics stay exact.
     """
@@ -168,7 +169,8 @@ class Saved:
         if self.element not in SAVED_ELEMENTS:
             raise SpecError(f"saved activations have no element {self.element!r}; possible: "
                             f"{', '.join(SAVED_ELEMENTS)}")
-        if not isinstance(self.group, int) or self.group % 16 or not 16 <= self.group <= 256:
+        rows = self.element == "e4m3" and self.group == ROW
+        if not rows and (not isinstance(self.group, int) or self.group % 16 or not 16 <= self.group <= 256):
             raise SpecError(f"a group of {self.group!r} saved elements is not possible; use a multiple of 16 from 16 "
                             "to 256")
         legal = ("nearest",) if self.element == "e4m3" else ("nearest", "stochastic")
@@ -178,16 +180,16 @@ class Saved:
             raise SpecError(f"attention of saved activations is True or False, not {self.attention!r}")
 
     def __str__(self) -> str:
-        return f"{self.element}/{self.group} {self.rounding}{' attention' if self.attention else ''}"
+        return f"{self.element}/{self.group or 'row'} {self.rounding}{' attention' if self.attention else ''}"
 
     @classmethod
     def parse(cls, text: str) -> Saved:
         """The inverse of ``str``. Raises SpecError."""
-        found = re.fullmatch(r"(\w+)/(\d+)(?: (nearest|stochastic))?( attention)?", text)
+        found = re.fullmatch(r"(\w+)/(\d+|row)(?: (nearest|stochastic))?( attention)?", text)
         if found is None:
             raise SpecError(f"cannot read {text!r}; expected saved activations like 'e4m3/16 nearest' or "
                             "'uint8/64 stochastic attention'")
-        return cls(found[1], int(found[2]), found[3] or "nearest", found[4] is not None)
+        return cls(found[1], ROW if found[2] == "row" else int(found[2]), found[3] or "nearest", found[4] is not None)
 
 
 @dataclass(frozen=True)

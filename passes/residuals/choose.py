@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -33,7 +33,7 @@ from quartet.passes.compilation import Compilation
 from quartet.passes.naming import module_of
 from quartet.passes.residuals.boundary import Storage, byte_count, shown_roots, stored_bytes
 from quartet.passes.residuals.budget import Budget, BudgetError
-from quartet.passes.residuals.formats import Formats
+from quartet.passes.residuals.formats import Formats, Served
 from quartet.passes.residuals.knapsack import Choice, Frontier, Point
 from quartet.passes.residuals.prices import FEMTO, Prices
 from quartet.passes.residuals.trial import Divided, Trial, copy_of, kept_bytes, own_storages
@@ -135,15 +135,14 @@ def choose(state: State, candidates: Mapping[Node, Quantized], weights: Collecti
     return [node for node in nodes.values() if node.name in names]
 
 
-def formats_of(config: Compilation, divided: Divided, chooses: bool,
-               served: Callable[[Storage], bool] = lambda storage: False) -> Formats:
-    """What can be done with what is kept; ``served``: by codes that are kept anyway."""
+def formats_of(config: Compilation, divided: Divided, chooses: bool) -> Formats:
+    """What can be done with what is kept."""
     def target(storage: Storage) -> Target:
         return config.target_of(val(storage.root).device)
 
     of = cache(Prices.of)
     return Formats(config.policy.resolve_saved, shown_roots(divided.shown), divided.seen, chooses, target,
-                   lambda storage: of(target(storage)), served)
+                   lambda storage: of(target(storage)), Served(divided.kept, chooses))
 
 
 def measured(plan: Plan, frontier: Frontier, point: Point, records: Sequence[SavedRecord],

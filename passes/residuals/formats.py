@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
-from quartet.kernels.reference.formats.saved import saved_bytes_per_element
+from quartet.kernels.reference.formats.saved import ROW, saved_bytes_per_element
 from quartet.kernels.spec import QuantSpec
-from quartet.lowering import registry
-from quartet.lowering.ir.graph import shape, val
+from quartet.lowering import ir, registry
+from quartet.lowering.ir.graph import Builder, argument, aten, results, shape, source, source_of, val
+from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY, QUANTIZE, QUANTIZE_DELAYED
+from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.resolution import SavedChoice
 from quartet.lowering.recipe.types import Saved
-from quartet.passes.residuals.boundary import Storage, dense_order, stored_bytes
+from quartet.passes.residuals.boundary import Kept, Storage, dense_order, stored_bytes
 from quartet.passes.residuals.knapsack import Choice
 from quartet.passes.residuals.lossless import Backward, read_by_attention, why_exact
 from quartet.passes.residuals.prices import Prices
 from quartet.runtime.devices import Target
 from quartet.runtime.sizes import hint
+from quartet.runtime.view_ops import COPIES, RESHAPES
 
-CHOOSABLE = ((Saved("e4m3", 16, attention=True), Saved("uint8", 64, "stochastic", attention=True)),
+CHOOSABLE = ((Saved("e4m3", ROW, attention=True), Saved("uint8", 64, "stochastic", attention=True)),
              (Saved("uint6", 64, "stochastic", attention=True),))
 """What may be chosen for a tensor of which no rule says anything: of each group the first that a device's code makes.
 Four bits are not among them: over four seeds their loss was further from BF16's than that of eight and six."""
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 SERVED = "from the codes of a product's operand, which are kept anyway"
 
 
@@ -37,7 +42,79 @@ class Way:
     saved: Saved | None
     reason: str
     cost: Choice
-    served: bool = False
+    served: Codes | None = None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Kept codes ``[rows, padded]`` of a tensor with so many columns, or of its transpose; nodes of backward.
+
+    ``links``: the operators that lead to that tensor from the one that the codes serve for.
+    """
+
+    spec: str
+    codes: Node
+    scales: Node
+    columns: Any
+    transposed: bool
+    links: tuple[Node, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether they are the tensor to eight bits, rounded to nearest under a scale of its own."""
+        spec = QuantSpec.parse(self.spec)
+        return not spec.stochastic and not spec.takes_amax and spec.bits == 8 and spec.element != "ternary"
+
+    def values(self, build: Builder) -> Node:
+        """The tensor that they serve for."""
+        x = source_of(self.links[-1])
+        values = Dequantize(self.codes, self.scales, QuantSpec.parse(self.spec), val(x).dtype).emit(build)
+        values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
+        for link in reversed(self.links[:-1]):
+            if link.target is aten.permute.default:
+                order = argument(link, "dims")
+                values = build(aten.permute.default, values, sorted(range(len(order)), key=order.__getitem__))
+            else:
+                sizes = shape(source_of(link))
+                values = build(aten.reshape.default, values, [build.size(size) for size in sizes])
+        return values
+
+
+class Served:
+    """Which tensors the eight-bit codes stand for that are ``kept`` for products; with ``orders`` also those that are
+    an operand in another order, as heads laid beside each other."""
+
+    def __init__(self, kept: Sequence[Kept], orders: bool) -> None:
+        self._links = RESHAPES | COPIES | {aten.permute.default} if orders else _VIEWS
+        self._read = {one.made: one.read for one in kept}
+        self._scales = {one.made.meta[CODES_KEY]: one.read for one in kept if CODES_KEY in one.made.meta}
+
+    def of(self, storage: Storage) -> Codes | None:
+        """Codes of this very tensor, if there are any."""
+        todo: list[tuple[Node, tuple[Node, ...]]] = [(storage.root, ())]
+        while todo:
+            node, passed = todo.pop()
+            for user in (user for user in node.users if source(user) is node):
+                if user.target in self._links:
+                    todo.append((user, (*passed, user)))
+                elif (found := self._codes_of(user)) is not None and found.usable:
+                    return replace(found, links=(*passed, user))
+        return None
+
+    def _codes_of(self, user: Node) -> Codes | None:
+        """What is kept of the results of a quantiser or of a cast to FP8, None where codes or scales are not."""
+        items = {index: self._read[n] for index, n in results(user).items() if n in self._read}
+        if user.target is ir.QUANTIZE:
+            spec, codes, scales, flipped = str(Quantize.of(user).spec), items.get(0), items.get(1), False
+        elif user.target in (CAST, QUANTIZE, QUANTIZE_DELAYED) and CODES_KEY in user.meta:
+            spec, scales = user.meta[CODES_KEY][0], self._scales.get(user.meta[CODES_KEY])
+            flipped = 0 not in items
+            codes = items.get(int(flipped))
+        else:
+            return None
+        if codes is None or scales is None:
+            return None
+        return Codes(spec, codes, scales, shape(source_of(user))[1], flipped)
 
 
 def not_generated(saved: Saved, target: Target) -> str | None:
@@ -57,7 +134,7 @@ class Formats:
         shown: the roots of the user's own results. seen: backward, as it was divided.
         chooses: tensors of which the policy says nothing may be encoded.
         target, prices: of a storage's device.
-        served: whether codes that are kept anyway can serve instead of a storage.
+        served: codes that are kept anyway and can serve instead of a storage.
     """
 
     resolve: Callable[[str | None], SavedChoice]
@@ -66,7 +143,7 @@ class Formats:
     chooses: bool
     target: Callable[[Storage], Target]
     prices: Callable[[Storage], Prices]
-    served: Callable[[Storage], bool]
+    served: Served
 
     def ways(self, storage: Storage, fqn: str | None) -> list[Way]:
         """What can be done with a storage; the first is to leave it as it is, unless a rule names a format for it."""
@@ -85,9 +162,9 @@ class Formats:
         """In a format; None where that cannot be."""
         if why_exact(storage, self.shown, self.seen, saved) is not None:
             return None
-        if self.served(storage):
+        if (codes := self.served.of(storage)) is not None:
             elements = hint(val(storage.source).numel())
-            return Way(saved, SERVED, Choice(0, self.prices(storage).passes(elements)), served=True)
+            return Way(saved, SERVED, Choice(0, self.prices(storage).passes(elements)), codes)
         if not_generated(saved, self.target(storage)) is not None:
             return None
         return Way(saved, reason, self._encoded(storage, saved))

@@ -10,28 +10,22 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quartet.kernels.spec import QuantSpec, dtype_name
-from quartet.lowering import ir
+from quartet.kernels.spec import dtype_name
 from quartet.lowering.ir.graph import (
     Builder,
     aten,
     editing,
     remaining,
-    results,
     shape,
-    source,
-    source_of,
     val,
 )
-from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY, QUANTIZE, QUANTIZE_DELAYED
 from quartet.lowering.ir.ops.saved import DECODE, ENCODE
-from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.records import MemoryRecord, SavedRecord
 from quartet.lowering.recipe.types import Saved
 from quartet.lowering.targets.triton.joined import fold_where_quantized
@@ -101,29 +95,6 @@ class SavedActivations(CustomPartitionerFn):
         return hashlib.sha256(repr((source_digest(), self.config.key(), other)).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """Kept codes ``[rows, padded]`` of a tensor with so many columns, or of its transpose; nodes of backward."""
-
-    spec: str
-    codes: Node
-    scales: Node
-    columns: Any
-    transposed: bool
-
-    @property
-    def usable(self) -> bool:
-        """Whether they are the tensor to eight bits, rounded to nearest under a scale of its own."""
-        spec = QuantSpec.parse(self.spec)
-        return not spec.stochastic and not spec.takes_amax and spec.bits == 8 and spec.element != "ternary"
-
-    def values(self, build: Builder, root: Node) -> Node:
-        """The tensor that they stand for, in the shape and dtype of ``root``."""
-        values = Dequantize(self.codes, self.scales, QuantSpec.parse(self.spec), val(root).dtype).emit(build)
-        values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
-        return build(aten.reshape.default, values, [build.size(size) for size in shape(root)])
-
-
 class _Rewriting:
     """One pair of graphs."""
 
@@ -134,8 +105,6 @@ class _Rewriting:
         self.state = State(self.forward, config)
         self.kept = pairs(self.forward, self.backward, self.outputs)
         self.instead: dict[Node, list[Node]] = {}  # a result of forward → what is returned in its place
-        self.read: dict[Node, Node] = {kept.made: kept.read for kept in self.kept}
-        self.scales = {kept.made.meta[CODES_KEY]: kept.read for kept in self.kept if CODES_KEY in kept.made.meta}
 
     def run(self) -> list[SavedRecord]:
         """Rewrite both graphs; a record for everything kept that is no input, and for what runs again instead."""
@@ -143,8 +112,7 @@ class _Rewriting:
         with editing(self.forward), editing(self.backward):
             own = [storage for storage in storages(self.kept) if storage.root.op != "placeholder"]
             chooses = plan is not None and not plan.budget.lossless
-            formats = formats_of(self.state.config, self.division, chooses,
-                                 lambda storage: self._codes_already(storage) is not None)
+            formats = formats_of(self.state.config, self.division, chooses)
             ways = [formats.ways(storage, module_of(storage.root)) for storage in own]
             frontier = Frontier([[way.cost for way in each] for each in ways])
             limit = None if plan is None else plan.budget.limit(plan.plain)
@@ -166,10 +134,8 @@ class _Rewriting:
                              formats.prices(storage).seconds(way.cost.time))
         if way.saved is None:
             return record
-        if way.served:
-            codes = self._codes_already(storage)
-            assert codes is not None
-            self._decode_from(storage, lambda build: codes.values(build, storage.root))
+        if (codes := way.served) is not None:
+            self._decode_from(storage, codes.values)
             return replace(record, saved=codes.spec, saved_bytes=0)
         return replace(record, saved=str(way.saved), saved_bytes=self._encode(storage, way.saved, site))
 
@@ -229,33 +195,6 @@ class _Rewriting:
         """The arguments of a view or cast of forward, in backward: sizes are found or computed there."""
         rest = map_arg(remaining(link), lambda n: build.size(n.meta["val"]))
         return (value, *rest)
-
-    def _codes_already(self, storage: Storage) -> _Codes | None:
-        """The eight-bit codes of this very tensor that are kept for a product, if there are any."""
-        todo = [storage.root]
-        while todo:
-            node = todo.pop()
-            todo += [u for u in node.users if u.target in (aten.view.default, aten._unsafe_view.default)]
-            for user in node.users:
-                found = self._codes_of(user) if source(user) is node else None
-                if found is not None and found.usable:
-                    return found
-        return None
-
-    def _codes_of(self, user: Node) -> _Codes | None:
-        """What is kept of the results of a quantiser or of a cast to FP8, None where codes or scales are not."""
-        items = {index: self.read[n] for index, n in results(user).items() if n in self.read}
-        if user.target is ir.QUANTIZE:
-            spec, codes, scales, flipped = str(Quantize.of(user).spec), items.get(0), items.get(1), False
-        elif user.target in (CAST, QUANTIZE, QUANTIZE_DELAYED) and CODES_KEY in user.meta:
-            spec, scales = user.meta[CODES_KEY][0], self.scales.get(user.meta[CODES_KEY])
-            flipped = 0 not in items
-            codes = items.get(int(flipped))
-        else:
-            return None
-        if codes is None or scales is None:
-            return None
-        return _Codes(spec, codes, scales, shape(source_of(user))[1], flipped)
 
     def _return(self) -> None:
         """Write forward's results anew, with their descriptions."""

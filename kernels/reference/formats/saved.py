@@ -4,10 +4,10 @@
     uint8   asymmetric: scale = (max − min)/255 and min in fp32, code = ⌊(x − min)/scale + r⌋   Mesa, arXiv 2111.11124
     uint6   the same with 63 levels, four codes in three bytes     uint4   with 15, two codes a byte
 
-Groups lie along the last axis; the last one of a row may be short. Quotients go through float64, which rounds to the
-same fp32 number in eager and compiled code. A group with a NaN or an infinity comes back as NaN throughout, and so
-does a group of integers whose range exceeds fp32. Codes of fewer than eight bits lie in their bytes from the lowest
-bit on.
+Groups lie along the last axis; the last one of a row may be short, and ``ROW`` stands for one group a row. Quotients go
+through float64, which rounds to the same fp32 number in eager and compiled code. A group with a NaN or an infinity
+comes back as NaN throughout, and so does a group of integers whose range exceeds fp32. Codes of fewer than eight bits
+lie in their bytes from the lowest bit on.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from quartet.kernels.reference.philox import random_bits
 
 BITS = {"e4m3": 8, "uint8": 8, "uint6": 6, "uint4": 4}
 SAVED_ELEMENTS = tuple(BITS)
+ROW = 0  # as a group: all of the last axis
 _E4M3_MAX = 448.0
 _SMALLEST = 2.0**-126  # whose reciprocal is a number too
 
 
 def _grouped(x: Tensor, group: int, fill: float) -> Tensor:
     """``[…, groups, group]``; a short last group is filled up."""
+    if group == ROW:
+        return x.unsqueeze(-2)
     extra = -x.shape[-1] % group
     if not (isinstance(extra, int) and extra == 0):
         x = torch.nn.functional.pad(x, (0, extra), value=fill)
@@ -87,13 +90,14 @@ def encode_saved(x: Tensor, element: str, group: int, seed: Tensor | None = None
 
     Args:
         x: any float dtype ``[…, cols]``; computed in fp32. cols is a multiple of ``packed_together(element)``.
-        element: one of ``SAVED_ELEMENTS``. group: elements along the last axis that share a scale, a multiple of 16.
+        element: one of ``SAVED_ELEMENTS``. group: elements along the last axis that share a scale, a multiple of 16,
+            or of E4M3 ``ROW``.
         seed: int64 with one element: integers are rounded stochastically with the bits of ``site``; None rounds to
             nearest, ties to even. E4M3 codes are always rounded to nearest.
         random: those bits, 0…511 in any integer dtype ``[rows, padded cols]``, where the caller has them already.
     Returns:
-        codes float8_e4m3fn ``[…, cols]`` or uint8 ``[…, cols · bits / 8]``; scales bfloat16 ``[…, ⌈cols/group⌉]``, of
-        integers fp32 ``[…, ⌈cols/group⌉, 2]``: scale and minimum.
+        codes float8_e4m3fn ``[…, cols]`` or uint8 ``[…, cols · bits / 8]``; scales bfloat16 ``[…, groups]``, of
+        integers fp32 ``[…, groups, 2]``: scale and minimum.
     """
     cols, x = x.shape[-1], x.to(torch.float32)
     if element == "e4m3":
@@ -135,6 +139,11 @@ def decode_saved(codes: Tensor, scales: Tensor, element: str, group: int, dtype:
     return _flat(values, cols).to(dtype)
 
 
+def groups_of(cols: Any, group: int) -> Any:
+    """Groups of a row of ``cols``."""
+    return 1 if group == ROW else (cols + group - 1) // group
+
+
 def saved_bytes_per_element(element: str, group: int, cols: int) -> float:
     """Bytes that codes and scales take for each element of a row of ``cols``."""
-    return BITS[element] / 8 + -(-cols // group) * (2 if element == "e4m3" else 8) / max(cols, 1)
+    return BITS[element] / 8 + groups_of(cols, group) * (2 if element == "e4m3" else 8) / max(cols, 1)

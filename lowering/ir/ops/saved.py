@@ -18,7 +18,7 @@ from quartet.lowering.ir.op import op
 
 
 def _encode_fake(x, element, group, seed, site):
-    groups = (*x.shape[:-1], (x.shape[-1] + group - 1) // group)
+    groups = (*x.shape[:-1], saved.groups_of(x.shape[-1], group))
     if element == "e4m3":
         return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(groups, dtype=torch.bfloat16)
     packed = (*x.shape[:-1], x.shape[-1] * saved.BITS[element] // 8)
@@ -28,7 +28,7 @@ def _encode_fake(x, element, group, seed, site):
 def encode_inlined(x: Tensor, element: str, group: int, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     """The reference with its random bits from an op of their own: Philox inlined would be computed 16 times over."""
     random = None
-    if seed is not None:
+    if seed is not None and element != "e4m3":
         padded = ir.ceil_to(x.shape[-1], group)
         random = torch.ops.quartet.random_bits.default(seed, site, x.numel() // x.shape[-1], padded)
     return saved.encode_saved(x, element, group, seed, site, random)
