@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering.ir.values import value_of
-from quartet.runtime.compat import OpOverload, detect_fake_mode, trace
+from quartet.runtime.compat import OpOverload, detect_fake_mode, keeps_dead_draws, trace
 from quartet.runtime.sizes import same, same_sizes
 
 aten = torch.ops.aten
@@ -301,7 +301,9 @@ class Traced:
 def editing(gm: torch.fx.GraphModule) -> Iterator[Graph]:
     """Edit a graph, then see that it is sound, drop dead nodes and recompile."""
     yield gm.graph
-    gm.graph.eliminate_dead_code()  # lints the graph first
+    draws = keeps_dead_draws()  # as PyTorch decides
+    # lints the graph first; what somebody reads is not asked for its effects, which takes far longer
+    gm.graph.eliminate_dead_code(lambda node: bool(node.users) or node.is_impure(draws))
     gm.recompile()
 
 
