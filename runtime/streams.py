@@ -23,14 +23,15 @@ SEEDS = 2**62
 _stream: ContextVar[int | None] = ContextVar("quartet_stream", default=None)
 
 
-def draw(device: torch.device, moves: bool = False) -> torch.Tensor:
+def draw(device: str, moves: bool = False) -> torch.Tensor:
     """``quartet::seed``: int64 ``[1]`` in 0…2^62−1, moved on by the stream of the rank.
 
     ``moves``: whoever asks also moves the device's generator by numbers of the user's, every time. The seed is then a
     function of the generator's state, which stays as it is; otherwise it is drawn as ``torch.randint`` draws. A CUDA
-    graph that is being captured draws too: its replays see no state.
+    graph that is being captured draws too: its replays see no state. The device is text, as Inductor's C++ wrapper
+    writes an argument of type Device in a way that does not compile (PyTorch 2.13).
     """
-    state, shift = _state(device) if moves else None, _shift()
+    state, shift = _state(torch.device(device)) if moves else None, _shift()
     if state is None:
         drawn = torch.randint(0, SEEDS, [1], dtype=torch.int64, device=device)
         return drawn.add_(shift) if shift else drawn

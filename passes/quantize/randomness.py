@@ -30,7 +30,7 @@ def draw_seed(state: State, device: torch.device) -> Node:
     build = Builder(graph, like=first, before=first, backward=False)
     build.meta = {"partitioner_tag": FORWARD, "recompute": CheckpointPolicy.MUST_SAVE}
     replayed = state.config.replayed and device.type == "cuda"
-    seed = build(SEED, device, not replayed and moves_generator(graph, device))
+    seed = build(SEED, str(device), not replayed and moves_generator(graph, device))
     seed.meta[SEED_KEY] = device
     return seed
 

@@ -289,3 +289,9 @@ def test_an_op_that_nothing_computes_is_an_error():
     with pytest.raises(providers.NoProvider, match=r"fp8_mm.*nothing computes op 'fp8_mm' on sm_80: reference: "
                                                    r"FP8 tensor cores need compute capability 8\.9"):
         providers.settle(graph, lambda device: SM_80)
+
+
+def test_inductors_cpp_wrapper_can_call_what_draws():
+    """It writes an argument of type Device as two, and its code does not compile (PyTorch 2.13)."""
+    schema = torch.ops.quartet.seed.default._schema
+    assert [str(argument.type) for argument in schema.arguments] == ["str", "bool"]

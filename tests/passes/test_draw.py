@@ -17,7 +17,7 @@ def chain(layers, trained=True):
 
 def test_the_signs_of_backward_are_rows_of_one_table():
     assert_expected_inline(around("draw", chain(2, trained=False), matrix(8, 32), policy=PAPER).text, """\
-  %0 = seed(cpu, False) : i64[1] | must_save
+  %0 = seed('cpu', False) : i64[1] | must_save
   %1 = permute(%2, [1, 0]) : f32[32, 32] | bwd!
   %3 = hadamard(%4, 32, %5, True, bf16) : bf16[8, 32] | bwd!
   %6 = permute(%7, [1, 0]) : f32[32, 32] | bwd!

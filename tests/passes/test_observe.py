@@ -10,7 +10,7 @@ from quartet.inspect import Inspector
 def test_operands_are_read_before_they_are_rotated():
     change = around("observe", linear(), matrix(8, 32), policy="quartet", inspect=Inspector())
     assert_expected_inline(change.text.replace('"', "'"), """\
-  %0 = seed(cpu, False) : i64[1] | must_save
+  %0 = seed('cpu', False) : i64[1] | must_save
   %1 = permute(weight, [1, 0]) : bf16[32, 64]
   %2 = fixed_signs([-1, 1, 1, -1, 1, 1, 1, 1, ... 32], cpu) : f32[32]
   %3 = permute(%1, [1, 0]) : bf16[64, 32]

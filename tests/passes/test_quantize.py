@@ -55,7 +55,7 @@ def test_backward_quantises_the_tensors_themselves():
 def test_backward_starts_from_the_codes_of_forward_and_draws_its_own_bits():
     assert_expected_inline(frozen("tetrajet"), """\
   %0 = permute(%1, [1, 0]) : bf16[64, 32]
-+ %2 = seed(cpu, False) : i64[1] | must_save
++ %2 = seed('cpu', False) : i64[1] | must_save
 - %3 = permute(%0, [1, 0]) : bf16[32, 64]
 - %4 = mm(x, %3) : bf16[8, 64]
 + %5 = quantize(x, 'e2m1/32 e8m0 ceil nearest', None, 0) : (u8[8, 16], u8[8, 1], u8[0])
@@ -108,7 +108,7 @@ def test_codes_with_one_scale_are_transposed():
 
 def test_what_forward_clipped_has_no_gradient():
     assert_expected_inline(frozen("quartet-paper"), """\
-  %0 = seed(cpu, False) : i64[1] | must_save
+  %0 = seed('cpu', False) : i64[1] | must_save
   %1 = hadamard(x, 32, None, False, f32) : f32[8, 32]
   %2 = hadamard(%3, 32, None, False, f32) : f32[64, 32]
   %4 = hadamard(g, 32, %5, False, f32) : f32[8, 64] | bwd!

@@ -44,7 +44,7 @@ def test_both_operands_are_rotated_along_what_is_contracted():
 def test_backward_starts_from_what_forward_rotated_and_returns_to_the_models_basis():
     assert_expected_inline(around("rotate", linear(trained=False), matrix(8, 32)).text, """\
   %0 = permute(weight, [1, 0]) : bf16[32, 64]
-+ %1 = seed(cpu, False) : i64[1] | must_save
++ %1 = seed('cpu', False) : i64[1] | must_save
 - %2 = mm(x, %0) : bf16[8, 64]
 - %3 = permute(%0, [1, 0]) : bf16[64, 32] | bwd
 + %4 = fixed_signs([-1, 1, 1, -1, 1, 1, 1, 1, ... 32], cpu) : f32[32]
