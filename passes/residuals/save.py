@@ -11,6 +11,8 @@ Where X itself is to be made again in backward, as the columns of a convolution 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -47,7 +49,7 @@ def save(state: State) -> None:
             if asked is not None:
                 _keep_codes(node)
     if state.config.memory is not None:
-        weights = _weights(state)
+        weights = _weights(state, sites)
         with editing(state.gm):
             for node in choose(state, candidates, weights):
                 if node in weights:
@@ -64,17 +66,22 @@ def _is_open(state: State, site: Quantized) -> bool:
     return not memory.lossless or site.recipe.recompute == "gemm"
 
 
-def _weights(state: State) -> dict[Node, list[Node]]:
-    """Codes that a quantiser has made of a parameter as it is, by which backward could make them again, and the
-    products there that read them; none where nothing is to become slower, or the user says what runs again."""
+def _weights(state: State, sites: Mapping[int, Quantized]) -> dict[Node, list[Node]]:
+    """Codes of parameters as they are, that dgrads read as a tensor of their own, and these; backward could make them.
+
+    None where nothing is to become slower, or the user says what runs again. Where forward reads the same tensor, a
+    product that runs again needs it."""
     memory, found = state.config.memory, dict[Node, list[Node]]()
     if memory is None or memory.lossless or state.config.recompute is not None:
         return found
     index = input_indices(state.gm.graph)
-    for node in filter(is_backward, state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM)):
-        made = quantizer_of((operand := Product.of(node).b).codes)
-        if made is not None and index.get(made.view.x) in state.config.weights and not is_backward(made.node) and (
-                "recompute" not in made.node.meta and not operand.spec.stochastic and not operand.spec.takes_amax):
+    for node in state.gm.graph.find_nodes(op="call_function", target=ir.SCALED_MM):
+        number, role = node.meta[SITE_KEY]
+        kernel, operand = sites[number].decisions[role].kernel, Product.of(node).b
+        made = quantizer_of(operand.codes) if role == "dgrad" and kernel is not None and kernel.row_major else None
+        if made is None or index.get(made.view.x) not in state.config.weights or "recompute" in made.node.meta:
+            continue
+        if not (is_backward(made.node) or operand.spec.stochastic or operand.spec.takes_amax):
             found.setdefault(results(made.node)[0], []).append(node)
     return found
 
