@@ -72,8 +72,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     size = together * bits // 8
     octets = packed.to(torch.int32).reshape(*packed.shape[:-1], packed.shape[-1] // size, size)
     word = _joined(octets, 8)
-    parts = torch.stack([word >> bits * i & 2**bits - 1 for i in range(together)], -1)
-    return parts.reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits).to(torch.uint8)
+    parts = torch.stack([(word >> bits * i & 2**bits - 1).to(torch.uint8) for i in range(together)], -1)
+    return parts.reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
 
 
 def _joined(parts: Tensor, bits: int) -> Tensor:
