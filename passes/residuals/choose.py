@@ -117,9 +117,8 @@ def choose(state: State, candidates: Mapping[Node, Quantized], weights: Collecti
               for node, site in candidates.items()}
     prices |= {node.name: Prices.of(state.config.target_of(val(node).device)).requantised(hint(val(node).numel()))
                for node in weights}
-    items = _items(kept, again, sites, {node.name: _beside(node, site) for node, site in candidates.items()})
-    for item in items:
-        item.makers += [root for storage in item.storages if not item.makers and (root := storage.root.name) in prices]
+    items = _items(kept, again, sites, {node.name: _beside(node, site) for node, site in candidates.items()},
+                   {node.name for node in weights})
     formats = formats_of(state.config, kept, not budget.lossless)
     choices = [_choices(item, formats, prices) for item in items]
     frontier = Frontier(choices)
@@ -182,15 +181,17 @@ def tradeoffs(frontier: Frontier, plain: int) -> tuple[Tradeoff, ...]:
 
 
 def _items(kept: Divided, again: Divided, sites: Mapping[str, Quantized],
-           beside: Mapping[str, Sequence[Node]]) -> list[_Item]:
-    """The knapsack's items: what both divisions keep one by one, the rest with its products.
+           beside: Mapping[str, Sequence[Node]], weights: Collection[str]) -> list[_Item]:
+    """The knapsack's items: what both divisions keep one by one, codes of ``weights`` among it, the rest with its
+    products.
 
     ``beside``: codes that are kept for a product to run again, of which no division knows; who shares some is one item.
     """
     ours, theirs = own_storages(kept), own_storages(again)
     stays = {storage.root.name for storage in theirs}
     common = {storage.root.name for storage in ours} & stays
-    items = [_Item([storage]) for storage in ours if storage.root.name in common]
+    items = [_Item([storage], [name] if name in weights else []) for storage in ours
+             if (name := storage.root.name) in common]
     groups: dict[str, _Item] = {}
     for storage in (s for s in ours if s.root.name not in common):
         made = _products(storage.root, common, sites)
