@@ -104,7 +104,7 @@ def test_the_scales_are_those_of_each_tensor(rule):
 
 def test_they_are_found_once_an_optimizer_step(monkeypatch):
     found = []
-    monkeypatch.setattr(fp8, "_amax_triton", lambda xs: found.append(len(xs)) or amax_of_each.reference(xs))
+    monkeypatch.setattr(fp8, "_amax_launched", lambda xs: found.append(len(xs)) or amax_of_each.reference(xs))
     (once,) = [provider for provider in amax_of_weights.providers if provider.name == "triton"]
     weights = [nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 8))]
     optimizer = torch.optim.SGD(weights, 0.5)
