@@ -301,6 +301,8 @@ def _selftest(arguments: argparse.Namespace) -> int:
     if missing is not None:
         raise UsageError(f"selftest compares the kernels of a GPU with the reference, but {missing}")
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    print("quartet: compiling kernels and comparing them with the reference: minutes, the first time on a machine",
+          file=sys.stderr)
     text, healthy = selftest(devices, checks_of)
     print(text)
     return 0 if healthy else 1

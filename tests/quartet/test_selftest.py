@@ -105,8 +105,10 @@ def test_the_status_of_the_command(monkeypatch, capsys, check, status):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(st, "checks_of", lambda device: [check])
     assert cli.main(["selftest"]) == status
-    said = capsys.readouterr().out
+    captured = capsys.readouterr()
+    said = captured.out
     assert "cuda:0 (GPU 0)" in said and "cuda:1 (GPU 1)" in said and said.count(check.kernel) == 2
+    assert captured.err.startswith("quartet: compiling kernels and comparing them with the reference")
 
 
 def test_a_fair_rounding_is_told_from_a_biased_one():
