@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import SAVED, Builder, aten, editing, is_backward, results, source_of
 from quartet.lowering.ir.operands import Product, Quantizer, quantizer_of
+from quartet.lowering.targets.chains import REUSABLE
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.quantize.quantize import quantize_again
@@ -91,7 +92,10 @@ def _quantize_in_backward(products: list[Node]) -> None:
     first, operand = products[0], Product.of(products[0]).b
     made = QuantizedOperand(operand.codes, operand.scales, None, operand.spec)
     at = Builder(first.graph, like=first, before=first, backward=True)
-    again = quantize_again(at, Quantizer.of(operand.codes).view.x, made)
+    first_made = Quantizer.of(operand.codes)
+    again = quantize_again(at, first_made.view.x, made)
+    if REUSABLE in first_made.node.meta:  # so that both have the scale that forward finds
+        Quantizer.of(again.codes).node.meta[REUSABLE] = first_made.node.meta[REUSABLE]
     for product in products:
         product.replace_input_with(operand.codes, again.codes)
         product.replace_input_with(operand.scales, again.scales)

@@ -253,13 +253,31 @@ def on_hopper(model, **options):
         collect_memory=found.extend)), found
 
 
-@pytest.mark.parametrize("model", [Net, Tied])
+def frozen():
+    """A model of whose first layer nothing is trained."""
+    model = Net()
+    model.layers[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("model", [Net, Tied, frozen])
 def test_weights_that_backward_quantises_again_give_the_same_gradients(model):
     model, inputs = model().bfloat16(), (X()[0].detach().bfloat16().requires_grad_(),)
     expected = step(on_hopper(model, policy="fp8", memory="fastest")[0], model, inputs)
     compiled, found = on_hopper(model, policy=Policy("fp8").on(op="saved", recipe=None), memory="least")
     assert_same(step(compiled, model, inputs), expected)
     assert found[0].weights == sum(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def test_weights_that_backward_quantises_again_must_not_change_before():
+    model = Net().bfloat16()
+    compiled, found = on_hopper(model, policy="fp8", memory="least")
+    loss = compiled(X()[0].detach().bfloat16().requires_grad_()).sum()
+    with torch.no_grad():
+        model.layers[0]["up"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert found[0].weights == 6
 
 
 @pytest.mark.parametrize("memory", [0.8, 0.6, 0.5, "least"])
@@ -291,6 +309,7 @@ def test_a_weight_is_cast_in_backward_to_the_transpose_alone():
         op="call_function", target=target) if "primals" in str(n.args[0])] for graph in capture.graphs)
     assert backward and all(argument(n, "transposed") and not argument(n, "plain") for n in backward)
     assert any(not argument(n, "transposed") for n in forward)
+    assert not any("amax_of" in str(node.target) for node in capture.graphs[1].graph.nodes)  # scales are forward's
 
 
 def test_codes_that_backward_folds_again_are_folded_in_forward_by_their_quantiser():
