@@ -11,9 +11,9 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +67,28 @@ class _Offer:
         return getattr(getattr(torch.ops.quartet, self.name), self.overload or "default")
 
 
-class _Building(threading.Thread):
-    """:func:`library`, asked for on a thread of its own, which does not keep the process from ending."""
+class _Aside(threading.Thread):
+    """A call on a thread of its own, for which the process does not wait when it ends: what a pool's threads run, it
+    waits for, whoever started them."""
 
-    def __init__(self) -> None:
-        super().__init__(name="quartet-launcher", daemon=True)
-        self._found: Path | BaseException | None = None
+    def __init__(self, name: str, call: Callable[[], Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._call = call
+        self._found: Any = None
+        self.start()
 
     def run(self) -> None:
         try:
-            self._found = library()
+            self._found = self._call()
         except (BuildError, OSError, RuntimeError) as error:
             self._found = error
 
-    def result(self) -> Path:
-        """Raises what it has raised."""
+    def result(self) -> Any:
+        """What the call has returned. Raises what it has raised."""
         self.join()
         if isinstance(self._found, BaseException):
             raise self._found
-        return self._found or library()  # a forked process has no thread that was begun before
+        return self._found or self._call()  # a forked process has no thread that was begun before
 
 
 @dataclass
@@ -103,7 +106,7 @@ class Launcher:
     _claim: Callable[[], int] = int
     _direct: Callable[[bytes, Any], Any] | None = None
     _guard: threading.RLock = field(default_factory=threading.RLock)
-    _building: _Building | None = None
+    _building: _Aside | None = None
     _postponed: bool = False
     _python: torch.library.Library = field(default_factory=lambda: torch.library.Library(_PYTHON, "FRAGMENT"))
 
@@ -161,8 +164,7 @@ class Launcher:
         """Begin to build the library where it has not been, while the caller goes on; :meth:`start` waits for it."""
         with self._guard:
             if self._ops is None and self.missing is None and self._building is None:
-                self._building = _Building()
-                self._building.start()
+                self._building = _Aside("quartet-launcher", library)
 
     def start(self) -> None:
         """Build the library where it has not been, load it, and put it before the ops offered so far."""
@@ -311,8 +313,10 @@ def _compile(command: list[str], path: Path) -> None:
                      "C++ compiler", _REMEDY)
         return made
 
-    with ThreadPoolExecutor(len(sources)) as threads:
-        objects = list(threads.map(compiled, sources))
+    threads = [_Aside(f"quartet-{source.stem}", partial(compiled, source)) for source in sources]
+    for thread in threads:  # none writes any more when one has failed
+        thread.join()
+    objects = [thread.result() for thread in threads]
     run_compiler([*command, *_FLAGS, "-shared", *objects, "-o", str(path), f"-L{root / 'lib'}", *libraries],
                  "C++ compiler", _REMEDY)
 

@@ -575,6 +575,28 @@ def test_no_op_waits_for_a_build_under_way(monkeypatch, stub, driver):
         assert first(x) is x and made.status() == "C++, loaded"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_process_waits_for_a_build_when_it_ends(monkeypatch, tmp_path, fails):
+    """It does for the threads of a pool, whoever started them."""
+    compiled = []
+
+    def compile(command, *about):
+        compiled.append((threading.current_thread(), command[-1]))
+        if fails and "-c" in command:
+            raise library.BuildError("out of memory")
+
+    monkeypatch.setattr(library, "run_compiler", compile)
+    monkeypatch.setattr(library, "_python_headers", lambda: tmp_path)
+    if fails:
+        with pytest.raises(library.BuildError, match="out of memory"):
+            library._compile(["g++"], tmp_path / "made.so")
+    else:
+        library._compile(["g++"], tmp_path / "made.so")
+    *sources, (last, _) = compiled if not fails else (*compiled, (threading.current_thread(), ""))
+    assert [thread.daemon and not thread.is_alive() for thread, _ in sources] == [True, True]
+    assert last is threading.current_thread()
+
+
 def test_a_build_begun_before_fails_once(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     made = Launcher()
