@@ -57,10 +57,11 @@ def _first(key: Any, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, .
     full, ahead = (*grid, 1, 1)[:3], only_compiles()
     if ahead:
         compiled = kernel.warmup(*arguments, grid=grid, **constants, enable_fp_fusion=False)
-        compiled[full]
     else:
         compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=False)
     if compiled is not None:  # the interpreter returns nothing
+        if ahead:
+            compiled[full]  # which loads it
         names = kernel.arg_names[len(arguments):]
         _COMPILED[key] = compiled, tuple(constants[name] for name in names)
         if not ahead:

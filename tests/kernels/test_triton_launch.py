@@ -125,6 +125,14 @@ def test_a_thread_waits_for_what_another_compiles(kernel, monkeypatch):
     assert [how for how, *_ in kernel.log] == ["first", "again"]
 
 
+def test_the_interpreter_has_nothing_to_compile_ahead(monkeypatch):
+    interpreted = Kernel(compiles=False)
+    monkeypatch.setattr(interpreted, "warmup", lambda *arguments, **keywords: None, raising=False)
+    with launcher.compiling_only():
+        run_quietly(interpreted)
+    assert not interpreted.log and run(interpreted)[0] == "first"
+
+
 class Recorder:
     def __init__(self):
         self.launches, self.reasons = [], []
