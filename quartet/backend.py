@@ -252,7 +252,7 @@ def kernels_here(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], option
     devices = {value.device for value in values
                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0}
     targets = map(Target.of, devices) if options.target is None else [options.target]
-    exact = bool(options.disable_kernels or options.portable_rounding or compat.default_store())
+    exact = options.disable_kernels or options.portable_rounding or compat.default_store() is not None
     return registry.answers(targets, _gemms(options), options.disable_kernels, at_once=not exact)
 
 

@@ -104,7 +104,7 @@ def _calls(graph: Graph) -> list[Call]:
 
 
 def _values(argument: Any) -> Any:
-    return map_arg(argument, lambda node: node.meta["val"])
+    return map_arg(argument, lambda node: node.meta.get("val"))
 
 
 def _specialized(described: Any) -> Any:

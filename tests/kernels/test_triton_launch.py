@@ -101,6 +101,16 @@ def test_what_is_compiled_ahead_is_launched_the_short_way(kernel, monkeypatch):
     assert run(kernel) == ("again", (3, 1, 1), (X, None, 32, 0.5, 32, "a"))
 
 
+def test_what_fails_to_compile_ahead_is_launched_by_triton(kernel, monkeypatch):
+    def fails(*arguments, **keywords):
+        raise RuntimeError("no memory for a module")
+
+    monkeypatch.setattr(kernel, "warmup", fails, raising=False)
+    with launcher.compiling_only(), pytest.raises(RuntimeError, match="no memory"):
+        run_quietly(kernel)
+    assert kernel.log == [] and run(kernel)[0] == "first" and run(kernel)[0] == "again"
+
+
 def test_a_thread_waits_for_what_another_compiles(kernel, monkeypatch):
     begun, go = threading.Event(), threading.Event()
 
