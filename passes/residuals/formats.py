@@ -12,7 +12,7 @@ from quartet.kernels.reference.formats.saved import ROW, saved_bytes_per_element
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
 from quartet.lowering.ir.graph import Builder, argument, aten, results, shape, source, source_of, val
-from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY, QUANTIZE, QUANTIZE_DELAYED
+from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY
 from quartet.lowering.ir.views import Dequantize, Quantize
 from quartet.lowering.recipe.resolution import SavedChoice
 from quartet.lowering.recipe.types import Saved
@@ -106,7 +106,7 @@ class Served:
         items = {index: self._read[n] for index, n in results(user).items() if n in self._read}
         if user.target is ir.QUANTIZE:
             spec, codes, scales, flipped = str(Quantize.of(user).spec), items.get(0), items.get(1), False
-        elif user.target in (CAST, QUANTIZE, QUANTIZE_DELAYED) and CODES_KEY in user.meta:
+        elif user.target is CAST and CODES_KEY in user.meta:
             spec, scales = user.meta[CODES_KEY][0], self._scales.get(user.meta[CODES_KEY])
             flipped = 0 not in items
             codes = items.get(int(flipped))

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import byte_cases as cases  # noqa: E402
 import triton_expected as expected  # noqa: E402
 
+from quartet.kernels import reference as ref  # noqa: E402
+from quartet.kernels.spec import QuantSpec  # noqa: E402
 from quartet.kernels.triton.bytes import rows, tensors, tiles  # noqa: E402
 from quartet.lowering.ir.ops import fp8, fused  # noqa: E402
 from quartet.runtime.replay.library import LAUNCHER  # noqa: E402
@@ -156,6 +158,30 @@ def test_graphs_and_streams_and_no_waiting(device):
         same([line for got, want in zip(made, call(), strict=True) for line in cases.difference("replayed", got, want)])
 
 
+@pytest.mark.parametrize("rule", ("amax", "amax_pow2", "delayed"))
+def test_scales_of_magnitudes_of_all_sizes(rule, device):
+    spec = QuantSpec.parse(f"e4m3/tensor fp32 {rule} nearest")
+    for value in (*torch.logspace(-44, 38, 83).tolist(), 0.0, float("inf"), float("nan")):
+        amax = torch.full((1, 1), value, device=device)
+        made = (tensors.scales_by_known([amax], [amax.view(1)], spec, 0)[:2] if rule == "delayed"
+                else tensors.scales_of([amax], spec))
+        for one, other in zip(made, ref.scale_of_amax(amax, spec), strict=True):
+            torch.testing.assert_close(one, other.expand(1, 4, 1), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", ((1, 1), (33, 70), (132, 4096), (5000, 3001), (8192, 2048)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", cases.DELAYED, ids=str)
+def test_casts_by_earlier_steps(spec, dtype, shape, device):
+    for odd in (1.0, float("inf"), float("nan")):
+        x = expected.data(*shape, dtype, device)
+        x[-1, -1] = odd
+        for known in (0.0, 0.01, 1e4, float("nan")):
+            given = [torch.full((1,), known, device=device), torch.full((1, 1), 1.0, device=device)]
+            for margin in (0, 2):
+                same(cases.check_known([x, x[: shape[0] // 2 + 1]], given, spec, margin))
+
+
 def test_the_ops_are_repeated_from_cpp(device):
     """Three calls of a signature, the third without Python, whatever provider is preferred."""
     x = expected.data(130, 416, torch.bfloat16, device)
@@ -173,7 +199,9 @@ def test_the_ops_of_several_tensors_are_repeated_from_cpp(device):
     rows = [x.abs().amax(1) for x in xs]
     table = fp8.fp8_scales.reference(rows, str(cases.TENSORS[0]))[0]
     for op, arguments in ((fp8.amax_of_each, (xs,)), (fp8.fp8_scales, (rows, str(cases.TENSORS[0]))),
-                          (fp8.fp8_casts, (xs, table, "e4m3", True, True))):
+                          (fp8.fp8_casts, (xs, table, "e4m3", True, True)),
+                          (fp8.fp8_casts_by_known, (xs, [torch.ones(1, device=device), torch.zeros(1, device=device)],
+                                                    str(cases.DELAYED[0]), 1, True, True))):
         before = LAUNCHER.counts(op.name).replays
         for _ in range(4):
             got, want = op(*arguments), op.reference(*arguments)

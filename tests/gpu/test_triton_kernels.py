@@ -264,12 +264,10 @@ def test_cast_of_named_rows(element, dtype, device):
         pytest.skip("e4m3 needs compute capability 8.9")
     x, spec = expected.data(130, 200, dtype, device), QuantSpec.parse(f"{element}/tensor fp32 amax nearest")
     index = torch.randint(-40, 130, (300,), device=device).clamp(min=-1).to(torch.int32)
-    amax = ref.largest_magnitude(x)
-    multiplier, scale = ref.scale_of_amax(amax, spec)
+    multiplier, _ = ref.scale_of_amax(ref.largest_magnitude(x), spec)
     wanted = ref.fp8_encode(grouped.gather_rows(x, index).float() * multiplier, element)
     for plain, transposed in ((True, False), (False, True), (True, True)):
-        codes, flipped, found = cast.quantize(x, amax, index, spec, plain=plain, transposed=transposed)
-        assert torch.equal(found, scale)
+        codes, flipped = cast.cast(x, multiplier, wanted.dtype, plain=plain, transposed=transposed, index=index)
         for made in (codes,) * plain + (flipped.t(),) * transposed:
             same(expected.difference("codes", made, wanted))
 
@@ -290,47 +288,6 @@ def test_cast_of_matrices(turned, dtype, shape, device):
         codes = cast.cast_stack(laid, multiplier, wanted.dtype, turned=turned)
         assert codes.is_contiguous()
         assert torch.equal(codes.view(torch.uint8), (wanted.mT if turned else wanted).contiguous().view(torch.uint8))
-
-
-@pytest.mark.parametrize("rule", ("amax", "amax_pow2"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=label)
-def test_cast_by_the_largest_magnitude(dtype, rule, device):
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        pytest.skip("e4m3 needs compute capability 8.9")
-    spec = QuantSpec.parse(f"e4m3/tensor fp32 {rule} nearest")
-    x, every = expected.data(130, 4096, dtype, device), torch.arange(130, device=device)
-    for value in (ref.largest_magnitude(x).item(), *torch.logspace(-38, 38, 40).tolist(), 0.0, float("inf"),
-                  float("nan")):
-        amax = torch.full((1, 1), value, device=device)
-        multiplier, wanted = ref.scale_of_amax(amax, spec)
-        codes, flipped, scale = cast.quantize(x, amax, every, spec, plain=True, transposed=True)
-        torch.testing.assert_close(scale, wanted, rtol=0, atol=0, equal_nan=True)
-        for mine, other in zip((codes, flipped), cast.cast(x, multiplier, codes.dtype, plain=True, transposed=True),
-                               strict=True):
-            assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
-
-
-@pytest.mark.parametrize("shape", ((1, 1), (33, 70), (130, 4096), (5000, 3001)), ids=label)
-@pytest.mark.parametrize("dtype", DTYPES, ids=label)
-@pytest.mark.parametrize("element", ("e4m3", "e5m2"))
-def test_quantise_by_earlier_steps(element, dtype, shape, device):
-    if element == "e4m3" and torch.cuda.get_device_capability(device) < (8, 9):
-        pytest.skip("e4m3 needs compute capability 8.9")
-    spec = QuantSpec.parse(f"{element}/tensor fp32 delayed nearest")
-    for odd in (1.0, float("inf"), float("nan")):
-        x = expected.data(*shape, dtype, device)
-        x[-1, -1] = odd
-        seen = ref.largest_magnitude(x)
-        for known in (0.0, 0.01, 1e4):
-            given = torch.full((1,), known, device=device)
-            for margin in (0, 2):
-                by = torch.where(given > 0, given, seen) * 2.0**margin
-                made = cast.quantize_delayed(x, given, cast.first_amax(x, given), spec, margin, plain=True,
-                                             transposed=True)
-                every = torch.arange(len(x), device=device)
-                wanted = *cast.quantize(x, by, every, spec, plain=True, transposed=True), seen
-                for mine, other in zip(made, wanted, strict=True):  # which NaN it is does not matter
-                    torch.testing.assert_close(mine.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_too_wide_for_a_grid_is_refused_by_name(device):

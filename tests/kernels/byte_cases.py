@@ -27,6 +27,7 @@ ROWS = tuple(map(QuantSpec.parse, (
     "int8/row fp32 amax_pow2 nearest")))
 RECIPES = BLOCKS[:3] + ROWS[:2]
 TENSORS = tuple(map(QuantSpec.parse, ("e4m3/tensor fp32 amax nearest", "e5m2/tensor fp32 amax_pow2 nearest")))
+DELAYED = tuple(map(QuantSpec.parse, ("e4m3/tensor fp32 delayed nearest", "e5m2/tensor fp32 delayed nearest")))
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "turned": lambda x: x.t().contiguous().t(), "apart": apart, "padded": lambda x: padded(x.t()).t()}
 
@@ -83,6 +84,20 @@ def check_tensors(xs: list[Tensor], spec: QuantSpec) -> list[str]:
     return lines
 
 
+def check_known(xs: list[Tensor], known: list[Tensor], spec: QuantSpec, margin: int) -> list[str]:
+    """Codes, transposes, scales and magnitudes of several tensors by those of earlier steps, and alone."""
+    from quartet.lowering.ir.ops.fp8 import fp8_casts_by_known as op
+
+    lines: list[str] = []
+    for some, given, plain, turned in ((xs, known, True, True), (xs[:1], known[:1], True, False),
+                                       (xs[-1:], known[-1:], False, True)):
+        arguments = some, given, str(spec), margin, plain, turned
+        wanted, made = op.reference(*arguments), op.providers[0].run(*arguments)
+        for i, (mine, other) in enumerate(zip(made, wanted, strict=True)):
+            lines += difference(f"result {i} of {len(wanted)}", mine, other)
+    return lines
+
+
 def edges(cols: int) -> Tensor:
     """Rows at the limits of a rule: magnitudes beside those where the exponent of the scale changes, ties between
     codes, the largest and the smallest numbers."""
@@ -120,12 +135,24 @@ class Several:
         return check_tensors([x.to(device) for x in self.xs], self.spec)
 
 
+@dataclass(frozen=True)
+class Known:
+    xs: tuple[Tensor, ...]
+    known: tuple[float, ...]
+    spec: QuantSpec
+    margin: int = 0
+
+    def differences(self, device: str = "cpu") -> list[str]:
+        known = [torch.tensor([value], device=device) for value in self.known]
+        return check_known([x.to(device) for x in self.xs], known, self.spec, self.margin)
+
+
 def broken(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return special(rows, cols, torch.tensor([cols // 2]), dtype)
 
 
-def cases() -> dict[str, Case | Several]:
-    found: dict[str, Case | Several] = {}
+def cases() -> dict[str, Case | Several | Known]:
+    found: dict[str, Case | Several | Known] = {}
     for spec in (*BLOCKS, *ROWS):
         found[f"{spec} edges"] = Case(edges(150), spec)
         found[f"{spec} special"] = Case(broken(20, 150), spec)
@@ -148,6 +175,12 @@ def cases() -> dict[str, Case | Several]:
         found[f"{spec} several"] = Several(tuple(several), spec)
         found[f"{spec} edges of several"] = Several((edges(150)[:68], edges(9)[:4], edges(64)[4:36] * 2.0**-20), spec)
         found[f"{spec} special of several"] = Several((broken(20, 150), torch.ones(4, 4), broken(12, 9)), spec)
+    for spec in DELAYED:
+        several = [expected.data(*shape, torch.bfloat16) for shape in ((128, 64), (4, 16), (132, 70), (4, 300))]
+        several += [several[0] * 0, broken(20, 150, torch.bfloat16), several[2][4:, 3:]]
+        known = (2.5, 0.0, 4000.0, 1e-39, 0.0, 0.0, float("nan"), 3e38, 0.0)
+        found[f"{spec} several"] = Known((*several, several[1] * 3, several[1].t().contiguous().t()), known, spec)
+        found[f"{spec} with room"] = Known((broken(20, 150), several[0].float()), (7.0, 0.0), spec, 3)
     found["both special"] = Case(broken(20, 150), BLOCKS[0], BLOCKS[1])
     found["both fp16"] = Case(broken(16, 36, torch.float16), BLOCKS[1], BLOCKS[0])
     found["a row of many"] = Case(expected.data(2, 17000), ROWS[0])

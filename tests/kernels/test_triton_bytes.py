@@ -28,6 +28,9 @@ CALLS = {
     "both": lambda: tiles.quantize_both(X, MXFP8, BLOCK),
     "int8 a row": lambda: rows.quantize(X, INT8),
     "casts": lambda: tensors.cast([X, X, X], MULTIPLIERS, torch.float8_e4m3fn, plain=True, turned=True),
+    "casts that see": lambda: tensors.cast([X, X, X], MULTIPLIERS, torch.float8_e4m3fn, plain=True, turned=True,
+                                           seen=torch.empty(3, 1, 1)),
+    "known scales": lambda: tensors.scales_by_known([X, X, X], [torch.ones(1)] * 3, cases.DELAYED[0], 1),
     "scales": lambda: tensors.scales_of([X[0], X[1], X[2]], cases.TENSORS[0]),
     "magnitudes": lambda: tensors.largest_magnitudes([X, X, X]),
 }
@@ -73,11 +76,19 @@ def test_magnitudes_are_read_of_weights_as_they_lie():
     assert all(read.is_contiguous() for read in launch.arguments[0])
 
 
+@pytest.mark.parametrize("name", ["casts that see", "known scales"])
+def test_kernels_for_several_are_given_aligned_tables(name):
+    """They are compiled once, however many tensors there are."""
+    (launch,) = triton_offline.launches(CALLS[name])
+    assert all(table.data_ptr() % 16 == 0 for table in launch.arguments if isinstance(table, torch.Tensor))
+
+
 @pytest.mark.parametrize("name, capability, registers", [
     ("rows", 90, 64), ("columns", 90, 128), ("both", 90, 128), ("int8 a row", 90, 64), ("both", 80, 128),
-    ("casts", 90, 64), ("scales", 90, 64), ("magnitudes", 90, 64), ("casts", 80, 128)])
+    ("casts", 90, 64), ("casts that see", 90, 80), ("known scales", 90, 64), ("scales", 90, 64),
+    ("magnitudes", 90, 64), ("casts", 80, 128)])
 def test_all_stays_in_registers_that_leave_room_for_another_program(name, capability, registers):
-    """On a multiprocessor: for two of 256 threads with 128, four with 64."""
+    """On a multiprocessor: for two of 256 threads with 128, three with 80, four with 64."""
     kernel, _ = compiled(name, capability)
     assert (kernel.stack, kernel.local) == (0, 0) and kernel.registers <= registers, f"{kernel.registers} registers"
 
@@ -88,7 +99,7 @@ def test_hopper_reads_sixteen_bytes_at_a_time(name):
     assert set(re.findall(r"ld\.global\.(\S+)", ptx)) == {"v4.b32"}
 
 
-@pytest.mark.parametrize("name", ["columns", "casts"])
+@pytest.mark.parametrize("name", ["columns", "casts", "casts that see"])
 def test_transposed_codes_are_written_as_words_side_by_side(name):
     _, ptx = compiled(name, 90)
     assert "st.global.v4.b32" in ptx

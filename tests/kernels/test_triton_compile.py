@@ -29,9 +29,7 @@ GUARDED = QuantSpec(rule="quest", mask=True)
 X = torch.empty(64, 4096, dtype=torch.bfloat16)
 CODES, SCALES, MASK = (torch.empty(64, 4096 // n, dtype=torch.uint8) for n in (2, 32, 8))
 SCALE = torch.ones(1)
-INDEX = PARTS = torch.empty(256, dtype=torch.int32)
-E4M3 = QuantSpec.parse("e4m3/tensor fp32 amax nearest")
-E4M3_POW2 = QuantSpec.parse("e4m3/tensor fp32 amax_pow2 nearest")
+INDEX = torch.empty(256, dtype=torch.int32)
 CLIPPING, OLD_FORWARD = Chain(QUEST, 32), Chain(GUARDED, 32)
 BACKWARD = Chain(QuantSpec(rule="headroom", rounding="stochastic"), 32, torch.ones(32), torch.tensor(0), 23)
 CLIPPED = Chain(QuantSpec(rule="floor", rounding="stochastic", mask=True), 32, None, torch.tensor(0), 23)
@@ -99,11 +97,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "cast-e5m2-both": lambda: cast.cast(X, SCALE, torch.float8_e5m2, plain=True, transposed=True),
     "cast-columns": lambda: cast.cast(X, torch.ones(4096), torch.float8_e4m3fn, plain=False, transposed=True),
     "cast-turned": lambda: cast.cast_stack(X.view(4, -1, X.shape[1]), SCALE, torch.float8_e4m3fn, turned=True),
-    "cast-amax": lambda: cast.quantize(X, SCALE, INDEX, E4M3, plain=True, transposed=True),
-    "cast-pow2": lambda: cast.quantize(X, SCALE, INDEX, E4M3_POW2, plain=True, transposed=False),
+    "cast-rows": lambda: cast.cast(X, SCALE, torch.float8_e4m3fn, plain=True, transposed=True, index=INDEX),
     "cast-e5m2-turned": lambda: cast.cast_stack(X.view(4, -1, X.shape[1]), SCALE, torch.float8_e5m2, turned=True),
-    "cast-delayed": lambda: cast.quantize_delayed(X, SCALE, (PARTS, SCALE), E4M3, 1, plain=True, transposed=True),
-    "first-amax": lambda: cast.first_amax(X, SCALE),
     "transpose": lambda: cast.transpose(CODES),
     "unrotate-masked": lambda: unrotate(MASK, None),
     "unrotate-signed": lambda: unrotate(None, torch.ones(32)),
@@ -112,15 +107,16 @@ OTHERS = (80, 89, 100, 120)
 EVERYWHERE = ("rows-quest-fold", "rows-default-fold", "rows-stochastic-fold", "rows-stochastic-clipped",
               "columns-quest", "both-stochastic", "rows-nvfp4", "rows-four-six", "rows-eden", "rows-tiles",
               "both-nvfp4", "tiles-nvfp4", "dequantize-nvfp4", "amax-rotated", "requantize-stochastic", "fold",
-              "dequantize", "signs", "bits", "cast-both", "cast-amax", "first-amax", "cast-e5m2",
+              "dequantize", "signs", "bits", "cast-both", "cast-rows", "cast-e5m2",
               "cast-e5m2-both", "cast-e5m2-turned", "transpose", "unrotate-masked")
 ELSEWHERE_TOO = [(name, capability) for capability in OTHERS for name in EVERYWHERE
-                 if name not in ("cast-both", "cast-amax") or capability >= 89]  # Triton converts to E4M3 from there on
+                 if name not in ("cast-both", "cast-rows") or capability >= 89]  # Triton converts to E4M3 from there on
 LEAST_INSTRUCTIONS = 100
 WRITES = {"STG", "RED", "REDG", "ATOMG"}
 ELSEWHERE = {"mxfp4_gemm", "put16", "prepare", "update", "settle", "expand", "absorb",
              "rescale", "group_amax", "group_scales", "cast_groups", "quantize_tiles",
-             "quantize_whole_rows", "_amax_tile", "_scale_tile"}  # compiled by the tests of their own modules
+             "quantize_whole_rows", "_amax_tile", "_scale_tile",
+             "_known_tile"}  # compiled by the tests of their own modules
 
 
 def compiled(name: str, capability: int) -> triton_offline.Compiled:

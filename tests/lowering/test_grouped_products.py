@@ -83,8 +83,8 @@ def test_sizes_may_be_symbolic(recipe):
 def test_a_tensor_of_weights_with_one_scale_is_quantised_once():
     """Where nothing is reused, dgrad reads the codes of fprop, every expert's matrix turned."""
     forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=on("grouped", "fp8"), reuse_weights=False)
-    assert targets(forward)[fp8_ops.QUANTIZE] == targets(forward)[fp8_ops.CAST] == 1  # X where its rows lie, and W
-    assert targets(backward)[fp8_ops.QUANTIZE] == 1  # E and its transpose
+    assert targets(forward)[fp8_ops.CAST_ROWS] == targets(forward)[fp8_ops.CAST] == 1  # X where its rows lie, and W
+    assert targets(backward)[fp8_ops.CAST_ROWS] == 1  # E and its transpose
     (copy,) = backward.graph.find_nodes(op="call_function", target=fp8_ops.ROW_MAJOR)
     assert copy.args[0].meta["val"].shape == (len(COUNTS), 64, 48) and not targets(backward)[ir.DEQUANTIZE]
 

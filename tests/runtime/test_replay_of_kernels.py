@@ -67,11 +67,10 @@ def cases():
     columns = x.t().contiguous().t()
     yield fp8.fp8_cast_groups, fp8.fp8_cast_groups.providers[0], (columns, "e4m3/row fp32 amax nearest", ends)
     yield fp8.fp8_cast, fp8.fp8_cast.providers[0], (x, torch.ones(1), "e4m3", True, True)
-    amax = x.abs().amax().to(torch.float32).reshape(1, 1)
     index = torch.tensor([3, -1, 0])
-    yield fp8.fp8_quantize, fp8.fp8_quantize.providers[0], (x, amax, "e4m3/tensor fp32 amax nearest", True, True, index)
-    yield (fp8.fp8_quantize_delayed, fp8.fp8_quantize_delayed.providers[0],
-           (x, amax, "e4m3/tensor fp32 delayed nearest", 0, True, True))
+    yield fp8.fp8_cast_rows, fp8.fp8_cast_rows.providers[0], (x, torch.ones(1), "e4m3", True, True, index)
+    yield (fp8.fp8_casts_by_known, fp8.fp8_casts_by_known.providers[0],
+           ([x, -x], [torch.ones(1)] * 2, "e4m3/tensor fp32 delayed nearest", 0, True, True))
     yield fp8.fp8_row_major, fp8.fp8_row_major.providers[0], (torch.zeros(32, 64, dtype=torch.float8_e4m3fn).t(),)
 
 

@@ -23,6 +23,13 @@ def magnitude(x):
 
 
 @triton.jit
+def magnitude_of_four(tiles):
+    """Bits of the largest magnitude of four."""
+    return tl.maximum(tl.maximum(magnitude(tiles[0]), magnitude(tiles[1])),
+                      tl.maximum(magnitude(tiles[2]), magnitude(tiles[3])))
+
+
+@triton.jit
 def multiplier_of(top, MAX: tl.constexpr, POW2: tl.constexpr):
     """``reference.scales.fp32_scale`` of the bits of the largest magnitudes, by division."""
     amax = top.to(tl.float32, bitcast=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quartet.kernels.spec import QuantSpec, dtype_name
 from quartet.kernels.triton.bytes.codes import encode, fp8_words
-from quartet.kernels.triton.bytes.scales import magnitude, scales_of
+from quartet.kernels.triton.bytes.scales import magnitude, magnitude_of_four, scales_of
 from quartet.kernels.triton.host import DTYPES, cdiv, hardware, on_device
 from quartet.kernels.triton.launch import launch
 from quartet.kernels.triton.memory import load_fours
@@ -45,7 +45,7 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
         PER: tl.constexpr = N // BLOCK
         block = first // BLOCK + tl.arange(0, PER)
         if ROWS.tile:
-            by, scale = scales_of(_amax_of_parts(_amax(tiles), 4 * M // BLOCK, PER, TURNS), ROWS)
+            by, scale = scales_of(_amax_of_parts(magnitude_of_four(tiles), 4 * M // BLOCK, PER, TURNS), ROWS)
             _store_scales(scales, scale, line * (4 * M // BLOCK) + tl.arange(0, 4 * M // BLOCK), block,
                           (rows + BLOCK - 1) // BLOCK, padded // BLOCK)
             every = _spread(by, M, N, TURNS)
@@ -65,7 +65,7 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
         GROUPS: tl.constexpr = 4 * M // SIZE
         group = line * GROUPS + tl.arange(0, GROUPS)
         SCALES: tl.constexpr = N // SIZE if COLUMNS.tile else N
-        by, scale = scales_of(_amax_of_parts(_amax(tiles), GROUPS, SCALES, TURNS), COLUMNS)
+        by, scale = scales_of(_amax_of_parts(magnitude_of_four(tiles), GROUPS, SCALES, TURNS), COLUMNS)
         if COLUMNS.tile:
             _store_scales(turned_scales, tl.trans(scale), (first // SIZE + tl.arange(0, N // SIZE)).to(tl.int64), group,
                           (cols + SIZE - 1) // SIZE, turned_padded // SIZE)
@@ -77,13 +77,6 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
         word = line * M + tl.arange(0, M)
         tl.store(turned_words + col.to(tl.int64)[:, None] * (turned_padded // 4) + word[None, :], tl.trans(words),
                  mask=(col < cols)[:, None] & (word < turned_padded // 4)[None, :])
-
-
-@triton.jit
-def _amax(tiles):
-    """Bits of the largest magnitude of four."""
-    return tl.maximum(tl.maximum(magnitude(tiles[0]), magnitude(tiles[1])),
-                      tl.maximum(magnitude(tiles[2]), magnitude(tiles[3])))
 
 
 @triton.jit

@@ -5,14 +5,14 @@
     fp8_scale       largest magnitudes fp32 → multipliers and scales of the same shape, which Inductor inlines
     fp8_scales      magnitudes of several tensors, such as the largest of each row → their multipliers and scales, fp32
                     [tensors, APART, 1]
-    fp8_quantize    x, its largest magnitude or what stands for it, fp32 of one element, ``index`` → codes of the rows
-                    of x that the index names, zeros where it is −1, and of their transpose, from one read, and their
-                    scale [1, 1]
-    fp8_quantize_delayed  the same of all of x by the largest magnitude of earlier steps, that of x itself where it is
-                    0, times 2^margin; and the largest magnitude of x, [1, 1]
     fp8_cast        x, one multiplier or one a row → codes of x, and of its transpose, from one read; NaN where x is
                     not finite, of which a scale from earlier steps (rule ``delayed``) knows nothing
+    fp8_cast_rows   x, one multiplier, ``index`` → codes of the rows of x that the index names, zeros where it is −1,
+                    and of their transpose, from one read
     fp8_casts       several x and the multipliers of ``fp8_scales`` → codes of all, and of all their transposes
+    fp8_casts_by_known  several x and for each the largest magnitude of earlier steps, fp32 of one element → the same by
+                    2^margin times those, by its own of an x of which it is not positive; behind them the scales, fp32
+                    [tensors, APART, 1], and what the largest magnitudes are, [tensors, 1, 1]
     fp8_cast_groups x [R, tokens], ends [E] → codes with a scale for the part of a row in each group, and these [R, E]
     fp8_mm          A · Bᵀ of [M, K] and [N, K], scales [M, 1] and [1, N] → [M, N], for an M or K that only the data
                     decides: ``aten._scaled_mm`` asks whether the one is 1, and which stride is the larger
@@ -41,8 +41,6 @@ MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
 Two = tuple[Tensor, Tensor]
-Three = tuple[Tensor, Tensor, Tensor]
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _one_each(xs: list[Tensor]) -> Tensor:
@@ -158,49 +156,51 @@ def _casts_triton(xs: list[Tensor], multipliers: Tensor, element: str, plain: bo
     return tensors.cast(xs, multipliers, FLOAT8[element], plain=plain, turned=transposed)
 
 
-def _quantized_fake(x, amax, spec, plain, transposed):
-    return (*_cast_fake(x, amax, QuantSpec.parse(spec).element, plain, transposed), amax.new_empty(1, 1))
+def _cast_rows_fake(x, multiplier, element, plain, transposed, index):
+    return _cast_fake(x.new_empty(index.shape[0], x.shape[1]), multiplier, element, plain, transposed)
 
 
-def _quantized(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+@op(fake=_cast_rows_fake)
+def fp8_cast_rows(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool, index: Tensor) -> Two:
+    return fp8_cast.reference(grouped.gather_rows(x, index), multiplier, element, plain, transposed)
+
+
+@fp8_cast_rows.provider("triton", "cuda", replayed=True)
+def _cast_rows_triton(x: Tensor, multiplier: Tensor, element: str, plain: bool, transposed: bool, index: Tensor) -> Two:
+    from quartet.kernels.triton.quantize import cast
+
+    return cast.cast(x, multiplier, FLOAT8[element], plain=plain, transposed=transposed, index=index)
+
+
+def _by_known_fake(xs, known, spec, margin, plain, transposed):
+    scales = xs[0].new_empty(len(xs), APART, 1, dtype=torch.float32)
+    return [*_casts_fake(xs, scales, QuantSpec.parse(spec).element, plain, transposed), scales, _one_each(xs)]
+
+
+@op(fake=_by_known_fake)
+def fp8_casts_by_known(xs: list[Tensor], known: list[Tensor], spec: str, margin: int, plain: bool,
+                       transposed: bool) -> list[Tensor]:
     q = QuantSpec.parse(spec)
-    multiplier, scale = scale_of_amax(amax.reshape(1, 1), q)
-    return *fp8_cast.reference(x, multiplier, q.element, plain, transposed), scale
+    seen = amax_of_each.reference(xs)
+    given = torch.stack([value.reshape(1, 1) for value in known])
+    amax = torch.where(given > 0, given, seen) * 2.0**margin
+    multipliers, scales = scale_of_amax(amax.expand(-1, APART, 1), q)
+    return [*fp8_casts.reference(xs, multipliers, q.element, plain, transposed), scales.contiguous(), seen]
 
 
-def _quantize_fake(x, amax, spec, plain, transposed, index):
-    return _quantized_fake(x.new_empty(index.shape[0], x.shape[1]), amax, spec, plain, transposed)
+@fp8_casts_by_known.provider("triton", "cuda", replayed=True)
+def _by_known_triton(xs: list[Tensor], known: list[Tensor], spec: str, margin: int, plain: bool,
+                     transposed: bool) -> list[Tensor]:
+    from quartet.kernels.triton.bytes import tensors
 
-
-@op(fake=_quantize_fake)
-def fp8_quantize(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool, index: Tensor) -> Three:
-    return _quantized(grouped.gather_rows(x, index), amax, spec, plain, transposed)
-
-
-@fp8_quantize.provider("triton", "cuda", replayed=True)
-def _quantize_triton(x: Tensor, amax: Tensor, spec: str, plain: bool, transposed: bool, index: Tensor) -> Three:
-    from quartet.kernels.triton.quantize import cast
-
-    return cast.quantize(x, amax, index, QuantSpec.parse(spec), plain=plain, transposed=transposed)
-
-
-def _delayed_fake(x, known, spec, margin, plain, transposed):
-    return (*_quantized_fake(x, known, spec, plain, transposed), known.new_empty(1, 1))
-
-
-@op(fake=_delayed_fake)
-def fp8_quantize_delayed(x: Tensor, known: Tensor, spec: str, margin: int, plain: bool, transposed: bool) -> Four:
-    seen, known = largest_magnitude(x), known.reshape(1, 1)
-    amax = torch.where(known > 0, known, seen) * 2.0**margin
-    return *_quantized(x, amax, spec, plain, transposed), seen
-
-
-@fp8_quantize_delayed.provider("triton", "cuda", replayed=True)
-def _delayed_triton(x: Tensor, known: Tensor, spec: str, margin: int, plain: bool, transposed: bool) -> Four:
-    from quartet.kernels.triton.quantize import cast
-
-    return cast.quantize_delayed(x, known, cast.first_amax(x, known), QuantSpec.parse(spec), margin, plain=plain,
-                                 transposed=transposed)
+    q = QuantSpec.parse(spec)
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    multipliers, scales, seen = tensors.scales_by_known(xs, known, q, margin)
+    if all(x.shape[0] % tensors.WORD == 0 for x in xs):
+        made = tensors.cast(xs, multipliers, FLOAT8[q.element], plain=plain, turned=transposed, seen=seen)
+        return [*made, scales, seen]
+    alone = [_cast_triton(x, multipliers[i, :1], q.element, plain, transposed) for i, x in enumerate(xs)]
+    return [*_listed(alone, plain, transposed), scales, tensors.largest_magnitudes(xs)]
 
 
 def _cast_groups_fake(x, spec, ends):
@@ -263,6 +263,6 @@ def _row_major_triton(codes: Tensor) -> Tensor:
 
 AMAX_OF_EACH, AMAX_OF_WEIGHTS, SCALE = amax_of_each.overload, amax_of_weights.overload, fp8_scale.overload
 SCALES, CASTS = fp8_scales.overload, fp8_casts.overload
-QUANTIZE, QUANTIZE_DELAYED = fp8_quantize.overload, fp8_quantize_delayed.overload
-CAST, CAST_GROUPS, ROW_MAJOR = fp8_cast.overload, fp8_cast_groups.overload, fp8_row_major.overload
+CAST, CAST_ROWS, CASTS_BY_KNOWN = fp8_cast.overload, fp8_cast_rows.overload, fp8_casts_by_known.overload
+CAST_GROUPS, ROW_MAJOR = fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

@@ -10,8 +10,9 @@ from torch.fx import Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, Traced, aten, results, shape, source_of, val
-from quartet.lowering.ir.ops.fp8 import SCALES
+from quartet.lowering.ir.ops.fp8 import CASTS_BY_KNOWN, SCALES
 from quartet.lowering.ir.views import Quantize
+from quartet.lowering.targets.fp8.delayed import History, Tables
 from quartet.lowering.targets.fp8.weights import one_of
 from quartet.runtime.view_ops import RESHAPES
 
@@ -23,6 +24,7 @@ class Cast:
     """Which results of a quantiser are read.
 
     Args:
+        history: by what earlier steps knew it is scaled, if it is.
         items: codes and scales, by their number. flipped: transposes of the codes.
         plain: whether something else reads the codes.
     """
@@ -30,6 +32,7 @@ class Cast:
     x: Node
     spec: QuantSpec
     amax: Node | None
+    history: History | None
     items: dict[int, Node]
     flipped: list[Node]
     plain: bool
@@ -39,7 +42,8 @@ class Cast:
         made, items = Quantize.of(quantizer), results(quantizer)
         users = list(items[0].users) if 0 in items else []
         flipped = [user for user in users if user.target is aten.permute.default]
-        return Cast(made.x, made.spec, made.amax, items, flipped, len(flipped) < len(users))
+        return Cast(made.x, made.spec, made.amax, History.of(made.amax, quantizer), items, flipped,
+                    len(flipped) < len(users))
 
     @property
     def turned(self) -> bool:
@@ -53,6 +57,34 @@ class Cast:
         for index, value in enumerate((codes, scale)):
             if index in self.items and value is not None:
                 self.items[index].replace_all_uses_with(value)
+
+
+class Delayed:
+    """Casts of a graph by what was known, and the magnitudes that they find: of a node of amax(x) that of its cast."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Node, Node] = {}
+        self._tables = Tables()
+
+    def cast(self, build: Builder, casts: list[Cast]) -> None:
+        """All in one launch, under one margin."""
+        histories = [cast.history for cast in casts if cast.history is not None]
+        known = [self._tables.known(build, history) for history in histories]
+        made = build(CASTS_BY_KNOWN, [cast.x for cast in casts], known, str(casts[0].spec), histories[0].margin,
+                     casts[0].plain, casts[0].turned)
+        count = len(casts) * (casts[0].plain + casts[0].turned)
+        table, seen = build.item(made, count), build.item(made, count + 1)
+        hand_over_all(build, casts, made, [one_of(build, table, i) for i in range(len(casts))])
+        for i, history in enumerate(histories):
+            self.seen.setdefault(history.current, build(aten.select.int, seen, 0, i))
+
+
+def hand_over_all(build: Builder, casts: list[Cast], made: Node, scales: list[Node]) -> None:
+    """The codes of all, then the transposes of all, as far as they are wanted, are those that ``made`` lists."""
+    plain, turned = casts[0].plain, casts[0].turned
+    for i, (cast, scale) in enumerate(zip(casts, scales, strict=True)):
+        cast.hand_over(build.item(made, i) if plain else None,
+                       build.item(made, i + len(casts) * plain) if turned else None, scale)
 
 
 def magnitudes_of_rows(build: Builder, traced: Traced, x: Node) -> Node | None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log2
 
+import torch
 from torch.fx import Graph, Node
 
+from quartet.kernels.reference.formats.scales import APART
 from quartet.lowering import ir
-from quartet.lowering.ir.graph import argument, arguments, aten, is_backward
-from quartet.lowering.ir.ops.state import AMAX_NOTE, AMAX_RECORD
+from quartet.lowering.ir.graph import FORWARD, Builder, argument, arguments, aten, is_backward, pull, source_of
+from quartet.lowering.ir.ops.state import AMAX_BEGIN, AMAX_NOTE, AMAX_READ, AMAX_RECORD
+from quartet.lowering.targets.fp8.weights import one_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,27 @@ class History:
         if current.target is not ir.AMAX or is_backward(current) != is_backward(quantizer):
             return None
         return History(known, current, margin)
+
+
+class Tables:
+    """What the histories of a graph know, one number every ``APART``: kernels are compiled for where numbers lie."""
+
+    def __init__(self) -> None:
+        self._of: dict[Node, Node] = {}
+
+    def known(self, build: Builder, history: History) -> Node:
+        """fp32 ``[1, 1]``."""
+        cut = source_of(history.known)
+        begin = source_of(cut)
+        if cut.target is not aten.slice.Tensor or begin.target not in (AMAX_BEGIN, AMAX_READ):
+            pull(history.known, build.before)
+            return history.known
+        if begin not in self._of:
+            first = Builder(build.graph, like=begin, before=begin.next, backward=False)
+            first.meta = {"partitioner_tag": FORWARD}
+            spread = first(aten.expand.default, first(aten.view.default, begin, [-1, 1, 1]), [-1, APART, 1])
+            self._of[begin] = first(aten.clone.default, spread, memory_format=torch.contiguous_format)
+        return one_of(build, self._of[begin], argument(cut, "start"))
 
 
 def record_instead(graph: Graph, seen: dict[Node, Node]) -> None:

@@ -3,10 +3,10 @@
 The largest magnitudes of rows become aten ops in the graph: there Inductor finds them in the kernel that computes the
 operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the other axis,
 their transpose from the same read, of several tensors at once where they can wait for each other (``together.py``);
-with one a row the cast is fused like its scale, unless it is the rows of a
-transposed tensor that are quantised. Under the rule ``delayed`` that op finds the largest magnitude too, for
-the steps to come. Rows that have a scale in each group of tokens are cast by an op of their own. Codes that do not lie
-row by row, as the product wants them, are copied.
+with one a row the cast is fused like its scale, unless it is the rows of a transposed tensor that are quantised. Under
+the rule ``delayed`` one op makes the scale of what earlier steps knew, casts, and finds the largest magnitude for the
+steps to come. Rows that have a scale in each group of tokens are cast by an op of their own. Codes that do not lie row
+by row, as the product wants them, are copied.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ from quartet.lowering.ir.ops import fp8 as fp8_ops
 from quartet.lowering.ir.ops.grouped import CLEAR_ROWS, PAD_GROUPS, PLACE
 from quartet.lowering.ir.views import Quantize, QuantizeGroups
 from quartet.lowering.targets.chains import Accepts, Source, accepted
-from quartet.lowering.targets.fp8.casts import MOST_ROWS, Cast, largest_magnitude, magnitudes_of_rows, scales_by
-from quartet.lowering.targets.fp8.delayed import History, record_instead
+from quartet.lowering.targets.fp8.casts import (
+    MOST_ROWS,
+    Cast,
+    Delayed,
+    largest_magnitude,
+    magnitudes_of_rows,
+    scales_by,
+)
+from quartet.lowering.targets.fp8.delayed import record_instead
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
 from quartet.lowering.targets.fp8.experts import multiply as multiply_by_experts
 from quartet.lowering.targets.fp8.together import cast_together
@@ -77,19 +84,18 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
     copies: dict[Node, Node] = {}
     traced, quantizers = Traced(), accepted(graph, gemms, accepts)
     experts = experts_of(graph, quantizers, traced)
-    known = scales_of_weights(graph, quantizers)
-    seen: dict[Node, Node] = {}
+    known, delayed = scales_of_weights(graph, quantizers), Delayed()
     alone = [quantizer for quantizer in quantizers if quantizer not in experts]
-    together = cast_together(alone, gemms, known, traced)
+    together = cast_together(alone, gemms, known, traced, delayed)
     for quantizer in alone:
         if quantizer in together:
             continue
         source = Source.of(quantizer)
         if source.spec.block == "tensor" or source.transposed is not None:
-            _cast(graph, quantizer, traced, known.get(quantizer), seen)
+            _cast(graph, quantizer, traced, known.get(quantizer), delayed)
         else:
             _quantize(graph, quantizer, traced)
-    record_instead(graph, seen)
+    record_instead(graph, delayed.seen)
     for node in graph.find_nodes(op="call_function", target=QuantizeGroups.op):
         if readers(node) <= set(gemms):
             _cast_groups(graph, node)
@@ -97,43 +103,41 @@ def lower(graph: Graph, gemms: list[Node], accepts: Accepts) -> None:
         _gemm(graph, gemm, copies, experts)
 
 
-def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, seen: dict[Node, Node]) -> None:
-    """A quantise as its scale, unless that is known, and one cast for the codes and their transpose; under delayed
-    scaling, and of padded tokens, as one op for the scale too. ``seen`` gets the magnitudes that an op has found on its
-    way."""
+def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, delayed: Delayed) -> None:
+    """A quantise as its scale, unless that is known, and one cast for the codes and their transpose; by what earlier
+    steps knew as one op."""
     cast = Cast.of(node)
-    x, spec, amax, plain, turned = cast.x, cast.spec, cast.amax, cast.plain, cast.turned
     build = Builder(graph, like=node, before=node, backward=is_backward(node))
-    pair, rows = None, list[Node]()
-    if (history := History.of(amax, node)) is not None:
-        both = build(fp8_ops.QUANTIZE_DELAYED, x, history.known, str(spec), history.margin, plain, turned)
-        seen.setdefault(history.current, build.item(both, 3))
-    elif known is not None:
-        pair = known.multiplier, known.scale
+    if cast.history is not None:
+        delayed.cast(build, [cast])
+        return
+    x, spec, amax, rows = cast.x, cast.spec, cast.amax, list[Node]()
+    if known is not None:
+        multiplier, scale = known.multiplier, known.scale
     elif spec.block != "tensor" or spec.rule == "absmean":
-        first, second = traced(build, partial(_scales, spec), [x], "scale", spec)
-        pair = first, second
+        multiplier, scale = traced(build, partial(_scales, spec), [x], "scale", spec)
+    elif amax is not None:
+        multiplier, scale = _scales_of_one(build, amax, spec)
     else:
-        if amax is None:
-            x, tokens, *rows = _tokens_of(build, x)
-            of_rows = magnitudes_of_rows(build, traced, tokens)
-            if of_rows is None or rows or val(of_rows).numel() > MOST_ROWS:
-                amax = largest_magnitude(build, traced, tokens if of_rows is None else of_rows)
-            else:
-                _, (pair,) = scales_by(build, [of_rows], spec)
-        if rows:
-            both = build(fp8_ops.QUANTIZE, x, amax, str(spec), plain, turned, *rows)
-        elif pair is None:
-            made = build(fp8_ops.SCALE, build(aten.reshape.default, amax, [1, 1]), str(spec))
-            pair = build.item(made, 0), build.item(made, 1)
-    if pair is None:
-        scale = build.item(both, 2)
+        x, tokens, *rows = _tokens_of(build, x)
+        of_rows = magnitudes_of_rows(build, traced, tokens)
+        if of_rows is None or val(of_rows).numel() > MOST_ROWS:
+            amax = largest_magnitude(build, traced, tokens if of_rows is None else of_rows)
+            multiplier, scale = _scales_of_one(build, amax, spec)
+        else:
+            _, ((multiplier, scale),) = scales_by(build, [of_rows], spec)
+    if rows:
+        both = build(fp8_ops.CAST_ROWS, x, multiplier, spec.element, cast.plain, cast.turned, *rows)
     else:
-        multiplier, scale = pair
-        both = build(fp8_ops.CAST, x, multiplier, spec.element, plain, turned)
+        both = build(fp8_ops.CAST, x, multiplier, spec.element, cast.plain, cast.turned)
     if spec.block == "tensor" and not rows:
         both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
     cast.hand_over(build.item(both, 0), build.item(both, 1), scale)
+
+
+def _scales_of_one(build: Builder, amax: Node, spec: QuantSpec) -> tuple[Node, Node]:
+    made = build(fp8_ops.SCALE, build(aten.reshape.default, amax, [1, 1]), str(spec))
+    return build.item(made, 0), build.item(made, 1)
 
 
 def _tokens_of(build: Builder, x: Node) -> tuple[Node, ...]:

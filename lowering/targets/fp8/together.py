@@ -15,7 +15,14 @@ from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, 
 from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of, readers
 from quartet.lowering.ir.ops.fp8 import CASTS
 from quartet.lowering.ir.ops.grouped import PAD_GROUPS
-from quartet.lowering.targets.fp8.casts import MOST_ROWS, Cast, magnitudes_of_rows, scales_by
+from quartet.lowering.targets.fp8.casts import (
+    MOST_ROWS,
+    Cast,
+    Delayed,
+    hand_over_all,
+    magnitudes_of_rows,
+    scales_by,
+)
 from quartet.lowering.targets.fp8.weights import Scales
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.view_ops import CAST
@@ -24,7 +31,8 @@ TOGETHER = 8  # tensors at most
 _WORD = 4  # rows: codes of so many are written at once to the transpose
 
 
-def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, Scales], traced: Traced) -> set[Node]:
+def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, Scales], traced: Traced,
+                  delayed: Delayed) -> set[Node]:
     """Rewrite those of the quantisers that are cast with others; ``known``: the scales of weights."""
     able = [node for node in quantizers if _able(node)]
     done: set[Node] = set()
@@ -35,12 +43,15 @@ def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, S
         _cast(build, casts, table, [known[node].scale for node in members])
         done.update(members)
     able = [node for node in able if node not in known]
-    for members in chain(_conversions(able), _gradients(able, gemms)):
+    for members in chain(_of_parameters(able), _gradients(able, gemms)):
         build, casts = _begun(members)
+        done.update(members)
+        if casts[0].history is not None:
+            delayed.cast(build, casts)
+            continue
         magnitudes = [magnitudes_of_rows(build, traced, cast.x) for cast in casts]
         table, scales = scales_by(build, [rows for rows in magnitudes if rows is not None], casts[0].spec)
         _cast(build, casts, table, [scale for _, scale in scales])
-        done.update(members)
     return done
 
 
@@ -53,18 +64,17 @@ def _begun(members: list[Node]) -> tuple[Builder, list[Cast]]:
 
 
 def _cast(build: Builder, casts: list[Cast], table: Node, scales: list[Node]) -> None:
-    plain, turned = casts[0].plain, casts[0].turned
-    made = build(CASTS, [cast.x for cast in casts], table, casts[0].spec.element, plain, turned)
-    for i, (cast, scale) in enumerate(zip(casts, scales, strict=True)):
-        cast.hand_over(build.item(made, i) if plain else None,
-                       build.item(made, i + len(casts) * plain) if turned else None, scale)
+    made = build(CASTS, [cast.x for cast in casts], table, casts[0].spec.element, casts[0].plain, casts[0].turned)
+    hand_over_all(build, casts, made, scales)
 
 
 def _able(quantizer: Node) -> bool:
-    """Whether the kernel for several takes it: a matrix as it lies in memory, by a scale of its own."""
+    """Whether the kernels for several take it: a matrix as it lies in memory, by a scale of its own or of earlier
+    steps."""
     cast = Cast.of(quantizer)
     x = val(cast.x)
-    return (cast.spec.block == "tensor" and cast.spec.rule in ("amax", "amax_pow2") and cast.amax is None
+    by_itself = cast.spec.rule in ("amax", "amax_pow2") and cast.amax is None
+    return (cast.spec.block == "tensor" and (by_itself or cast.history is not None)
             and (is_backward(quantizer) or "recompute" not in quantizer.meta) and cast.x.target is not PAD_GROUPS
             and x.element_size() == 2 and all(isinstance(size, int) for size in x.shape) and x.stride(1) == 1
             and 0 < x.shape[0] <= MOST_ROWS and x.shape[0] % _WORD == 0 and x.numel() > 0
@@ -74,7 +84,8 @@ def _able(quantizer: Node) -> bool:
 def _kind(quantizer: Node) -> Hashable:
     """What quantisers have in common that are cast in one launch."""
     cast = Cast.of(quantizer)
-    return is_backward(quantizer), str(cast.spec), val(cast.x).dtype, val(cast.x).device, cast.plain, cast.turned
+    x, margin = val(cast.x), None if cast.history is None else cast.history.margin
+    return is_backward(quantizer), str(cast.spec), margin, x.dtype, x.device, cast.plain, cast.turned
 
 
 def _weights(quantizers: list[Node], known: dict[Node, Scales]) -> Iterator[list[Node]]:
@@ -87,12 +98,14 @@ def _weights(quantizers: list[Node], known: dict[Node, Scales]) -> Iterator[list
         yield from _some(node for _, node in neighbours)
 
 
-def _conversions(quantizers: list[Node]) -> Iterator[list[Node]]:
-    """Weights that forward converts to another dtype first, in their order."""
+def _of_parameters(quantizers: list[Node]) -> Iterator[list[Node]]:
+    """Weights that forward converts to another dtype first, or whose history it knows, in their order."""
     found: dict[Hashable, list[Node]] = {}
     for node in quantizers:
-        x = Cast.of(node).x
-        if not is_backward(node) and x.target is CAST and source_of(x).op == "placeholder":
+        cast = Cast.of(node)
+        converted = source_of(cast.x) if cast.x.target is CAST else None
+        shown = cast.x if converted is None and cast.history is not None else converted
+        if not is_backward(node) and shown is not None and shown.op == "placeholder":
             found.setdefault(_kind(node), []).append(node)
     for members in found.values():
         yield from _some(members)

@@ -19,6 +19,7 @@ from quartet.runtime.devices import Target
 NEAREST, MASKED, STOCHASTIC = "e2m1/32 e8m0 quest(rms,nearest) nearest", \
     "e2m1/32 e8m0 quest(rms,nearest) nearest mask", "e2m1/32 e8m0 headroom stochastic"
 TENSOR = "e4m3/tensor fp32 amax nearest"
+DELAYED = "e4m3/tensor fp32 delayed nearest"
 ROTATION, SITE = 32, 5
 Example = tuple[Op, tuple[Any, ...]]
 
@@ -67,15 +68,14 @@ def _of_fp8(x: Tensor) -> Iterator[Example]:
     amax = reference.largest_magnitude(x)
     codes, _ = fp8.fp8_cast.reference(x, 448.0 / amax, "e4m3", True, False)
     index = torch.tensor([3, -1, 0, 3], device=x.device)
-    yield fp8.fp8_quantize, (x, amax, TENSOR, True, True, index)
-    for known in (0.5 * amax, 0.0 * amax):
-        yield fp8.fp8_quantize_delayed, (x, known, "e4m3/tensor fp32 delayed nearest", 1, True, True)
+    yield fp8.fp8_cast_rows, (x, 448.0 / amax, "e4m3", True, True, index)
     yield fp8.fp8_cast, (x, 448.0 / amax, "e4m3", True, True)
     yield fp8.fp8_row_major, (codes.t(),)
     several = [x[:len(x) // 4 * 4], -2 * x[:4]]
     yield fp8.amax_of_each, (several,)
     rows = [one.abs().amax(1) for one in several]
     yield fp8.fp8_scales, (rows, TENSOR)
+    yield fp8.fp8_casts_by_known, (several, [0.5 * amax, 0.0 * amax], DELAYED, 1, True, True)
     yield fp8.fp8_casts, (several, fp8.fp8_scales.reference(rows, TENSOR)[0], "e4m3", True, True)
     yield experts.expert_amax, (x.unsqueeze(0),)
     target = Target.of(x.device)
