@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet.lowering import ir
 from quartet.lowering.ir.graph import SAVED, Builder, aten, editing, is_backward, results, source_of
-from quartet.lowering.ir.operands import Product, Quantizer, quantizer_of
+from quartet.lowering.ir.operands import Product, Quantizer, quantizer_of, readers
 from quartet.lowering.targets.chains import REUSABLE
 from quartet.passes.find.find_matmuls import input_indices
 from quartet.passes.graph_pass import graph_pass
@@ -70,8 +70,7 @@ def _is_open(state: State, site: Quantized) -> bool:
 def _weights(state: State, sites: Mapping[int, Quantized]) -> dict[Node, list[Node]]:
     """Codes of parameters as they are, that dgrads read as a tensor of their own, and these; backward could make them.
 
-    None where nothing is to become slower, or the user says what runs again. Where forward reads the same tensor, a
-    product that runs again needs it."""
+    None where nothing is to become slower, or the user says what runs again."""
     memory, found = state.config.memory, dict[Node, list[Node]]()
     if memory is None or memory.lossless or state.config.recompute is not None:
         return found
@@ -84,7 +83,17 @@ def _weights(state: State, sites: Mapping[int, Quantized]) -> dict[Node, list[No
             continue
         if not (is_backward(made.node) or operand.spec.stochastic or operand.spec.takes_amax):
             found.setdefault(results(made.node)[0], []).append(node)
-    return found
+    return {codes: products for codes, products in found.items() if _read_it_alone(products)}
+
+
+def _read_it_alone(products: list[Node]) -> bool:
+    """Whether no other product reads a quantiser's codes as these do, which all read them alike.
+
+    Where forward does, of this weight or of one that is used in both orders, what runs again needs the tensor."""
+    made = Quantizer.of(Product.of(products[0]).b.codes)
+    alike = {product for product in readers(made.node) for operand in Product.of(product).operands
+             if (found := quantizer_of(operand.codes)) and (found.node, found.layout) == (made.node, made.layout)}
+    return alike == set(products)
 
 
 def _quantize_in_backward(products: list[Node]) -> None:
@@ -97,8 +106,9 @@ def _quantize_in_backward(products: list[Node]) -> None:
     if REUSABLE in first_made.node.meta:  # so that both have the scale that forward finds
         Quantizer.of(again.codes).node.meta[REUSABLE] = first_made.node.meta[REUSABLE]
     for product in products:
-        product.replace_input_with(operand.codes, again.codes)
-        product.replace_input_with(operand.scales, again.scales)
+        kept = Product.of(product).b
+        product.replace_input_with(kept.codes, again.codes)
+        product.replace_input_with(kept.scales, again.scales)
 
 
 def _keep_codes(product: Node) -> None:
