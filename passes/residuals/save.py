@@ -51,12 +51,13 @@ def save(state: State) -> None:
                 _keep_codes(node)
     if state.config.memory is not None:
         weights = _weights(state, sites)
-        with editing(state.gm):
-            for node in choose(state, candidates, weights):
-                if node in weights:
+        chosen = choose(state, candidates, weights)
+        for node in (node for node in chosen if node not in weights):
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        if any(node in weights for node in chosen):
+            with editing(state.gm):
+                for node in (node for node in chosen if node in weights):
                     _quantize_in_backward(weights[node])
-                else:
-                    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_open(state: State, site: Quantized) -> bool:
