@@ -21,7 +21,7 @@ from quartet.passes.residuals.knapsack import Choice
 from quartet.passes.residuals.lossless import Backward, read_by_attention, why_exact
 from quartet.passes.residuals.prices import Prices
 from quartet.runtime.devices import Target
-from quartet.runtime.sizes import hint
+from quartet.runtime.sizes import hint, same_sizes
 from quartet.runtime.view_ops import COPIES, RESHAPES
 
 CHOOSABLE = ((Saved("e4m3", ROW, attention=True), Saved("uint8", 64, "stochastic", attention=True)),
@@ -66,7 +66,7 @@ class Codes:
         return not spec.stochastic and not spec.takes_amax and spec.bits == 8 and spec.element != "ternary"
 
     def values(self, build: Builder) -> Node:
-        """The tensor that they serve for."""
+        """The tensor that they serve for, with its strides."""
         x = source_of(self.links[-1])
         values = Dequantize(self.codes, self.scales, QuantSpec.parse(self.spec), val(x).dtype).emit(build)
         values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
@@ -77,7 +77,17 @@ class Codes:
             else:
                 sizes = shape(source_of(link))
                 values = build(aten.reshape.default, values, [build.size(size) for size in sizes])
+        return _laid_out_like(source_of(self.links[0]), values, build)
+
+
+def _laid_out_like(tensor: Node, values: Node, build: Builder) -> Node:
+    """``values`` with the strides of a dense tensor of their shape: attention's backward on a CPU reads its result by
+    them, whatever the innermost one is."""
+    order = dense_order(tensor)
+    if order is None or same_sizes(val(values).stride(), val(tensor).stride()):
         return values
+    rows = build.contiguous(build(aten.permute.default, values, order))
+    return build(aten.permute.default, rows, sorted(range(len(order)), key=order.__getitem__))
 
 
 class Served:
