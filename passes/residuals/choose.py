@@ -47,6 +47,7 @@ log = logging.getLogger("quartet")
 PLAN_KEY = "quartet_memory"  # node.meta key of a joint graph's output: what was chosen for it
 WEIGHT = "weight"  # what a record calls codes of a parameter that are not kept
 SHOWN = 64  # points of a frontier that a report has
+_MULTIPLIER = 4  # bytes of the one by which forward casts a weight, which are kept for backward to cast it again
 _WIDEST = 64  # combinations of formats of one item; with more all its tensors are treated alike
 
 
@@ -190,7 +191,7 @@ def _items(kept: Divided, again: Divided, sites: Mapping[str, Quantized],
     ours, theirs = own_storages(kept), own_storages(again)
     stays = {storage.root.name for storage in theirs}
     common = {storage.root.name for storage in ours} & stays
-    items = [_Item([storage], [name] if name in weights else []) for storage in ours
+    items = [_Item([storage], [name], _MULTIPLIER) if name in weights else _Item([storage]) for storage in ours
              if (name := storage.root.name) in common]
     groups: dict[str, _Item] = {}
     for storage in (s for s in ours if s.root.name not in common):
