@@ -6,6 +6,8 @@ what was measured before (``shipped``), what follows from a data sheet or from t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quartet.lowering.rates import datasheet, kept, shipped
 from quartet.lowering.rates.constants import HOST, PASSES, Host, Rates, Time
 from quartet.runtime.devices import Target
@@ -23,6 +25,8 @@ def rates_of(target: Target) -> Rates | None:
     if gpu is None and target.name is None:
         return None
     found = kept.named(target) or kept.here(target)
-    if found is not None or gpu is None:
-        return found
+    if found is not None:
+        return replace(found, portable=shipped.RATES["h200"].portable) if target.capability == (9, 0) else found
+    if gpu is None:
+        return None
     return shipped.RATES.get(gpu.name) or datasheet.rates(gpu)

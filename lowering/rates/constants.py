@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PASSES = ("rows", "both axes", "one axis", "requantise", "fold", "unrotate", "amax", "cast", "copy")
@@ -78,6 +78,8 @@ class Rates:
         passes: name of ``PASSES`` → seconds an element.
         launch: seconds that any kernel takes at least.
         host: seconds to launch one. origin: where they come from.
+        portable: passes that the GPU has kernels of its own for → how many times as long the Triton kernels take, which
+            run where those decline a recipe. It follows from the GPU: what differs in nothing else is equal.
     """
 
     device: str
@@ -87,6 +89,7 @@ class Rates:
     launch: float
     host: Host = Host()
     origin: Origin = MEASURED
+    portable: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def source(self) -> str:

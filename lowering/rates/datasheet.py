@@ -26,11 +26,13 @@ def rates(gpu: Gpu) -> Rates:
     assert reference is not None
     by_bytes = reference.bandwidth / gpu.bandwidth
     by_instructions = reference.processors * reference.clock / (gpu.processors * gpu.clock)
-    passes = known.passes if gpu.capability == reference.capability else {**known.passes, **shipped.PORTABLE}
+    alike = gpu.capability == reference.capability
+    passes = known.passes if alike else {**known.passes, **shipped.PORTABLE}
     slower = {name: max(by_bytes, by_instructions) if name in BY_INSTRUCTIONS else by_bytes for name in PASSES}
     return Rates(
         gpu.name,
         flops={dtype: share * gpu.operations(dtype) for dtype, share in SHARE.items() if gpu.operations(dtype)},
         output={dtype: known.output["bf16"] * by_bytes * size / 2 for dtype, size in RESULT_BYTES.items()},
         passes={name: passes[name] * factor for name, factor in slower.items()},
-        launch=known.launch, host=HOST, origin=ESTIMATE if gpu.estimated else DATA_SHEET)
+        launch=known.launch, host=HOST, origin=ESTIMATE if gpu.estimated else DATA_SHEET,
+        portable=known.portable if alike else {})

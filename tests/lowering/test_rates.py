@@ -7,7 +7,7 @@ import torch
 
 from quartet.lowering import registry
 from quartet.lowering.cost import Cost, Layer, break_even, predict
-from quartet.lowering.rates import PASSES, Host, Rates, Time, rates_of, shipped
+from quartet.lowering.rates import PASSES, Host, Rates, Time, kept, rates_of, shipped
 from quartet.lowering.recipe.types import ROLES
 from quartet.recipes import recipes
 from quartet.runtime import gpus
@@ -44,6 +44,25 @@ def test_quantisers_are_not_faster_than_their_instructions_start():
     b200, h200 = (rates_of(Target.named(name)) for name in ("b200", "h200"))
     assert b200.passes["copy"] == pytest.approx(h200.passes["copy"] * 4.8 / 7.7)
     assert b200.passes["rows"] / h200.passes["rows"] == pytest.approx(132 * 1.83 / (148 * 1.856), rel=1e-3)
+
+
+def test_recipes_that_the_quantisers_of_hopper_decline_are_priced_with_tritons():
+    portable = {"both axes", "requantise"}
+    for name in ("h200", "h100", "l40s", "b200"):
+        rates = rates_of(Target.named(name))
+        assert set(rates.portable) == (portable if name.startswith("h") else set())
+        tritons = replace(rates, passes={n: taken * rates.portable.get(n, 1.0) for n, taken in rates.passes.items()},
+                          portable={})
+        layer = Layer(dict.fromkeys(ROLES, registry.KERNELS[registry.NAMES.index("triton-fp8")]), 4096, 4096, 4096)
+        for recipe, own in (("quartet", True), ("tetrajet", False)):
+            cost, slower = (predict(recipes()[recipe], layer, each) for each in (rates, tritons))
+            assert (float(cost.quantized) < float(slower.quantized)) == (own and name.startswith("h"))
+
+
+def test_what_was_measured_on_hopper_is_of_its_own_kernels(monkeypatch):
+    known = shipped.RATES["h200"]
+    monkeypatch.setattr(kept, "here", lambda target: replace(known, portable={}))
+    assert rates_of(Target.named("h200")).portable == known.portable and rates_of(HERE).portable == {}
 
 
 # the host
