@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import argument, aten, shape
-from quartet.passes.matrices import operands
-from quartet.runtime.sizes import same
-from quartet.runtime.view_ops import COPIES, RESHAPES
+from quartet.passes.matrices import MATMULS, operands
+from quartet.runtime.sizes import same, same_sizes
+from quartet.runtime.view_ops import COPIES, ORDERS, RESHAPES
+
+_SHOWN = RESHAPES | COPIES | {aten.expand.default}
 
 
 def mixed_heads(node: Node) -> Node | None:
-    """Of a product that mixes the heads of scores, ``[batch, queries, keys, heads] · [heads, heads]``, the scores as it
-    reads them; None of any other node. Each of its results is of one query and one key, as its operands are."""
-    if node.target not in (aten.mm.default, aten.addmm.default):
+    """Of a product that mixes the heads of scores ``[batch, heads, queries, keys]`` by a matrix ``[heads, heads]``, the
+    scores as it reads them; None of any other node. Each of its results is of one query and one key, as its operands
+    are. A linear layer, ``matmul`` and ``einsum`` are told."""
+    if node.target not in MATMULS:
         return None
-    scores, weight = operands(node)
-    heads, at = shape(weight)[0], scores
-    while at.target in RESHAPES | COPIES:
-        at = at.all_input_nodes[0]
-    if at.target is not aten.permute.default or not same(heads, shape(weight)[1]):
-        return None
-    order = [axis % len(shape(at)) for axis in argument(at, "dims")]
-    moved = len(order) == 4 and order[-1] != 3 and order.index(3) == 2
-    return scores if moved and same(shape(at)[-1], heads) else None
+    a, b = operands(node)
+    for scores, weight, contracted, end in ((a, b, -1, -1), (b, a, -2, 0)):
+        heads, order = shape(scores)[contracted], _order(scores)
+        if order and order[end] not in (2, 3) and same_sizes(_long(_stored(weight)), (heads, heads)):
+            return scores
+    return None
+
+
+def _order(node: Node) -> list[int]:
+    """In which order an operand has the axes of a tensor of four that was permuted for it, without those of size 1;
+    nothing of another operand."""
+    while node.target in _SHOWN:
+        node = node.all_input_nodes[0]
+    orders: list[list[int]] = []
+    while not (orders and len(shape(node)) == 4):
+        if node.target is aten.permute.default:
+            size = shape(node.all_input_nodes[0])
+            long = _long_axes(size)
+            orders.append([long.index(axis % len(size)) for axis in argument(node, "dims") if axis % len(size) in long])
+        elif node.target not in _SHOWN or not same_sizes(_long(node), _long(node.all_input_nodes[0])):
+            return []
+        node = node.all_input_nodes[0]
+    made = _long_axes(shape(node))
+    for order in reversed(orders):
+        made = [made[i] for i in order]
+    return made
+
+
+def _stored(node: Node) -> Node:
+    while node.target in _SHOWN | ORDERS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _long_axes(size: tuple[Any, ...]) -> list[int]:
+    return [axis for axis, length in enumerate(size) if not same(length, 1)]
+
+
+def _long(node: Node) -> list[Any]:
+    return [length for length in shape(node) if not same(length, 1)]

@@ -109,6 +109,14 @@ class TalkingHeads(Mixer):
         return self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
 
 
+class TalkingByEinsum(TalkingHeads):
+    """The matrix is the second operand before the softmax, the first after it."""
+
+    def talk(self, q, k, v, bias):
+        scores = torch.einsum("bhij,gh->bgij", q @ k.mT / 6, self.before.weight) + bias
+        return torch.einsum("gh,bhij->bgij", self.after.weight, scores.softmax(-1)) @ v
+
+
 class BehindExperts(Mixer):
     """What attention reads are experts, weighed by a softmax of scores."""
 
@@ -133,7 +141,7 @@ CAUSAL = {
     "retention": lambda: Mixer(retention, LOWER * 0.9), "state space": lambda: Mixer(state_space_chunk),
     "columns first": lambda: Mixer(columns_first), "running mean": lambda: Mixer(running_mean),
     "sinks": lambda: Mixer(sinks, BIAS), "talking heads": TalkingHeads,
-    "behind experts": BehindExperts,
+    "talking heads, einsum": TalkingByEinsum, "behind experts": BehindExperts,
 }
 
 
