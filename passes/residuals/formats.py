@@ -13,7 +13,8 @@ from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
 from quartet.lowering.ir.graph import Builder, argument, aten, results, shape, source, source_of, val
 from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY
-from quartet.lowering.ir.views import Dequantize, Quantize
+from quartet.lowering.ir.ops.fused import QUANTIZE_BYTES
+from quartet.lowering.ir.views import Dequantize
 from quartet.lowering.recipe.resolution import SavedChoice
 from quartet.lowering.recipe.types import Saved
 from quartet.passes.residuals.boundary import Kept, Storage, dense_order, stored_bytes
@@ -114,8 +115,8 @@ class Served:
     def _codes_of(self, user: Node) -> Codes | None:
         """What is kept of the results of a quantiser or of a cast to FP8, None where codes or scales are not."""
         items = {index: self._read[n] for index, n in results(user).items() if n in self._read}
-        if user.target is ir.QUANTIZE:
-            spec, codes, scales, flipped = str(Quantize.of(user).spec), items.get(0), items.get(1), False
+        if user.target in (ir.QUANTIZE, QUANTIZE_BYTES):
+            spec, codes, scales, flipped = argument(user, "spec"), items.get(0), items.get(1), False
         elif user.target is CAST and CODES_KEY in user.meta:
             spec, scales = user.meta[CODES_KEY][0], self._scales.get(user.meta[CODES_KEY])
             flipped = 0 not in items

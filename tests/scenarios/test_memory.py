@@ -316,6 +316,14 @@ def test_what_codes_of_a_transpose_stand_for_has_its_strides():
     assert_close(step(on_hopper(model, policy="fp8", memory="least")[0], model, inputs), expected, least=0.97)
 
 
+def test_codes_that_a_kernel_of_their_own_writes_serve_as_those_of_the_quantiser_did_when_it_was_chosen():
+    model, inputs = Llama().bfloat16(), tokens(8, 64)
+    expected = step(on_hopper(model, policy="bitnet", memory="fastest")[0], model, inputs)
+    compiled, found = on_hopper(model, policy="bitnet", memory="least")
+    assert_close(step(compiled, model, inputs), expected, least=0.97)
+    assert found[0].saved_bytes == found[0].least
+
+
 def test_a_weight_is_cast_in_backward_to_the_transpose_alone():
     options = replace(Options.parse(None, {"policy": "fp8", "memory": "least"}, passes=pipeline.OPTIONAL),
                       target=Target.named("h200"))
