@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, map_arg
+from torch.fx.node import map_aggregate
 
 from quartet.kernels.launcher import compiling_only
 from quartet.lowering.ir.graph import arguments
 from quartet.lowering.ir.op import op_of
 from quartet.lowering.ir.providers import device_of
-from quartet.lowering.ir.values import Layout, described
+from quartet.lowering.ir.values import Layout, described, undescribed
 from quartet.runtime.devices import Target
 
 THREADS = 2
@@ -66,8 +67,8 @@ class Absent(Tensor):
         def absent(value: Any) -> Any:
             return Absent(value, devices[0]) if isinstance(value, Tensor) else value
 
-        args, kwargs = _mapped(on_meta, args), {name: _mapped(on_meta, value) for name, value in (kwargs or {}).items()}
-        return _mapped(absent, func(*args, **kwargs))
+        args, kwargs = map_aggregate((args, kwargs or {}), on_meta)
+        return map_aggregate(func(*args, **kwargs), absent)
 
 
 def compile_ahead(graph: Graph) -> list[threading.Thread]:
@@ -122,21 +123,10 @@ def _compile(calls: deque[Call]) -> None:
             except IndexError:  # another thread took the last
                 return
             try:
-                run(**{name: _undescribed(value) for name, value in given.items()})
+                run(**{name: undescribed(value, _absent) for name, value in given.items()})
             except Exception as error:  # the model's own launch meets it where it can be told
                 log.debug("kernels of %s were not compiled ahead: %s", run.__name__, error)
 
 
-def _undescribed(value: Any) -> Any:
-    """An argument of that description: absent where it is a tensor."""
-    if isinstance(value, Layout):
-        return Absent(torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta"), value.device)
-    kind, inside = value
-    return list(map(_undescribed, inside)) if issubclass(kind, list | tuple) else inside
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """A value, and what lists and tuples in it hold."""
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(function, each) for each in value)
-    return function(value)
+def _absent(layout: Layout) -> Absent:
+    return Absent(torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device="meta"), layout.device)

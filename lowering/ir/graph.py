@@ -195,6 +195,10 @@ class Builder:
     def transpose(self, node: Node) -> Node:
         return self(aten.permute.default, node, [1, 0])
 
+    def permuted_back(self, node: Node, order: Sequence[int]) -> Node:
+        """What has become ``node`` by a permutation of its axes."""
+        return self(aten.permute.default, node, sorted(range(len(order)), key=order.__getitem__))
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if val(node).dtype == dtype else self(torch.ops.prims.convert_element_type.default, node, dtype)
 

@@ -38,7 +38,7 @@ def value_of(mode: Any, target: Callable[..., Any], args: Sequence[Any], kwargs:
             return target(*args, **kwargs)
         known = _known.setdefault(mode, {})
         if key in known:
-            return _made(known[key])
+            return undescribed(known[key], _empty)
         result = target(*args, **kwargs)
         if (layouts := described(result)) is not None:
             known[key] = layouts
@@ -66,9 +66,13 @@ def described(value: Any) -> Any:
     return (type(value), value) if plain else None
 
 
-def _made(layouts: Any) -> Any:
-    """New tensors as they are described."""
-    if isinstance(layouts, Layout):
-        return torch.empty_strided(layouts.shape, layouts.strides, dtype=layouts.dtype, device=layouts.device)
-    kind, parts = layouts
-    return kind(map(_made, parts))
+def undescribed(value: Any, tensor: Callable[[Layout], torch.Tensor]) -> Any:
+    """What is :func:`described`, with tensors that ``tensor`` makes."""
+    if isinstance(value, Layout):
+        return tensor(value)
+    kind, inside = value
+    return kind(undescribed(part, tensor) for part in inside) if issubclass(kind, list | tuple) else inside
+
+
+def _empty(layout: Layout) -> torch.Tensor:
+    return torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device=layout.device)

@@ -73,8 +73,7 @@ class Codes:
         values = build.transpose(values) if self.transposed else build.columns(values, self.columns)
         for link in reversed(self.links[:-1]):
             if link.target is aten.permute.default:
-                order = argument(link, "dims")
-                values = build(aten.permute.default, values, sorted(range(len(order)), key=order.__getitem__))
+                values = build.permuted_back(values, argument(link, "dims"))
             else:
                 sizes = shape(source_of(link))
                 values = build(aten.reshape.default, values, [build.size(size) for size in sizes])
@@ -87,8 +86,7 @@ def _laid_out_like(tensor: Node, values: Node, build: Builder) -> Node:
     order = dense_order(tensor)
     if order is None or same_sizes(val(values).stride(), val(tensor).stride()):
         return values
-    rows = build.contiguous(build(aten.permute.default, values, order))
-    return build(aten.permute.default, rows, sorted(range(len(order)), key=order.__getitem__))
+    return build.permuted_back(build.contiguous(build(aten.permute.default, values, order)), order)
 
 
 class Served:

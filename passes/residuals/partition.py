@@ -77,9 +77,6 @@ class SavedActivations(CustomPartitionerFn):
         forward, backward = (self.own or self.default)(gm, joint_inputs, **kwargs)
         rewriting = _Rewriting(Division(forward, backward, kwargs["num_fwd_outputs"]), self.config, plan)
         records = rewriting.run()
-        for half in (forward, backward):
-            with editing(half) as graph:
-                fold_where_quantized(graph)
         self.records += records
         if rewriting.memory is not None:
             self.memory.append(rewriting.memory)
@@ -120,6 +117,8 @@ class _Rewriting:
             records = [self._apply(site, storage, each[pick], formats)
                        for site, (storage, each, pick) in enumerate(zip(own, ways, point.picks, strict=True))]
             self._return()
+            for half in (self.forward, self.backward):
+                fold_where_quantized(half.graph)
         if plan is not None:
             self.memory = measured(plan, frontier, point, records, self.state.config)
             records = [*plan.again, *records]
@@ -153,8 +152,7 @@ class _Rewriting:
 
         def decoded(at: Builder) -> Node:
             values = at(DECODE, *made, saved.element, saved.group, val(source).dtype)
-            back = sorted(range(len(order)), key=order.__getitem__)
-            return at(aten.permute.default, values, back) if order != sorted(order) else values
+            return at.permuted_back(values, order) if order != sorted(order) else values
 
         self._decode_from(storage, decoded, [codes, scales])
         return byte_count(codes) + byte_count(scales)

@@ -324,29 +324,29 @@ def test_codes_that_a_kernel_of_their_own_writes_serve_as_those_of_the_quantiser
     assert found[0].saved_bytes == found[0].least
 
 
-def test_a_weight_is_cast_in_backward_to_the_transpose_alone():
-    options = replace(Options.parse(None, {"policy": "fp8", "memory": "least"}, passes=pipeline.OPTIONAL),
+def halves(policy):
+    """Forward and backward as an H200 would get them, with the least kept."""
+    options = replace(Options.parse(None, {"policy": policy, "memory": "least"}, passes=pipeline.OPTIONAL),
                       target=Target.named("h200"))
     capture, model = Pretence(), Net().bfloat16()
     torch._dynamo.reset()
     torch.compile(model, backend=lambda gm, given: compile_graph(gm, given, options, inner_compile=capture))(
         X()[0].detach().bfloat16()).sum().backward()
+    return capture.graphs
+
+
+def test_a_weight_is_cast_in_backward_to_the_transpose_alone():
+    graphs = halves("fp8")
     forward, backward = ([n for target in (fp8.CAST, fp8.CASTS) for n in graph.graph.find_nodes(
-        op="call_function", target=target) if "primals" in str(n.args[0])] for graph in capture.graphs)
+        op="call_function", target=target) if "primals" in str(n.args[0])] for graph in graphs)
     assert backward and all(argument(n, "transposed") and not argument(n, "plain") for n in backward)
     assert any(not argument(n, "transposed") for n in forward)
-    assert not any("amax_of" in str(node.target) for node in capture.graphs[1].graph.nodes)  # scales are forward's
+    assert not any("amax_of" in str(node.target) for node in graphs[1].graph.nodes)  # scales are forward's
 
 
 def test_codes_that_backward_folds_again_are_folded_in_forward_by_their_quantiser():
-    options = replace(Options.parse(None, {"policy": "quartet", "memory": "least"}, passes=pipeline.OPTIONAL),
-                      target=Target.named("h200"))
-    capture, model = Pretence(), Net().bfloat16()
-    torch._dynamo.reset()
-    torch.compile(model, backend=lambda gm, given: compile_graph(gm, given, options, inner_compile=capture))(
-        X()[0].detach().bfloat16()).sum().backward()
     forward, backward = ({target: graph.graph.find_nodes(op="call_function", target=target)
-                          for target in (fused.QUANTIZE, fused.FOLD)} for graph in capture.graphs)
+                          for target in (fused.QUANTIZE, fused.FOLD)} for graph in halves("quartet"))
     assert not forward[fused.FOLD] and len(backward[fused.FOLD]) > 4  # products' own operands, and gradients' columns
     assert len(forward[fused.QUANTIZE]) == 10 and all(argument(n, "folded") for n in forward[fused.QUANTIZE])
 

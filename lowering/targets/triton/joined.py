@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from quartet.lowering.ir.graph import Builder, argument, arguments, index_of, is_backward, maker, results
+from quartet.lowering.ir.graph import Builder, argument, arguments, hand_over, index_of, is_backward, maker
 from quartet.lowering.ir.ops.fused import FOLD, QUANTIZE
 
 
 def fold_where_quantized(graph: Graph) -> None:
-    """Let quantisers write the FP8 operands that their codes are folded to."""
+    """Let quantisers write the FP8 operands that their codes are folded to. What made them apart is dead then."""
     for fold in graph.find_nodes(op="call_function", target=FOLD):
         quantizer = _quantizer(fold)
         if quantizer is None:
@@ -22,17 +22,10 @@ def fold_where_quantized(graph: Graph) -> None:
         build = Builder(graph, quantizer, before=quantizer.next if folded else quantizer,
                         backward=is_backward(quantizer))
         both = quantizer if folded else build(QUANTIZE, *(arguments(quantizer) | {"folded": True}).values())
-        _hand_over(build, fold, both, 3)
+        made = [build.item(both, i) for i in range(5)]
+        hand_over(fold, made[3:])
         if not folded:
-            _hand_over(build, quantizer, both, 0)
-
-
-def _hand_over(build: Builder, old: Node, new: Node, first: int) -> None:
-    """Results of ``new`` from ``first`` on instead of those of ``old``, which goes."""
-    for index, item in results(old).items():
-        item.replace_all_uses_with(build.item(new, first + index))
-        old.graph.erase_node(item)
-    old.graph.erase_node(old)
+            hand_over(quantizer, made)
 
 
 def _quantizer(fold: Node) -> Node | None:
