@@ -19,8 +19,8 @@ def mode():
 @pytest.fixture
 def remembered(monkeypatch):
     """How many calls were answered from earlier ones."""
-    made, found = values._made, []
-    monkeypatch.setattr(values, "_made", lambda layouts: found.append(layouts) or made(layouts))
+    made, found = values.undescribed, []
+    monkeypatch.setattr(values, "undescribed", lambda layouts, tensor: found.append(layouts) or made(layouts, tensor))
     return found
 
 
