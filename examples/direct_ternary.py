@@ -16,7 +16,7 @@ import torch
 from corpus import Corpus, read_corpus
 from descent import decayed, descend, learning_rate
 from llama import PRESETS, Llama
-from output import check_folder, require
+from output import as_path, check_folder, require
 
 from quartet import direct, optim
 
@@ -78,8 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help='through torch.compile(backend="quartet")')
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--length", type=int, default=200, help="bytes to generate")
-    parser.add_argument("--text", type=Path, help="train on this file instead of the standard library's sources")
-    parser.add_argument("--out", type=Path, default=Path("direct-ternary.pt"), help=".safetensors or .pt")
+    parser.add_argument("--text", type=as_path, help="train on this file instead of the standard library's sources")
+    parser.add_argument("--out", type=as_path, default=Path("direct-ternary.pt"), help=".safetensors or .pt")
     return parser.parse_args(argv)
 
 

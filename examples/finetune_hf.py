@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from corpus import read_corpus
-from output import require
+from output import as_path, require
 
 import quartet
 
@@ -33,13 +33,13 @@ BYTES = 256  # tokens of the small model
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or a name of the hub; default: a small Llama over bytes")
-    parser.add_argument("--data", type=Path, help="a text; default: Python's own sources")
+    parser.add_argument("--data", type=as_path, help="a text; default: Python's own sources")
     parser.add_argument("--policy", default="quartet", help="a recipe or a .toml file")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, default=Path("finetune-out"))
+    parser.add_argument("--out", type=as_path, default=Path("finetune-out"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     return parser.parse_args()
 

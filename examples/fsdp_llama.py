@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from corpus import read_corpus
 from descent import adamw, descend, learning_rate
 from llama import PRESETS, Llama
+from output import as_path
 from ranks import process_group, say
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences a step on each process")
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, default=Path("fsdp-out"))
+    parser.add_argument("--out", type=as_path, default=Path("fsdp-out"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     return parser.parse_args()
 

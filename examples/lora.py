@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from corpus import read_corpus
-from output import require
+from output import as_path, require
 
 import quartet
 from quartet import direct
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--out", type=Path, default=Path("lora-out"))
+    parser.add_argument("--out", type=as_path, default=Path("lora-out"))
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -25,6 +26,14 @@ def require(package: str) -> None:
         import_module(package)
     except ImportError as error:
         raise SystemExit(needs(package, error)) from None
+
+
+def as_path(text: str) -> Path:
+    """A path of the command line, ``~`` a home folder also where the shell left it, as in ``--out=~/run``."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def check_folder(folder: Path, option: str) -> None:

@@ -31,7 +31,7 @@ from descent import adamw, descend, learning_rate
 from llama import PRESETS, Llama, LlamaConfig
 from measure import saved_for_backward, stored_bytes
 from outcome import AGAIN, NO_PLOT, median, plot, pyplot, save, show
-from output import check_folder, whole, write_text
+from output import as_path, check_folder, whole, write_text
 from predicted import predictions, told
 from torch import Tensor
 
@@ -207,12 +207,12 @@ def add_arguments(parser: argparse.ArgumentParser, size: str, steps: int, out: s
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, metavar="FILE", help="text to learn; default: Python's standard library")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+    parser.add_argument("--data", type=as_path, metavar="FILE", help="text to learn; default: Python's own library")
+    parser.add_argument("--checkpoint", type=as_path, metavar="FILE",
                         help="save here every --checkpoint-every steps; '{step}' in the name becomes their number")
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue a checkpoint, bit for bit")
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR")
+    parser.add_argument("--resume", type=as_path, metavar="FILE", help="continue a checkpoint, bit for bit")
+    parser.add_argument("--out", type=as_path, default=Path(out), metavar="DIR")
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="train the baseline too")
 
 

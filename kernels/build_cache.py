@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from quartet.kernels.files import foreign_link, trusted
+from quartet.kernels.files import expanded, foreign_link, trusted
 
 Notes = Mapping[str, Any]
 VARIABLE = "QUARTET_CACHE_DIR"
@@ -67,11 +67,15 @@ def cache_dir(create: bool = True) -> Path:
     Args:
         create: make it, with mode 0700, if it is missing.
     Raises:
-        BuildError: it is not private to this user, or no variable names a folder and this user has no home.
+        BuildError: it is not private to this user, no variable names a folder and this user has no home, or one names
+            that of a user who is none.
     """
     named, above = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = Path(named) if named else (Path(above) if above else Path.home() / ".cache") / "quartet"
+        folder = expanded(named) if named else (expanded(above) if above else Path.home() / ".cache") / "quartet"
+    except FileNotFoundError as error:
+        raise BuildError(f"environment variable {VARIABLE if named else 'XDG_CACHE_HOME'}, for the kernel cache: "
+                         f"{error.strerror}") from error
     except RuntimeError as error:
         raise BuildError(f"user {os.getuid()} has no home folder for the kernel cache: set {VARIABLE} to a folder you "
                          "own") from error

@@ -1,4 +1,4 @@
-"""Paths in folders that others can write to: nobody's link leads what we write to another place."""
+"""Paths that users give, and what is written there: nobody else's link leads it to another place."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def trusted(proc: Path = Path("/proc")) -> set[int]:
     except (OSError, ValueError):
         pass
     return users
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as a user wrote it, with the home folder for a ``~`` or ``~user`` at its beginning.
+
+    Raises FileNotFoundError, whose ``strerror`` says what to write instead, where there is no such home.
+    """
+    text = os.fspath(path)
+    found = Path(text)
+    if not text.startswith("~"):
+        return found.absolute() if str(found).startswith("~") else found  # ./~x is a folder of that name
+    try:
+        return found.expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, f"{found.parts[0]} is nobody's home folder here; write the path from / "
+                                              f"on, or ./{text} for what is named so", text) from None
 
 
 def foreign_link(path: Path) -> Path | None:

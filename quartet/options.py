@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin
 
+from quartet.kernels.files import expanded
 from quartet.passes.compilation import UNKEYED, key_of, keyed_by
 from quartet.passes.residuals.budget import Budget
 from quartet.policy import AUTO, Policy
@@ -80,11 +81,15 @@ def _policy(name: str, value: object, known: Known) -> Policy:
 
 
 def _folder(name: str, value: object, known: Known) -> str | None:
-    if value is None:
-        return os.environ.get("QUARTET_DUMP") or None
+    where = f"option {name!r}" if value is not None else "environment variable QUARTET_DUMP"
+    if value is None and not (value := os.environ.get("QUARTET_DUMP")):
+        return None
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise OptionError(f"option {name!r} is the path of a folder, not {type(value).__name__} {value!r}")
-    return os.fspath(value)
+    try:
+        return str(expanded(value))
+    except FileNotFoundError as error:
+        raise OptionError(f"{where}: {error.strerror}") from None
 
 
 def _memory(name: str, value: object, known: Known) -> Budget | None:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quartet.kernels.build_cache import BuildError, run_compiler
+from quartet.kernels.files import expanded
 
 FALLBACK = 'options={"disable_kernels": ["cutlass"]} of torch.compile takes the next best kernels instead'
 NVCC_REMEDY = ("install the CUDA toolkit 13.0 or newer (NVIDIA's Debian repository: apt-get install cuda-nvcc-13-0 "
@@ -60,14 +61,22 @@ def unavailable(arch: str) -> str | None:
 
 def find_nvcc() -> Path:
     """nvcc of ``$CUDA_HOME``, ``$CUDA_PATH``, ``$PATH`` or /usr/local/cuda, in this order. Raises BuildError."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    homes = [_home(name, said) for name in ("CUDA_HOME", "CUDA_PATH") if (said := os.environ.get(name))]
     on_path = shutil.which("nvcc")
-    tried = [*(Path(home) / "bin" / "nvcc" for home in homes if home), *([Path(on_path)] if on_path else []),
+    tried = [*(home / "bin" / "nvcc" for home in homes), *([Path(on_path)] if on_path else []),
              Path("/usr/local/cuda/bin/nvcc")]
     for path in tried:
         if os.access(path, os.X_OK) and path.is_file():
             return path
     raise BuildError(f"nvcc is missing: {NVCC_REMEDY}")
+
+
+def _home(name: str, path: str) -> Path:
+    """The folder that a variable of the environment names. Raises BuildError."""
+    try:
+        return expanded(path)
+    except FileNotFoundError as error:
+        raise BuildError(f"environment variable {name}: {error.strerror}") from error
 
 
 def code_for(arch: str) -> tuple[str, str]:
@@ -94,7 +103,7 @@ def find_headers() -> Path:
     """Include folder of ``$CUTLASS_PATH`` or of the package ``nvidia-cutlass``, in this order. Raises BuildError."""
     override = os.environ.get("CUTLASS_PATH")
     if override:
-        include = Path(override) / "include"
+        include = _home("CUTLASS_PATH", override) / "include"
         if not (include / "cutlass" / "version.h").is_file():
             raise BuildError(f"CUTLASS_PATH={override} has no include/cutlass/version.h; point it at a checkout of "
                              "CUTLASS, or unset it to take the package nvidia-cutlass")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quartet.kernels.build_cache import BuildError, cache_dir, files, fingerprint, locked, notes_of, write_json
+from quartet.kernels.files import expanded
 from quartet.lowering.rates.constants import MEASURED, PASSES, Host, Rates
 from quartet.runtime import gpus
 from quartet.runtime.devices import Target
@@ -189,7 +190,11 @@ def _kept(device: str) -> Rates | None:
 @cache
 def _of_file(path: str) -> Rates:
     try:
-        return _parsed(Path(path).read_bytes())
+        file = expanded(path)
+    except FileNotFoundError as error:
+        raise RatesError(f"environment variable {VARIABLE}: {error.strerror}") from error
+    try:
+        return _parsed(file.read_bytes())
     except (OSError, ValueError) as error:
         raise RatesError(f"environment variable {VARIABLE}: {path} holds no rates ({error}); write it with `quartet "
                          f"calibrate --out {path}`, or unset the variable") from error

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any, NoReturn
 
-from quartet.cli.usage import UsageError
+from quartet.cli.usage import UsageError, file
 
 COMMANDS = ("doctor", "explain", "bench", "diff", "suggest", "replay", "recipes", "calibrate", "build", "tune", "cache",
             "selftest")
@@ -59,7 +58,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     explain.add_argument("example", metavar="MODULE:FACTORY", help=EXAMPLE)
     explain.add_argument("--policy", metavar="P", help="recipe name or .toml file")
     explain.add_argument("--target", metavar="T", help=TARGET)
-    explain.add_argument("--html", metavar="FILE", type=Path, help="write the table as a page")
+    explain.add_argument("--html", metavar="FILE", type=file, help="write the table as a page")
     _json(explain)
     explain.add_argument("--dump", metavar="DIR", help="write the graphs before and after every pass")
 
@@ -69,12 +68,12 @@ def parser(version: str) -> argparse.ArgumentParser:
     bench.add_argument("--steps", metavar="N", type=int, default=20, help="training steps; default: %(default)s")
     bench.add_argument("--lr", metavar="R", type=float, default=1e-3,
                        help="of the AdamW that trains it; default: %(default)s")
-    bench.add_argument("--plot", metavar="FILE", type=Path, help="draw losses and times (matplotlib)")
+    bench.add_argument("--plot", metavar="FILE", type=file, help="draw losses and times (matplotlib)")
     _json(bench)
 
     diff = command("diff", "what changed between two reports that `quartet explain --json` wrote")
-    diff.add_argument("before", metavar="A.json", type=Path)
-    diff.add_argument("after", metavar="B.json", type=Path)
+    diff.add_argument("before", metavar="A.json", type=file)
+    diff.add_argument("after", metavar="B.json", type=file)
     _json(diff)
 
     suggest = command("suggest", "propose a recipe for each layer of your model, from its errors and predicted times")
@@ -84,11 +83,11 @@ def parser(version: str) -> argparse.ArgumentParser:
     budget.add_argument("--time", metavar="P", type=float,
                         help="percent of the time in the model's dtype; the least error within it")
     suggest.add_argument("--target", metavar="T", help="the GPU that times are predicted for; default: the model's own")
-    suggest.add_argument("--out", metavar="FILE", type=Path, help="write the policy as TOML")
+    suggest.add_argument("--out", metavar="FILE", type=file, help="write the policy as TOML")
 
     replay = command("replay", "run a dumped graph, on your own tensors too, up to the first value that is not finite")
-    replay.add_argument("dump", metavar="DUMP", type=Path, help="a module of a dump, or the folder of one graph")
-    replay.add_argument("--inputs", metavar="FILE", type=Path,
+    replay.add_argument("dump", metavar="DUMP", type=file, help="a module of a dump, or the folder of one graph")
+    replay.add_argument("--inputs", metavar="FILE", type=file,
                         help="a list of its inputs or a dict of some by name, written by torch.save; default: random")
 
     recipes = command("recipes", "list the recipes, or show one in full")
@@ -114,7 +113,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     calibrate.add_argument("--device", metavar="N", type=int, default=0, help="index of the GPU; default: %(default)s")
     calibrate.add_argument("--seconds", metavar="S", type=float, default=0.4,
                            help="how long each product runs before it is timed, and while it is; default: %(default)s")
-    calibrate.add_argument("--out", metavar="FILE", type=Path,
+    calibrate.add_argument("--out", metavar="FILE", type=file,
                            help="write the rates there and keep none; distributed runs (torchrun) read only the file "
                                 "that QUARTET_RATES names")
 
@@ -138,7 +137,7 @@ def options(made: argparse.ArgumentParser) -> list[str]:
 
 
 def _json(command: Any) -> None:
-    command.add_argument("--json", metavar="FILE", type=Path, help="write it as data; - is the standard output, alone")
+    command.add_argument("--json", metavar="FILE", type=file, help="write it as data; - is the standard output, alone")
 
 
 def _kinds(command: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quartet.kernels.files import expanded
 from quartet.nearest import did_you_mean
 from quartet.runtime import gpus
 
@@ -28,6 +29,14 @@ class UsageError(Exception):
     """What the user typed cannot be done; the message says what could."""
 
 
+def file(text: str) -> Path:
+    """A path of the command line, ``~`` a home folder also where the shell left it, as in ``--out=~/file``."""
+    try:
+        return expanded(text)
+    except FileNotFoundError as error:
+        raise UsageError(error.strerror) from None
+
+
 def check_policy(text: str | None) -> None:
     """Refuse what is neither a recipe nor a file that can be read."""
     if text is None or text in RECIPES or text in ("auto", "none"):
@@ -35,8 +44,8 @@ def check_policy(text: str | None) -> None:
     if not text.endswith(".toml"):
         raise UsageError(f"unknown recipe {text!r}; {did_you_mean(text, RECIPES)}possible: auto, {', '.join(RECIPES)}, "
                          "or a policy in a .toml file")
-    if not os.access(text, os.R_OK):
-        raise UsageError(f"cannot read the policy {text}: {'you may not' if Path(text).exists() else 'no such file'}")
+    if not os.access(path := file(text), os.R_OK):
+        raise UsageError(f"cannot read the policy {text}: {'you may not' if path.exists() else 'no such file'}")
 
 
 def check_target(name: str | None) -> None:
@@ -77,7 +86,7 @@ def check_folder(path: str | None) -> None:
     """Refuse a folder that cannot be made or written to."""
     if path is None:
         return
-    folder = Path(path).absolute()
+    folder = file(path).absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quartet.kernels.files import expanded
 from quartet.nearest import did_you_mean
 from quartet.runtime.compat import TorchDispatchMode
 
@@ -89,7 +90,10 @@ def replay(dump: str | os.PathLike[str], inputs: Sequence[Any] | Mapping[str, An
         ReplayError: no graph there, one of a GPU where there is none, or inputs of another number, name, shape or
             dtype.
     """
-    path = _module_path(Path(dump))
+    try:
+        path = _module_path(expanded(dump))
+    except FileNotFoundError as error:
+        raise ReplayError(error.strerror) from None
     _check_devices(path)
     module = _loaded(path)
     graph = module.Graph()

@@ -7,14 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from quartet.inspect.heat_map import page_of
 from quartet.inspect.records import Record, fetched, product_errors
 from quartet.inspect.tensorboard import write
-from quartet.kernels.files import write_text
+from quartet.kernels.files import expanded, write_text
 from quartet.report.text import shorten
 from quartet.runtime.inspect.recorder import Row
 
@@ -125,11 +124,11 @@ class Statistics(Sequence[Record]):
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write a line of JSON a record."""
-        write_text(Path(path), "".join(json.dumps(record.as_dict()) + "\n" for record in self))
+        write_text(expanded(path), "".join(json.dumps(record.as_dict()) + "\n" for record in self))
 
     def to_html(self, path: str | os.PathLike[str], column: str = "error") -> None:
         """Write a page with a heat map of a column, layers × steps; see :func:`quartet.inspect.heat_map.page_of`."""
-        write_text(Path(path), page_of(self, column))
+        write_text(expanded(path), page_of(self, column))
 
     def to_tensorboard(self, writer: Any) -> None:
         """Add scalars, and histograms of the scales, to a ``SummaryWriter`` or to a new one in a folder."""

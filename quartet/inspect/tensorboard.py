@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quartet.inspect.records import Record
+from quartet.kernels.files import expanded
 
 _MOST = 4096  # scales of a histogram; more are drawn as so many in the same proportions
 
@@ -24,7 +25,8 @@ def write(records: Iterable[Record], writer: Any) -> None:
     if made:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(os.fspath(writer))
+        folder = os.fspath(writer)  # or an address, such as gs://…
+        writer = SummaryWriter(expanded(folder) if folder.startswith("~") else folder)
     for record in records:
         tag = f"{record.kind}/{record.name.replace(' ', '/')}"
         for column, value in record.values.items():

@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quartet.kernels.files import expanded
 from quartet.runtime.slots.state import load_state_dict, state_dict
 from quartet.runtime.streams import rank
 
 
 def file_of(folder: str | Path) -> Path:
     """Where this rank's state is."""
-    return Path(folder) / f"quartet_state_{rank()}.pt"
+    return expanded(folder) / f"quartet_state_{rank()}.pt"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write what :func:`quartet.state_dict` has, also where that is nothing. All ranks call it."""
     state = state_dict(model)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    file_of(folder).parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file_of(folder))
 
 

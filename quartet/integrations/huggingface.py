@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from quartet.integrations import files
+from quartet.kernels.files import expanded
 
 
 class QuartetCallback(TrainerCallback):
@@ -32,8 +33,10 @@ class QuartetCallback(TrainerCallback):
                        model: nn.Module | None = None, **kwargs: Any) -> None:
         if model is None or state.global_step == 0:
             return
-        given = self._resume_from or args.resume_from_checkpoint
-        folder = Path(given) if isinstance(given, str | os.PathLike) and Path(given).is_dir() else _folder(args, state)
+        named = self._resume_from or args.resume_from_checkpoint
+        folder = _folder(args, state)
+        if isinstance(named, str | os.PathLike) and expanded(named).is_dir():
+            folder = expanded(named)
         if not files.load(model, folder):
             warnings.warn(f"{files.file_of(folder)} does not exist: histories of delayed scaling and averages of "
                           "weights begin anew. QuartetCallback(resume_from=folder) names another checkpoint",

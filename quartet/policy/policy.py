@@ -12,10 +12,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+from quartet.kernels.files import expanded
 from quartet.lowering.recipe.depth import Layer, is_within
 from quartet.lowering.recipe.op_classes import OP_GROUPS, op_classes, skips
 from quartet.lowering.recipe.resolution import Choice, Resolution, SavedChoice
@@ -290,7 +290,9 @@ class Policy:
         if not isinstance(source, str) or (source.endswith(".toml") and "\n" not in source):
             where = os.fspath(source)
             try:
-                text = Path(where).read_text(encoding="utf-8")
+                text = expanded(where).read_text(encoding="utf-8")
+            except FileNotFoundError as error:
+                raise PolicyError(f"cannot read policy file {where!r}: {error.strerror}") from None
             except (OSError, UnicodeDecodeError) as error:
                 raise PolicyError(f"cannot read policy file {where!r}: {error}") from None
         text = str(text)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+from quartet.kernels.files import expanded
 from quartet.lowering.recipe.records import MemoryRecord
 from quartet.report.text import human_bytes
 
@@ -64,6 +64,7 @@ def plot(records: Sequence[MemoryRecord], path: str | os.PathLike[str]) -> None:
              ylabel=f"ms a step beyond keeping everything{' on a nominal GPU' if nominal else ''}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = expanded(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "quartet"}):  # the same picture is the same file
-        figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quartet.kernels.files import check, opener
+from quartet.kernels.files import check, expanded, opener
 from quartet.kernels.reference.optim import lowbit
 from quartet.runtime.direct.convert import hold
 from quartet.runtime.direct.weight import LowBitWeight
@@ -39,7 +39,7 @@ def export(model: nn.Module, file: str | Path | None = None) -> dict[str, Tensor
         elif isinstance(value, Tensor):
             found[name] = value
     if file is not None:
-        _write(found, Path(file))
+        _write(found, expanded(file))
     return found
 
 
@@ -62,12 +62,12 @@ def read(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
     """A state dict with low-bit weights, of what :func:`export` returned or wrote."""
     if isinstance(source, Mapping):
         tensors = dict(source)
-    elif Path(source).suffix == ".safetensors":
+    elif (file := expanded(source)).suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        tensors = load_file(source)
+        tensors = load_file(file)
     else:
-        tensors = torch.load(source, weights_only=True, map_location="cpu")
+        tensors = torch.load(file, weights_only=True, map_location="cpu")
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(META):

@@ -165,6 +165,19 @@ def test_without_a_home_the_variable_is_enough(homeless, monkeypatch, tmp_path):
     assert build_cache.cache_dir() == tmp_path / "cache"
 
 
+@pytest.mark.parametrize("variable", ("QUARTET_CACHE_DIR", "XDG_CACHE_HOME"))
+def test_a_home_in_a_variable_is_found_and_none_is_made_up(monkeypatch, tmp_path, variable):
+    monkeypatch.delenv("QUARTET_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "~unknown/x")
+    with pytest.raises(BuildError, match=f"variable {variable}.*: ~unknown is nobody.s home.*; write the path"):
+        build_cache.cache_dir()
+    monkeypatch.setenv(variable, "~/x")
+    assert build_cache.cache_dir() in (tmp_path / "x", tmp_path / "x" / "quartet")
+    assert not list(tmp_path.glob("~*"))
+
+
 @pytest.fixture
 def asked_anew():
     """What this process knows of its kernels is forgotten, before and after."""

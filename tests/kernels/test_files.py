@@ -1,13 +1,14 @@
 """Writing where other users may have put links."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from quartet.kernels.files import check, foreign_link, opener, trusted, write_text
+from quartet.kernels.files import check, expanded, foreign_link, opener, trusted, write_text
 from quartet.report.dump import GraphDump
-from quartet.runtime.direct.export import export
+from quartet.runtime.direct.export import export, read
 
 
 @pytest.fixture
@@ -18,6 +19,22 @@ def planted(tmp_path, monkeypatch):
     link.symlink_to(file)
     monkeypatch.setattr("quartet.kernels.files.trusted", lambda: (os.getuid() + 1,))
     return link, file
+
+
+def test_a_home_is_found_and_none_is_made_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert expanded("~/a") == expanded(Path("~/a")) == tmp_path / "a" and expanded("~") == tmp_path
+    assert expanded("a~/~b") == Path("a~/~b")
+    assert expanded("./~unknown/a") == expanded(expanded("./~unknown/a")) == tmp_path / "~unknown" / "a"
+    model = torch.nn.Linear(1, 1)
+    export(model, "~/a.pt")
+    assert (tmp_path / "a.pt").is_file() and set(read("~/a.pt")) == {"weight", "bias"}
+    for use in (expanded, read, lambda path: export(model, path)):
+        with pytest.raises(FileNotFoundError, match="~unknown is nobody's home folder here; write the path from / on, "
+                                                    "or ./~unknown/a.pt for what is named so"):
+            use("~unknown/a.pt")
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_a_file_is_written_and_overwritten(tmp_path):

@@ -140,6 +140,16 @@ def test_a_file_that_is_named_and_holds_no_rates_is_an_error(monkeypatch, tmp_pa
             rates_of(HERE)
 
 
+def test_a_home_in_the_variable_is_found_and_none_is_made_up(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rates.json").write_text(json.dumps(kept.described(measured(bf16=2e14))))
+    monkeypatch.setenv(kept.VARIABLE, "~/rates.json")
+    assert rates_of(HERE) == measured(bf16=2e14)
+    monkeypatch.setenv(kept.VARIABLE, "~unknown/rates.json")
+    with pytest.raises(kept.RatesError, match="environment variable QUARTET_RATES: ~unknown is nobody's home"):
+        rates_of(HERE)
+
+
 # measuring
 
 def test_the_constants_follow_from_the_times():

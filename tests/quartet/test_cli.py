@@ -182,6 +182,17 @@ def test_explain_refuses_what_it_cannot_write_before_it_compiles(example, explai
     assert explained == []
 
 
+@pytest.mark.parametrize("option", ["--html", "--json", "--dump", "--policy"])
+def test_a_home_that_the_shell_left_is_found(example, explained, capsys, monkeypatch, tmp_path, option):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    message = fails(capsys, "explain", "an_example_model:make", option, "~unknown/a.toml")
+    assert "~unknown is nobody's home folder here; write the path from / on" in message
+    (tmp_path / "a.toml").write_text('default = "fp8"')
+    assert main(["explain", "an_example_model:make", option, "~/a.toml" if option != "--dump" else "~/a"]) == 0
+    assert not list(tmp_path.glob("~*"))
+
+
 def test_a_full_disk_costs_the_page_and_not_the_table(example, explained, capsys, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")

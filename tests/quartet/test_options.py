@@ -158,6 +158,21 @@ def test_a_mistake_in_the_environment_names_the_variable(monkeypatch):
         parse()
 
 
+def test_a_home_in_a_path_is_found_and_none_is_made_up(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QUARTET_DUMP", "~/graphs")
+    assert parse().dump == str(tmp_path / "graphs") and parse(dump="~/here").dump == str(tmp_path / "here")
+    (tmp_path / "policy.toml").write_text('default = "bf16"')
+    assert parse(policy="~/policy.toml").policy == Policy("bf16")
+    with pytest.raises(OptionError, match="option 'dump': ~unknown is nobody's home folder here; write"):
+        parse(dump="~unknown/graphs")
+    monkeypatch.setenv("QUARTET_DUMP", "~unknown/graphs")
+    with pytest.raises(OptionError, match="environment variable QUARTET_DUMP: ~unknown is nobody's home"):
+        parse()
+    with pytest.raises(PolicyError, match="cannot read policy file '~unknown/p.toml': ~unknown is nobody's home"):
+        parse(policy="~unknown/p.toml")
+
+
 def test_what_torch_compile_passes():
     seen = []
 
