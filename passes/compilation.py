@@ -114,6 +114,8 @@ class Compilation:
         token: index of the dynamo input by which what is recorded finds its call (``quartet.runtime.inspect.calls``).
         modules: what dynamo writes for a module → its name in the model.
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
+        tables: names of layers whose weights are those of embeddings, which may be in another graph.
+        parts: names of layers that are no heads, though what they make leaves the graph.
         written: how many features they make. layers: how many weights of two dimensions or more the model has.
         inputs: index of a dynamo input → its name, for the floating-point inputs of the whole model.
         priced: rates are known for a device of the graph and the policy asks for them: every number of tokens decides,
@@ -150,6 +152,8 @@ class Compilation:
     modules: Mapping[str, str] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    tables: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
     layers: int = 0
     inputs: Mapping[int, str] = field(default_factory=dict)
     priced: bool = False

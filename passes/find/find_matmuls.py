@@ -162,9 +162,11 @@ def _site(state: State, node: Node, flow: Flow, masks: Masks) -> Found | None:
         site = replace(site, masked=masks.of_weight(w[0]))
     if batch is not None or _chosen(canonical(w[0])[0]):
         return replace(site, op_class="grouped")
+    config, tied = state.config, embeds(w[0]) or fqn in state.config.tables
     op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
-        site, _owner(origin[w[0]]) if _has_others(state) else "", flow, flow.widths | state.config.widths)
-    return replace(site, op_class=op_class, fqn=(module_of(node) if embeds(w[0]) else "") or fqn)
+        site, _owner(origin[w[0]]) if _has_others(state) else "", flow, flow.widths | config.widths, tied,
+        fqn in config.parts)
+    return replace(site, op_class=op_class, fqn=(module_of(node) if tied else "") or fqn)
 
 
 def _has_others(state: State) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quartet.model.flat import all_parameters, is_view, own_parameters, path_in_model
+from quartet.model.parts import parts_of
 from quartet.model.scope import compiling, source_bases, source_name
 from quartet.passes import pipeline
 from quartet.passes.naming import module_name, module_path, parameter_path, stacks
@@ -38,6 +39,8 @@ class Names:
         regions: of each ``nested_compile_region`` by signature: parameter name by input, as its first call has them.
         widths: how many features the layers of the model read, those that are in no graph included.
         written: how many features they make.
+        tables: names of the layers in the graph whose weights are those of embeddings.
+        parts: names of layers of blocks whose results only the block reads, where the graph is a part of the model.
         layers: how many parameters of the model are matrices or more.
         inputs: index → name of the floating-point inputs of the model; none where the graph is a part of the model, as
             after a graph break or of a block that is compiled by itself, or the model is a single layer.
@@ -57,6 +60,8 @@ class Names:
     regions: Mapping[pipeline.Signature, Mapping[int, str]] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    tables: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
     layers: int = 0
     inputs: Mapping[int, str] = field(default_factory=dict)
     compiled: nn.Module | None = None
@@ -92,9 +97,9 @@ def names_of(gm: GraphModule, example_inputs: Sequence[Any]) -> Names:
     modules = {path: models.module(key, path) for key, path in stacks(gm)}
     regions, twins = _regions(gm, weights)
     inputs = dict(models.inputs(gm, example_inputs))
-    return models.around(Names(weights, modules, regions, models.widths(), models.written(), models.layers(), inputs,
-                               models.compiled(), models.place(), twins=twins, plain=_plain(gm, weights),
-                               views=bool(models.views)))
+    return models.around(Names(weights, modules, regions, models.widths(), models.written(), layers=models.layers(),
+                               inputs=inputs, compiled=models.compiled(), place=models.place(), twins=twins,
+                               plain=_plain(gm, weights), views=bool(models.views)))
 
 
 def _holds(path: str, other: str) -> bool:
@@ -210,9 +215,15 @@ class _Models:
         alike = [path_in_model(path) for path, module in nn.Module.named_modules(model) if type(module) is type(running)
                  and module is not running and not _holds(path, serves)
                  and not _holds(serves, path)] if serves else []
-        return replace(names, model=model, known=frozenset(map(module_name, members.values())),
+        complete = unbroken and not names.place
+        own = {names.full(layer): layer for layer in map(module_name, names.weights.values())}
+        tables = {module_name(members[id(p)]) for p in _tables(model) if id(p) in members}
+        parts = frozenset() if complete else parts_of(model, own)
+        return replace(names, parts=frozenset(map(own.__getitem__, parts)), model=model,
+                       tables=frozenset(own[table] for table in tables & own.keys()),
+                       known=frozenset(map(module_name, members.values())),
                        matrices=frozenset(matrices), serves=serves, alike=tuple(alike), unbroken=unbroken,
-                       complete=unbroken and not names.place)
+                       complete=complete)
 
     def _of(self, root: nn.Module) -> _Members:
         if id(root) not in self._members:
@@ -276,6 +287,13 @@ def _read(root: nn.Module) -> Iterator[int]:
             yield width
         elif weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             yield int(weight.shape[0 if "nf" in vars(module) else 1])  # Conv1D of GPT-2 is stored [in, out]
+
+
+def _tables(root: nn.Module) -> Iterator[torch.Tensor]:
+    """The weights of embeddings, which may be those of heads too."""
+    for module in nn.Module.modules(root):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield from own_parameters(module).values()
 
 
 def _plain(gm: GraphModule, weights: Mapping[int, str]) -> str:

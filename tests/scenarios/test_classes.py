@@ -186,6 +186,25 @@ def test_heads_of_a_model_in_several_graphs():
     assert classes(Broken(), draw(40, 64)) == {"up": "linear", "down": "linear", "out": "lm_head"}
 
 
+class Tied(nn.Module):
+    """A head that has its table's weight in another graph, and as many outputs as a layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(96, 64), nn.Linear(64, 96), nn.Linear(96, 64)
+        self.out = nn.Linear(64, 96, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        h = self.down(self.up(self.embed(ids)).relu())
+        torch._dynamo.graph_break()
+        return self.out(h)
+
+
+def test_a_head_has_its_tables_weight_in_another_graph():
+    assert classes(Tied(), torch.randint(96, (2, 20))) == {"up": "linear", "down": "linear", "out": "lm_head"}
+
+
 class Mixture(nn.Module):
     """Experts of whose gate ``choose`` makes the weights; ``stacked``: their results are weighed in one product."""
 
