@@ -17,6 +17,7 @@ from quartet.passes.inspect.originals import Originals
 from quartet.passes.inspect.watching import after, layers_of, token_of
 from quartet.passes.sites import Quantized
 from quartet.passes.state import State
+from quartet.runtime.inspect.program import shown
 from quartet.runtime.inspect.recorder import RESULT
 
 _LETTERS = {"fprop": "xw", "dgrad": "e", "wgrad": "e"}
@@ -32,7 +33,7 @@ def check(state: State) -> None:
     with editing(state.gm):
         for layer, role, named in _products(state):
             nodes = list(named.values())
-            after(state, nodes)(CHECK_FINITE, token, nodes, layer, role, "|".join(named))
+            after(state, nodes)(CHECK_FINITE, token, nodes, shown(layer), role, "|".join(named))
 
 
 def _products(state: State) -> Iterator[tuple[str, str, dict[str, Node]]]:

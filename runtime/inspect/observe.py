@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,15 @@ def observe(token: Tensor, tensors: list[Tensor], program: str) -> None:
 
 @torch.no_grad()
 def check_finite(token: Tensor, tensors: list[Tensor], layer: str, role: str, names: str) -> None:
-    """Note whether each of some tensors of a product is finite; ``names``: theirs, with ``|`` between them."""
+    """Note whether each of some tensors of a product is finite.
+
+    Args:
+        layer: its name, as ``program.shown`` writes it. names: of the tensors, with ``|`` between them.
+    """
     call = call_of(token)
     if call is not None:
         finite = torch.stack([torch.isfinite(_largest(tensor)) for tensor in tensors])
-        call.recorder.flag(Flags(call.step, role, call.rename(layer), tuple(names.split("|")), finite))
+        call.recorder.flag(Flags(call.step, role, call.rename(unquote(layer)), tuple(names.split("|")), finite))
 
 
 def _largest(x: Tensor) -> Tensor:

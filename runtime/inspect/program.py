@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from torch import Tensor
 
@@ -53,8 +54,15 @@ _PARTS: dict[str, Any] = {"stored": Stored, **dict.fromkeys(("x", "w", "e", "out
 
 
 def written(program: Sequence[Any]) -> str:
-    """A program as text."""
-    return json.dumps([[type(one).__name__, _fields(one)] for one in program], separators=(",", ":"))
+    """A program as text, without what Inductor's C++ would have to escape: JSON with ``'`` for its quotes."""
+    text = json.dumps([[type(one).__name__, _fields(one)] for one in program], separators=(",", ":"))
+    return shown(text.replace("%", "%25").replace("'", "%27").replace('"', "'"), "\\")
+
+
+def shown(text: str, signs: str = '%"\\') -> str:
+    """Text with such signs as ``%`` and two digits, which ``urllib.parse.unquote`` undoes: Inductor puts what an op is
+    given between quotes of C++ as it is (PyTorch 2.13)."""
+    return "".join(f"%{ord(sign):02X}" if sign in signs or ord(sign) < 32 else sign for sign in text)
 
 
 def _fields(one: Any) -> Any:
@@ -70,7 +78,7 @@ def _fields(one: Any) -> Any:
 def parsed(text: str) -> tuple[Measurement, ...]:
     """The inverse of :func:`written`."""
     return tuple(_KINDS[kind](**{key: _part(key, value) for key, value in given.items()})
-                 for kind, given in json.loads(text))
+                 for kind, given in json.loads(unquote(text.replace("'", '"'))))
 
 
 def _part(key: str, value: Any) -> Any:

@@ -95,6 +95,29 @@ def test_nothing_changes_but_what_is_recorded(policy):
         assert torch.equal(a[0], b[0]) and all(torch.equal(a[1][name], b[1][name]) for name in a[1])
 
 
+NAME = """a "layer" of 100 %22 \\ it's"""
+
+
+@pytest.mark.parametrize("policy", ["quartet", "fp8-delayed", "tetrajet-ema"])
+def test_no_op_is_given_text_that_inductors_cpp_would_have_to_escape(policy):
+    """Its C++ wrapper does not (PyTorch 2.13), and what it writes does not compile."""
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleDict({NAME: nn.Linear(64, 64), "last": nn.Linear(64, 64)})
+
+        def forward(self, x):
+            return self.layers["last"](self.layers[NAME](x).relu())
+
+    model, inspector = Named(), Inspector(1, ["mxfp8"])
+    compiled, backend = compile_eager(model, policy, inspect=inspector, check="finite")
+    step(compiled, model, [torch.randn(32, 64)])
+    texts = [text for gm in backend.capture.graphs for node in gm.graph.nodes if node.op == "call_function"
+             and str(node.target).startswith("quartet") for text in node.args if isinstance(text, str)]
+    assert texts and not any({'"', "\\", "\n"} & set(text) for text in texts), texts
+    assert f"layers.{NAME}" in {r.layer for r in inspector.statistics()}
+
+
 def test_recomputation_is_recorded_once():
     model, inspector = Gated(), Inspector(every=1)
     twin, other = Checkpointed(), Inspector(every=1)
