@@ -53,6 +53,11 @@ class Layer:
     summed: bool = False
 
     @property
+    def share(self) -> float:
+        """This layer's of a launch that its X, or the gradients that meet one X, take."""
+        return 1 / self.sharing
+
+    @property
     def several(self) -> bool:
         """Whether it is one of groups or batches."""
         return self.groups != 0 or self.batch != 1

@@ -107,6 +107,6 @@ class Rates:
         flops = self.flops[dtype] * (GROUPED[dtype] if grouped else 1.0)
         return Time(operations / flops + results * self.output[dtype] + self.launch)
 
-    def of_pass(self, name: str, elements: Any) -> Any:
+    def of_pass(self, name: str, elements: Any, launches: float = 1.0) -> Any:
         """:class:`Time` of one pass over so many elements."""
-        return Time(elements * self.passes[name] + self.launch)
+        return Time(elements * self.passes[name] + self.launch, launches)

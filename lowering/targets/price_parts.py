@@ -1,18 +1,29 @@
-"""Passes around products that several families of kernels have: (name of a rate, elements)."""
+"""Passes around products that several families of kernels have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from quartet.lowering.cost import Layer, Size
 from quartet.lowering.ir.ops.decompositions import RADICES
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
 
-Passes = Iterator[tuple[str, Size]]
+
+class Pass(NamedTuple):
+    """Elements that a rate is of, and how many of the pass's launches are this layer's: one for three layers that read
+    the same X is a third of each's; what the kernel before it does as well takes none."""
+
+    rate: str
+    elements: Size
+    launches: float = 1.0
 
 
-def with_passes(rates: Rates, dtype: str, layer: Layer, role: str, passes: Iterable[tuple[str, Size]],
+Passes = Iterator[Pass]
+
+
+def with_passes(rates: Rates, dtype: str, layer: Layer, role: str, passes: Iterable[Pass],
                 slower: float = 1.0) -> Time | None:
     """A product of operands of a dtype, run again where backward needs it, with passes around it; None without rates
     of the dtype. ``slower``: times the device's time of the product."""
@@ -20,7 +31,7 @@ def with_passes(rates: Rates, dtype: str, layer: Layer, role: str, passes: Itera
     if product is None:
         return None
     times = 2 if layer.recompute and role == "fprop" else 1
-    return sum((rates.of_pass(name, elements) for name, elements in passes),
+    return sum((rates.of_pass(*each) for each in passes),
                Time(times * slower * product.device, times * product.launches))
 
 
@@ -28,10 +39,10 @@ def quantisers(recipe: Recipe, layer: Layer, role: str) -> Passes:
     """Fused quantisers of a backward product: of E along both axes at once where both products quantise it."""
     gemm, (a, b) = getattr(recipe, role), layer.operands(role)
     if recipe.dgrad is None or recipe.wgrad is None:
-        yield "one axis", a
+        yield Pass("one axis", a)
     elif role == "dgrad":
-        yield "both axes", a
-    yield "requantise" if gemm.b.source == "saved" else "one axis", b
+        yield Pass("both axes", a)
+    yield Pass("requantise" if gemm.b.source == "saved" else "one axis", b, layer.share if role == "wgrad" else 1.0)
 
 
 def unrotated(recipe: Recipe, layer: Layer, role: str) -> Passes:
@@ -39,7 +50,8 @@ def unrotated(recipe: Recipe, layer: Layer, role: str) -> Passes:
     surely added up before (``Layer.summed``), else each by itself."""
     saved = getattr(recipe, role).b.source == "saved"
     if saved and recipe.fprop is not None and recipe.fprop.rotation is not None:
-        yield "unrotate", layer.result(role) / (layer.sharing if role == "dgrad" and layer.summed else 1)
+        together = layer.sharing if role == "dgrad" and layer.summed else 1
+        yield Pass("unrotate", layer.result(role) / together, 1 / together)
 
 
 def generated_rotations(recipe: Recipe, layer: Layer, role: str) -> Passes:
@@ -50,11 +62,11 @@ def generated_rotations(recipe: Recipe, layer: Layer, role: str) -> Passes:
         turned.append((recipe.fprop.rotation, result))
     for rotation, elements in turned:
         if rotation is not None:
-            yield from [("unrotate", 2 * elements)] * (1 + len(RADICES[rotation.n]))
+            yield from [Pass("unrotate", 2 * elements)] * (1 + len(RADICES[rotation.n]))
 
 
 def groups_moved(layer: Layer, role: str) -> Passes:
     """What pads the tokens of groups, E of both backward products once, and takes the result's out again."""
     if layer.groups != 0 and role != "wgrad":
-        yield "copy", layer.operands(role)[0]
-        yield "copy", layer.result(role)
+        yield Pass("copy", layer.operands(role)[0])
+        yield Pass("copy", layer.result(role))

@@ -1,18 +1,23 @@
 """The cost model: its sums by hand, its limits, and what the plan makes of it."""
 
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import sympy
 import torch
+from torch import nn
 
+from quartet.backend import compile_graph
 from quartet.lowering import registry
 from quartet.lowering.cost import Cost, K, Layer, M, N, break_even, predict
 from quartet.lowering.rates import PASSES, Rates, rates_of, shipped
+from quartet.options import Options
 from quartet.passes.plan import profitability as pays
 from quartet.policy import Policy, PolicyError
 from quartet.recipes import resolve
+from quartet.runtime.capture import Pretence
 from quartet.runtime.devices import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scenarios"))
@@ -82,6 +87,59 @@ def test_a_shared_activation_costs_its_share_and_a_recomputed_product_its_produc
     assert quantized(sharing=3) - quantized(sharing=3, summed=True) == pytest.approx(apart)
     again = [("fold", X), ("fold", W)]
     assert quantized(recompute=True) - quantized() == pytest.approx(seconds(again, PRODUCTS[:1], 2e15, 2e-12))
+
+
+# of an op; those of ONCE are a few a graph
+LAUNCHES = {"fp8_cast": 1, "fp8_casts": 1, "fp8_scales": 1, "fp8_casts_by_known": 3, "cuda_quantize": 1,
+            "cuda_quantize_both": 2, "cuda_requantize": 1, "cuda_fold": 1, "unrotate": 1}
+ONCE = {"fp8_scale", "sign_table", "fixed_signs", "seed", "amax_begin", "amax_seen", "amax_note", "amax_record"}
+
+
+class Decoder(nn.Module):
+    """Attention with fewer keys and values, and SwiGLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(256) for _ in range(2))
+        self.q, self.k, self.v, self.o = (nn.Linear(256, n, bias=False) for n in (256, 64, 64, 256))
+        self.gate, self.up, self.down = (nn.Linear(k, n, bias=False) for k, n in ((256, 512), (256, 512), (512, 256)))
+
+    def forward(self, x):
+        h = self.norms[0](x)
+        q, k, v = (layer(h).unflatten(-1, (-1, 64)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        h = self.norms[1](x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-delayed", "quartet"])
+def test_launches_are_those_of_the_graphs_that_the_passes_make(name):
+    """Of two blocks for an H200; what Inductor generates is left out, and scales of all weights are one launch."""
+    found, target = [], Target.named("h200")
+
+    class Seen(Pretence):
+        def __call__(self, gm, example_inputs, **kwargs):
+            found.extend(node for node in gm.graph.nodes if str(node.target).startswith("quartet."))
+            return super().__call__(gm, example_inputs, **kwargs)
+
+    def backend(gm, example_inputs):
+        return compile_graph(gm, example_inputs, Options(Policy(name), recompute="none", target=target), Seen(),
+                             remember=False)
+
+    model, x = nn.Sequential(Decoder(), Decoder()).bfloat16(), torch.randn(2, 256, 256, dtype=torch.bfloat16)
+    torch.compile(model, backend=backend)(x.requires_grad_()).float().square().mean().backward()
+    ops = [str(node.target).split(".")[1] for node in found]
+    assert set(ops) <= LAUNCHES.keys() | ONCE | {"amax_of_weights"}
+    launched = sum(LAUNCHES.get(op, 0) for op in ops) + sum(
+        -(-len(node.args[0]) // 8) for op, node in zip(ops, found, strict=True) if op == "amax_of_weights")
+
+    known, recipe = rates_of(target), resolve(name)
+    kernel = kernels("triton-fp8" if name == "quartet" else "cublaslt")
+    predicted = sum(kernel[role].price(known, recipe, Layer(kernel, 512, n, k, sharing, summed=True), role).launches - 1
+                    for n, k, sharing in ((256, 256, 3), (64, 256, 3), (64, 256, 3), (256, 256, 1), (512, 256, 2),
+                                          (512, 256, 2), (256, 512, 1)) for role in ALL)
+    assert launched == math.ceil(2 * predicted - 1e-6) > 0, (launched, 2 * predicted)
 
 
 @pytest.mark.parametrize("name", ["cpp", "triton", "inductor", ""])

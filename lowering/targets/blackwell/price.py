@@ -10,7 +10,7 @@ from quartet.lowering.cost import Layer
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
 from quartet.lowering.targets.blackwell.block_scaled import kind_of
-from quartet.lowering.targets.price_parts import Passes, quantisers, unrotated, with_passes
+from quartet.lowering.targets.price_parts import Pass, Passes, quantisers, unrotated, with_passes
 
 DTYPE = {"mxf4": "fp4", "nvf4": "fp4", "mxf8": "fp8"}
 NVFP4_ROWS = {"four_six": 0.95, "eden": 0.85}  # of "rows": those of NVFP4 by that rule, after their largest magnitude
@@ -41,14 +41,14 @@ def _passes(recipe: Recipe, layer: Layer, role: str, kind: str) -> Passes:
     if kind == "mxf8":
         rows, columns = MXFP8
         across = {"fprop": (rows, rows), "dgrad": (rows, columns), "wgrad": (columns, columns)}[role]
-        yield from (("copy", times * elements) for times, elements in zip(across, (a, b), strict=True))
+        yield from (Pass("copy", times * elements) for times, elements in zip(across, (a, b), strict=True))
         return
     rule = getattr(recipe, role).a.spec.rule
-    made = [("rows", a), ("rows", b)] if role == "fprop" else list(quantisers(recipe, layer, role))
-    for name, elements in made:
+    made = [Pass("rows", a, layer.share), Pass("rows", b)] if role == "fprop" else list(quantisers(recipe, layer, role))
+    for name, elements, launches in made:
         if kind == "nvf4":
-            yield "amax", elements
+            yield Pass("amax", elements, launches)
         as_rows = kind == "nvf4" and name == "rows"
-        yield name, elements * (NVFP4_ROWS.get(rule, NVFP4_OTHER_ROWS) if as_rows else 1.0)
+        yield Pass(name, elements * (NVFP4_ROWS.get(rule, NVFP4_OTHER_ROWS) if as_rows else 1.0), launches)
     if role != "fprop":
         yield from unrotated(recipe, layer, role)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from quartet.lowering.cost import Layer
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
-from quartet.lowering.targets.price_parts import Passes, generated_rotations, groups_moved, with_passes
+from quartet.lowering.targets.fp8.together import TOGETHER
+from quartet.lowering.targets.price_parts import Pass, Passes, generated_rotations, groups_moved, with_passes
 
 
 def cast(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
@@ -15,7 +16,8 @@ def cast(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
         around += groups_moved(layer, role)
     if layer.several and role == "dgrad":
         weights = layer.operands(role)[1]
-        around.append(("cast", weights) if layer.groups != 0 else ("copy", weights / 2))  # turned: anew, or their codes
+        turned = Pass("cast", weights) if layer.groups != 0 else Pass("copy", weights / 2)  # anew, or their codes
+        around.append(turned)
     return with_passes(rates, "fp8", layer, role, around)
 
 
@@ -27,12 +29,24 @@ def _tokens_stay(recipe: Recipe) -> bool:
 
 
 def _casts(recipe: Recipe, layer: Layer, role: str) -> Passes:
-    """The largest magnitude is a reading of its own before each cast."""
+    """The largest magnitude is a reading of its own before each cast.
+
+    With one scale a tensor what is launched is the scale and the cast: magnitudes are found by the kernel that makes
+    the tensor, weights go by eight, and gradients that meet one X together. Under ``delayed`` one that reads the
+    history and one that clears come before the cast.
+    """
     gemm, other, operands = getattr(recipe, role), recipe.dgrad, layer.operands(role)
     whole = gemm.a.spec is not None and gemm.a.spec.block == "tensor"
     again = (whole and role == "wgrad" and other is not None  # one cast of E writes its transpose too
              and (other.rotation, other.outer) == (gemm.rotation, gemm.outer))
     fresh = operands if role == "fprop" or not whole else () if again else operands[:1]
-    for elements in fresh:
-        yield "amax", elements
-        yield "cast", elements
+    scales = 2.0 if whole and gemm.a.spec.rule == "delayed" else 1.0
+    for elements, shared in zip(fresh, _shares(layer, role, whole), strict=False):
+        yield Pass("amax", elements, scales * shared)
+        yield Pass("cast", elements, shared)
+
+
+def _shares(layer: Layer, role: str, whole: bool) -> tuple[float, float]:
+    """Of a launch for A, and of one for B."""
+    e, w = (layer.share, 1 / TOGETHER) if whole and not layer.several else (1.0, 1.0)
+    return {"fprop": (layer.share, w), "dgrad": (e, w), "wgrad": (e, layer.share)}[role]

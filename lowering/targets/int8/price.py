@@ -5,7 +5,7 @@ from __future__ import annotations
 from quartet.lowering.cost import Layer
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
-from quartet.lowering.targets.price_parts import Passes, generated_rotations, with_passes
+from quartet.lowering.targets.price_parts import Pass, Passes, generated_rotations, with_passes
 
 ROWS = 0.75  # of "copy": a quantiser with a scale a row, of rows as they lie (docs/performance.md)
 
@@ -14,7 +14,7 @@ def integers(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | No
     """``Kernel.price`` of ``int-mm``."""
     times = 2 if layer.recompute and role == "fprop" else 1
     around = [*_quantisers(recipe, layer, role), *generated_rotations(recipe, layer, role)]
-    around += [("copy", 1.5 * layer.result(role))] * times  # from int32, scaled
+    around += [Pass("copy", 1.5 * layer.result(role))] * times  # from int32, scaled
     return with_passes(rates, "int8", layer, role, around)
 
 
@@ -24,9 +24,9 @@ def _quantisers(recipe: Recipe, layer: Layer, role: str) -> Passes:
     turned = {"fprop": (False, False), "dgrad": (False, True), "wgrad": (True, True)}[role]
     for operand, elements, other_way in zip((gemm.a, gemm.b), layer.operands(role), turned, strict=True):
         if operand.source != "saved" and operand.spec.block == "row" and not other_way:
-            yield "copy", ROWS * elements
+            yield Pass("copy", ROWS * elements)
         elif operand.source != "saved":
-            yield "amax", elements
-            yield "cast", elements
+            yield Pass("amax", elements)
+            yield Pass("cast", elements)
         if other_way:
-            yield "copy", elements / 2
+            yield Pass("copy", elements / 2)

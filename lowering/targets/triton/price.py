@@ -6,7 +6,7 @@ from quartet.kernels.cuda.ops import ROTATION, STOCHASTIC
 from quartet.lowering.cost import Layer
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Gemm, Recipe
-from quartet.lowering.targets.price_parts import Passes, groups_moved, quantisers, unrotated, with_passes
+from quartet.lowering.targets.price_parts import Pass, Passes, groups_moved, quantisers, unrotated, with_passes
 
 
 def folded(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None:
@@ -15,17 +15,21 @@ def folded(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Time | None
 
 
 def _passes(rates: Rates, recipe: Recipe, layer: Layer, role: str) -> Passes:
-    if role == "fprop":
-        yield from (("rows", elements) for elements in layer.operands(role))
-        if layer.recompute:
-            yield from (("fold", elements) for elements in layer.operands(role))
-        return
+    """Hopper's quantisers fold what they write, but for the columns of a gradient; Triton's have a launch for each."""
     a, b = layer.operands(role)
-    for name, elements in quantisers(recipe, layer, role):
+    if role == "fprop":
+        for name in ("rows", "fold") if layer.recompute else ("rows",):
+            yield from (Pass(name, a, layer.share), Pass(name, b))
+        return
+    folded = set[str]()
+    for name, elements, launches in quantisers(recipe, layer, role):
         made_for = (recipe.dgrad, recipe.wgrad) if name == "both axes" else (getattr(recipe, role),)
-        yield name, elements * (1.0 if all(map(_by_cuda, made_for)) else rates.portable.get(name, 1.0))
-    yield "fold", a
-    yield "fold", b
+        slower = rates.portable.get(name, 1.0)
+        if all(map(_by_cuda, made_for)):
+            slower, folded = 1.0, folded | rates.portable.keys() & {name}
+        yield Pass(name, slower * elements, launches)
+    yield Pass("fold", a, float("both axes" not in folded))
+    yield Pass("fold", b, float("requantise" not in folded) * (layer.share if role == "wgrad" else 1.0))
     yield from unrotated(recipe, layer, role)
 
 
