@@ -96,6 +96,19 @@ def check_dequantize(x: Tensor, spec: QuantSpec, dtype: torch.dtype) -> list[str
     return lines + expected.difference("values", got, wanted, ~wanted.isnan())
 
 
+def usual_ends(scale: float = 1.0) -> Tensor:
+    """Rows of blocks, on the grid and off it, under tops around those whose scales are E4M3's least normal number or
+    its largest, where the largest magnitude of all is ``scale``; the last row has usual ones alone, and ties."""
+    torch.manual_seed(3)
+    grid, ties = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5])
+    grid, ties = torch.cat((grid, -grid)) / 6, torch.cat((grid[1:], ties, -grid[-4:])) / 6
+    tops = torch.cat((1 + torch.arange(-8, 8) * 2.0**-23, 1 + torch.arange(-8, 8) / 64)) * 2.0**-14
+    tops = torch.stack((tops, tops * 1.5, tops * 2.0**14 * 0.9, torch.exp2(torch.linspace(-9, 0, 32))))
+    x = tops.unsqueeze(-1) * torch.stack((grid, torch.rand(16), (grid * 1.5).clamp(-1, 1), ties)).unsqueeze(1)
+    x[..., 0], x[-1, -1, 0] = tops, 1.0
+    return x.flatten(1) * scale
+
+
 def cases() -> Iterator[tuple[str, Case]]:
     data, broken = expected.data, expected.broken()
     for name, spec in SPECS.items():
@@ -111,6 +124,10 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"nvfp4-{name}-dequantize-broken", (check_dequantize, (broken, spec, torch.float32))
     for name in ("four-six", "eden"):  # of a smaller tensor: scales saturate, and so have codes to
         yield f"nvfp4-{name}-beyond", (check_quantize, (data(5, 96), SPECS[name], 0, False, 77, 0.05))
+    for power in (0, 126, 127, -107, -108, -109, -110, -126, -140):  # and multipliers to 2^±119
+        yield f"nvfp4-four-six-ends-{power}", (check_quantize, (usual_ends(2.0**power), FOUR_SIX))
+    for part in (6 / 7, 0.9 * 6 / 7, 0.857, 0.8573, 4 / 7, 3.0):  # of a multiplier by which some scales are clipped
+        yield f"nvfp4-four-six-part-{part:.4f}", (check_quantize, (usual_ends(), FOUR_SIX, 0, False, 77, part))
     for name in ("nearest", "stochastic", "four-six"):
         for rotation in (16, 32, 128):
             yield f"nvfp4-{name}-rotation-{rotation}", (check_quantize, (data(5, 80), SPECS[name], rotation, True))

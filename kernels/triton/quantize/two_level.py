@@ -35,6 +35,12 @@ def _e4m3(x):
 
 
 @triton.jit
+def _e4m3_usual(x):
+    """:func:`_e4m3` from 2^-6 to 448; see :func:`rounded`, of which nothing is left to guard."""
+    return tl.fma(x, 1048576.0, tl.fma(x, -1048576.0, x))  # 2^20
+
+
+@triton.jit
 def _e4m3_byte(value):
     """int32 bytes of values of the E4M3 grid without a sign; 127 of NaN."""
     bits = (value * 7.52316384526264e-37).to(tl.uint32, bitcast=True)  # 2^-120
@@ -72,17 +78,34 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _reciprocal_usual(x):
+    """:func:`_reciprocal` from 2^-126 to below 2^126: what ptxas makes of it for such numbers, after a look at them."""
+    if INTERPRETED:
+        return _reciprocal(x)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 r, e;
+            rcp.approx.ftz.f32 r, $1;
+            fma.rn.f32 e, $1, r, 0fBF800000;
+            neg.f32 e, e;
+            fma.rn.f32 $0, r, e, r;
+            }""", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _encoder(scale, inverse):
     """What multiplies the elements of a block with an fp32 scale."""
     return tl.minimum(_reciprocal(scale * inverse), _LARGEST)
 
 
 @triton.jit
-def _values(x, encoder):
-    """Magnitudes of a block on the E2M1 grid under its encoder, to nearest."""
+def _values(x, encoder, CLIPS: tl.constexpr):
+    """Magnitudes of a block on the E2M1 grid under its encoder, to nearest; without CLIPS none may be 7 or more."""
     v = ()
     for i in tl.static_range(16):
-        v = v + (grid_value(x[i] * encoder),)
+        z = x[i] * encoder
+        v = v + (grid_value(z) if CLIPS else rounded(tl.abs(z), 1, 1.0),)
     return v
 
 
@@ -96,22 +119,54 @@ def _squared_error(x, v, scale, multiplier):
 
 
 @triton.jit
-def _four_six(x, top, multiplier, inverse):
-    """Scale, encoder and nibble words of a block: its largest magnitude is mapped to 6, or to 4 where its squared error
-    is smaller."""
-    six, four = _e4m3(top * (multiplier * (1.0 / 6.0))), _e4m3(top * (multiplier * (1.0 / 4.0)))
-    six_encoder, four_encoder = _encoder(six, inverse), _encoder(four, inverse)
-    six_values = _values(x, six_encoder)
-    six_error = _squared_error(x, six_values, six, multiplier)
-    six_pairs = value_pairs(six_values, 16)
-    four_values = _values(x, after(four_encoder, six_error))
-    better = _squared_error(x, four_values, four, multiplier) < six_error
-    four_pairs = value_pairs(four_values, 16)
-    pairs = ()
-    for k in tl.static_range(8):
-        pairs = pairs + (tl.where(better, four_pairs[k], six_pairs[k]),)
-    return (tl.where(better, four, six), tl.where(better, four_encoder, six_encoder),
-            codes_of_pairs(pairs, x, 16))
+def _four_six(x, multiplier, N: tl.constexpr):
+    """Scale bytes, encoders and nibble words of blocks: the largest magnitude of each is mapped to 6, or to 4 where its
+    squared error is smaller.
+
+    Where both scales of all blocks of a program lie among E4M3's normal numbers, none of them is clipped. They are then
+    at most 1/17 smaller than before they were rounded, so that no element is encoded as more than 6.375.
+    """
+    tops, least, most = (), None, None
+    for b in tl.static_range(N // 16):
+        top = amax_bits(x[b * 16:b * 16 + 16], 16)
+        least, most = (tl.minimum(least, top), tl.maximum(most, top)) if b > 0 else (top, top)
+        tops = tops + (top.to(tl.float32, bitcast=True),)
+    usual = ((least.to(tl.float32, bitcast=True) * (multiplier * (1.0 / 6.0)) >= _LEAST)
+             & (most.to(tl.float32, bitcast=True) * (multiplier * (1.0 / 4.0)) <= _TOP))
+    # and what is divided by lies from 2^-6 · inverse to 448 · inverse
+    if (tl.min(usual.to(tl.int32)) != 0) & (multiplier >= 2.0**-116) & (multiplier <= 2.0**119):
+        scales, encoders, packed = _tried(x, tops, multiplier, _reciprocal_usual(multiplier), N, True)
+    else:
+        scales, encoders, packed = _tried(x, tops, multiplier, _reciprocal(multiplier), N, False)
+    return scales, encoders, packed
+
+
+@triton.jit
+def _tried(x, tops, multiplier, inverse, N: tl.constexpr, USUAL: tl.constexpr):
+    scales, encoders, packed = (), (), ()
+    for b in tl.static_range(N // 16):
+        block = x[b * 16:b * 16 + 16]
+        factor = after(multiplier, encoders[b - 1]) if b > 0 else multiplier
+        six, four = tops[b] * (factor * (1.0 / 6.0)), tops[b] * (factor * (1.0 / 4.0))
+        if USUAL:
+            six, four = _e4m3_usual(six), _e4m3_usual(four)
+            six_encoder, four_encoder = _reciprocal_usual(six * inverse), _reciprocal_usual(four * inverse)
+        else:
+            six, four = _e4m3(six), _e4m3(four)
+            six_encoder, four_encoder = _encoder(six, inverse), _encoder(four, inverse)
+        six_values = _values(block, six_encoder, not USUAL)
+        six_error = _squared_error(block, six_values, six, factor)
+        six_pairs = value_pairs(six_values, 16)
+        four_values = _values(block, after(four_encoder, six_error), not USUAL)
+        better = _squared_error(block, four_values, four, factor) < six_error
+        four_pairs = value_pairs(four_values, 16)
+        pairs = ()
+        for k in tl.static_range(8):
+            pairs = pairs + (tl.where(better, four_pairs[k], six_pairs[k]),)
+        scales = scales + (_e4m3_byte(tl.where(better, four, six)),)
+        encoders = encoders + (tl.where(better, four_encoder, six_encoder),)
+        packed = packed + codes_of_pairs(pairs, block, 16)
+    return scales, encoders, packed
 
 
 @triton.jit
@@ -138,7 +193,7 @@ def _eden(x, keys, site, row, column, units, multiplier, inverse):
         scale = _e4m3(top * (factor * (1.0 / _CLIP)))
         scale = tl.where(scale == 0.0, 1.0, scale)
         encoder = _encoder(scale, inverse)
-        v = _values(block, encoder)
+        v = _values(block, encoder, True)
         length, along = (), ()
         for i in tl.static_range(16):
             a = tl.abs(block[i]) * factor
@@ -170,6 +225,8 @@ def quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN: tl.
     scales, encoders, packed = (), (), ()
     if SPEC.rule == "eden":
         scales, encoders, packed = _eden(x, keys, site, row, column, units, multiplier, inverse)
+    elif SPEC.rule == "four_six":
+        scales, encoders, packed = _four_six(x, multiplier, N)
     else:
         for b in tl.static_range(N // 16):
             block = x[b * 16:b * 16 + 16]
@@ -180,13 +237,8 @@ def quantize_blocks(x, keys, site, row, column, units, valid, tensor, CHAIN: tl.
             else:
                 top = _tile_top(block, valid) if SPEC.tile else amax_bits(block, 16)
                 top = top.to(tl.float32, bitcast=True)
-                if SPEC.rule == "four_six":
-                    factor = after(multiplier, encoders[b - 1]) if b > 0 else multiplier
-                    scale, encoder, words = _four_six(block, top, factor, inverse)
-                    packed = packed + words
-                else:
-                    scale = _e4m3(top * (multiplier * (1.0 / 6.0)))
-                    encoder = _encoder(scale, inverse)
+                scale = _e4m3(top * (multiplier * (1.0 / 6.0)))
+                encoder = _encoder(scale, inverse)
                 byte = _e4m3_byte(scale)
             scales, encoders = scales + (byte,), encoders + (encoder,)
     if HARDWARE or SPEC.rule == "amax":
