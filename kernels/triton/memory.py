@@ -129,6 +129,19 @@ def store2(pointers, x, valid):
 
 
 @triton.jit
+def store_where_made(pointers, values, valid):
+    """Numbers of 8 or 32 bits from all threads that have them: nothing changes place so that each is stored once."""
+    SIZE: tl.constexpr = values.dtype.primitive_bitwidth
+    if INTERPRETED:
+        tl.store(pointers, values, mask=valid)
+    else:
+        bits = values.to(tl.int32, bitcast=True) if SIZE == 32 else values.to(tl.int32)
+        tl.inline_asm_elementwise(
+            f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b{SIZE} [$1], $2; mov.b32 $0, 0; }}", "=r,l,r,r",
+            [pointers.to(tl.int64), bits, valid.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load2(pointers, valid):
     """Two vectors of the int32 words at each 8-byte aligned int32 pointer, 0 where not ``valid``."""
     if INTERPRETED:

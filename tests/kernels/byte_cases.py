@@ -168,6 +168,11 @@ def cases() -> dict[str, Case | Several | Known]:
         found[f"{spec} special turned"] = Case(broken(20, 150).t(), spec)
     for one, other in zip(BLOCKS, (*BLOCKS[:3], *BLOCKS[4:], BLOCKS[3]), strict=True):
         found[f"{one} and {other}"] = Case(expected.data(131, 141), one, other)
+    for one, other in zip(RECIPES[:3], (*RECIPES[1:3], RECIPES[1]), strict=True):  # of whole tiles alone
+        found[f"{one} and {other} special, whole"] = Case(broken(128, 128), one, other)
+        found[f"{one} edges, whole"] = Case(torch.cat((edges(128),) * 3)[:128], one)
+    found[f"{BLOCKS[1]} whole, both"] = Case(torch.cat((edges(256),) * 3)[:128], BLOCKS[1], BLOCKS[1])
+    found[f"{BLOCKS[1]} whole, columns"] = Case(torch.cat((edges(256),) * 2)[:64].t(), BLOCKS[1])
     for spec in TENSORS:
         shapes = ((128, 64), (4, 16), (132, 70), (260, 1), (4, 300))
         several = [expected.data(*shape, torch.bfloat16) * 2.0 ** (7 * i - 20) for i, shape in enumerate(shapes)]

@@ -99,6 +99,11 @@ def test_hopper_reads_sixteen_bytes_at_a_time(name):
     assert set(re.findall(r"ld\.global\.(\S+)", ptx)) == {"v4.b32"}
 
 
+def test_scales_of_rows_are_stored_where_they_are_made():
+    """No thread waits for another's."""
+    assert "BAR" not in compiled("rows", 90)[0].instructions
+
+
 @pytest.mark.parametrize("name", ["columns", "casts", "casts that see"])
 def test_transposed_codes_are_written_as_words_side_by_side(name):
     _, ptx = compiled(name, 90)

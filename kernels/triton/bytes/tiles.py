@@ -18,7 +18,7 @@ from quartet.kernels.triton.bytes.codes import encode, fp8_words
 from quartet.kernels.triton.bytes.scales import magnitude, magnitude_of_four, scales_of
 from quartet.kernels.triton.host import DTYPES, cdiv, hardware, on_device
 from quartet.kernels.triton.launch import launch
-from quartet.kernels.triton.memory import load_fours
+from quartet.kernels.triton.memory import load_fours, store_where_made
 
 Two = tuple[Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -52,7 +52,8 @@ def quantize_tiles(x, codes, scales, turned_words, turned_scales, rows, cols, ro
         for k in tl.static_range(4):
             if not ROWS.tile:
                 by, scale = scales_of(_amax_of_parts(magnitude(tiles[k]), M, PER, TURNS), ROWS)
-                _store_scales(scales, scale, row + k, block, rows, padded // BLOCK)
+                store_where_made(scales + (row + k)[:, None] * (padded // BLOCK) + block[None, :], scale,
+                                 (row + k < rows)[:, None] & (block < padded // BLOCK)[None, :])
                 every = _spread(by, M, N, TURNS)
             made = encode(tiles[k] * every, ELEMENT, HARDWARE)
             tl.store(codes + (row + k)[:, None] * padded + col[None, :], made,
