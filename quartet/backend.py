@@ -22,6 +22,7 @@ from quartet.lowering.recipe.records import MatmulRecord, MemoryRecord, SavedRec
 from quartet.lowering.recipe.types import ROLES, Gemm
 from quartet.lowering.targets import inductor
 from quartet.model.first_use import calibrate_once
+from quartet.model.fused import open_layers
 from quartet.model.judge import Judge, judge_of
 from quartet.model.names import Names, names_of
 from quartet.model.trained import tokens_for
@@ -89,6 +90,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     ``remember``: layers are decided from now on by the tokens that training has here, see ``quartet.model.trained``.
     """
     compat.warn_if_untested()
+    if quantizes(options.policy):
+        open_layers(gm)
     names = names_of(gm, example_inputs)
     options = replace(options, policy=options.policy.at(names.place))
     watched = any((inner_compile, collect, collect_saved, observers))

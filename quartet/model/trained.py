@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from quartet.model.fused import encoder_layer
 from quartet.passes.naming import module_name
 from quartet.runtime.sizes import hint
 
@@ -91,6 +92,9 @@ def _products(gm: GraphModule, names: Mapping[Node, str]) -> Iterator[tuple[str,
             names[node] = names[known[0]]  # a view of it, a cast, a parametrisation of several
         elif operation in _HIGHER_ORDER:
             yield from _inner(gm, node, names)
+        elif node.target is encoder_layer:
+            x = _value(inputs[0])
+            yield from ((names[w], hint(x.numel()) // hint(x.shape[-1])) for w in known if len(_shape(w)) == 2)
         elif operation in _PRODUCTS:
             w = next((i for i in known if len(_shape(i)) == 2), None)
             x = next((i for i in inputs if i is not w and len(_shape(i)) >= 2 and i not in names), None)

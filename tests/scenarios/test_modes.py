@@ -1,4 +1,5 @@
-"""``mode=`` through the real Inductor, batches that shrink to one token and to none, devices that have no kernel."""
+"""``mode=`` through the real Inductor, batches that shrink to one token and to none, devices that have no kernel,
+layers that PyTorch evaluates as one operator."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from quartet import Policy
 from quartet.lowering import registry
+from quartet.model.fused import encoder_layer, open_layers
+from quartet.model.trained import tokens_of
 from quartet.runtime.compat import CustomGraphPass, inductor_config, list_mode_options
 
 ROWS = (40, 1, 0, 33, 1, 0, 64)
@@ -138,3 +141,48 @@ def test_probing_a_device_without_kernels_gives_a_reason_that_names_it(device):
     rows = registry.probe(torch.device(device))
     assert {kernel for _, kernel, _ in rows} == set(registry.NAMES)
     assert all(reason is not None and device in reason for _, _, reason in rows)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("mask", [{}, {"src_key_padding_mask": torch.arange(16) > torch.tensor([[16], [9], [-1]])},
+                                  {"src_mask": torch.ones(16, 16).triu(1).bool()}], ids=["all", "padded", "causal"])
+def test_a_layer_that_pytorch_evaluates_as_one_operator_computes_what_training_does(norm_first, mask):
+    layer = nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True, norm_first=norm_first)
+    compiled, backend = compile_eager(layer, "fp8", dynamic=False)
+    x = torch.randn(3, 16, 64)
+    trained = compiled(x, **mask).detach()
+    backend.records.clear()
+    layer.eval()
+    with torch.no_grad():
+        assert torch.equal(compiled(x, **mask), trained)
+    assert {r.fqn: r.lowered for r in backend.records if r.op_class == "linear"} == dict.fromkeys(
+        ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"), True)
+    rows = {r.op_class for r in backend.records}
+    assert rows == {"linear", "attention_qk", "attention_pv"}
+
+
+def test_what_the_operator_for_a_layer_computes():
+    """Masks are nonzero where a token takes no part; rows of tokens of which none does are NaN there."""
+    layer, x = nn.TransformerEncoderLayer(64, 4, 96), torch.randn(2, 8, 64)
+    weights = [p.detach() for p in layer.self_attn.parameters()]
+    norms = [p.detach() for norm in (layer.norm1, layer.norm2) for p in norm.parameters()]
+    last = [p.detach() for linear in (layer.linear1, layer.linear2) for p in linear.parameters()]
+    masks = [(None, None), (torch.rand(8, 8) < .3, 0), (torch.rand(2, 8) < .3, 1), (torch.rand(2, 4, 8, 8) < .3, 2)]
+    for mask, kind in [*masks, (torch.where(torch.rand(2, 8) < .3, -1.5, 0.0), 1)]:
+        for gelu in (False, True):
+            for first in (False, True):
+                given = (x, 64, 4, *weights, gelu, first, 1e-5, *norms, *last, mask, kind)
+                torch.testing.assert_close(encoder_layer(*given), torch._transformer_encoder_layer_fwd(*given))
+
+
+def test_a_layer_that_is_one_operator_is_decided_by_what_training_had():
+    layer, found = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval(), []
+
+    def backend(gm, inputs):
+        open_layers(gm)
+        found.append(tokens_of(gm, {i: str(i) for i, v in enumerate(inputs) if isinstance(v, nn.Parameter)}))
+        return gm
+
+    with torch.no_grad():
+        torch.compile(layer, backend=backend)(torch.zeros(3, 7, 64))
+    assert list(found[0].values()) == [21] * 4
