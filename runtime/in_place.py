@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from quartet.runtime.compat import cutting_wrappers, is_skipped
+from quartet.runtime.compat import compile_in_place, cutting_wrappers, is_skipped
 
 
 def warn_of_skipped(frame: FrameType | None) -> None:
@@ -25,6 +25,8 @@ def warn_of_skipped(frame: FrameType | None) -> None:
 
 def _skipped(frame: FrameType) -> str | None:
     """What is said of a model that stays uncompiled by the call in this frame."""
+    if frame.f_back is not None and frame.f_back.f_code is compile_in_place.__code__:
+        return None  # it has dynamo compile the code of torch.nn too
     if frame.f_code is torch.nn.Module.compile.__code__ and is_skipped(model := frame.f_locals["self"]):
         name = type(model).__name__
         return (f"{name}.compile(…) leaves {name} itself uncompiled, and unquantised: its forward is PyTorch's own "

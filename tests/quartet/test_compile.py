@@ -121,6 +121,8 @@ def test_what_dynamo_skips():
     ("torch.compile(alone(nn.Sequential(nn.Linear(8, 8))), backend='quartet')", True),
     ("torch.compile(alone(Own()), backend='quartet')", False),
     ("torch.compile(nn.Sequential(nn.Linear(8, 8)), backend='quartet')", False),
+    ("__import__('quartet').compile(nn.Sequential(nn.Linear(8, 8)))", False),
+    ("__import__('quartet').compile(alone(nn.Sequential(nn.Linear(8, 8))))", False),
 ])
 def test_a_compile_that_does_nothing_says_so(call, said):
     """The first use of the backend in a process, by its name alone; ``alone``: in DistributedDataParallel."""
@@ -143,3 +145,4 @@ print([(w.filename, str(w.message)) for w in caught if "uncompiled" in str(w.mes
 """
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ("quartet.compile(model)" in made.stdout and "<string>" in made.stdout) == said, made.stdout
+    assert (made.stdout.strip() == "[]") != said, made.stdout
