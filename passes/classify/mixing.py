@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from quartet.lowering.ir.graph import argument, aten, shape
+from quartet.lowering.ir.graph import argument, arguments, aten, shape
 from quartet.passes.matrices import MATMULS, operands
 from quartet.runtime.sizes import same, same_sizes
 from quartet.runtime.view_ops import COPIES, ORDERS, RESHAPES
@@ -17,7 +17,9 @@ _SHOWN = RESHAPES | COPIES | {aten.expand.default}
 def mixed_heads(node: Node) -> Node | None:
     """Of a product that mixes the heads of scores ``[batch, heads, queries, keys]`` by a matrix ``[heads, heads]``, the
     scores as it reads them; None of any other node. Each of its results is of one query and one key, as its operands
-    are. A linear layer, ``matmul`` and ``einsum`` are told."""
+    are. A linear layer, ``matmul``, ``einsum`` and a 1×1 convolution are told."""
+    if node.target is aten.convolution.default:
+        return _convolved(node)
     if node.target not in MATMULS:
         return None
     a, b = operands(node)
@@ -26,6 +28,23 @@ def mixed_heads(node: Node) -> Node | None:
         if order and order[end] not in (2, 3) and same_sizes(_long(_stored(weight)), (heads, heads)):
             return scores
     return None
+
+
+def _convolved(node: Node) -> Node | None:
+    """The scores whose heads are the channels of a 1×1 convolution; None of an image, which has lines of pixels."""
+    given = arguments(node)
+    scores, weight = given["input"], given["weight"]
+    heads = shape(scores)[1]
+    plain = not given["transposed"] and all(stride == 1 for stride in given["stride"]) and not any(given["padding"])
+    if not plain or len(shape(scores)) != 4 or not same_sizes(shape(weight), (heads, heads, 1, 1)):
+        return None
+    at, pairs = scores, shape(scores)[-2:]
+    while at.target not in MATMULS and at.op == "call_function":
+        above = [n for n in at.all_input_nodes if same_sizes(shape(n)[-2:], pairs)]
+        if not above:
+            return None
+        at = above[0]
+    return scores
 
 
 def _order(node: Node) -> list[int]:

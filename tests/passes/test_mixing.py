@@ -12,10 +12,9 @@ SCORES, SQUARE = (2, 4, 8, 8), (2, 8, 8, 8)  # batch, heads, queries, keys
 HEADS, TOKENS = (4, 4), (8, 8)
 
 
-def found(function, *sizes):
+def found(function, *sizes, target=MATMULS):
     gm = make_fx(function, tracing_mode="fake")(*map(torch.ones, sizes))
-    (made,) = [mixed_heads(node) for node in gm.graph.nodes if node.target in MATMULS]
-    return made
+    return [mixed_heads(node) for node in gm.graph.nodes if node.target in target][-1]
 
 
 @pytest.mark.parametrize("batch", (1, 2))
@@ -38,3 +37,21 @@ def test_heads_that_are_mixed(mix, batch):
     (lambda s, m: s @ m.mT, SCORES, SCORES)])
 def test_what_mixes_tokens_or_a_heads_width(mix, scores, matrix):
     assert found(mix, scores, matrix) is None
+
+
+CONVOLUTION = {torch.ops.aten.convolution.default}
+
+
+def test_heads_that_a_convolution_mixes():
+    def told(kernel, stride=1):
+        return found(lambda q, k, m: F.conv2d((q @ k.mT).softmax(-1), m, stride=stride), (2, 4, 8, 16), (2, 4, 8, 16),
+                     (4, 4, *kernel), target=CONVOLUTION) is not None
+
+    assert told((1, 1)) and not told((3, 1)) and not told((1, 1), stride=2)  # several tokens, and every other one
+
+
+def test_pixels_are_no_heads():
+    def mix(v, p, m):
+        return F.conv2d((v @ p).unflatten(-1, (2, 8)), m)
+
+    assert found(mix, (2, 4, 16), (2, 16, 16), (4, 4, 1, 1), target=CONVOLUTION) is None

@@ -117,6 +117,15 @@ class TalkingByEinsum(TalkingHeads):
         return torch.einsum("gh,bhij->bgij", self.after.weight, scores.softmax(-1)) @ v
 
 
+class TalkingByConvolution(TalkingHeads):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = (nn.Conv2d(2, 2, 1, bias=False) for _ in range(2))
+
+    def talk(self, q, k, v, bias):
+        return self.after((self.before(q @ k.mT / 6) + bias).softmax(-1)) @ v
+
+
 class BehindExperts(Mixer):
     """What attention reads are experts, weighed by a softmax of scores."""
 
@@ -141,7 +150,8 @@ CAUSAL = {
     "retention": lambda: Mixer(retention, LOWER * 0.9), "state space": lambda: Mixer(state_space_chunk),
     "columns first": lambda: Mixer(columns_first), "running mean": lambda: Mixer(running_mean),
     "sinks": lambda: Mixer(sinks, BIAS), "talking heads": TalkingHeads,
-    "talking heads, einsum": TalkingByEinsum, "behind experts": BehindExperts,
+    "talking heads, einsum": TalkingByEinsum, "talking heads, convolution": TalkingByConvolution,
+    "behind experts": BehindExperts,
 }
 
 
