@@ -109,6 +109,22 @@ def test_a_weight_that_no_gradient_passes_may_be_written_to():
     assert backend.lowered()
 
 
+def test_a_tensor_that_is_put_into_a_weight_counts_from_the_next_forward_on():
+    """As in eager mode; ``torch.compile`` without us takes it in backward."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(32, 64)
+    compiled, _ = compile_eager(model, "fp8")
+    found = []
+    for replaced in (False, True):
+        loss = compiled(x).square().sum()
+        if replaced:
+            model[2].weight.data = torch.zeros(64, 64)
+        model.zero_grad()
+        loss.backward()
+        found.append(model[0].weight.grad.clone())
+    assert torch.equal(*found) and found[0].any()
+    assert torch.equal(compiled(x), model[2].bias.expand(32, 64))
+
+
 def test_micro_batches_are_checked_too():
     """Also where forward has read the codes that another one had made."""
     model = MLP()
