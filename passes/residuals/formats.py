@@ -12,7 +12,7 @@ from quartet.kernels.reference.formats.saved import ROW, saved_bytes_per_element
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering import ir, registry
 from quartet.lowering.ir.graph import Builder, argument, aten, results, shape, source, source_of, val
-from quartet.lowering.ir.ops.fp8 import CAST, CODES_KEY
+from quartet.lowering.ir.ops.fp8 import CAST, CAST_BY_ROWS, CODES_KEY
 from quartet.lowering.ir.ops.fused import QUANTIZE_BYTES
 from quartet.lowering.ir.views import Dequantize
 from quartet.lowering.recipe.resolution import SavedChoice
@@ -115,7 +115,7 @@ class Served:
         items = {index: self._read[n] for index, n in results(user).items() if n in self._read}
         if user.target in (ir.QUANTIZE, QUANTIZE_BYTES):
             spec, codes, scales, flipped = argument(user, "spec"), items.get(0), items.get(1), False
-        elif user.target is CAST and CODES_KEY in user.meta:
+        elif user.target in (CAST, CAST_BY_ROWS) and CODES_KEY in user.meta:
             spec, scales = user.meta[CODES_KEY][0], self._scales.get(user.meta[CODES_KEY])
             flipped = 0 not in items
             codes = items.get(int(flipped))

@@ -169,6 +169,19 @@ def test_scales_of_magnitudes_of_all_sizes(rule, device):
             torch.testing.assert_close(one, other.expand(1, 4, 1), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rule", ("amax", "amax_pow2"))
+@pytest.mark.parametrize("count", (1, 60, 2048, tensors.MOST_MAGNITUDES))
+def test_casts_by_magnitudes_of_all_sizes(count, rule, device):
+    spec, x = QuantSpec.parse(f"e4m3/tensor fp32 {rule} nearest"), expected.data(132, 96, torch.bfloat16, device)
+    for value in (*torch.logspace(-44, 38, 83).tolist(), 0.0, float("inf"), float("nan")):
+        found = torch.zeros(count, device=device)
+        found[-1] = value
+        made = tensors.cast_by_magnitudes([x, x], [found, x[:, 0].abs().float()], spec, plain=True, turned=True)
+        wanted = fp8.fp8_casts_by_rows.reference([x, x], [found, x[:, 0].abs().float()], str(spec), True, True)
+        for one, other in zip(made, wanted, strict=True):
+            same(cases.difference(f"by {value}", one, other))
+
+
 @pytest.mark.parametrize("shape", ((1, 1), (33, 70), (132, 4096), (5000, 3001), (8192, 2048)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", cases.DELAYED, ids=str)
@@ -195,11 +208,14 @@ def test_the_ops_are_repeated_from_cpp(device):
 
 
 def test_the_ops_of_several_tensors_are_repeated_from_cpp(device):
+    LAUNCHER.start()
     xs = [expected.data(*shape, torch.bfloat16, device) for shape in ((128, 416), (64, 32))]
     rows = [x.abs().amax(1) for x in xs]
     table = fp8.fp8_scales.reference(rows, str(cases.TENSORS[0]))[0]
     for op, arguments in ((fp8.amax_of_each, (xs,)), (fp8.fp8_scales, (rows, str(cases.TENSORS[0]))),
                           (fp8.fp8_casts, (xs, table, "e4m3", True, True)),
+                          (fp8.fp8_casts_by_rows, (xs, rows, str(cases.TENSORS[0]), True, True)),
+                          (fp8.fp8_cast_by_rows, (xs[0], rows[0], str(cases.TENSORS[0]), True, True)),
                           (fp8.fp8_casts_by_known, (xs, [torch.ones(1, device=device), torch.zeros(1, device=device)],
                                                     str(cases.DELAYED[0]), 1, True, True))):
         before = LAUNCHER.counts(op.name).replays

@@ -78,6 +78,11 @@ def check_tensors(xs: list[Tensor], spec: QuantSpec) -> list[str]:
             ("multiplier", multipliers[i, :1], wanted[0]), ("last multiplier", multipliers[i, 3:], wanted[0]),
             ("scale", scales[i, :1], wanted[1]), ("codes", made[i], codes),
             ("transpose", made[len(xs) + i], codes.t().contiguous())) for line in difference(f"{what} {i}", got, want)]
+    few = [i for i, of_x in enumerate(rows) if of_x.numel() <= tensors.MOST_MAGNITUDES]
+    by_rows = tensors.cast_by_magnitudes([xs[i] for i in few], [rows[i] for i in few], spec, plain=True, turned=True)
+    apart = (*(made[i] for i in few), *(made[len(xs) + i] for i in few), scales[few])
+    for i, (mine, other) in enumerate(zip(by_rows, apart, strict=True)):
+        lines += difference(f"result {i} by magnitudes of rows", mine, other)
     for plain in (True, False):
         one = tensors.cast(xs[:1], multipliers[:1], spec.format.storage, plain=plain, turned=not plain)
         lines += difference("codes alone", *one, made[0 if plain else len(xs)])

@@ -30,6 +30,8 @@ CALLS = {
     "casts": lambda: tensors.cast([X, X, X], MULTIPLIERS, torch.float8_e4m3fn, plain=True, turned=True),
     "casts that see": lambda: tensors.cast([X, X, X], MULTIPLIERS, torch.float8_e4m3fn, plain=True, turned=True,
                                            seen=torch.empty(3, 1, 1)),
+    "casts by rows": lambda: tensors.cast_by_magnitudes([X, X, X], [X[0], X[1], X[2]], cases.TENSORS[0], plain=True,
+                                                        turned=True),
     "known scales": lambda: tensors.scales_by_known([X, X, X], [torch.ones(1)] * 3, cases.DELAYED[0], 1),
     "scales": lambda: tensors.scales_of([X[0], X[1], X[2]], cases.TENSORS[0]),
     "magnitudes": lambda: tensors.largest_magnitudes([X, X, X]),
@@ -104,7 +106,7 @@ def test_scales_of_rows_are_stored_where_they_are_made():
     assert "BAR" not in compiled("rows", 90)[0].instructions
 
 
-@pytest.mark.parametrize("name", ["columns", "casts", "casts that see"])
+@pytest.mark.parametrize("name", ["columns", "casts", "casts that see", "casts by rows"])
 def test_transposed_codes_are_written_as_words_side_by_side(name):
     _, ptx = compiled(name, 90)
     assert "st.global.v4.b32" in ptx
@@ -114,7 +116,13 @@ def test_what_has_no_scale_of_one_tensor_is_refused():
     for call, message in ((lambda: tensors.largest_magnitudes([X, X.float()]), "of one dtype"),
                           (lambda: tensors.scales_of([X[0].double()], cases.TENSORS[0]), "of one dtype"),
                           (lambda: tensors.cast([X[:3]], MULTIPLIERS, torch.float8_e5m2, plain=True, turned=True),
-                           "rows are a multiple of four")):
+                           "rows are a multiple of four"),
+                          (lambda: tensors.cast([X] * 2, MULTIPLIERS[:1], torch.float8_e5m2, plain=True, turned=True),
+                           "2 tensors are cast by one of 4 numbers each, got "),
+                          (lambda: tensors.cast_by_magnitudes([X], [], cases.TENSORS[0], plain=True, turned=True),
+                           "at most 8192 magnitudes each, got"),
+                          (lambda: tensors.cast_by_magnitudes([X], [X.expand(2, -1, -1)], cases.TENSORS[0], plain=True,
+                                                              turned=True), "at most 8192 magnitudes each, got")):
         with pytest.raises(ValueError, match=message):
             call()
 

@@ -54,7 +54,7 @@ def test_each_direction_reads_the_weights_and_no_codes_of_theirs_are_kept():
     assert orientations(forward) == orientations(backward) == [False, True]
     assert targets(forward)[ops.AMAX] == 2 and not targets(backward)[ops.AMAX]
     for gm in (forward, backward):  # X of each, E of each: of what lies padded, and of what does not
-        assert targets(gm)[fp8_ops.CAST] == targets(gm)[fp8_ops.CAST_ROWS] == 1
+        assert targets(gm)[fp8_ops.CAST_BY_ROWS] == targets(gm)[fp8_ops.CAST_ROWS] == 1
     (output,) = forward.graph.find_nodes(op="output")
     kept = [node.meta["val"] for node in output.args[0] if node.meta["val"].dtype is torch.float8_e4m3fn]
     assert sorted(value.shape[0] for value in kept) == [40, 72]  # of X alone, and its transpose
@@ -168,7 +168,7 @@ def test_tokens_are_cast_where_they_lie():
     forward, backward = trace("sm_90", Experts(), tokens(), ENDS, policy=FP8)
     for gm in (forward, backward):
         assert not targets(gm)[grouped_ops.PAD_GROUPS]
-        assert targets(gm)[fp8_ops.CAST] == targets(gm)[fp8_ops.CAST_ROWS] == 1  # what lies padded, and what does not
+        assert targets(gm)[fp8_ops.CAST_BY_ROWS] == targets(gm)[fp8_ops.CAST_ROWS] == 1  # what lies padded, or not
     model, x, gradient = Experts(), tokens().detach(), torch.randn(TOKENS, 72).to(BF16)
     results = []
     for behind in (0.0, 1e4, float("nan")):

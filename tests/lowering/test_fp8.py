@@ -143,7 +143,7 @@ def test_layout_is_what_scaled_mm_wants(a_spec, b_spec, flips, m, n, k):
     assert gm.graph.output_node().args[0].meta["val"].shape == (m, n)
     if min(m, n, k) > 1:
         copied = len(calls(gm, fp8_ops.ROW_MAJOR)) + sum(
-            c.args[4] for target in (fp8_ops.CAST, fp8_ops.CAST_ROWS) for c in calls(gm, target))
+            c.args[4] for target in (fp8_ops.CAST, fp8_ops.CAST_ROWS, fp8_ops.CAST_BY_ROWS) for c in calls(gm, target))
         assert copied == sum(flips)
 
 

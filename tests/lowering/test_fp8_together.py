@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import quartet
 from quartet.backend import compile_graph
 from quartet.kernels.spec import QuantSpec
+from quartet.kernels.triton.bytes import tensors
 from quartet.lowering.ir.graph import pull
+from quartet.lowering.targets.fp8 import casts as fp8_casts
 from quartet.lowering.targets.fp8 import lower, together
 from quartet.options import Options
 from quartet.runtime.capture import Capture
@@ -40,20 +42,33 @@ class Branches(nn.Module):
 
 
 def casts(model, rows=64, **options):
-    """How many are cast in each launch, by direction, and how many scales are made at once in backward."""
+    """How many are cast in each launch, by direction, and how many scales are made at once in backward, by a launch of
+    their own or in that which casts."""
     x = matrix(rows, 32, grad=False).requires_grad_()
     lines = around("lower", model, x, target="sm_90", **({"policy": FP8} | options)).after
     found = {"forward": [], "backward": [], "scales": []}
     for line in lines:
-        one, several = "= fp8_cast(" in line, re.search(r"= fp8_(casts|scales)\(\[(.*?)\]", line)
-        if one or several:
-            count = 1 if one else len(several[2].split(", "))
+        call = re.search(r"= fp8_(casts?|casts?_by_rows|scales)\((?:\[(.*?)\])?", line)
+        if call:
+            count = len(call[2].split(", ")) if call[2] else 1
             direction = "backward" if "bwd" in line else "forward"
-            if one or several[1] == "casts":
+            if call[1] != "scales":
                 found[direction].append(count)
-            elif direction == "backward":
+            if direction == "backward" and (call[1] == "scales" or "by_rows" in call[1]):
                 found["scales"].append(count)
     return found
+
+
+def test_a_cast_makes_the_scale_where_the_rows_are_few(monkeypatch):
+    assert fp8_casts._FEW_ROWS <= tensors.MOST_MAGNITUDES
+    monkeypatch.setattr(fp8_casts, "_FEW_ROWS", 64)
+    x, model = matrix(64, 32, grad=False).requires_grad_(), Branches(48, 32, 16)
+    few = around("lower", model, x, target="sm_90", policy=FP8).after
+    many = around("lower", model, matrix(68, 32, grad=False).requires_grad_(), target="sm_90", policy=FP8).after
+    for lines, launches in ((few, {"fp8_cast_by_rows": 3, "fp8_casts_by_rows": 1, "fp8_casts": 1}),
+                            (many, {"fp8_scales": 4, "fp8_cast": 3, "fp8_casts": 2})):
+        names = [call[1] for line in lines if (call := re.search(r"= (fp8_(?:cast|scales)\w*)\(", line))]
+        assert {name: names.count(name) for name in names} == launches
 
 
 def test_weights_and_the_gradients_of_one_x():
@@ -215,5 +230,5 @@ def test_magnitudes_are_those_of_rows_of_what_a_view_shows(most, monkeypatch):
     of_rows = [line for line in lines if re.search(r"= amax\(%\d+, \[-1\]\)", line)]
     assert [re.search(r": (\S+\[.*?\])", line)[1] for line in of_rows] == [
         "bf16[4, 16]", "bf16[16]", "bf16[4, 16]"], lines  # X, W, and the gradient of the result
-    one_program = sum("= fp8_scales(" in line for line in lines)
+    one_program = sum("= fp8_cast_by_rows(" in line for line in lines)
     assert one_program == (3 if most > 64 else 1) and sum("= fp8_scale(" in line for line in lines) == 3 - one_program

@@ -67,6 +67,10 @@ def cases():
     columns = x.t().contiguous().t()
     yield fp8.fp8_cast_groups, fp8.fp8_cast_groups.providers[0], (columns, "e4m3/row fp32 amax nearest", ends)
     yield fp8.fp8_cast, fp8.fp8_cast.providers[0], (x, torch.ones(1), "e4m3", True, True)
+    yield (fp8.fp8_cast_by_rows, fp8.fp8_cast_by_rows.providers[0],
+           (x, x[:, 0].abs(), "e4m3/tensor fp32 amax nearest", True, True))
+    yield (fp8.fp8_casts_by_rows, fp8.fp8_casts_by_rows.providers[0],
+           ([x, -x], [x[:, 0].abs()] * 2, "e4m3/tensor fp32 amax nearest", True, True))
     index = torch.tensor([3, -1, 0])
     yield fp8.fp8_cast_rows, fp8.fp8_cast_rows.providers[0], (x, torch.ones(1), "e4m3", True, True, index)
     yield (fp8.fp8_casts_by_known, fp8.fp8_casts_by_known.providers[0],

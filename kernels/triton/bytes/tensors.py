@@ -26,6 +26,7 @@ TOGETHER = 8  # tensors of a launch at most: a kernel has the code of each
 _ROWS, _COLUMNS = 32, 64  # of a tile: four times as many rows
 _CHUNK, _CHUNKS = 4096, 4  # elements that a program reads at a time, and how often
 _FEWEST, _MOST = 1024, 16384  # magnitudes that a program reads at a time
+MOST_MAGNITUDES = 8192  # that every program of a cast reads again
 _PROGRAMS = 128  # of a tensor of which nothing is known
 _NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 Two = tuple[Tensor, Tensor]
@@ -106,12 +107,27 @@ def _scaled(tile, by):
 
 
 @triton.jit
-def _cast_tiles(xs, codes, turned, rows, cols, strides, multipliers, seen, ELEMENT: tl.constexpr, PLAIN: tl.constexpr,
-                TURNED: tl.constexpr, APART: tl.constexpr, HARDWARE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _multiplier(magnitudes, count, scale, stored, MAX: tl.constexpr, POW2: tl.constexpr, APART: tl.constexpr,
+                MOST: tl.constexpr):
+    """By the largest of ``count`` magnitudes, at most MOST; the scale APART times, where it is ``stored``."""
+    at = tl.arange(0, MOST)
+    top = tl.max(magnitude(tl.load(magnitudes + at, mask=at < count, other=0.0).to(tl.float32)), 0)
+    by = multiplier_of(top, MAX, POW2)
+    if stored:
+        many = tl.zeros((APART,), tl.float32) + by
+        tl.store(scale + tl.arange(0, APART), tl.div_rn(tl.full((APART,), 1.0, tl.float32), many))
+    return by
+
+
+@triton.jit
+def _cast_tiles(xs, codes, turned, rows, cols, strides, table, seen, magnitudes, counts, ELEMENT: tl.constexpr,
+                PLAIN: tl.constexpr, TURNED: tl.constexpr, APART: tl.constexpr, HARDWARE: tl.constexpr,
+                MAX: tl.constexpr, POW2: tl.constexpr, MOST: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """4 · M rows and N columns, from the last ones on, of which the cache has most if they were just written.
 
     ``turned``: int32 words of the codes of four rows of a column; rows are multiples of four. ``seen[k]``, unless that
-    is None: see ``bits`` of :func:`_amax_tile`.
+    is None: see ``bits`` of :func:`_amax_tile`. ``table``: multipliers; with ``magnitudes``, by which each program
+    finds its own, where the scales go.
     """
     first = tl.num_programs(0) - 1 - tl.program_id(0)
     for k in tl.static_range(len(xs)):
@@ -120,8 +136,11 @@ def _cast_tiles(xs, codes, turned, rows, cols, strides, multipliers, seen, ELEME
         if (first >= 0) & (first < programs):
             line = (first // across).to(tl.int64)
             row, col = line * (4 * M) + 4 * tl.arange(0, M), first % across * N + tl.arange(0, N)
-            by = tl.load(multipliers + k * APART)
             tiles = load_fours(xs[k], row, col, rows[k], cols[k], strides[k])
+            if magnitudes is None:
+                by = tl.load(table + k * APART)
+            else:
+                by = _multiplier(magnitudes[k], counts[k], table + k * APART, first == 0, MAX, POW2, APART, MOST)
             if seen is not None:
                 tl.atomic_max(seen + k, tl.max(magnitude_of_four(tiles)), sem="relaxed")
             values = _scaled(tiles[0], by), _scaled(tiles[1], by), _scaled(tiles[2], by), _scaled(tiles[3], by)
@@ -230,26 +249,56 @@ def cast(xs: Sequence[Tensor], multipliers: Tensor, dtype: torch.dtype, *, plain
     Raises:
         ValueError: another dtype or shape, several dtypes, or too few multipliers.
     """
+    if multipliers.numel() <= (len(xs) - 1) * APART:
+        raise ValueError(f"{len(xs)} tensors are cast by one of {APART} numbers each, got {multipliers.numel()}")
+    return _cast(xs, multipliers.flatten(), dtype, plain, turned, seen=seen)
+
+
+def cast_by_magnitudes(xs: Sequence[Tensor], magnitudes: Sequence[Tensor], spec: QuantSpec, *, plain: bool,
+                       turned: bool) -> list[Tensor]:
+    """:func:`scales_of` and :func:`cast` in a launch: every program finds the scale of its tensor.
+
+    Args:
+        xs: as of ``cast``, not empty. magnitudes, spec: as of ``scales_of``, at most ``MOST_MAGNITUDES`` each.
+    Returns:
+        What ``cast`` does, and the scales, fp32 ``[tensors, APART, 1]``.
+    Raises:
+        ValueError: another dtype or shape, several dtypes, or not as many or too many magnitudes.
+    """
+    counts = _counts(magnitudes)
+    if len(counts) != len(xs) or not all(0 < count <= MOST_MAGNITUDES for count in counts) or 0 in _counts(xs):
+        raise ValueError(f"tensors that are not empty are cast by at most {MOST_MAGNITUDES} magnitudes each, got "
+                         f"{[list(x.shape) for x in xs]} and {[list(x.shape) for x in magnitudes]}")
+    _check(magnitudes)
+    _, scales = _tables(xs)
+    made = _cast(xs, scales.flatten(), spec.format.storage, plain, turned, spec=spec,
+                 magnitudes=[_one_behind_the_other(x) for x in magnitudes])
+    return [*made, scales]
+
+
+def _cast(xs: Sequence[Tensor], table: Tensor, dtype: torch.dtype, plain: bool, turned: bool, *,
+          seen: Tensor | None = None, magnitudes: Sequence[Tensor] = (), spec: QuantSpec | None = None) -> list[Tensor]:
     _check(xs)
-    if any(x.dim() != 2 or x.shape[0] % WORD for x in xs) or multipliers.numel() <= (len(xs) - 1) * APART:
-        raise ValueError(f"matrices are cast whose rows are a multiple of four, by one of {APART} numbers each, got "
-                         f"{[list(x.shape) for x in xs]} and {multipliers.numel()} numbers")
+    if any(x.dim() != 2 or x.shape[0] % WORD for x in xs):
+        raise ValueError(f"matrices are cast whose rows are a multiple of four, got {[list(x.shape) for x in xs]}")
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     codes = [x.new_empty(x.shape if plain else 0, dtype=dtype) for x in xs]
     flipped = [x.new_empty(x.shape[::-1] if turned else 0, dtype=dtype) for x in xs]
     with on_device(xs[0]):
         for at in range(0, len(xs), TOGETHER):
-            some = tuple(xs[at:at + TOGETHER])
+            some, of_rows = tuple(xs[at:at + TOGETHER]), tuple(magnitudes[at:at + TOGETHER])
             rows, cols, strides = _sizes(some)
             programs = sum(cdiv(r, 4 * _ROWS) * cdiv(k, _COLUMNS) for r, k in zip(rows, cols, strict=True))
             if programs and (plain or turned):
                 launch(_cast_tiles, (programs,),
                        (some, tuple(x.view(torch.uint8) for x in codes[at:at + TOGETHER]),
                         tuple(x.view(torch.uint8).view(torch.int32) for x in flipped[at:at + TOGETHER]), rows, cols,
-                        strides, multipliers.flatten()[at * APART:],
-                        None if seen is None else seen.view(torch.int32)[at:]),
+                        strides, table[at * APART:], None if seen is None else seen.view(torch.int32)[at:],
+                        of_rows or None, _counts(of_rows) or None),
                        ELEMENT=_NAMES[dtype], PLAIN=plain, TURNED=turned, APART=APART,
-                       HARDWARE=hardware(xs[0].device, *rows, *cols), M=_ROWS, N=_COLUMNS, num_warps=8)
+                       HARDWARE=hardware(xs[0].device, *rows, *cols), MAX=spec.max if spec else 0.0,
+                       POW2=spec is not None and spec.rule == "amax_pow2",
+                       MOST=max(map(power_of_two, _counts(of_rows)), default=1), M=_ROWS, N=_COLUMNS, num_warps=8)
     return [*(codes if plain else ()), *(flipped if turned else ())]
 
 

@@ -10,6 +10,10 @@
     fp8_cast_rows   x, one multiplier, ``index`` → codes of the rows of x that the index names, zeros where it is −1,
                     and of their transpose, from one read
     fp8_casts       several x and the multipliers of ``fp8_scales`` → codes of all, and of all their transposes
+    fp8_cast_by_rows    x and few magnitudes whose largest is its own, such as those of its rows → codes of x and of
+                    its transpose, and its scale, fp32 [1, 1], from one launch
+    fp8_casts_by_rows   the same of several x and magnitudes of each → codes of all, of all their transposes, and
+                    behind them the scales, fp32 [tensors, APART, 1]
     fp8_casts_by_known  several x and for each the largest magnitude of earlier steps, fp32 of one element → the same by
                     2^margin times those, by its own of an x of which it is not positive; behind them the scales, fp32
                     [tensors, APART, 1], and what the largest magnitudes are, [tensors, 1, 1]
@@ -41,6 +45,7 @@ MOST_GROUPS = 1023  # that PyTorch's grouped product takes at a time
 CODES_KEY = "quartet_codes"  # node.meta of a cast, and of its scale: (quantiser, a name that the two share)
 
 Two = tuple[Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def _one_each(xs: list[Tensor]) -> Tensor:
@@ -156,6 +161,43 @@ def _casts_triton(xs: list[Tensor], multipliers: Tensor, element: str, plain: bo
     return tensors.cast(xs, multipliers, FLOAT8[element], plain=plain, turned=transposed)
 
 
+def _by_rows_fake(xs, magnitudes, spec, plain, transposed):
+    scales = xs[0].new_empty(len(xs), APART, 1, dtype=torch.float32)
+    return [*_casts_fake(xs, scales, QuantSpec.parse(spec).element, plain, transposed), scales]
+
+
+@op(fake=_by_rows_fake)
+def fp8_casts_by_rows(xs: list[Tensor], magnitudes: list[Tensor], spec: str, plain: bool,
+                      transposed: bool) -> list[Tensor]:
+    multipliers, scales = fp8_scales.reference(magnitudes, spec)
+    return [*fp8_casts.reference(xs, multipliers, QuantSpec.parse(spec).element, plain, transposed), scales]
+
+
+@fp8_casts_by_rows.provider("triton", "cuda", replayed=True)
+def _by_rows_triton(xs: list[Tensor], magnitudes: list[Tensor], spec: str, plain: bool,
+                    transposed: bool) -> list[Tensor]:
+    from quartet.kernels.triton.bytes import tensors
+
+    return tensors.cast_by_magnitudes(xs, magnitudes, QuantSpec.parse(spec), plain=plain, turned=transposed)
+
+
+def _one_by_rows(x: Tensor, made: list[Tensor], plain: bool, transposed: bool) -> Three:
+    none = x.new_empty(0, dtype=made[0].dtype)
+    return made[0] if plain else none, made[-2] if transposed else none, made[-1][0, :1]
+
+
+@op(fake=lambda x, magnitudes, spec, plain, transposed: (
+        *_cast_fake(x, magnitudes, QuantSpec.parse(spec).element, plain, transposed),
+        x.new_empty(1, 1, dtype=torch.float32)))
+def fp8_cast_by_rows(x: Tensor, magnitudes: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+    return _one_by_rows(x, fp8_casts_by_rows.reference([x], [magnitudes], spec, plain, transposed), plain, transposed)
+
+
+@fp8_cast_by_rows.provider("triton", "cuda", replayed=True)
+def _one_by_rows_triton(x: Tensor, magnitudes: Tensor, spec: str, plain: bool, transposed: bool) -> Three:
+    return _one_by_rows(x, _by_rows_triton([x], [magnitudes], spec, plain, transposed), plain, transposed)
+
+
 def _cast_rows_fake(x, multiplier, element, plain, transposed, index):
     return _cast_fake(x.new_empty(index.shape[0], x.shape[1]), multiplier, element, plain, transposed)
 
@@ -264,5 +306,6 @@ def _row_major_triton(codes: Tensor) -> Tensor:
 AMAX_OF_EACH, AMAX_OF_WEIGHTS, SCALE = amax_of_each.overload, amax_of_weights.overload, fp8_scale.overload
 SCALES, CASTS = fp8_scales.overload, fp8_casts.overload
 CAST, CAST_ROWS, CASTS_BY_KNOWN = fp8_cast.overload, fp8_cast_rows.overload, fp8_casts_by_known.overload
+CAST_BY_ROWS, CASTS_BY_ROWS = fp8_cast_by_rows.overload, fp8_casts_by_rows.overload
 CAST_GROUPS, ROW_MAJOR = fp8_cast_groups.overload, fp8_row_major.overload
 MM, BMM = fp8_mm.overload, fp8_bmm.overload

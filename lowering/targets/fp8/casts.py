@@ -10,13 +10,16 @@ from torch.fx import Node
 from quartet.kernels import reference
 from quartet.kernels.spec import QuantSpec
 from quartet.lowering.ir.graph import Builder, Traced, aten, results, shape, source_of, val
-from quartet.lowering.ir.ops.fp8 import CASTS_BY_KNOWN, SCALES
+from quartet.lowering.ir.ops.fp8 import CAST_BY_ROWS, CASTS, CASTS_BY_KNOWN, CASTS_BY_ROWS, CODES_KEY, SCALES
+from quartet.lowering.ir.ops.grouped import PAD_GROUPS
 from quartet.lowering.ir.views import Quantize
 from quartet.lowering.targets.fp8.delayed import History, Tables
 from quartet.lowering.targets.fp8.weights import one_of
 from quartet.runtime.view_ops import RESHAPES
 
 MOST_ROWS = 1 << 17  # whose magnitudes one program looks through
+_FEW_ROWS = 1 << 13  # whose magnitudes every program of a cast looks through
+_WORD = 4  # rows: codes of so many are written at once to the transpose
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Cast:
     @property
     def turned(self) -> bool:
         return bool(self.flipped)
+
+    @property
+    def by_words(self) -> bool:
+        """Whether the kernels that cast several in a launch take it: a matrix as it lies in memory."""
+        x = val(self.x)
+        return (self.spec.block == "tensor" and self.x.target is not PAD_GROUPS and x.element_size() == 2
+                and all(isinstance(size, int) for size in x.shape) and x.stride(1) == 1
+                and 0 < x.shape[0] <= MOST_ROWS and x.shape[0] % _WORD == 0 and x.numel() > 0
+                and (self.plain or self.turned))
 
     def hand_over(self, codes: Node | None, transposed: Node | None, scale: Node) -> None:
         """What reads the quantiser's results reads these instead; None for codes that nothing reads."""
@@ -120,3 +132,35 @@ def scales_by(build: Builder, magnitudes: list[Node], spec: QuantSpec) -> tuple[
     tables = build(SCALES, magnitudes, str(spec))
     multipliers, scales = build.item(tables, 0), build.item(tables, 1)
     return multipliers, [(one_of(build, multipliers, i), one_of(build, scales, i)) for i in range(len(magnitudes))]
+
+
+def cast_by_rows(build: Builder, casts: list[Cast], magnitudes: list[Node]) -> None:
+    """All in one launch, which finds their scales too where the magnitudes are few."""
+    first, several = casts[0], [cast.x for cast in casts]
+    if all(few(rows) for rows in magnitudes):
+        made = build(CASTS_BY_ROWS, several, magnitudes, str(first.spec), first.plain, first.turned)
+        table = build.item(made, len(casts) * (first.plain + first.turned))
+        scales = [one_of(build, table, i) for i in range(len(casts))]
+    else:
+        table, pairs = scales_by(build, magnitudes, first.spec)
+        made = build(CASTS, several, table, first.spec.element, first.plain, first.turned)
+        scales = [scale for _, scale in pairs]
+    hand_over_all(build, casts, made, scales)
+
+
+def cast_one_by_rows(build: Builder, cast: Cast, magnitudes: Node) -> None:
+    """The same of one tensor."""
+    made = build(CAST_BY_ROWS, cast.x, magnitudes, str(cast.spec), cast.plain, cast.turned)
+    scale = build.item(made, 2)
+    share_codes(made, scale, cast.spec)
+    cast.hand_over(build.item(made, 0), build.item(made, 1), scale)
+
+
+def few(magnitudes: Node) -> bool:
+    """Whether every program of a cast can look through them."""
+    return val(magnitudes).numel() <= _FEW_ROWS
+
+
+def share_codes(cast: Node, scale: Node, spec: QuantSpec) -> None:
+    """Note of what a cast gives how it is read."""
+    cast.meta[CODES_KEY] = scale.meta[CODES_KEY] = (str(spec), cast.name)

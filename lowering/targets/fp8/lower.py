@@ -3,10 +3,10 @@
 The largest magnitudes of rows become aten ops in the graph: there Inductor finds them in the kernel that computes the
 operand. With one scale a tensor, one cast then writes the codes and, for the product that contracts the other axis,
 their transpose from the same read, of several tensors at once where they can wait for each other (``together.py``);
-with one a row the cast is fused like its scale, unless it is the rows of a transposed tensor that are quantised. Under
-the rule ``delayed`` one op makes the scale of what earlier steps knew, casts, and finds the largest magnitude for the
-steps to come. Rows that have a scale in each group of tokens are cast by an op of their own. Codes that do not lie row
-by row, as the product wants them, are copied.
+where rows are few, it finds the scale too. With one a row the cast is fused like its scale, unless it is the rows of a
+transposed tensor that are quantised. Under the rule ``delayed`` one op makes the scale of what earlier steps knew,
+casts, and finds the largest magnitude for the steps to come. Rows that have a scale in each group of tokens are cast by
+an op of their own. Codes that do not lie row by row, as the product wants them, are copied.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ from quartet.lowering.targets.fp8.casts import (
     MOST_ROWS,
     Cast,
     Delayed,
+    cast_one_by_rows,
+    few,
     largest_magnitude,
     magnitudes_of_rows,
     scales_by,
+    share_codes,
 )
 from quartet.lowering.targets.fp8.delayed import record_instead
 from quartet.lowering.targets.fp8.experts import Experts, experts_of
@@ -124,6 +127,9 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, delaye
         if of_rows is None or val(of_rows).numel() > MOST_ROWS:
             amax = largest_magnitude(build, traced, tokens if of_rows is None else of_rows)
             multiplier, scale = _scales_of_one(build, amax, spec)
+        elif cast.by_words and cast.turned and few(of_rows):
+            cast_one_by_rows(build, cast, of_rows)
+            return
         else:
             _, ((multiplier, scale),) = scales_by(build, [of_rows], spec)
     if rows:
@@ -131,7 +137,7 @@ def _cast(graph: Graph, node: Node, traced: Traced, known: Scales | None, delaye
     else:
         both = build(fp8_ops.CAST, x, multiplier, spec.element, cast.plain, cast.turned)
     if spec.block == "tensor" and not rows:
-        both.meta[fp8_ops.CODES_KEY] = scale.meta[fp8_ops.CODES_KEY] = (str(spec), both.name)
+        share_codes(both, scale, spec)
     cast.hand_over(build.item(both, 0), build.item(both, 1), scale)
 
 

@@ -14,21 +14,12 @@ from torch.fx import Node
 from quartet.lowering.ir.graph import Builder, Traced, aten, is_backward, pull, source_of, val
 from quartet.lowering.ir.operands import TRANSPOSED, Product, quantizer_of, readers
 from quartet.lowering.ir.ops.fp8 import CASTS
-from quartet.lowering.ir.ops.grouped import PAD_GROUPS
-from quartet.lowering.targets.fp8.casts import (
-    MOST_ROWS,
-    Cast,
-    Delayed,
-    hand_over_all,
-    magnitudes_of_rows,
-    scales_by,
-)
+from quartet.lowering.targets.fp8.casts import Cast, Delayed, cast_by_rows, hand_over_all, magnitudes_of_rows
 from quartet.lowering.targets.fp8.weights import Scales
 from quartet.runtime.compat import OpOverload
 from quartet.runtime.view_ops import CAST
 
 TOGETHER = 8  # tensors at most
-_WORD = 4  # rows: codes of so many are written at once to the transpose
 
 
 def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, Scales], traced: Traced,
@@ -38,9 +29,10 @@ def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, S
     done: set[Node] = set()
     for members in _weights([node for node in able if node in known], known):
         build, casts = _begun(members)
-        first = known[members[0]]
+        first, cast = known[members[0]], casts[0]
         table = build(aten.slice.Tensor, first.table, 0, first.row, first.row + len(members))
-        _cast(build, casts, table, [known[node].scale for node in members])
+        made = build(CASTS, [each.x for each in casts], table, cast.spec.element, cast.plain, cast.turned)
+        hand_over_all(build, casts, made, [known[node].scale for node in members])
         done.update(members)
     able = [node for node in able if node not in known]
     for members in chain(_of_parameters(able), _gradients(able, gemms)):
@@ -50,8 +42,7 @@ def cast_together(quantizers: list[Node], gemms: list[Node], known: dict[Node, S
             delayed.cast(build, casts)
             continue
         magnitudes = [magnitudes_of_rows(build, traced, cast.x) for cast in casts]
-        table, scales = scales_by(build, [rows for rows in magnitudes if rows is not None], casts[0].spec)
-        _cast(build, casts, table, [scale for _, scale in scales])
+        cast_by_rows(build, casts, [rows for rows in magnitudes if rows is not None])
     return done
 
 
@@ -63,22 +54,13 @@ def _begun(members: list[Node]) -> tuple[Builder, list[Cast]]:
     return Builder(first.graph, like=first, before=first, backward=is_backward(first)), casts
 
 
-def _cast(build: Builder, casts: list[Cast], table: Node, scales: list[Node]) -> None:
-    made = build(CASTS, [cast.x for cast in casts], table, casts[0].spec.element, casts[0].plain, casts[0].turned)
-    hand_over_all(build, casts, made, scales)
-
-
 def _able(quantizer: Node) -> bool:
     """Whether the kernels for several take it: a matrix as it lies in memory, by a scale of its own or of earlier
     steps."""
     cast = Cast.of(quantizer)
-    x = val(cast.x)
     by_itself = cast.spec.rule in ("amax", "amax_pow2") and cast.amax is None
-    return (cast.spec.block == "tensor" and (by_itself or cast.history is not None)
-            and (is_backward(quantizer) or "recompute" not in quantizer.meta) and cast.x.target is not PAD_GROUPS
-            and x.element_size() == 2 and all(isinstance(size, int) for size in x.shape) and x.stride(1) == 1
-            and 0 < x.shape[0] <= MOST_ROWS and x.shape[0] % _WORD == 0 and x.numel() > 0
-            and (cast.plain or cast.turned))
+    return (cast.by_words and (by_itself or cast.history is not None)
+            and (is_backward(quantizer) or "recompute" not in quantizer.meta))
 
 
 def _kind(quantizer: Node) -> Hashable:

@@ -76,6 +76,8 @@ def _of_fp8(x: Tensor) -> Iterator[Example]:
     rows = [one.abs().amax(1) for one in several]
     yield fp8.fp8_scales, (rows, TENSOR)
     yield fp8.fp8_casts_by_known, (several, [0.5 * amax, 0.0 * amax], DELAYED, 1, True, True)
+    yield fp8.fp8_cast_by_rows, (several[0], rows[0], TENSOR, True, True)
+    yield fp8.fp8_casts_by_rows, (several, rows, TENSOR, True, True)
     yield fp8.fp8_casts, (several, fp8.fp8_scales.reference(rows, TENSOR)[0], "e4m3", True, True)
     yield experts.expert_amax, (x.unsqueeze(0),)
     target = Target.of(x.device)
