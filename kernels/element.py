@@ -116,7 +116,8 @@ def _check_values(element: Element, what: str) -> None:
     """That the functions are of the declared format, on all codes and on a fine grid."""
     integer = torch.uint8 if element.storage is torch.uint8 else torch.int8
     low = 0 if integer is torch.uint8 else -(1 << element.bits - 1)
-    codes = torch.arange(low, low + (1 << element.bits), dtype=torch.int16).to(integer).view(element.storage)
+    codes = torch.arange(low, low + (1 << element.bits), dtype=torch.int16, device="cpu")
+    codes = codes.to(integer).view(element.storage)
     values = decode(codes, element)
     if values.shape != codes.shape or (element.decode is not None and element.decode(codes).dtype != torch.float32):
         raise ExtensionError(f"{what}: decode is elementwise from {element.storage} to float32")
@@ -128,7 +129,8 @@ def _check_values(element: Element, what: str) -> None:
     if not torch.equal(values.to(torch.bfloat16).to(torch.float32), values):
         wrong = float(values[values.to(torch.bfloat16).to(torch.float32) != values][0])
         raise ExtensionError(f"{what}: the value {wrong} is no bfloat16 number, so products would not be exact")
-    x = torch.cat((values, torch.linspace(-1.5, 1.5, 4001) * element.max, torch.tensor([1e30, -1e30])))
+    grid = torch.linspace(-1.5, 1.5, 4001, dtype=torch.float32, device="cpu") * element.max
+    x = torch.cat((values, grid, grid.new_tensor([1e30, -1e30])))
     made = encode(x, element)
     if made.shape != x.shape or made.dtype != element.storage:
         raise ExtensionError(f"{what}: encode is elementwise from float32 to {element.storage}; it gave "

@@ -135,6 +135,35 @@ def test_private_torch_names_stay_in_compat(path):
     assert not used, f"{name_of(path)} uses {', '.join(sorted(used))}; take it from {SHARES_PRIVATE_NAMES}"
 
 
+FACTORIES = {"arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
+             "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}
+OF_INTEGERS = {"arange", "randint", "randperm"}  # whatever the process's default dtype is
+
+
+def left_to_the_process(tree: ast.AST) -> list[int]:
+    """Lines that make a tensor on the default device or in the default dtype, which are the user's to set."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+             and attribute_chain(node.func) == f"torch.{node.func.attr}" and node.func.attr in FACTORIES]
+    said = [(call, {keyword.arg for keyword in call.keywords}) for call in calls]
+    return [call.lineno for call, names in said
+            if "device" not in names or "dtype" not in names and call.func.attr not in OF_INTEGERS]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_tensors_say_their_dtype_and_device(path):
+    lines = left_to_the_process(ast.parse(path.read_text(encoding="utf-8")))
+    assert not lines, f"{name_of(path)} makes tensors in lines {lines} without dtype= or device="
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ("torch.zeros(3)", True), ("torch.tensor([1.0], device=d)", True), ("torch.arange(4)", True),
+    ("torch.ones(3, dtype=t)", True), ("torch.arange(4, device=d)", False), ("x.new_zeros(3)", False),
+    ("torch.empty(3, dtype=t, device=d)", False), ("torch.zeros_like(x)", False),
+])
+def test_what_is_left_to_the_process(source, found):
+    assert bool(left_to_the_process(ast.parse(source))) == found
+
+
 def positions_of(tree: ast.AST) -> list[int]:
     """Lines in which the arguments of a node are read or set by their position."""
     return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute)

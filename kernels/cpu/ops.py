@@ -147,7 +147,7 @@ def dequantize(codes: Tensor, scales: Tensor, spec: QuantSpec, dtype: torch.dtyp
     """
     _check(spec, 0, dtype)
     rows, cols = _quantized_shape("dequantize", codes, scales, spec)
-    values = torch.empty(rows, cols, dtype=dtype)
+    values = torch.empty(rows, cols, dtype=dtype, device="cpu")
     if rows and cols:
         _called().dequantize(codes.data_ptr(), scales.data_ptr(), spec.block, spec.gain if gain else 1.0, rows * cols,
                               values.data_ptr(), _TYPES[dtype], torch.get_num_threads())
@@ -181,7 +181,7 @@ def mask_rotate(x: Tensor, mask: Tensor | None, *, rotation: int, signs: Tensor 
     if x.stride(1) != 1:
         x = x.contiguous()
     rotate, keep = _rotation(rotation, signs)
-    out = torch.empty(rows, cols, dtype=dtype)
+    out = torch.empty(rows, cols, dtype=dtype, device="cpu")
     if rows and cols:
         _called().mask_rotate(x.data_ptr(), _TYPES[x.dtype], x.stride(0), rows, width, gain, mask_pointer, width // 8,
                                *rotate, out.data_ptr(), cols, _TYPES[dtype], torch.get_num_threads())
@@ -229,20 +229,20 @@ def _outputs(rows: int, cols: int, rotation: int, spec: QuantSpec, packed: bool,
     codes_at = scales_at = mask_at = values_at = None
     kind = 0
     if packed:
-        codes = torch.empty(rows, padded // 2, dtype=torch.uint8)
-        scales = torch.empty(rows, padded // spec.block, dtype=torch.uint8)
+        codes = torch.empty(rows, padded // 2, dtype=torch.uint8, device="cpu")
+        scales = torch.empty(rows, padded // spec.block, dtype=torch.uint8, device="cpu")
         codes_at, scales_at = codes.data_ptr(), scales.data_ptr()
     else:
-        codes, scales = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+        codes, scales = (torch.empty(0, dtype=torch.uint8, device="cpu") for _ in range(2))
     if spec.mask:
-        mask = torch.empty(rows, padded // 8, dtype=torch.uint8)
+        mask = torch.empty(rows, padded // 8, dtype=torch.uint8, device="cpu")
         mask_at = mask.data_ptr()
     else:
-        mask = torch.empty(0, dtype=torch.uint8)
+        mask = torch.empty(0, dtype=torch.uint8, device="cpu")
     if values is None:
-        out = torch.empty(0)
+        out = torch.empty(0, dtype=torch.float32, device="cpu")
     elif values in _TYPES:
-        out = torch.empty(rows, padded, dtype=values)
+        out = torch.empty(rows, padded, dtype=values, device="cpu")
         values_at, kind = out.data_ptr(), _TYPES[values]
     else:
         raise ValueError(supports(spec, rotation, values))

@@ -101,5 +101,5 @@ def random_operand(kind: str, rows: int, k: int, device: torch.device) -> tuple[
     if ELEMENT_BITS[kind] == 4:
         codes = torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, device=device)
     else:
-        codes = torch.randn(rows, k, device=device).to(torch.float8_e4m3fn)
+        codes = torch.randn(rows, k, dtype=torch.float32, device=device).to(torch.float8_e4m3fn)
     return codes, torch.full((swizzled_size(rows, k // BLOCK[kind]),), _ONE[kind], dtype=torch.uint8, device=device)

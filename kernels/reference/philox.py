@@ -100,4 +100,4 @@ def random_signs_of_int(seed: int, site: int, n: int) -> Tensor:
     """:func:`random_signs` of a seed whose value is at hand, in Python integers: about 100 tensor ops fewer."""
     words = philox4x32((0, 0, site, SIGN_STREAM), (seed & _LOW, (seed >> 32) & _LOW))
     bits = sum(word << (32 * i) for i, word in enumerate(words))
-    return torch.tensor([-1.0 if bits >> i & 1 else 1.0 for i in range(n)])
+    return torch.tensor([-1.0 if bits >> i & 1 else 1.0 for i in range(n)], dtype=torch.float32, device="cpu")

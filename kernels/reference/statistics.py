@@ -138,10 +138,8 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 def _largest_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Codes of the largest magnitude in the layout of ``codes``."""
-    if spec.packed:
-        most = pack_nibbles(e2m1_encode(torch.full((1, 2), spec.max, device=codes.device)))
-    else:
-        most = encode(torch.full((1, 1), spec.max, device=codes.device), spec.format)
+    largest = torch.full((1, 2 if spec.packed else 1), spec.max, dtype=torch.float32, device=codes.device)
+    most = pack_nibbles(e2m1_encode(largest)) if spec.packed else encode(largest, spec.format)
     return most.expand(codes.shape[0], codes.shape[1]).contiguous()
 
 

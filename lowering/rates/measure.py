@@ -87,8 +87,8 @@ def _beyond(known: float, taken: float, what: str) -> float:
 
 def _passes(device: torch.device, target: Target) -> Iterator[tuple[str, Call]]:
     """(pass, what to time), the copy first."""
-    x, one = _random(device, ROWS, COLS), torch.ones(1, device=device)
-    seed = torch.tensor(0, device=device)
+    x, one = _random(device, ROWS, COLS), torch.ones(1, dtype=torch.float32, device=device)
+    seed = torch.tensor(0, dtype=torch.int64, device=device)
     signs = random_signs(seed, 3, 32)
     spec, again = (32, signs, FORWARD, None, 0, None), (32, signs, BACKWARD, seed, 7, None)
     yield "copy", partial(torch.clone, x)
@@ -110,7 +110,7 @@ def _products(device: torch.device, target: Target, m: int, n: int, k: int) -> I
     yield "bf16", lambda: a @ b.t()
     if target.lacks("fp8 tensor cores") is None:
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
-        of_a, of_b = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
+        of_a, of_b = (torch.ones(size, dtype=torch.float32, device=device) for size in ((m, 1), (1, n)))
         yield "fp8", lambda: aten._scaled_mm.default(a8, b8.t(), of_a, of_b, None, None, torch.bfloat16, True)
     if target.lacks("int8 tensor cores") is None:
         ai, bi = (t.mul(32).clamp(-127, 127).to(torch.int8) for t in (a, b))

@@ -49,7 +49,9 @@ class Inspector:
 
     def loss(self, value: torch.Tensor | float) -> None:
         """Note the loss of this step, for :meth:`Statistics.spikes`; a tensor is not waited for."""
-        value = torch.as_tensor(value, dtype=torch.float64) if not isinstance(value, torch.Tensor) else value.detach()
+        if not isinstance(value, torch.Tensor):
+            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+        value = value.detach()
         self.recorder.put(Row(self.recorder.step, "loss", ("loss",), value.double().reshape(1)))
 
     def statistics(self) -> Statistics:

@@ -42,5 +42,6 @@ def write(records: Iterable[Record], writer: Any) -> None:
 def _spread(record: Record) -> torch.Tensor:
     """The exponents of the scales, each as often as it occurs."""
     less = max(1.0, sum(record.scales.values()) / _MOST)
-    exponents = torch.tensor(list(record.scales), dtype=torch.float64)
-    return exponents.repeat_interleave(torch.tensor([math.ceil(n / less) for n in record.scales.values()]))
+    exponents = torch.tensor(list(record.scales), dtype=torch.float64, device="cpu")
+    counts = [math.ceil(n / less) for n in record.scales.values()]
+    return exponents.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))

@@ -35,7 +35,8 @@ def export(model: nn.Module, file: str | Path | None = None) -> dict[str, Tensor
         if isinstance(value, LowBitWeight):
             kind = [list(lowbit.GRIDS).index(value.bits), value.cols, int(value.paper),
                     _ACTIVATIONS.index(value.activations)]
-            found |= {name + CODES: value.codes, name + SCALE: value.scale, name + META: torch.tensor(kind)}
+            meta = torch.tensor(kind, dtype=torch.int64, device="cpu")
+            found |= {name + CODES: value.codes, name + SCALE: value.scale, name + META: meta}
         elif isinstance(value, Tensor):
             found[name] = value
     if file is not None:

@@ -26,7 +26,7 @@ def once(why: str) -> Callable[[Backward], Backward]:
                 return backward(ctx, *grads)
             with torch.no_grad():
                 found = backward(ctx, *grads)
-            anchor = torch.ones((), requires_grad=True)
+            anchor = torch.ones((), dtype=torch.float32, device="cpu", requires_grad=True)
             return tuple(None if x is None else _Refused.apply(x, anchor, why) for x in found)
 
         return wrapped

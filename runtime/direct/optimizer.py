@@ -64,7 +64,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"rescale_every must be at least 1 and bucket_bytes 0, not {rescale_every} and "
                              f"{bucket_bytes}")
         inner = self._built(optimizer, params)
-        super().__init__([torch.empty(0)], {})
+        super().__init__([torch.empty(0, dtype=torch.float32, device="cpu")], {})
         self.rescale, self.rescale_every, self.feedback = rescale, rescale_every, feedback
         self.bucket_bytes = bucket_bytes
         seed = philox_seed(inner.param_groups, generator)

@@ -83,7 +83,7 @@ class _Table:
     def __init__(self, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, members: list[int],
                  specs: list[QuantSpec]) -> None:
         self.mesh, self.dtype, self.members, self.specs = mesh, dtype, members, specs
-        self.amax = torch.zeros(len(members), APART, device=device)
+        self.amax = torch.zeros(len(members), APART, dtype=torch.float32, device=device)
         self.by_spec = {spec: (torch.ones_like(self.amax), torch.ones_like(self.amax)) for spec in dict.fromkeys(specs)}
 
     def row(self, at: int) -> Scale:

@@ -33,7 +33,7 @@ class Call:
     def __init__(self, recorder: Recorder, rename: Callable[[str], str]) -> None:
         number = next(_NUMBERS)
         with torch.inference_mode(False):
-            self.token = torch.tensor([number])
+            self.token = torch.tensor([number], dtype=torch.int64, device="cpu")
         self.recorder, self.rename = recorder, rename
         self.step, self.kept = -1, dict[str, tuple[Tensor, ...]]()
         self._at: tuple[bool, int] | None = None
@@ -76,7 +76,7 @@ def call_of(token: Tensor) -> Call | None:
 
 def no_token() -> Tensor:
     """A token that stands for nothing, to trace with."""
-    return torch.tensor([0])
+    return torch.tensor([0], dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)

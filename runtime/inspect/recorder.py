@@ -101,7 +101,7 @@ class Recorder:
         self._copies = [copy for copy in self._copies if not copy.query()]
         for (device, _), rows in groups.items():
             stacked = torch.stack([row.values for row in rows])
-            held = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            held = torch.empty(stacked.shape, dtype=stacked.dtype, device="cpu", pin_memory=True)
             held.copy_(stacked, non_blocking=True)
             with torch.cuda.device(device):
                 self._copies.append(torch.cuda.Event())

@@ -360,4 +360,6 @@ def _on(x: Any, device: torch.device) -> Tensor | None:
     """A GradScaler's number as fp32 on the device."""
     if x is None:
         return None
-    return torch.as_tensor(x, dtype=torch.float32).to(device, non_blocking=True).reshape(())
+    if not isinstance(x, Tensor):
+        return torch.tensor(x, dtype=torch.float32, device=device)
+    return x.to(device, torch.float32, non_blocking=True).reshape(())

@@ -43,7 +43,7 @@ def like(param: Tensor, part: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``part`` as this rank's part of a tensor of global ``shape``, sharded as ``param`` is."""
     if not isinstance(param, DTensor):
         return part
-    strides = torch.empty(shape, device="meta").stride()
+    strides = torch.empty(shape, dtype=torch.float32, device="meta").stride()
     return DTensor.from_local(part, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape),
                               stride=strides)
 

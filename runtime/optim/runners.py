@@ -94,7 +94,7 @@ class ReferenceRunner(_Host):
         numbers = self.numbers(hyper, scaling)
         if numbers is None:
             return
-        rounded = [torch.tensor(row, dtype=torch.float64).to(torch.float32).tolist() for row in numbers]
+        rounded = [torch.tensor(row, dtype=torch.float64, device="cpu").to(torch.float32).tolist() for row in numbers]
         if self.kind.per_tensor:
             for item, grad, c in zip(self.items, grads, rounded, strict=True):
                 ref.measure(self.kind, item.layout, c, item.param, grad, item.codes, item.scales)

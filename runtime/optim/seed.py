@@ -18,6 +18,6 @@ def philox_seed(groups: Sequence[dict[str, Any]], generator: torch.Generator | N
     then have the same seed; that of a sharded model is that of the whole one.
     """
     if generator is not None:
-        return _FROM + int(torch.randint(0, _FROM, (), generator=generator).item())
+        return _FROM + int(torch.randint(0, _FROM, (), generator=generator, device=generator.device).item())
     known = repr((torch.initial_seed(), [[tuple(p.shape) for p in group["params"]] for group in groups]))
     return _FROM + int.from_bytes(hashlib.blake2b(known.encode(), digest_size=8).digest()) % _FROM

@@ -108,13 +108,16 @@ class Table:
             return self.groups[0].largest()
         order = [p for group in self.groups for p in group.positions]
         flat = torch.cat([group.largest() for group in self.groups])
-        return flat[torch.tensor(order, device=flat.device).argsort()]
+        return flat[torch.tensor(order, dtype=torch.int64, device=flat.device).argsort()]
 
     def record(self, slots: Sequence[int], amax: Tensor) -> None:
         for group in self.groups:
             mine = [i for i, slot in enumerate(slots) if self.place[slot][0] is group]
             if mine:
-                values = amax if len(mine) == len(slots) else amax[torch.tensor(mine, device=amax.device)]
+                if len(mine) < len(slots):
+                    values = amax[torch.tensor(mine, dtype=torch.int64, device=amax.device)]
+                else:
+                    values = amax
                 group.record([self.place[slots[i]][1] for i in mine], values)
 
 
@@ -145,7 +148,7 @@ class Anchor:
     def __init__(self, weights: Mapping[int, Tensor]) -> None:
         number = next(_NUMBERS)
         with torch.inference_mode(False):
-            self.tensor = torch.tensor([number])
+            self.tensor = torch.tensor([number], dtype=torch.int64, device="cpu")
         known = WEIGHTS.of_all(weights.values())
         self.weights = {index: ref(weight) for index, weight in zip(weights, known, strict=True)}
         self._tables: dict[tuple[str, torch.device], Table] = {}
@@ -189,7 +192,7 @@ def weight_of(anchor: Tensor, index: int) -> Weight | None:
 
 def no_anchor() -> Tensor:
     """An anchor that stands for nothing, to trace with."""
-    return torch.tensor([0])
+    return torch.tensor([0], dtype=torch.int64, device="cpu")
 
 
 def read(anchor: Tensor, table: str, device: torch.device) -> Tensor:
@@ -209,7 +212,7 @@ def _table(anchor: Tensor, text: str, device: torch.device) -> Table | None:
 def _largest(anchor: Tensor, text: str, device: torch.device, advance: bool) -> Tensor:
     table = _table(anchor, text, device)
     if table is None:
-        return torch.zeros(len(Entry.parse_all(text)), device=device)
+        return torch.zeros(len(Entry.parse_all(text)), dtype=torch.float32, device=device)
     if advance and not in_backward():  # a forward that runs there is computed again
         table.advance()
     return table.largest()

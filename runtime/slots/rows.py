@@ -86,7 +86,8 @@ class Rows:
         home, index = _one_home(slots), [slot.index for slot in slots]
         self._all = home.rows
         with torch.inference_mode(False):
-            self._at = None if index == list(range(len(self._all))) else torch.tensor(index, device=self._all.device)
+            self._at = None if index == list(range(len(self._all))) else torch.tensor(
+                index, dtype=torch.int64, device=self._all.device)
 
     def read(self) -> Tensor:
         return self._all if self._at is None else self._all.index_select(0, self._at)

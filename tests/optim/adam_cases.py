@@ -53,6 +53,7 @@ class Case:
     grad_scale: float = 1.0
     steps: int = 2
     device: str = "cpu"
+    default: torch.dtype = torch.float32  # of the process, while the kernels' tables are made
 
 
 def adam(formats: Sequence[str], **more) -> Kind:
@@ -78,6 +79,7 @@ def cases() -> dict[str, Case]:
     for dtype in (torch.float32, torch.float16):
         found[f"adam {dtype}"] = Case(adam(("e4m3/256", "dynamic")), WHOLE, dtype, dtype)
     found["rounded whole"] = Case(adam(("e4m3", "e5m2"), stochastic=True))
+    found["default dtype"] = Case(adam(("fp32", "fp32")), default=torch.bfloat16)
     found["master"] = Case(adam(("e4m3", "e5m2"), master=True))
     found["l2 and scaled"] = Case(adam(("fp32", "fp32"), share=True), grad_scale=1024.0,
                                    hyper=Hyper(1e-3, weight_decay=0.1, maximize=True))
@@ -134,7 +136,11 @@ def differences(case: Case, make_runner: Callable[[Case, list[Parameter]], Calla
     for p in mine:
         p.param, p.step = p.param.to(device), p.step.to(device)
         p.codes, p.scales = [c.to(device) for c in p.codes], [None if s is None else s.to(device) for s in p.scales]
-    run, found = make_runner(case, mine), []
+    torch.set_default_dtype(case.default)
+    try:
+        run, found = make_runner(case, mine), []
+    finally:
+        torch.set_default_dtype(torch.float32)
     for step in range(1, case.steps + 1):
         grads = [gradient(case, p.layout, generator) for p in expected]
         run([g.to(device) for g in grads], step)

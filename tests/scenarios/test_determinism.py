@@ -195,3 +195,28 @@ def test_model_cast_between_steps_compiles_anew():
     assert torch.isfinite(loss) and gradients["up.weight"].dtype == torch.bfloat16
     assert [r.dtype for r in backend.records] == ["float32"] * 5 + ["bfloat16"] * 5
     assert all(r.lowered for r in backend.records)
+
+
+@pytest.mark.parametrize("recipe", ["quartet", "fp8-delayed", "tetrajet-ema", "nvfp4"])
+@pytest.mark.parametrize("process", [lambda: torch.set_default_device("meta"),
+                                     lambda: torch.set_default_dtype(torch.half)], ids=["device", "dtype"])
+def test_what_the_process_makes_by_default_changes_nothing(recipe, process):
+    results = []
+    for change in (lambda: None, process):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = MLP(), torch.randn(40, 64)
+        compiled, _ = compile_eager(model, recipe)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            change()
+            torch.manual_seed(1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                compiled(x).square().mean().backward()
+                optimizer.step()
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        results.append(state(model))
+    assert equal(*results)

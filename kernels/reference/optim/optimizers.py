@@ -169,7 +169,7 @@ def random_halves(seed: int, site: int, step: int, first_group: int, count: int)
     Philox of key ``seed`` and counter (group low, group high, ``site``, ``step``); its word w serves j = 2w in the low
     half and j = 2w + 1 in the high half.
     """
-    group = torch.arange(count // WEIGHT_GROUP) + first_group
+    group = torch.arange(count // WEIGHT_GROUP, device="cpu") + first_group
     zero = torch.zeros_like(group)
     key = zero[:1] + (seed & _LOW), zero[:1] + (seed >> 32 & _LOW)
     words = philox4x32((group & _LOW, (group >> 32) & _LOW, zero + site, zero + step), key)

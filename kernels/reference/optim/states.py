@@ -203,7 +203,7 @@ def _expanded_decode(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fp32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float32).item()
+    return torch.tensor(x, dtype=torch.float32, device="cpu").item()
 
 
 def _midpoints(signed: bool) -> tuple[float, ...]:

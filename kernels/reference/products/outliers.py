@@ -95,7 +95,7 @@ def _compressed(values: Tensor, columns: Tensor, starts: Tensor, cols: int, tran
     if transposed:
         order = columns.argsort(stable=True)
         rows = _rows(starts, used).to(torch.int32)
-        starts = torch.zeros(cols + 1, dtype=torch.int32)
+        starts = torch.zeros(cols + 1, dtype=torch.int32, device="cpu")
         starts[1:] = torch.bincount(columns, minlength=cols).cumsum(0)
         values, columns, shape = values[order], rows[order], (cols, shape[0])
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
@@ -108,5 +108,5 @@ def _has_sparse_products() -> bool:
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.eye(1).to_sparse_csr()
+        torch.eye(1, dtype=torch.float32, device="cpu").to_sparse_csr()
     return True

@@ -77,7 +77,7 @@ def dequantize(packed: Tensor, scale: Tensor, grid: Grid, cols: int, paper: bool
         ValueError: tensors that do not fit together, or that the kernels do not take.
     """
     _check(packed, scale, grid, cols, paper)
-    values = torch.empty(packed.shape[0], cols, device=packed.device)
+    values = torch.empty(packed.shape[0], cols, dtype=torch.float32, device=packed.device)
     if values.numel():
         shape = _shape(packed.contiguous(), grid, cols)
         with on_device(values):

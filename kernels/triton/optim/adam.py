@@ -93,12 +93,13 @@ class Batch:
         sizes = [[e.layout.total, e.layout.tiles, e.layout.width, e.site, e.first_group, start]
                  for e, start in zip(entries, starts, strict=False)]
         self.sizes = torch.tensor(sizes, dtype=torch.int64, device=self.device)
-        self.chunks = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32),
-                                              torch.tensor(counts)).to(self.device)
-        self.work = torch.zeros(len(entries), kernels.WORK.value, device=self.device)
+        each = torch.tensor(counts, dtype=torch.int64, device="cpu")
+        chunks = torch.arange(len(entries), dtype=torch.int32, device="cpu").repeat_interleave(each)
+        self.chunks = chunks.to(self.device)
+        self.work = torch.zeros(len(entries), kernels.WORK.value, dtype=torch.float32, device=self.device)
         self.pointers = self._table([p for e in entries for p in e.pointers()])
         self.gradient_pointers: list[int] = []
-        self.gradients = torch.zeros(0, dtype=torch.int64)
+        self.gradients = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def _table(self, values: list[int]) -> Tensor:
         """Integers on the device. They go as arguments of kernels, which a CUDA graph may capture."""

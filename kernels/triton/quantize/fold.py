@@ -30,9 +30,9 @@ COUNTERS: dict[torch.device, Tensor] = {}
 @cache
 def table(device: torch.device) -> Tensor:
     """int32 ``[32, 2]``: the E4M3 bytes of the eight E2M1 magnitudes times 2^d, row d + 24; the last row is NaN."""
-    d = torch.arange(_LOWEST, TOP + 1, dtype=torch.float32)
-    codes = (torch.tensor(E2M1_VALUES) * 2.0 ** d[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
-    rows = torch.cat((codes, torch.full((1, 8), 0x7F, dtype=torch.uint8)))
+    d = torch.arange(_LOWEST, TOP + 1, dtype=torch.float32, device="cpu")
+    codes = (d.new_tensor(E2M1_VALUES) * 2.0 ** d[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    rows = torch.cat((codes, codes.new_full((1, 8), 0x7F)))
     return lasting(device, lambda: rows.view(torch.int32).to(device))
 
 

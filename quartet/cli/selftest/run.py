@@ -233,13 +233,14 @@ def _nothing() -> Verdict:
 def _data(device: torch.device, rows: int, cols: int, seed: int = 0) -> Tensor:
     """bf16 rows of several sizes with outliers."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=generator) * torch.randn(rows, 1, generator=generator).exp()
+    x, size = (torch.randn(rows, n, generator=generator, dtype=torch.float32, device="cpu") for n in (cols, 1))
+    x *= size.exp()
     x[:, ::37] *= 8
     return x.to(device, torch.bfloat16)
 
 
 def _seed(device: torch.device) -> Tensor:
-    return torch.tensor(-8_765_432_109_876, device=device)
+    return torch.tensor(-8_765_432_109_876, dtype=torch.int64, device=device)
 
 
 def _differing(pairs: Iterable[tuple[Tensor, Tensor]], few: float = 0.0) -> Verdict:

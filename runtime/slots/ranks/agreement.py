@@ -48,7 +48,7 @@ class Agreement:
                 slots = _slots(members())
         place = {key: 1 + number for number, key in enumerate(self._keys)}
         self._find(slots, place)
-        values = torch.zeros(1 + len(place), device=self._device)
+        values = torch.zeros(1 + len(place), dtype=torch.float32, device=self._device)
         if any(key not in place for key in slots):
             values[:1] = 1.0
         mine = [_mask([owner in stepped for owner in owners], at.device) for _, at, owners in self._parts]
@@ -67,7 +67,8 @@ class Agreement:
             self._parts = []
             for part in alike([key for key in slots if key in place], lambda key: slots[key][1]):
                 rows = Rows([slots[key][1] for key in part])
-                at = torch.tensor([place[key] for key in part], device=slots[part[0]][1].home.rows.device)
+                at = torch.tensor([place[key] for key in part], dtype=torch.int64,
+                                  device=slots[part[0]][1].home.rows.device)
                 self._parts.append((rows, at, [slots[key][0] for key in part]))
             self._made_for = SLOTS.moved, len(place), tuple(slots)
 
@@ -84,7 +85,7 @@ class _Flag:
             self._value = value.clone()
             return
         if self._value is None:
-            self._value = torch.empty(1, pin_memory=True)
+            self._value = torch.empty(1, dtype=torch.float32, device="cpu", pin_memory=True)
         self._value.copy_(value, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record()
@@ -103,4 +104,4 @@ def _slots(members: Sequence[tuple[int, Weight]]) -> dict[Key, tuple[int, Slot]]
 
 
 def _mask(mine: list[bool], device: torch.device) -> Tensor | None:
-    return None if all(mine) else torch.tensor(mine, device=device)[:, None]
+    return None if all(mine) else torch.tensor(mine, dtype=torch.bool, device=device)[:, None]
