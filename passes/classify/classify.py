@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import aten, is_backward, shape, source
+from quartet.passes.classify.by_name import class_by_name
 from quartet.passes.classify.gates import is_gate
 from quartet.passes.classify.heads import is_head
 from quartet.passes.classify.mixing import mixed_heads
@@ -20,10 +21,11 @@ from quartet.runtime.view_ops import VIEWS
 _PASS = VIEWS | {aten.expand.default, aten.clone.default, aten.constant_pad_nd.default, aten._to_copy.default,
                  aten.index.Tensor, aten.tanh.default}
 _PASS_NAMES = ("prims.convert_element_type", "aten.mul.", "aten.div.", "aten.add.")
-_VOCABULARY = {"lm_head", "embed_out", "unembed", "logits", "to_logits"}
+_VOCABULARY = {"unembed", "logits", "to_logits", "score", "qa_outputs"}
 _CHOICES = ("aten.topk", "aten.sort")
 _LOGARITHMS = ("aten.log.", "aten.log_", "aten._log_softmax", "aten.logsumexp")
 _DEPTH = 24
+LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
 
 
 def _transparent(node: Node, source: Node) -> bool:
@@ -139,11 +141,11 @@ def _above_views(node: Node) -> list[Node]:
 
 
 def embeds(weight: Node) -> bool:
-    """Whether the weight is (computed from) the table of an embedding."""
+    """Whether the weight is (computed from) a table whose rows are looked up: an embedding's, or a codebook's."""
     root = weight
     while root.op == "call_function" and root.all_input_nodes:
         root = root.all_input_nodes[0]
-    return any(user.target is aten.embedding.default and source(user) is root for user in root.users)
+    return any(user.target in LOOKUPS and source(user) is root and len(shape(root)) == 2 for user in root.users)
 
 
 def op_class_of(site: Found, module: str, flow: Flow, read: Collection[int], tied: bool = False,
@@ -168,7 +170,7 @@ def op_class_of(site: Found, module: str, flow: Flow, read: Collection[int], tie
     if chooses or is_gate(node, site.n, site.k, flow):
         return "router"
     logits = scores is not None and _feeds({scores}, _LOGARITHMS, flow, 8)
-    named = leaves and module.rpartition(".")[2] in _VOCABULARY
+    named = leaves and (module.rpartition(".")[2] in _VOCABULARY or class_by_name(module) == "lm_head")
     if logits or tied or named or module and not part and is_head(node, site.n, flow, read):
         return "lm_head"
     return "linear"

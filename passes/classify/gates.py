@@ -4,7 +4,8 @@ A gate has fewer outputs than inputs. What is computed from its scores alone, pa
 a comparison or an argmax, does one of these:
 
     scale    one score times the whole vector of a token:   p[:, i:i+1] · expert_i(x),   Σ_i p[:, i, None] · y[:, i]
-    mix      contract the scores with other layers' results: einsum("te,ted->td", p, y)
+    mix      contract the scores with other layers' results: einsum("te,ted->td", p, y), or fewer scores than a block
+             has elements over the tokens, as a pooling by attention does: pᵀ·v
     choose   index, gather, scatter or mask other activations, or a stack of weights
 
 Elementwise gates of full width (GLU, SwiGLU, LSTM) and products of queries with keys do none of them.
@@ -18,6 +19,7 @@ import torch
 from torch.fx import Node
 
 from quartet.lowering.ir.graph import is_backward, shape, source, val
+from quartet.passes.compilation import LEAST
 from quartet.passes.flow import Flow, contracted
 from quartet.passes.matrices import MATMULS, operands
 
@@ -60,12 +62,13 @@ def _is_column(node: Node) -> bool:
 
 
 def _mixes(scores: Node, user: Node, n: int, own: dict[Node, None], flow: Flow) -> bool:
-    """Whether a product contracts the ``n`` scores of a token with activations that other layers have made."""
+    """Whether a product contracts the ``n`` scores of a token, or few scores of all tokens, with activations that other
+    layers have made."""
     if user.target not in MATMULS:
         return False
     left, right = operands(user)
     other = right if left is scores else left
-    return contracted(user) == n and other in flow.made and other not in own
+    return (contracted(user) == n or n < LEAST) and other in flow.made and other not in own
 
 
 def _chooses(scores: Node, user: Node, own: dict[Node, None], flow: Flow) -> bool:

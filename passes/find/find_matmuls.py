@@ -19,7 +19,7 @@ from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import ROLES
 from quartet.passes.classify.already import quantised_before
 from quartet.passes.classify.aside import projects_input, reads_input, small
-from quartet.passes.classify.classify import activations_class_of, embeds, op_class_of
+from quartet.passes.classify.classify import LOOKUPS, activations_class_of, embeds, op_class_of
 from quartet.passes.classify.masks import Masks
 from quartet.passes.classify.others import left_alone, plain, without_site
 from quartet.passes.find.gradients import attach, not_needed_in_forward
@@ -30,8 +30,6 @@ from quartet.passes.matrices import MATMULS, canonical, operands
 from quartet.passes.naming import module_name, module_of
 from quartet.passes.sites import NOTES_KEY, OP_CLASS_KEY, Found, Product
 from quartet.passes.state import State
-
-LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
 
 
 def input_indices(graph: Graph) -> dict[Node, int | None]:

@@ -60,6 +60,12 @@ def test_a_head_is_one_whatever_the_loss_is(loss, grad):
     assert classes(Ends(), draw(4, 20, 64), LOSSES[loss], grad=grad) == {"body": "linear", "out": "lm_head"}
 
 
+@pytest.mark.parametrize("path", ["lm_head", "score", "qa_outputs", "classifier", "model.head", "logits", "output"])
+def test_a_head_that_is_as_wide_as_the_model_is_told_by_its_name(path):
+    assert classes(Ends(path, 64), draw(4, 20, 64)) == {"body": "linear", path: "lm_head"}
+    assert classes(Ends("proj", 64), draw(4, 20, 64)) == {"body": "linear", "proj": "linear"}
+
+
 @pytest.mark.parametrize("path", ["fc", "head.fc", "classifier.6", "mlp_head", "a.b"])
 def test_a_head_has_any_name(path):
     assert classes(Ends(path, 10), draw(40, 64)) == {"body": "linear", path: "lm_head"}
@@ -284,6 +290,43 @@ class Dispatched(nn.Module):
     def forward(self, x):
         p = self.gate(x).softmax(-1)
         return self.out(torch.bmm(x[:, None], self.experts[p.argmax(-1)])[:, 0] * p.amax(-1, keepdim=True))
+
+
+class Pooled(nn.Module):
+    """Tokens weighed by few scores each in a product: pooling by attention, or additive attention."""
+
+    def __init__(self, additive, scores=1):
+        super().__init__()
+        self.pre, self.gate, self.out = nn.Linear(64, 64), nn.Linear(64, scores), nn.Linear(64, 64)
+        self.additive = additive
+
+    def forward(self, x):
+        h = self.pre(x).relu()
+        if self.additive:
+            return self.out(self.gate(torch.tanh(h[:, :, None] + h[:, None])).squeeze(-1).softmax(-1) @ h)
+        return self.out(self.gate(h).softmax(1).mT @ h)
+
+
+@pytest.mark.parametrize("model", [lambda: Pooled(False), lambda: Pooled(False, 8), lambda: Pooled(True)])
+def test_scores_that_weigh_tokens_in_a_product_are_a_routers(model):
+    assert classes(model(), draw(2, 20, 64)) == {"pre": "linear", "gate": "router", "out": "linear"}
+
+
+@pytest.mark.parametrize("lookup", [lambda table, i: table[i], lambda table, i: F.embedding(i, table),
+                                    lambda table, i: table.index_select(0, i)])
+def test_a_codebook_is_multiplied_as_a_head_is(lookup):
+    """Its nearest row is looked up, whatever the number of rows."""
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre, self.out, self.codes = nn.Linear(64, 64), nn.Linear(64, 64), nn.Parameter(torch.randn(96, 64))
+
+        def forward(self, x):
+            h = self.pre(x)
+            distances = self.codes.square().sum(-1) - 2 * h @ self.codes.T
+            return self.out(h + (lookup(self.codes, distances.argmin(-1)) - h).detach())
+
+    assert classes(Quantised(), draw(40, 64)) == {"pre": "linear", "codes": "lm_head", "out": "linear"}
 
 
 @pytest.mark.parametrize("model", [Shared, Dispatched])
