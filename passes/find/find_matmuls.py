@@ -6,6 +6,7 @@ one, its cast under autocast, what a collective gathers of it, a parametrisation
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -86,6 +87,23 @@ def _chosen(node: Node) -> bool:
         not val(chooser).dtype.is_floating_point)
 
 
+def _is_stored(node: Node, origin: Mapping[Node, str]) -> bool:
+    """Whether matrices of a batch are those of parameters, as experts are, or of a stack of them with something added:
+    not what a layer makes of a parameter of two axes, such as learned queries and positions."""
+    waiting, stored = [(node, False)], False
+    seen = set(waiting)
+    while waiting and not stored:
+        at, made = waiting.pop()
+        if at.op == "placeholder":
+            axes = [size for size in shape(at) if size != 1]
+            stored = len(axes) > 2 or len(axes) == 2 and not made
+            continue
+        above = [(n, made or at.target in MATMULS) for n in at.all_input_nodes if n in origin]
+        waiting += [each for each in above if each not in seen]
+        seen.update(above)
+    return stored
+
+
 def _looked_up(node: Node) -> bool:
     """Whether the node gathers rows of a table, such as relative positions: activations, whatever the indices are."""
     return node.target in LOOKUPS and len(shape(node.all_input_nodes[0])) < 3
@@ -145,15 +163,16 @@ def _site(state: State, node: Node, flow: Flow, masks: Masks) -> Found | None:
     (a, b), origin = operands(node), flow.origin
     if a in origin and b in origin:
         return None
-    flipped = a in origin
+    batch = shape(node)[0] if len(shape(node)) == 3 else None
+    weights = [n for n in (a, b) if n in origin and (batch is None or _is_stored(n, origin))]
+    flipped = a in weights
     (p, q), r = shape(a)[-2:], shape(b)[-1]
     m, n = (r, p) if flipped else (p, r)
     x, w = ((b, True), (a, False)) if flipped else ((a, False), (b, True))
-    batch = shape(node)[0] if len(shape(node)) == 3 else None
-    fqn = module_of(node) if w[0] not in origin else module_name(origin[w[0]])
+    fqn = module_of(node) if not weights else module_name(origin[w[0]])
     site = Found(index=len(state.sites), fqn=fqn, op_class="linear", x=x, w=w, m=m, n=n, k=q, dtype=val(node).dtype,
                  forward=Product(node, flipped), batch=batch, notes=node.meta.get(NOTES_KEY, ()))
-    if w[0] not in origin:
+    if not weights:
         op_class = activations_class_of(node, a)
         return replace(site, op_class=op_class, masked=masks.of_activations(node, a, b, op_class))
     if batch is None:

@@ -383,6 +383,26 @@ class Relative(nn.Module):
         return torch.tanh(self.out(scores @ x)).square()
 
 
+@pytest.mark.parametrize("size", [(1, 8, 64), (8, 64)])
+def test_learned_queries_are_no_experts(size):
+    class Latent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre, self.q, self.k, self.v, self.out = (nn.Linear(64, 64) for _ in range(5))
+            self.latent = nn.Parameter(torch.randn(size))
+
+        def forward(self, x):
+            x, latent = self.pre(x).relu(), self.latent.expand(len(x), 8, 64)
+            q, k, v = (layer(t).unflatten(-1, (2, 32)).transpose(1, 2) for layer, t in (
+                (self.q, latent), (self.k, x), (self.v, x)))
+            return self.out(((q @ k.mT).tanh().softmax(-1) @ v).transpose(1, 2).flatten(2)).mean(1)
+
+    compiled, backend = compile_eager(Latent(), "bf16")
+    compiled(draw(2, 32, 64))
+    found = [record.op_class for record in backend.records if record.role == "fprop"]
+    assert "attention_qk" in found and "attention_pv" in found and "grouped" not in found, found
+
+
 @pytest.mark.parametrize("lookup", [
     lambda table, at: table[at],
     lambda table, at: nn.functional.embedding(at, table),
