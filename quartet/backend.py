@@ -24,6 +24,7 @@ from quartet.lowering.targets import inductor
 from quartet.model.first_use import calibrate_once
 from quartet.model.fused import open_layers
 from quartet.model.judge import Judge, judge_of
+from quartet.model.left import met
 from quartet.model.names import Names, names_of
 from quartet.model.trained import tokens_for
 from quartet.model.whole import Whole
@@ -93,6 +94,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     if quantizes(options.policy):
         open_layers(gm)
     names = names_of(gm, example_inputs)
+    if remember:
+        met(names)
     options = replace(options, policy=options.policy.at(names.place))
     watched = any((inner_compile, collect, collect_saved, observers))
     device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))

@@ -38,13 +38,17 @@ def compile(model: Model, policy: Any = None, *, mode: str | None = None, fullgr
         OptionError, PolicyError: an option or a policy that does not exist; the message names the nearest.
     """
     from quartet.lowering import registry
+    from quartet.model.left import expect
     from quartet.passes import pipeline
+    from quartet.policy.recipes import quantizes
 
     _check(model, options)
     given = {**of_mode(mode), **options} | ({} if policy is None else {"policy": Policy.coerce(policy)})
-    Options.parse(None, given, passes=pipeline.OPTIONAL, kernels=registry.disableable())
+    parsed = Options.parse(None, given, passes=pipeline.OPTIONAL, kernels=registry.disableable())
     compat.compile_in_place(inside_wrappers(model), backend="quartet", options=given, fullgraph=fullgraph,
                             dynamic=dynamic)
+    if quantizes(parsed.policy):
+        expect(model, parsed.strict)
     return model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import quartet
 from quartet.options import OptionError
+from quartet.passes.plan.plan import UnsupportedMatmul
 from quartet.recipes import PolicyError
 from quartet.runtime.compat import is_skipped
 
@@ -146,3 +147,47 @@ print([(w.filename, str(w.message)) for w in caught if "uncompiled" in str(w.mes
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ("quartet.compile(model)" in made.stdout and "<string>" in made.stdout) == said, made.stdout
     assert (made.stdout.strip() == "[]") != said, made.stdout
+
+
+class Left(nn.Module):
+    """Dynamo leaves the forward to Python: it cannot go on inside of ``try``."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        try:
+            torch._dynamo.graph_break()
+            return self.inner(x)
+        finally:
+            pass
+
+
+def step_of(model, steps=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.randn(32, 64)).sum().backward()
+        optimizer.step()
+
+
+def test_a_model_of_which_there_is_no_graph_is_told_of_once(graphs):
+    model = quartet.compile(Left(nn.Linear(64, 64)), "fp8")
+    with pytest.warns(UserWarning, match=r"no graph of Left is compiled.*graph_break.*test_compile\.py:\d+\)") as told:
+        step_of(model, steps=3)
+    assert graphs == [] and len([w for w in told if "no graph of" in str(w.message)]) == 1
+
+
+def test_strict_refuses_to_step_a_model_of_which_there_is_no_graph():
+    model = quartet.compile(Left(nn.Linear(64, 64)), "fp8", strict=True)
+    with pytest.raises(UnsupportedMatmul, match="strict=True, and no graph of Left"):
+        step_of(model)
+
+
+@pytest.mark.parametrize(("build", "policy", "held"), [
+    (MLP, "fp8", [{"up", "down"}]), (lambda: Left(MLP()), "fp8", [{"inner.up", "inner.down"}]),
+    (lambda: Left(nn.Linear(64, 64)), "bf16", [])], ids=["whole", "part", "not to be quantised"])
+def test_where_there_is_a_graph_or_nothing_to_quantise_nothing_is_said(graphs, recwarn, build, policy, held):
+    model = quartet.compile(build(), policy)
+    step_of(model)
+    assert not [w for w in recwarn if "no graph of" in str(w.message)] and graphs == held
