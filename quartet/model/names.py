@@ -8,6 +8,7 @@ variable. Nothing here outlives the compilation but weak references to modules.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -175,13 +176,14 @@ class _Models:
 
     def layers(self) -> int:
         """How many parameters of the model have two dimensions or more."""
-        return sum(parameter.dim() > 1 for root in self._whole() for parameter in all_parameters(root))
+        return sum(map(_matrices, self._whole()))
 
     def inputs(self, gm: GraphModule, values: Sequence[Any]) -> Iterator[tuple[int, str]]:
-        """The inputs that are the model's own floating-point arguments, where the graph starts with the model."""
-        roots = list(self._whole())
-        starts = self.scope is not None and not self.scope.resumed and len(roots) == 1
-        if not starts or any(module is not roots[0] for module in self._compiled()) or self.layers() < 2:
+        """The inputs that are the model's own floating-point arguments, where the graph starts with the model, or those
+        of a function of several models."""
+        roots, compiled = list(self._whole()), self._compiled()
+        own = all(m is roots[0] for m in compiled) if compiled else all(map(operator.is_, roots, self.roots.values()))
+        if self.scope is None or self.scope.resumed or not own or not any(_matrices(root) > 1 for root in roots):
             return
         for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), values, strict=False)):
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not self.is_parameter(node, value):
@@ -269,6 +271,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (inner := compat.inside(module)) is not None:
         module = inner
     return module
+
+
+def _matrices(root: nn.Module) -> int:
+    return sum(parameter.dim() > 1 for parameter in all_parameters(root))
 
 
 def _unwrapped(modules: Iterable[nn.Module]) -> list[nn.Module]:

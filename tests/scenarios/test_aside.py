@@ -291,3 +291,20 @@ def test_a_block_that_is_compiled_by_itself_reads_a_hidden_state():
 
 def test_a_mixture_of_numbers_and_embeddings_is_hidden():
     assert set(lowered(Mixed(), torch.randn(40, 32), torch.arange(40) % 10)[0]) == {"first", "second"}
+
+
+def test_what_a_function_of_several_models_gets_is_their_input():
+    """A student and its teacher, which share the features; layers by themselves read what they are given."""
+    def net():
+        return nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 96))
+
+    first, second, x = net(), net(), torch.randn(64, 48)
+    compiled, backend = compile_eager(lambda x: (first(x) - second(x)).square().mean(), "quartet")
+    compiled(x).backward()
+    assert {(r.fqn, r.lowered) for r in backend.records} == {("0", False), ("2", True), ("4", True)}
+    assert {r.reason for r in backend.records if r.fqn == "0"} == {
+        "reads a floating-point input of the model (x): in high precision unless a rule names it"}
+    up, down = nn.Linear(48, 96), nn.Linear(96, 64)
+    compiled, backend = compile_eager(lambda x: down(up(x).relu()).square().mean(), "quartet")
+    compiled(x).backward()
+    assert {r.lowered for r in backend.records if r.fqn == "up"} == {True}
