@@ -114,6 +114,7 @@ class Compilation:
         token: index of the dynamo input by which what is recorded finds its call (``quartet.runtime.inspect.calls``).
         modules: what dynamo writes for a module → its name in the model.
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
+        alone: name in the model of the layer that was compiled by itself; empty where more was.
         tables: names of layers whose weights are those of embeddings, which may be in another graph.
         parts: names of layers that are no heads, though what they make leaves the graph.
         written: how many features they make. layers: how many weights of two dimensions or more the model has.
@@ -152,6 +153,7 @@ class Compilation:
     modules: Mapping[str, str] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    alone: str = ""
     tables: frozenset[str] = frozenset()
     parts: frozenset[str] = frozenset()
     layers: int = 0

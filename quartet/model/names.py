@@ -40,6 +40,7 @@ class Names:
         regions: of each ``nested_compile_region`` by signature: parameter name by input, as its first call has them.
         widths: how many features the layers of the model read, those that are in no graph included.
         written: how many features they make.
+        alone: name in the model of the layer that was compiled by itself; empty where more was.
         tables: names of the layers in the graph whose weights are those of embeddings.
         parts: names of layers of blocks whose results only the block reads, where the graph is a part of the model.
         layers: how many parameters of the model are matrices or more.
@@ -61,6 +62,7 @@ class Names:
     regions: Mapping[pipeline.Signature, Mapping[int, str]] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    alone: str = ""
     tables: frozenset[str] = frozenset()
     parts: frozenset[str] = frozenset()
     layers: int = 0
@@ -218,10 +220,11 @@ class _Models:
                  and module is not running and not _holds(path, serves)
                  and not _holds(serves, path)] if serves else []
         complete = unbroken and not names.place
-        own = {names.full(layer): layer for layer in map(module_name, names.weights.values())}
-        tables = {module_name(members[id(p)]) for p in _tables(model) if id(p) in members}
+        own = {module_name(names.full(name)): module_name(name) for name in names.weights.values()}
+        tables = set(_tables(model))
         parts = frozenset() if complete else parts_of(model, own)
         return replace(names, parts=frozenset(map(own.__getitem__, parts)), model=model,
+                       alone=names.place if names.place in own else "",
                        tables=frozenset(own[table] for table in tables & own.keys()),
                        known=frozenset(map(module_name, members.values())),
                        matrices=frozenset(matrices), serves=serves, alike=tuple(alike), unbroken=unbroken,
@@ -295,11 +298,12 @@ def _read(root: nn.Module) -> Iterator[int]:
             yield int(weight.shape[0 if "nf" in vars(module) else 1])  # Conv1D of GPT-2 is stored [in, out]
 
 
-def _tables(root: nn.Module) -> Iterator[torch.Tensor]:
-    """The weights of embeddings, which may be those of heads too."""
-    for module in nn.Module.modules(root):
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            yield from own_parameters(module).values()
+def _tables(root: nn.Module) -> Iterator[str]:
+    """The names of embeddings, and of the heads that have their weights."""
+    layers = [(path_in_model(path), module, own_parameters(module).get("weight"))
+              for path, module in nn.Module.named_modules(root)]
+    tables = {id(weight) for _, module, weight in layers if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    return (path for path, _, weight in layers if weight is not None and id(weight) in tables)
 
 
 def _plain(gm: GraphModule, weights: Mapping[int, str]) -> str:

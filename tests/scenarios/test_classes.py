@@ -207,6 +207,21 @@ class Tied(nn.Module):
         return self.out(h)
 
 
+@pytest.mark.parametrize("make, given, expected", [
+    (Ends, draw(4, 20, 64), {"body": "linear", "out": "lm_head"}),
+    (Tied, torch.randint(96, (2, 20)), {"up": "linear", "down": "linear", "out": "lm_head"}),
+    (lambda: nn.Linear(64, 40), draw(40, 64), {"": "linear"})])
+def test_a_layer_that_is_compiled_by_itself_is_what_it_is_in_its_model(make, given, expected):
+    """As accelerate's ``compile_regions`` compiles what no block holds."""
+    for name, op_class in expected.items():
+        model = make()
+        compiled, backend = compile_eager(model.get_submodule(name), "bf16", fullgraph=False)
+        if name:
+            setattr(model, name, compiled)
+        (model if name else compiled)(given)
+        assert [r.op_class for r in backend.records if r.role == "fprop"] == [op_class]
+
+
 def test_a_head_has_its_tables_weight_in_another_graph():
     assert classes(Tied(), torch.randint(96, (2, 20))) == {"up": "linear", "down": "linear", "out": "lm_head"}
 
