@@ -63,3 +63,18 @@ def test_stages_of_a_model_save_into_one_checkpoint_and_load_by_other_divisions(
     assert want.keys() == got.keys() and all(torch.equal(want[k]["amax"], got[k]["amax"]) for k in want)
     with pytest.raises(ValueError, match="parameter '2.up.weight'"):
         quartet.State(other[:1]).load_state_dict({k: v for k, v in saved.items() if k.startswith("2.up.w")})
+
+
+def test_weights_that_are_assigned_come_before_the_state():
+    """They are other parameters; weights that are copied in keep the histories of those that are there."""
+    model = MLP()
+    compiled, _ = compile_eager(model, "fp8-delayed")
+    trained("fp8-delayed", range(2), model, compiled)
+    saved, remembered = model.state_dict(), quartet.state_dict(model)
+    for assign, after in ((False, True), (True, False)):
+        other = MLP()
+        quartet.load_state_dict(other, remembered)
+        other.load_state_dict(saved, assign=assign)
+        assert bool(quartet.state_dict(other)["delayed"]) == after
+        quartet.load_state_dict(other, remembered)
+        assert quartet.state_dict(other)["delayed"].keys() == remembered["delayed"].keys()
