@@ -4,7 +4,7 @@ Every kernel's time is a line in what it works on, with constants of the device 
 
     product    2·m·n·k / flops + m·n·element + launch
     a pass     elements·element + launch
-    the host   launches·host
+    the host   launches·host + what its graph takes to be called / layers
 
 A kernel whose speed is known brings the price of its products with the passes around them (``Kernel.price``); here the
 three products of a layer are added up. What several layers make of the same X is divided among them. A layer takes the
@@ -40,6 +40,7 @@ class Layer:
         groups: how many weights the tokens are divided among; 0 for one weight.
         batch: how many such layers are multiplied at once.
         summed: the gradients of a shared X are added up in the basis of its codes, and leave it together.
+        called: its part of what a graph takes to be called: 1 of a model that has one layer.
     """
 
     kernels: Mapping[str, Priced | None]
@@ -51,6 +52,7 @@ class Layer:
     groups: Size = 0
     batch: Size = 1
     summed: bool = False
+    called: float = 0.0
 
     @property
     def share(self) -> float:
@@ -167,8 +169,8 @@ def predict(recipe: Recipe, layer: Layer, rates: Rates) -> Cost | None:
     before, host, around = sum(plain.values(), Time(0, 0)), rates.host, NEIGHBOURS * len(plain)
     left = sum((1 for role in plain if role not in ours), around)
     launched = host.ours * sum(price.launches for price in ours.values() if price) + host.plain * left
-    return Cost(quantized.device, before.device, launched, host.plain * (before.launches + around),
-                rates.origin.margin)
+    return Cost(quantized.device, before.device, launched + layer.called * (host.call + host.begun),
+                host.plain * (before.launches + around) + layer.called * host.call, rates.origin.margin)
 
 
 def break_even(recipe: Recipe, layer: Layer, rates: Rates) -> float:

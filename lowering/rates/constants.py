@@ -33,16 +33,21 @@ class Time:
 
 @dataclass(frozen=True)
 class Host:
-    """Seconds that the host takes to launch one kernel: of ours, and one that Inductor generates or PyTorch has.
+    """Seconds that the host takes to launch one kernel: of ours, and one that Inductor generates or PyTorch has; to
+    call a graph and its backward, and what is added where it has launches of ours, whose first of each kind meets cold
+    caches.
 
     With 0 the host is never what limits: CUDA graphs.
     """
 
     ours: float = 0.0
     plain: float = 0.0
+    call: float = 0.0
+    begun: float = 0.0
 
 
-HOST = Host(ours=13.2e-6, plain=10.6e-6)  # benchmarks/bench_launch.py on an H200: compiled; aten.neg
+# on an H200: bench_launch.py, compiled; aten.neg; bench_linear.py, steps of one layer in a loop, the slowest host seen
+HOST = Host(ours=13.2e-6, plain=10.6e-6, call=0.75e-3, begun=0.45e-3)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 
 from quartet.kernels.build_cache import BuildError, cache_dir, files, fingerprint, locked, notes_of, write_json
 from quartet.kernels.files import expanded
-from quartet.lowering.rates.constants import MEASURED, PASSES, Host, Rates
+from quartet.lowering.rates.constants import HOST, MEASURED, PASSES, Host, Rates
 from quartet.runtime import gpus
 from quartet.runtime.devices import Target
 
@@ -129,6 +129,7 @@ def read(content: Mapping[str, Any]) -> Rates:
         launch, device = _number(content["launch"]), content["device"]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise RatesError(f"{type(error).__name__}: {error}") from error
+    host = {"call": HOST.call, "begun": HOST.begun} | host  # which had two numbers once
     names = {"output": (output, flops), "passes": (passes, PASSES), "host": (host, asdict(Host()))}
     if not isinstance(device, str) or "bf16" not in flops or any(set(a) != set(b) for a, b in names.values()):
         raise RatesError("it has other names in it than rates have")

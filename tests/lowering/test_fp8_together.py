@@ -60,8 +60,8 @@ def casts(model, rows=64, **options):
 
 
 def test_a_cast_makes_the_scale_where_the_rows_are_few(monkeypatch):
-    assert fp8_casts._FEW_ROWS <= tensors.MOST_MAGNITUDES
-    monkeypatch.setattr(fp8_casts, "_FEW_ROWS", 64)
+    assert fp8_casts.FEW_ROWS <= tensors.MOST_MAGNITUDES
+    monkeypatch.setattr(fp8_casts, "FEW_ROWS", 64)
     x, model = matrix(64, 32, grad=False).requires_grad_(), Branches(48, 32, 16)
     few = around("lower", model, x, target="sm_90", policy=FP8).after
     many = around("lower", model, matrix(68, 32, grad=False).requires_grad_(), target="sm_90", policy=FP8).after

@@ -51,6 +51,12 @@ def test_a_file_is_read_as_it_was_kept(folder):
     assert kept.here(replace(HERE, name="NVIDIA A100-SXM4-40GB")) is None
 
 
+def test_a_file_from_before_calls_were_counted_is_read():
+    known = replace(measured(), host=constants.HOST)
+    two = {"ours": constants.HOST.ours, "plain": constants.HOST.plain}
+    assert kept.read(kept.described(known) | {"host": two}) == known
+
+
 def test_other_versions_do_not_find_it(monkeypatch):
     kept.keep(measured())
     monkeypatch.setattr(torch, "__version__", "9.9.9")

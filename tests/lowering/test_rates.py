@@ -74,7 +74,7 @@ def test_the_host_is_what_limits_where_it_takes_longer():
     layer = Layer(dict.fromkeys(ROLES, registry.KERNELS[registry.NAMES.index("cublaslt")]), 1024, 1024, 1024)
     cost = predict(recipes()["fp8"], layer, rates)
     assert float(cost.plain_host) == pytest.approx(10e-6 * (3 + 6))
-    passes = 2 + 2 / 8 + 2  # X and E have a scale and a cast, eight weights together
+    passes = 1 + 2 / 8 + 1  # a cast of X and of E, eight weights together
     assert float(cost.host) == pytest.approx(20e-6 * (3 + passes) + 10e-6 * 6)  # three products, neighbours
     assert not cost.pays and "µs of the host" in str(cost)
     assert predict(recipes()["fp8"], layer, replace(rates, host=Host())).pays
@@ -83,6 +83,16 @@ def test_the_host_is_what_limits_where_it_takes_longer():
     symbolic = Layer(layer.kernels, m=16384)
     assert break_even(recipes()["fp8"], symbolic, rates) > break_even(recipes()["fp8"], symbolic,
                                                                       replace(rates, host=Host()))
+
+
+def test_what_a_graph_takes_to_be_called_is_divided_among_its_layers():
+    """An H200 has a layer of 8192 × 4096 × 4096 behind itself before its host has called it, alone and quantised."""
+    target = Target.named("h200")
+    layer = Layer(kernels("fp8", target), 8192, 4096, 4096, called=1.0)
+    for called, faster in ((1.0, False), (0.25, True), (0.0, True)):
+        assert predict(recipes()["fp8"], replace(layer, called=called), rates_of(target)).pays is faster
+    assert predict(recipes()["fp8"], replace(layer, m=16384), rates_of(target)).pays
+    assert predict(recipes()["fp8"], layer, replace(rates_of(target), host=Host())).pays
 
 
 def test_times_add_up_and_a_bare_number_is_one_launch():

@@ -18,7 +18,7 @@ from quartet.lowering.targets.fp8.weights import one_of
 from quartet.runtime.view_ops import RESHAPES
 
 MOST_ROWS = 1 << 17  # whose magnitudes one program looks through
-_FEW_ROWS = 1 << 13  # whose magnitudes every program of a cast looks through
+FEW_ROWS = 1 << 13  # whose magnitudes every program of a cast looks through
 _WORD = 4  # rows: codes of so many are written at once to the transpose
 
 
@@ -158,7 +158,7 @@ def cast_one_by_rows(build: Builder, cast: Cast, magnitudes: Node) -> None:
 
 def few(magnitudes: Node) -> bool:
     """Whether every program of a cast can look through them."""
-    return val(magnitudes).numel() <= _FEW_ROWS
+    return val(magnitudes).numel() <= FEW_ROWS
 
 
 def share_codes(cast: Node, scale: Node, spec: QuantSpec) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from quartet.kernels.spec import QuantSpec
 from quartet.lowering.cost import Layer
 from quartet.lowering.rates.constants import Rates, Time
 from quartet.lowering.recipe.types import Recipe
+from quartet.lowering.targets.fp8.casts import FEW_ROWS
 from quartet.lowering.targets.fp8.together import TOGETHER
 from quartet.lowering.targets.price_parts import Pass, Passes, generated_rotations, groups_moved, with_passes
 
@@ -31,19 +33,28 @@ def _tokens_stay(recipe: Recipe) -> bool:
 def _casts(recipe: Recipe, layer: Layer, role: str) -> Passes:
     """The largest magnitude is a reading of its own before each cast.
 
-    With one scale a tensor what is launched is the scale and the cast: magnitudes are found by the kernel that makes
-    the tensor, weights go by eight, and gradients that meet one X together. Under ``delayed`` one that reads the
-    history and one that clears come before the cast.
+    With one scale a tensor what is launched is the cast, and before it the scale of weights and of many rows:
+    magnitudes are found by the kernel that makes the tensor, weights go by eight, and gradients that meet one X
+    together. Under ``delayed`` one that reads the history and one that clears come before the cast.
     """
     gemm, other, operands = getattr(recipe, role), recipe.dgrad, layer.operands(role)
     whole = gemm.a.spec is not None and gemm.a.spec.block == "tensor"
     again = (whole and role == "wgrad" and other is not None  # one cast of E writes its transpose too
              and (other.rotation, other.outer) == (gemm.rotation, gemm.outer))
     fresh = operands if role == "fprop" or not whole else () if again else operands[:1]
-    scales = 2.0 if whole and gemm.a.spec.rule == "delayed" else 1.0
-    for elements, shared in zip(fresh, _shares(layer, role, whole), strict=False):
-        yield Pass("amax", elements, scales * shared)
+    for i, (elements, shared) in enumerate(zip(fresh, _shares(layer, role, whole), strict=False)):
+        yield Pass("amax", elements, _scales(layer, gemm.a.spec, role == "fprop" and i == 1) * shared)
         yield Pass("cast", elements, shared)
+
+
+def _scales(layer: Layer, spec: QuantSpec | None, weight: bool) -> float:
+    """Launches for a scale."""
+    if spec is None or spec.block != "tensor":
+        return 1.0
+    if spec.rule == "delayed":
+        return 2.0
+    few = isinstance(layer.m, int) and layer.m <= FEW_ROWS and not (weight or layer.several)
+    return 0.0 if few else 1.0
 
 
 def _shares(layer: Layer, role: str, whole: bool) -> tuple[float, float]:
