@@ -118,7 +118,7 @@ def test_where_nothing_is_weighed_the_default_is_taken():
 
 def test_the_predicted_speed_is_of_what_was_chosen(monkeypatch):
     layer = pays._layer
-    monkeypatch.setattr(pays, "_layer", lambda *site: replace(layer(*site), m=8192, n=4096, k=4096))
+    monkeypatch.setattr(pays, "_layer", lambda *site: replace(layer(*site), m=8192, n=4096, k=4096, called=0.0))
     one = report_for("h200", Policy("fp8"))
     assert report_for("h200", "auto").predicted == pytest.approx(one.predicted)
 
