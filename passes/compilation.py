@@ -114,6 +114,7 @@ class Compilation:
         token: index of the dynamo input by which what is recorded finds its call (``quartet.runtime.inspect.calls``).
         modules: what dynamo writes for a module → its name in the model.
         widths: how many features the layers of the model read, also those that are in no graph or in another one.
+        complete: nothing of the model is still to come after the graph, or around it.
         alone: name in the model of the layer that was compiled by itself; empty where more was.
         tables: names of layers whose weights are those of embeddings, which may be in another graph.
         parts: names of layers that are no heads, though what they make leaves the graph.
@@ -153,6 +154,7 @@ class Compilation:
     modules: Mapping[str, str] = field(default_factory=dict)
     widths: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    complete: bool = True
     alone: str = ""
     tables: frozenset[str] = frozenset()
     parts: frozenset[str] = frozenset()

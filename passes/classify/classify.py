@@ -149,13 +149,14 @@ def embeds(weight: Node) -> bool:
 
 
 def op_class_of(site: Found, module: str, flow: Flow, read: Collection[int], tied: bool = False,
-                part: bool = False) -> str:
+                part: bool = False, complete: bool = False) -> str:
     """The class of a product of an activation with a weight: of the layer, whatever graph it is in.
 
     Args:
         module: whose weight it is; "" of a parameter that is no module's ``weight``, and of a model's only layer.
         flow: the facts of the graph. read: the input widths of the model's layers, those of other graphs included.
         tied: its weight is an embedding's. part: what it computes is read inside of its block, in another graph.
+        complete: what the graph returns, the model does.
     Returns:
         ``router``: its scores go to top-k or a sort, or are those of a gate (``quartet.passes.classify.gates``).
         ``lm_head``: it feeds the log-softmax of a loss, its weight is the embedding's, or it is a module's and a head
@@ -171,6 +172,6 @@ def op_class_of(site: Found, module: str, flow: Flow, read: Collection[int], tie
         return "router"
     logits = scores is not None and _feeds({scores}, _LOGARITHMS, flow, 8)
     named = leaves and (module.rpartition(".")[2] in _VOCABULARY or class_by_name(module) == "lm_head")
-    if logits or tied or named or module and not part and is_head(node, site.n, flow, read):
+    if logits or tied or named or module and not part and is_head(node, site.n, flow, read, complete):
         return "lm_head"
     return "linear"

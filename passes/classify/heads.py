@@ -23,14 +23,15 @@ _PIECES = VIEWS | {aten.clone.default, aten._to_copy.default}
 _CASTS_AND_SPLITS = ("prims.convert_element_type", "aten.split", "aten.unbind", "<built-in function getitem")
 
 
-def is_head(node: Node, n: Any, flow: Flow, read: Collection[int]) -> bool:
+def is_head(node: Node, n: Any, flow: Flow, read: Collection[int], complete: bool = False) -> bool:
     """Whether the product ``node`` of a module's weight, with ``n`` output features, is an output head.
 
-    ``read``: the input widths of the model's layers.
+    ``read``: the input widths of the model's layers. ``complete``: what the graph returns, the model does, so that no
+    layer reads it later and those beside the product tell nothing of it.
     """
     if not _is_last(node, flow) or n in read or _parts(node, n, flow) & set(read):
         return False
-    return not any(_is_last(other, flow) and shape(other)[-1] in read for other in _siblings(node, flow))
+    return complete or not any(_is_last(other, flow) and shape(other)[-1] in read for other in _siblings(node, flow))
 
 
 def _is_last(node: Node, flow: Flow) -> bool:

@@ -182,7 +182,7 @@ def _site(state: State, node: Node, flow: Flow, masks: Masks) -> Found | None:
     config, tied = state.config, embeds(w[0]) or fqn in state.config.tables
     op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
         site, _owner(origin[w[0]]) or config.alone if _has_others(state) else "", flow, flow.widths | config.widths,
-        tied, fqn in config.parts)
+        tied, fqn in config.parts, config.complete and config.layers > 0)
     return replace(site, op_class=op_class, fqn=(module_of(node) if tied else "") or fqn)
 
 

@@ -90,6 +90,15 @@ def test_a_model_has_several_heads(wrap):
     assert classes(Two(wrap), draw(40, 64)) == {"body": "linear", "policy": "lm_head", "value": "lm_head"}
 
 
+def test_a_head_beside_a_projection_as_wide_as_the_model():
+    class Segmenter(Two):
+        def __init__(self):
+            super().__init__(lambda p, v: (p, v @ v.mT))
+            self.value = nn.Linear(64, 64)
+
+    assert classes(Segmenter(), draw(40, 64)) == {"body": "linear", "policy": "lm_head", "value": "linear"}
+
+
 class Convolutional(nn.Module):
     def __init__(self):
         super().__init__()
