@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from quartet.runtime import compat
 
@@ -55,11 +56,18 @@ def now() -> int:
 
 def left_since(begin: int) -> list[Break]:
     """The functions that dynamo has left to Python as a whole since a time, as far as it remembers them."""
-    return [Break(_first_line(seen.fail_reason),
-                  ((seen.fail_user_frame_filename or seen.co_filename, seen.fail_user_frame_lineno or 0),),
-                  (seen.co_filename, seen.co_firstlineno or 0))
-            for seen in compat.compilation_metrics(LIMIT)
-            if (seen.start_time_us or 0) >= begin and seen.fail_reason and seen.co_filename]
+    metrics = compat.compilation_metrics(LIMIT)
+    code = {_frame(seen): seen for seen in metrics if seen.co_filename}  # a function at its limit is not named again
+    failed = [(seen, code[_frame(seen)]) for seen in metrics
+              if (seen.start_time_us or 0) >= begin and seen.fail_reason and _frame(seen) in code]
+    return [Break(_first_line(seen.fail_reason), ((seen.fail_user_frame_filename or of.co_filename,
+                  seen.fail_user_frame_lineno or of.co_firstlineno or 0),), (of.co_filename, of.co_firstlineno or 0))
+            for seen, of in failed]
+
+
+def _frame(seen: Any) -> str:
+    """The number of the function that was compiled, of an id such as ``0/8``, its ninth compilation."""
+    return str(seen.compile_id).partition("/")[0]
 
 
 def _first_line(text: str) -> str:

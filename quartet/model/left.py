@@ -1,8 +1,9 @@
-"""Models of ``quartet.compile`` of which dynamo makes no graph, so that no backend is asked for anything.
+"""Models of ``quartet.compile`` that dynamo leaves to Python, so that no backend is asked for anything.
 
-It leaves a whole function to Python where a graph would have to end at a place that it cannot go on from, as inside of
-a loop or a ``try``. If that is the model's forward, and no layer's own is compiled, the model trains as it is. Whoever
-steps its parameters first is told so.
+It leaves a whole function where a graph would have to end at a place that it cannot go on from, as inside of a loop or
+a ``try``. If that is the model's forward, and no layer's own is compiled, the model trains as it is. And it compiles no
+function more often than ``recompile_limit``: what comes after that runs as it is too. The next step of an optimizer
+that holds the model's parameters says either, once.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from quartet.runtime.breaks import Break, left_since, now
 from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Expected:
-    """A model that graphs are expected of. ``since``: when it was compiled."""
+    """A model that graphs are expected of. ``since``: when it was compiled. ``met``: there was one."""
 
     model: ref[nn.Module]
     strict: bool
     since: int
+    met: bool = False
 
 
 _expected: dict[int, _Expected] = {}
+_LIMIT = "recompile limit"
 
 
 def expect(model: nn.Module, strict: bool) -> None:
-    """Look at the first step of the model's parameters whether there was a graph of it."""
+    """Look after steps of the model's parameters whether there were graphs of it."""
     _expected[id(model)] = _Expected(ref(model), strict, now())
     OPTIMIZER_STEPS.after_each(_after_step)
 
@@ -44,35 +47,54 @@ def met(names: Names) -> None:
     for number, one in list(_expected.items()):
         model = one.model()
         parts: Iterable[nn.Module] = () if model is None else nn.Module.modules(model)
-        if model is None or any(part is names.compiled or part is names.model for part in parts):
+        if model is None:
             del _expected[number]
+        elif not one.met:
+            one.met = any(part is names.compiled or part is names.model for part in parts)
 
 
 def _after_step(optimizer: Optimizer) -> None:
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if _expected else set()
     for number, one in list(_expected.items()):
         model = one.model()
         if model is None:
             del _expected[number]
-        elif not stepped.isdisjoint(map(id, model.parameters())):
+            continue
+        left = _left(unwrapped(model), one)
+        if (left is not None or not one.met) and _holds(optimizer, model):
             del _expected[number]
-            left = _left(unwrapped(model), one.since)
             if left is not None:
-                _say(unwrapped(model), left, one.strict)
+                _say(unwrapped(model), left, one)
 
 
-def _left(model: nn.Module, since: int) -> Break | None:
-    """Why dynamo has left the model's forward to Python; None where it has not."""
-    code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
-    place = None if code is None else (code.co_filename, code.co_firstlineno)
-    return next((found for found in left_since(since) if found.function == place), None)
+def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return not stepped.isdisjoint(map(id, model.parameters()))
 
 
-def _say(model: nn.Module, left: Break, strict: bool) -> None:
+def _left(model: nn.Module, one: _Expected) -> Break | None:
+    """Why dynamo has left the model's forward to Python, or, where there are graphs, a module's that it has compiled as
+    often as it does; None where it has not."""
+    found = [left for left in left_since(one.since) if not one.met or _LIMIT in left.why]
+    modules = nn.Module.modules(model) if one.met and found else (model,)
+    places = {_place(module) for module in modules} if found else set()
+    return next((left for left in found if left.function in places), None)
+
+
+def _place(module: nn.Module) -> tuple[str, int] | None:
+    code = getattr(getattr(module.forward, "__func__", module.forward), "__code__", None)
+    return None if code is None else (code.co_filename, code.co_firstlineno)
+
+
+def _say(model: nn.Module, left: Break, one: _Expected) -> None:
     file, line = left.places[0]
-    text = (f"no graph of {type(model).__name__} is compiled, and nothing of it quantised: dynamo leaves its forward "
-            f"to Python ({left.why}, {file}:{line}). Move what it cannot trace into a function or a module of its own; "
-            "quartet.explain(model, …) shows what is quantised then")
-    if strict:
+    if one.met:
+        text = (f"parts of {type(model).__name__} run unquantised from now on: {left.why} ({file}:{line}), so dynamo "
+                "compiles that function for nothing new. Raise torch._dynamo.config.recompile_limit, or compile with "
+                'dynamic=True; TORCH_LOGS="recompiles" says what differs')
+    else:
+        text = (f"no graph of {type(model).__name__} is compiled, and nothing of it quantised: dynamo leaves its "
+                f"forward to Python ({left.why}, {file}:{line}). Move what it cannot trace into a function or a module "
+                "of its own; quartet.explain(model, …) shows what is quantised then")
+    if one.strict:
         raise UnsupportedMatmul(f"strict=True, and {text}")
     warnings.warn(f"quartet: {text}", stacklevel=2)

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -191,3 +192,22 @@ def test_where_there_is_a_graph_or_nothing_to_quantise_nothing_is_said(graphs, r
     model = quartet.compile(build(), policy)
     step_of(model)
     assert not [w for w in recwarn if "no graph of" in str(w.message)] and graphs == held
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_comes_after_the_limit_of_compilations_is_told_of_once(graphs, strict):
+    model, said = quartet.compile(MLP(), "fp8", dynamic=False, strict=strict), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (32, 33, 34, 35):
+            model(torch.randn(rows, 64)).sum().backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    optimizer.step()
+                except UnsupportedMatmul as error:
+                    said.append((rows, f"refused: {error}"))
+            said += [(rows, str(w.message)) for w in caught]
+    said = [(rows, text) for rows, text in said if "run unquantised from now on" in text]
+    assert len(graphs) == 2 and [rows for rows, _ in said] == [34]
+    assert said[0][1].startswith("refused: strict=True") == strict
