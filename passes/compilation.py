@@ -177,6 +177,11 @@ class Compilation:
         return tokens if self.priced else sorted(name for name, count in tokens.items() if count < LEAST)
 
     @property
+    def called(self) -> float:
+        """A layer's part of what graphs take the host to be called; 0 where the model's layers are not known."""
+        return 1 / self.layers if self.layers else 0.0
+
+    @property
     def where_it_pays(self) -> bool:
         """Leave layers alone that the policy's default would make slower."""
         return self.policy.where_it_pays

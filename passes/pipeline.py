@@ -252,8 +252,8 @@ def _difference(before: Counter[str], after: Counter[str]) -> str:
 
 
 def _records(state: State) -> list[MatmulRecord]:
-    rows = [_record(site, role) for site in state.at(Decided) for role in ROLES if role in site.products]
-    return [*rows, *state.alone]
+    sites, called = state.at(Decided), state.config.called
+    return [*(_record(site, role, called) for site in sites for role in ROLES if role in site.products), *state.alone]
 
 
 def _multiple(site: Decided, role: str, kernel: registry.Kernel | None) -> int:
@@ -265,7 +265,7 @@ def _multiple(site: Decided, role: str, kernel: registry.Kernel | None) -> int:
     return max(*(spec.multiple for spec in gemm.specs), rotation, 1 if kernel is None else kernel.align)
 
 
-def _record(site: Decided, role: str) -> MatmulRecord:
+def _record(site: Decided, role: str, called: float) -> MatmulRecord:
     m, n, k, batch = (size if isinstance(size, int) else str(size) for size in (*site.dims(role), site.batch or 1))
     kernel = site.kernels.get(role) if isinstance(site, Quantized) else None
     recipe = site.resolution.recipe_for(role)
@@ -283,4 +283,4 @@ def _record(site: Decided, role: str) -> MatmulRecord:
         site=site.index, fqn=site.fqn, op_class=site.op_class, role=role, m=m, n=n, k=k,
         dtype=dtype_name(site.dtype), recipe=recipe.name if recipe is not None else None, kernel=kernel,
         reason="" if kernel else site.reasons.get(role, "no pass quantised it"),
-        saved_bytes=saved_bytes, notes=notes, batch=batch)
+        saved_bytes=saved_bytes, notes=notes, batch=batch, called=called)

@@ -23,6 +23,7 @@ class MatmulRecord:
         m, n, k: sizes; a symbolic size is its expression as text, ``"s0*s1"``. Of an embedding: tokens, width and
             rows of the table.
         batch: how many such products there are.
+        called: its layer's part of what graphs take the host to be called, by which it was priced.
         dtype: dtype of the product, ``"bfloat16"``.
         recipe: name of the recipe planned for it, or None.
         kernel: name of the kernel that runs it, or None when it was left alone.
@@ -45,6 +46,7 @@ class MatmulRecord:
     saved_bytes: int | None = None
     notes: tuple[str, ...] = ()
     batch: Size = 1
+    called: float = 0.0
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

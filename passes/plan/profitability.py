@@ -175,7 +175,7 @@ def _layer(state: State, site: Planned, group: Sequence[Planned], tokens: int) -
     kernels = {role: decision.kernel for role, decision in site.decisions.items()}
     groups = 0 if site.groups is None else hint(site.groups.count)
     return Layer(kernels, tokens, hint(site.n), hint(site.k), len(group), recompute, groups,
-                 1 if site.batch is None else hint(site.batch), summed, 1 / config.layers if config.layers else 0.0)
+                 1 if site.batch is None else hint(site.batch), summed, config.called)
 
 
 def are_summed(group: Sequence[Planned], flow: Flow) -> bool:

@@ -246,8 +246,8 @@ def _priced(recipe: Recipe, records: Mapping[str, MatmulRecord], sharing: int, s
         return None
     m, n, k = (scale * int(size) for size in (forward.m, forward.n, forward.k))
     kernels = {role: KERNELS.get(record.kernel or "") for role, record in records.items()}
-    cost = predict(recipe, Layer(kernels, m, n, k, sharing), rates)
-    return None if cost is None else (cost.step, max(float(cost.plain), float(cost.plain_host)))
+    cost = predict(recipe, Layer(kernels, m, n, k, sharing, called=forward.called), rates)
+    return None if cost is None else (cost.step, cost.plain_step)
 
 
 def _fastest(found: Mapping[str, Sequence[Option]], limit: float) -> dict[str, Option]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,15 @@ UNPAID = ("would not pay", "no rates of", "no measured rates")  # how reasons be
 CANDIDATES = ("fp8", "int8-all", "int8")  # recipes for speed
 BF16 = dtype_name(torch.bfloat16)
 ANYWAY = "A recipe as policy, such as 'quartet', quantises whether it pays or not, for its memory or to study it"
+
+
+class _Size(NamedTuple):
+    """Of a layer; its part of what graphs take the host to be called."""
+
+    tokens: int
+    out: int
+    into: int
+    called: float
 
 
 def advice(records: Sequence[MatmulRecord], target: Target) -> str:
@@ -55,23 +65,23 @@ def _left(records: Sequence[MatmulRecord]) -> Iterator[MatmulRecord]:
     return (r for r in records if r.op_class == "linear" and r.role == "fprop" and r.reason.startswith(UNPAID))
 
 
-def _layers(records: Sequence[MatmulRecord]) -> Iterator[tuple[int, int, int]]:
-    """(tokens, out, in) of the linear layers in bfloat16, of which rates are, and of known sizes."""
+def _layers(records: Sequence[MatmulRecord]) -> Iterator[_Size]:
+    """The linear layers in bfloat16, of which rates are, and of known sizes."""
     for r in _left(records):
         m, n, k = r.m, r.n, r.k
         if r.dtype == BF16 and isinstance(m, int) and isinstance(n, int) and isinstance(k, int):
-            yield m, n, k
+            yield _Size(m, n, k, r.called)
 
 
-def _gain(recipe: Recipe, layers: Sequence[tuple[int, int, int]], target: Target, rates: Rates) -> float:
+def _gain(recipe: Recipe, layers: Sequence[_Size], target: Target, rates: Rates) -> float:
     """How many times faster the layers would be that are, in the time of all; 1 where none is."""
     kernels = {role: registry.multiplies(getattr(recipe, role), target, torch.bfloat16) for role in ROLES}
 
     @cache
-    def cost(m: int, n: int, k: int) -> Cost | None:
-        return predict(recipe, Layer(kernels, m, n, k), rates)
+    def cost(size: _Size) -> Cost | None:
+        return predict(recipe, Layer(kernels, size.tokens, size.out, size.into, called=size.called), rates)
 
-    known = [one for size in layers if (one := cost(*size)) is not None]
-    before = sum(float(one.plain) for one in known)
-    after = sum(one.step if one.pays else float(one.plain) for one in known)
+    known = [one for size in layers if (one := cost(size)) is not None]
+    before = sum(one.plain_step for one in known)
+    after = sum(one.step if one.pays else one.plain_step for one in known)
     return before / after if after else 1.0

@@ -34,7 +34,7 @@ def _times(records: Sequence[MatmulRecord], policy: Policy, rates: Rates) -> Ite
         if r is None or r.dtype != BF16 or r.op_class not in ("linear", "lm_head", "router") or r.flops is None:
             continue
         kernels = {role: KERNELS.get(one.kernel or "") for role, one in members.items()}
-        layer = Layer(kernels, r.m, r.n, r.k)
+        layer = Layer(kernels, r.m, r.n, r.k, called=r.called)
         plain = [layer.product(rates, "bf16", role) for role in members]
         if any(time is None for time in plain):
             continue
@@ -47,4 +47,4 @@ def _times(records: Sequence[MatmulRecord], policy: Policy, rates: Rates) -> Ite
         recipe = decides.resolve(r.op_class, r.fqn, r.m, r.n, r.k).effective.only(lowered)
         cost = predict(recipe, layer, rates)
         if cost is not None:
-            yield max(float(cost.plain), float(cost.plain_host)), cost.step
+            yield cost.plain_step, cost.step

@@ -1,5 +1,7 @@
 """Where the default quantises nothing: one line says so, and what would pay there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,13 @@ def records(m, n, k, dtype="bfloat16", reason="would not pay: for a reason"):
 def test_what_would_pay(name, size, said):
     text = advice(records(*size), Target.named(name))
     assert text.startswith(said) and text.endswith("quantises whether it pays or not, for its memory or to study it")
+
+
+def test_advice_counts_what_the_plan_did():
+    """A model of this one layer is behind its own call, one of four such layers is not."""
+    alone, one_of_four = ([replace(r, called=part) for r in records(8192, 4096, 4096)] for part in (1.0, 0.25))
+    assert advice(alone, Target.named("h200")).startswith("No recipe pays on h200 at these sizes")
+    assert advice(one_of_four, Target.named("h200")).startswith("On h200 'fp8' would: 1.")
 
 
 @pytest.mark.parametrize("target, possible", [
