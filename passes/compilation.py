@@ -118,6 +118,7 @@ class Compilation:
         alone: name in the model of the layer that was compiled by itself; empty where more was.
         tables: names of layers whose weights are those of embeddings, which may be in another graph.
         parts: names of layers that are no heads, though what they make leaves the graph.
+        block: the graph is of a block of a stack or of a part of one, whose layers' names are not those of a model.
         written: how many features they make. layers: how many weights of two dimensions or more the model has.
         inputs: index of a dynamo input → its name, for the floating-point inputs of the whole model.
         priced: rates are known for a device of the graph and the policy asks for them: every number of tokens decides,
@@ -158,6 +159,7 @@ class Compilation:
     alone: str = ""
     tables: frozenset[str] = frozenset()
     parts: frozenset[str] = frozenset()
+    block: bool = False
     layers: int = 0
     inputs: Mapping[int, str] = field(default_factory=dict)
     priced: bool = False

@@ -180,9 +180,11 @@ def _site(state: State, node: Node, flow: Flow, masks: Masks) -> Found | None:
     if batch is not None or _chosen(canonical(w[0])[0]):
         return replace(site, op_class="grouped")
     config, tied = state.config, embeds(w[0]) or fqn in state.config.tables
+    module = _owner(origin[w[0]]) or config.alone if _has_others(state) else ""
+    module = f".{module}" if module and config.block else module  # an attention's output is not the model's
     op_class = node.meta.get(OP_CLASS_KEY) or op_class_of(
-        site, _owner(origin[w[0]]) or config.alone if _has_others(state) else "", flow, flow.widths | config.widths,
-        tied, fqn in config.parts, config.complete and config.layers > 0)
+        site, module, flow, flow.widths | config.widths, tied, fqn in config.parts,
+        config.complete and config.layers > 0)
     return replace(site, op_class=op_class, fqn=(module_of(node) if tied else "") or fqn)
 
 

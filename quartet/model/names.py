@@ -43,6 +43,7 @@ class Names:
         alone: name in the model of the layer that was compiled by itself; empty where more was.
         tables: names of the layers in the graph whose weights are those of embeddings.
         parts: names of layers of blocks whose results only the block reads, where the graph is a part of the model.
+        block: what was compiled is in an entry of a list of modules, and no single layer.
         layers: how many parameters of the model are matrices or more.
         inputs: index → name of the floating-point inputs of the model; none where the graph is a part of the model, as
             after a graph break or of a block that is compiled by itself, or the model is a single layer.
@@ -65,6 +66,7 @@ class Names:
     alone: str = ""
     tables: frozenset[str] = frozenset()
     parts: frozenset[str] = frozenset()
+    block: bool = False
     layers: int = 0
     inputs: Mapping[int, str] = field(default_factory=dict)
     compiled: nn.Module | None = None
@@ -225,6 +227,7 @@ class _Models:
         parts = frozenset() if complete else parts_of(model, own)
         return replace(names, parts=frozenset(map(own.__getitem__, parts)), model=model,
                        alone=names.place if names.place in own else "",
+                       block=names.place not in own and any(map(str.isdecimal, names.place.split("."))),
                        tables=frozenset(own[table] for table in tables & own.keys()),
                        known=frozenset(map(module_name, members.values())),
                        matrices=frozenset(matrices), serves=serves, alike=tuple(alike), unbroken=unbroken,

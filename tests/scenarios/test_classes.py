@@ -231,6 +231,24 @@ def test_a_layer_that_is_compiled_by_itself_is_what_it_is_in_its_model(make, giv
         assert [r.op_class for r in backend.records if r.role == "fprop"] == [op_class]
 
 
+class Mixing(nn.Module):
+    """As RWKV's attention, whose last layer is called what the head of Llama is."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.output = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.output(self.value(x).tanh())
+
+
+def test_a_part_of_a_block_that_is_compiled_by_itself_has_no_head_by_name():
+    model, (compiled, backend) = nn.Sequential(Mixing(), Mixing()), compile_eager(Mixing(), "bf16")
+    model[0] = compiled
+    model(draw(40, 64))
+    assert {r.fqn: r.op_class for r in backend.records if r.role == "fprop"} == {"value": "linear", "output": "linear"}
+
+
 def test_a_head_has_its_tables_weight_in_another_graph():
     assert classes(Tied(), torch.randint(96, (2, 20))) == {"up": "linear", "down": "linear", "out": "lm_head"}
 
