@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quartet.runtime import compat
@@ -20,11 +20,16 @@ class Break:
     Attributes:
         why: the first line of its reason. places: (file, line), the innermost call first.
         function: (file, first line) of the function that is left to Python; None where the graph only ends.
+        began: when dynamo began with that function, by :func:`now`.
     """
 
     why: str
     places: tuple[tuple[str, int], ...]
     function: tuple[str, int] | None = None
+    began: int = field(default=0, compare=False)
+
+
+_read: tuple[Any, list[Break]] = None, []  # what dynamo noted last when its notes were read, and what it had left
 
 
 def graph_break() -> Break | None:
@@ -55,13 +60,24 @@ def now() -> int:
 
 
 def left_since(begin: int) -> list[Break]:
-    """The functions that dynamo has left to Python as a whole since a time, as far as it remembers them."""
+    """The functions that dynamo has left to Python as a whole since a time, as far as it remembers them.
+
+    Steps of optimizers ask: its notes, of up to ``LIMIT`` functions, are read again when there is a new one.
+    """
+    global _read
     metrics = compat.compilation_metrics(LIMIT)
+    last = metrics[-1] if metrics else None
+    if last is not _read[0]:
+        _read = last, _left(metrics)
+    return [left for left in _read[1] if left.began >= begin]
+
+
+def _left(metrics: list[Any]) -> list[Break]:
     code = {_frame(seen): seen for seen in metrics if seen.co_filename}  # a function at its limit is not named again
-    failed = [(seen, code[_frame(seen)]) for seen in metrics
-              if (seen.start_time_us or 0) >= begin and seen.fail_reason and _frame(seen) in code]
+    failed = [(seen, code[_frame(seen)]) for seen in metrics if seen.fail_reason and _frame(seen) in code]
     return [Break(_first_line(seen.fail_reason), ((seen.fail_user_frame_filename or of.co_filename,
-                  seen.fail_user_frame_lineno or of.co_firstlineno or 0),), (of.co_filename, of.co_firstlineno or 0))
+                  seen.fail_user_frame_lineno or of.co_firstlineno or 0),), (of.co_filename, of.co_firstlineno or 0),
+                  seen.start_time_us or 0)
             for seen, of in failed]
 
 

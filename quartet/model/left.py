@@ -9,7 +9,7 @@ that holds the model's parameters says either, once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import ref
 
@@ -54,12 +54,13 @@ def met(names: Names) -> None:
 
 
 def _after_step(optimizer: Optimizer) -> None:
+    breaks = left_since(0) if _expected else []
     for number, one in list(_expected.items()):
         model = one.model()
         if model is None:
             del _expected[number]
             continue
-        left = _left(unwrapped(model), one)
+        left = _left(unwrapped(model), one, breaks)
         if (left is not None or not one.met) and _holds(optimizer, model):
             del _expected[number]
             if left is not None:
@@ -71,10 +72,10 @@ def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
     return not stepped.isdisjoint(map(id, model.parameters()))
 
 
-def _left(model: nn.Module, one: _Expected) -> Break | None:
+def _left(model: nn.Module, one: _Expected, breaks: Sequence[Break]) -> Break | None:
     """Why dynamo has left the model's forward to Python, or, where there are graphs, a module's that it has compiled as
     often as it does; None where it has not."""
-    found = [left for left in left_since(one.since) if not one.met or _LIMIT in left.why]
+    found = [left for left in breaks if left.began >= one.since and (not one.met or _LIMIT in left.why)]
     modules = nn.Module.modules(model) if one.met and found else (model,)
     places = {_place(module) for module in modules} if found else set()
     return next((left for left in found if left.function in places), None)
