@@ -1,23 +1,18 @@
 """The benchmark of FSDP2 runs without a GPU, on two gloo processes, and says what it sends."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gloo
+import torchrun
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_fsdp.py"
 
 
 def run(folder, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    done = subprocess.run([*command, *arguments, "--model", "tiny", "--eager", "--device", "cpu", "--out",
-                           str(folder / "out.json")], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, json.loads((folder / "out.json").read_text())["results"]
+    out = folder / "out.json"
+    shown = torchrun.run(SCRIPT, *arguments, "--model", "tiny", "--eager", "--device", "cpu", "--out", out)
+    return shown, json.loads(out.read_text())["results"]
 
 
 @gloo.available

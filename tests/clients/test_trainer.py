@@ -1,13 +1,11 @@
 """``transformers.Trainer`` over a model that ``quartet.compile`` compiled in place."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gloo
 import pytest
 import torch
+import torchrun
 
 pytest.importorskip("accelerate")
 
@@ -100,10 +98,7 @@ def test_the_enumeration_of_accelerate_refuses_the_name_and_a_page_says_what_to_
 
 @gloo.available
 def test_two_ranks_under_torchrun(tmp_path):
-    program = Path(__file__).with_name("trainer_program.py")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-                    "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", program, tmp_path], check=True, timeout=300,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    torchrun.run(Path(__file__).with_name("trainer_program.py"), tmp_path)
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for found in (ours, theirs):
         assert found["whole"] == found["resumed"] and equal(found["weights"], found["resumed weights"])

@@ -6,12 +6,11 @@ As shipped they take up to half a minute of generated code each: ``QUARTET_EXAMP
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import gloo
 import pytest
+import torchrun
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -27,16 +26,11 @@ def run(name, folder, ranks=1, *more):
     for package in PACKAGES.get(name, ()):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
-    program = [str(EXAMPLES / f"{name}.py"), *(() if SHIPPED else SHORT[name]), *more]
-    if not SHIPPED:
-        program = [str(Path(__file__).with_name("without_code.py")), *program]
-    several = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, *(several if ranks > 1 else ()), *program], cwd=folder, text=True,
-                          capture_output=True, timeout=600, env=environment)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    program = EXAMPLES / f"{name}.py"
+    if SHIPPED:
+        return torchrun.run(program, *more, ranks=ranks, folder=folder)
+    alone = Path(__file__).with_name("without_code.py")
+    return torchrun.run(alone, program, *SHORT[name], *more, ranks=ranks, folder=folder)
 
 
 def losses(text):
