@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quartet.runtime.direct.convert import SKIPPED, Skip, _chosen
+from quartet.runtime.direct.convert import SKIPPED, Skip, _chosen, check_model
 from quartet.runtime.direct.linear import int_product, quantize_tokens
 from quartet.runtime.direct.once import once
 
@@ -51,6 +51,7 @@ class BitLinear(nn.Linear):
 
 def bitnet(model: nn.Module, *, skip: Skip = SKIPPED) -> nn.Module:
     """Train the chosen linear layers by the straight-through estimator, in place; arguments as of ``convert``."""
+    check_model("bitnet", model)
     chosen = list(_chosen(model, skip))
     if not chosen:
         raise ValueError("no layer to convert; give skip=() to take all linear layers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,21 +31,26 @@ def convert(model: nn.Module, bits: str | int = "ternary", *, paper: bool = Fals
         model: holds floating-point weights; each is freed as soon as it is converted.
         bits: ``"ternary"``, 2, 3, 4 or 8.
         paper: one scale a tensor, frozen, by the released rule of arXiv 2412.04787.
-        skip: layers to leave alone: names with wildcards, or a function of (name, layer). The default leaves output
-            heads and routers by their usual names. Always left are weights that an embedding or another layer shares,
-            and the output projection of ``nn.MultiheadAttention``, which is no layer that is called: its weight goes
-            straight into a product of torch's own.
+        skip: layers to leave alone: names with wildcards, or a function of (name, layer); a name that no linear layer
+            has is warned of. The default leaves output heads and routers by their usual names. Always left are weights
+            that an embedding or another layer shares, and the output projection of ``nn.MultiheadAttention``, which is
+            no layer that is called: its weight goes straight into a product of torch's own.
         activations: ``"int8"`` a token, or None: as they are.
 
     Raises:
         ValueError: bits or activations that do not exist, nothing to convert, weights that are not finite or sharded.
+        TypeError: no model.
     """
+    check_model("convert", model)
     grid = lowbit.grid_of(bits)
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r} do not exist; use 'int8' or None")
     chosen = list(_chosen(model, skip))
     if not chosen:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [name for name, module in model.named_modules()
+                  if isinstance(module, nn.Linear) and not isinstance(module.weight, LowBitWeight)]
+        if not linear and (low := list(weights(model))):
+            raise ValueError(f"no layer to convert: {low} are low-bit already; direct.ternarize changes their bits")
         raise ValueError(f"no layer to convert: the model's linear layers are {linear or 'none'}, and skip= leaves "
                          "them alone; give skip=() to take all")
     for name, layer in chosen:
@@ -57,6 +63,12 @@ def convert(model: nn.Module, bits: str | int = "ternary", *, paper: bool = Fals
         weight = LowBitWeight.of(layer.weight, grid.name, paper, activations)
         hold(layer, "weight", weight, layer.weight.requires_grad)
     return model
+
+
+def check_model(function: str, model: object) -> None:
+    """TypeError for what is no model, which names the function of ``quartet.direct`` that was given it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"direct.{function} takes an nn.Module, not {type(model).__name__}")
 
 
 def hold(layer: nn.Module, name: str, weight: LowBitWeight, requires_grad: bool) -> None:
@@ -93,6 +105,11 @@ def _chosen(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Linear]]:
         raise TypeError(f"skip is names, or a function of a layer's name and the layer, not {type(skip).__name__}; "
                         "skip=() converts every layer")
     patterns = () if callable(skip) else ((skip,) if isinstance(skip, str) else tuple(skip))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in patterns if patterns != SKIPPED else ():
+        if not fnmatch.filter(linear, pattern):
+            warnings.warn(f"skip={pattern!r} leaves nothing alone: none of the {len(linear)} linear layers is called "
+                          f"so; they are {', '.join(linear[:8])}{', …' if len(linear) > 8 else ''}", stacklevel=3)
     for name, module in model.named_modules():
         if (not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear)
                 or isinstance(module.weight, LowBitWeight)):
@@ -109,6 +126,7 @@ def weights(model: nn.Module) -> dict[str, LowBitWeight]:
 
 def weight_bytes(model: nn.Module) -> dict[str, Any]:
     """Measured: parameters and stored bytes of the low-bit weights and of the others, and bytes of a low-bit one."""
+    check_model("weight_bytes", model)
     low = weights(model)
     count = sum(w.numel() for w in low.values())
     stored = sum(part.untyped_storage().nbytes() for part in components(list(low.values())))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quartet.kernels.files import check, expanded, opener
 from quartet.kernels.reference.optim import lowbit
-from quartet.runtime.direct.convert import hold
+from quartet.runtime.direct.convert import check_model, hold, weights
 from quartet.runtime.direct.weight import LowBitWeight
 
 FORMAT = "quartet.direct/1"
@@ -30,6 +30,7 @@ def export(model: nn.Module, file: str | Path | None = None) -> dict[str, Tensor
         ImportError: a ``.safetensors`` file without the package. OSError: another user's link leads to the file, or it
             cannot be written.
     """
+    check_model("export", model)
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if isinstance(value, LowBitWeight):
@@ -46,6 +47,7 @@ def export(model: nn.Module, file: str | Path | None = None) -> dict[str, Tensor
 
 def _write(tensors: dict[str, Tensor], file: Path) -> None:
     if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         shared: dict[int, str] = {}
@@ -53,22 +55,19 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
             first = shared.setdefault(value.data_ptr(), name) if value.numel() else name
             tensors = tensors if first == name else tensors | {name: value.clone()}
         check(file)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, file, {"format": FORMAT})
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file, {"format": FORMAT})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {file}: {error}") from None
     else:
         with open(file, "wb", opener=opener) as handle:
             torch.save(tensors, handle)
 
 
 def read(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
-    """A state dict with low-bit weights, of what :func:`export` returned or wrote."""
-    if isinstance(source, Mapping):
-        tensors = dict(source)
-    elif (file := expanded(source)).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(file)
-    else:
-        tensors = torch.load(file, weights_only=True, map_location="cpu")
+    """A state dict with low-bit weights, of what :func:`export` returned or wrote. Raises ValueError for other files,
+    OSError for one that cannot be read."""
+    tensors = dict(source) if isinstance(source, Mapping) else _tensors(expanded(source))
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(META):
@@ -76,6 +75,25 @@ def read(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
             found[base] = _weight(base, tensors, value)
         elif not (name.endswith((CODES, SCALE)) and name.rpartition(".")[0] + META in tensors):
             found[name] = value
+    return found
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """What an export's file holds."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        found = torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of a pickle, of an archive or of safetensors
+        raise ValueError(f"{file} is no export: it cannot be read as one ({type(error).__name__}); give a file that "
+                         "quartet.direct.export wrote") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{file} is no export: it does not hold tensors by name; give a file that "
+                         "quartet.direct.export wrote")
     return found
 
 
@@ -101,18 +119,21 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path) -> nn.Modu
     """Fill a model with an export; its linear layers become low-bit where the export's are. The model is returned.
 
     Raises:
-        ValueError, RuntimeError: names or shapes that differ from the model's.
+        ValueError, RuntimeError: names or shapes that differ from the model's, or a file that is no export.
+        TypeError: no model. OSError: a file that cannot be read.
     """
+    check_model("load", model)
     state = read(source)
     own = dict(model.named_parameters())
-    for name, value in state.items():
-        if not isinstance(value, LowBitWeight):
-            continue
+    low = {name: value for name, value in state.items() if isinstance(value, LowBitWeight)}
+    for name, value in low.items():
         target = own.get(name)
         if target is None or tuple(target.shape) != tuple(value.shape):
             there = "no such parameter" if target is None else f"one of shape {list(target.shape)}"
             raise ValueError(f"the export has a low-bit weight {name!r} of shape {list(value.shape)}, the model "
                              f"{there}")
+    for name, value in low.items():
+        target = own[name]
         path, _, leaf = name.rpartition(".")
         weight = value.with_(value.codes.to(target.device, copy=True), value.scale.to(target.device, copy=True),
                              target.dtype)
@@ -126,7 +147,14 @@ def ternarize(model: nn.Module) -> nn.Module:
     """Make every low-bit weight ternary in place, for inference: absmean of its rows, as BitNet does.
 
     The model is returned. Weights that are ternary already stay.
+
+    Raises:
+        ValueError: a model without low-bit weights. TypeError: no model.
     """
+    check_model("ternarize", model)
+    if not weights(model):
+        raise ValueError("the model has no low-bit weight; direct.convert(model, bits='ternary') makes plain ones "
+                         "ternary")
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             if isinstance(param, LowBitWeight) and param.bits != "ternary":

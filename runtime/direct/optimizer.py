@@ -60,7 +60,7 @@ class Optimizer(torch.optim.Optimizer):
                  bucket_bytes: int = 256 << 20, generator: torch.Generator | None = None) -> None:
         if rescale not in RESCALES:
             raise ValueError(f"rescale {rescale!r} does not exist; use 'radial', 'rare' or None")
-        if rescale_every < 1 or bucket_bytes < 0:
+        if not (rescale_every >= 1 and bucket_bytes >= 0):  # NaN is neither
             raise ValueError(f"rescale_every must be at least 1 and bucket_bytes 0, not {rescale_every} and "
                              f"{bucket_bytes}")
         inner = self._built(optimizer, params)
@@ -84,6 +84,9 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError("params= goes with a function that builds the optimizer, not with a built one")
             inner = optimizer
         else:
+            if not callable(optimizer):
+                raise TypeError("direct.Optimizer takes an optimizer of torch.optim's kind, or a function that builds "
+                                f"one of params, not {type(optimizer).__name__}")
             if params is None:
                 raise ValueError("give params, for the function that builds the optimizer")
             inner = optimizer(params)

@@ -62,6 +62,39 @@ def test_broken_exports_say_what_is_wrong():
         direct.load(net(), {k: v for k, v in plain.items() if k != "head.bias"})
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_that_are_no_exports_are_named(tmp_path, suffix):
+    pytest.importorskip("safetensors")
+    file = tmp_path / f"model.{suffix}"
+    for content in (b"", b"junk", b'{"a": 1}'):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"model.{suffix} is no export"):
+            direct.load(net(), file)
+    with pytest.raises(OSError, match=f"none/model.{suffix}"):
+        direct.export(net(4), tmp_path / "none" / f"model.{suffix}")
+    with pytest.raises(OSError, match=f"other.{suffix}"):
+        direct.load(net(), tmp_path / f"other.{suffix}")
+
+
+def test_a_checkpoint_of_more_than_tensors_is_no_export(tmp_path):
+    torch.save({"model": net().state_dict()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="does not hold tensors by name"):
+        direct.load(net(), tmp_path / "model.pt")
+
+
+def test_a_load_that_is_refused_converts_nothing():
+    plain, model = direct.export(net(4)), net()
+    model.down = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="'down.weight'"):
+        direct.load(model, plain)
+    assert not direct.weights(model)
+
+
+def test_ternary_weights_come_of_low_bit_ones():
+    with pytest.raises(ValueError, match="no low-bit weight; direct.convert"):
+        direct.ternarize(net())
+
+
 def test_ternary_inference_from_8_bits():
     model = net(8)
     before = model.up.weight.dequantize()

@@ -254,6 +254,10 @@ def test_errors_name_the_remedy():
         wrapped(model, rescale="often")
     with pytest.raises(ValueError, match="at least 1"):
         wrapped(model, rescale_every=0)
+    with pytest.raises(ValueError, match="bucket_bytes 0, not 64 and nan"):
+        wrapped(model, bucket_bytes=float("nan"))
+    with pytest.raises(TypeError, match="a function that builds one of params, not int"):
+        direct.Optimizer(3)
     with pytest.raises(ValueError, match="give params"):
         direct.Optimizer(torch.optim.AdamW)
 

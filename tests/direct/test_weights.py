@@ -229,6 +229,8 @@ def test_shared_memory_is_refused():
 def test_errors_name_the_remedy():
     with pytest.raises(ValueError, match="skip=\\(\\) to take all"):
         net(4, skip="*")
+    with pytest.raises(ValueError, match=r"\['up.weight', 'down.weight', 'head.weight'\] are low-bit already"):
+        direct.convert(net(4, skip=()), 8, skip=())
     with pytest.raises(ValueError, match="use 'int8' or None"):
         net(4, activations="int4")
     with pytest.raises(ValueError, match="there is no grid of 7 bits; .*nearest: 8"):
@@ -244,6 +246,19 @@ def test_errors_name_the_remedy():
         net(4).up(torch.ones(2, 31))
     with pytest.raises(ValueError, match="only dimension 0"):
         net(4).up.weight.detach().split(8, 1)
+
+
+@pytest.mark.parametrize("function", [direct.convert, direct.bitnet, direct.ternarize, direct.export,
+                                      direct.weight_bytes, lambda model: direct.load(model, {})])
+def test_what_is_no_model_is_refused(function):
+    with pytest.raises(TypeError, match=r"direct\.\w+ takes an nn.Module, not str"):
+        function("model")
+
+
+def test_a_name_to_skip_that_no_layer_has_is_told():
+    with pytest.warns(UserWarning, match="skip='hed' leaves nothing .* 3 linear .*up, down, head") as told:
+        net(4, skip=("up", "hed"))
+    assert len(told) == 1 and told[0].filename.endswith("direct_models.py")
 
 
 def test_bitnet_is_straight_through():
