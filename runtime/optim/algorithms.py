@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -181,8 +182,10 @@ class SGD(LowBitOptimizer):
 
     def check(self, group: dict[str, Any]) -> None:
         _check_common(self, group)
-        if group["momentum"] < 0.0:
+        if not group["momentum"] >= 0.0:
             raise ValueError(f"momentum must be at least 0, not {group['momentum']}")
+        if math.isnan(group["dampening"]):
+            raise ValueError("dampening must be a number, not nan")
         if group["nesterov"] and (group["momentum"] <= 0.0 or group["dampening"] != 0.0):
             raise ValueError("Nesterov momentum needs a momentum above 0 and no dampening, not "
                              f"{group['momentum']} and {group['dampening']}")

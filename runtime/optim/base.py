@@ -47,7 +47,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if master is not None and stochastic_rounding:
             raise ValueError("master weights and stochastic rounding of the weights exclude each other; "
                              "leave out master= or stochastic_rounding=True")
-        if min_quantized < 0:
+        if not min_quantized >= 0:
             raise ValueError(f"min_quantized must be at least 0, not {min_quantized}")
         ours = {"state_format": state_format, "master": master, "stochastic_rounding": stochastic_rounding,
                 "min_quantized": min_quantized, "seed": None}
@@ -284,9 +284,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
         that the checkpoint has replace those given here.
 
         Raises:
-            ValueError: other groups or options than exist here, or a state of another shape or sharding than its
-                parameter's. The optimizer is then as it was.
+            ValueError: no checkpoint, or one of another optimizer, other groups or options than exist here, or a state
+                of another shape or sharding than its parameter's. The optimizer is then as it was.
         """
+        fit.refuse_checkpoint(type(self).__name__, self.defaults, state_dict)
         wrapped = {i: {k: states.Kept(v) if isinstance(v, Tensor) else v for k, v in saved.items()}
                    for i, saved in state_dict["state"].items()}
         before = self.state, self.param_groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from quartet.runtime.optim.layout import local
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
 
 
 def called(groups: Sequence[dict[str, Any]], group: dict[str, Any], param: Tensor) -> str:
@@ -33,6 +34,18 @@ def unlike(what: str, x: Tensor, name: Name, param: Tensor) -> str | None:
     if local(x).shape != local(param).shape:
         return f"{what} of {name()} is {_placed(x)}, the parameter itself {_placed(param)}"
     return None
+
+
+def refuse_checkpoint(owner: str, defaults: Mapping[str, Any], checkpoint: Any) -> None:
+    """Raise ValueError for what no optimizer's ``state_dict`` returned, or that of one with other numbers."""
+    if not isinstance(checkpoint, Mapping) or not {"state", "param_groups"} <= checkpoint.keys():
+        given = list(checkpoint) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        raise ValueError(f"expected what state_dict() of {owner} returned, with the keys 'state' and 'param_groups', "
+                         f"not {given}")
+    for at, group in enumerate(checkpoint["param_groups"]):
+        if lacking := [name for name in _NUMBERS if name in defaults and name not in group]:
+            raise ValueError(f"group {at} of the checkpoint has no {', '.join(lacking)}, which {owner} needs, so it is "
+                             f"of another optimizer; nothing was loaded. Load one of {owner}")
 
 
 def refuse_dtype(owner: str, name: Name, param: Tensor) -> None:

@@ -198,7 +198,11 @@ class QRamping:
                 "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave. Raises ValueError where the weights are not the same."""
+        """Put back what :meth:`state_dict` gave. Raises ValueError where the weights are not the same, or it is another
+        optimizer's."""
+        if lacking := {"optimizer", "steps", "left", "weights"} - set(state):
+            raise ValueError(f"the checkpoint lacks {', '.join(map(repr, sorted(lacking)))}: it is not of a QRamping; "
+                             "load one of the optimizer inside by ramping.optimizer.load_state_dict")
         shapes = [tuple(weight.shape) for weight in self.watched]
         given = [tuple(entry["period"].shape) for entry in state["weights"]]
         if shapes != given:

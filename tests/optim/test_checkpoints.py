@@ -133,6 +133,23 @@ def test_options_that_torch_has_and_we_have_not_are_refused():
         optim.AdamW(net.parameters()).load_state_dict(torch.optim.Adam(net.parameters()).state_dict())
 
 
+@pytest.mark.parametrize("load, message", [
+    (lambda net: {}, "with the keys 'state' and 'param_groups', not \\[\\]"),
+    (lambda net: 3, "not int"),
+    (lambda net: {"model": net.state_dict(), "step": 1}, "not \\['model', 'step'\\]"),
+    (lambda net: torch.optim.SGD(net.parameters()).state_dict(), "no betas, eps, which AdamW needs"),
+    (lambda net: optim.Lion(net.parameters()).state_dict(), "no eps, which AdamW needs"),
+])
+def test_what_is_no_checkpoint_of_this_optimizer_is_refused(load, message):
+    net = model()
+    optimizer = optim.AdamW(net.parameters())
+    train(net, optimizer, [0])
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(load(net))
+    assert optimizer.state_dict()["state"].keys() == before["state"].keys()
+
+
 def test_other_groups_are_refused():
     net = model()
     with pytest.raises(ValueError, match="group"):

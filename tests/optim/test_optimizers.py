@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
@@ -356,6 +357,7 @@ def test_tensors_of_one_number_are_numbers(name, shape):
     ({"master": "fp8"}, "master 'fp8' does not exist"),
     ({"master": "fp16", "stochastic_rounding": True}, "exclude each other"),
     ({"min_quantized": -1}, "min_quantized"),
+    ({"min_quantized": math.nan}, "min_quantized"),
     ({"state_format": ("e4m3", "e5m2", "fp32")}, "3 entries for 2 states"),
     ({"state_format": ("e4m3/256", "e4m3/128")}, "128 and 256 do not go together"),
     ({"lr": torch.ones(2)}, "one number"),
@@ -390,9 +392,9 @@ def test_sparse_gradients_are_refused():
 
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"momentum": 0.9, "dampening": 0.1, "nesterov": True},
-                                     {"momentum": -0.1}])
+                                     {"momentum": -0.1}, {"momentum": math.nan}, {"dampening": math.nan}])
 def test_sgd_says_what_goes_together(options):
-    with pytest.raises(ValueError, match="momentum"):
+    with pytest.raises(ValueError, match="momentum|dampening"):
         optim.SGD(model().parameters(), **options)
 
 

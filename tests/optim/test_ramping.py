@@ -207,6 +207,8 @@ def test_what_is_not_possible():
             QRamping(inner, [weight], **wrong)
     with pytest.raises(ValueError, match="to nearest"):
         QRamping(inner, [weight], spec="e2m1/32 e8m0 ceil stochastic")
+    with pytest.raises(ValueError, match="lacks 'left', 'optimizer', 'steps', 'weights': it is not of a QRamping"):
+        QRamping(inner, [weight]).load_state_dict(inner.state_dict())
     state = QRamping(inner, [weight]).state_dict()
     other = nn.Parameter(torch.randn(8, 32))
     with pytest.raises(ValueError, match="watch the same weights"):
