@@ -26,17 +26,19 @@ class Inspector:
     Args:
         every: steps from one that is recorded to the next, the first among them; may be changed while the model trains.
             A step is what an optimizer does; without one, a forward.
-        what_if: recipes, or names of them, whose error on the same tensors is recorded too.
+        what_if: a recipe or several, or names of them, whose error on the same tensors is recorded too.
         keep: how many rows are kept, the latest; a layer has about ten a step.
 
     Raises:
         PolicyError: no such recipe. ValueError: an interval that is not, or a recipe whose error what-if cannot tell.
     """
 
-    def __init__(self, every: int = 100, what_if: Iterable[str | Recipe] = (), keep: int = 200_000) -> None:
+    def __init__(self, every: int = 100, what_if: str | Recipe | Iterable[str | Recipe] = (),
+                 keep: int = 200_000) -> None:
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep is a number of rows, 1 or more, not {keep!r}")
-        self.recipes = tuple(_measurable(resolve(recipe)) for recipe in what_if)
+        several = (what_if,) if isinstance(what_if, str | Recipe) else what_if
+        self.recipes = tuple(_measurable(resolve(recipe)) for recipe in several)
         self.recorder = Recorder(_interval(every), keep)
 
     @property

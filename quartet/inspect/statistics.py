@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -14,6 +14,7 @@ from quartet.inspect.heat_map import page_of
 from quartet.inspect.records import Record, fetched, product_errors
 from quartet.inspect.tensorboard import write
 from quartet.kernels.files import expanded, write_text
+from quartet.nearest import did_you_mean
 from quartet.report.text import shorten
 from quartet.runtime.inspect.recorder import Row
 
@@ -66,7 +67,16 @@ class Statistics(Sequence[Record]):
         return tuple(sorted({record.step for record in self}))
 
     def where(self, **wanted: Any) -> Statistics:
-        """Those whose fields have these values: ``where(kind="operand", layer="layers.0.up", step=100)``."""
+        """Those whose fields have these values: ``where(kind="operand", layer="layers.0.up", step=100)``.
+
+        Raises:
+            ValueError: no such field.
+        """
+        legal = [f.name for f in fields(Record)]
+        for key in wanted:
+            if key not in (*legal, "name"):
+                raise ValueError(f"no field {key!r} of a record; {did_you_mean(key, legal)}"
+                                 f"possible: {', '.join(legal)}")
         return Statistics(r for r in self if all(getattr(r, key) == value for key, value in wanted.items()))
 
     def latest(self) -> Statistics:
@@ -77,8 +87,13 @@ class Statistics(Sequence[Record]):
         """Operands and gradients of one step, the last unless given, as text.
 
         Args:
-            by: a column, worst first; in the order of the graph unless given. limit: how many rows.
+            by: a column, worst first; in the order of the graph unless given. limit: how many rows, at least 0.
+
+        Raises:
+            ValueError: no such column, or a limit that is not possible.
         """
+        if limit is not None and not (isinstance(limit, int) and limit >= 0):
+            raise ValueError(f"limit is a number of rows, 0 or more, not {limit!r}")
         found = (self.latest() if step is None else self.where(step=step)).where_kind("operand", "product")
         if by is not None:
             if by not in SHOWN:
@@ -105,7 +120,13 @@ class Statistics(Sequence[Record]):
     def spikes(self, factor: float = 4.0, history: int = 16) -> list[Spike]:
         """Where the largest magnitude or the error of an operand, the error of a gradient or the alignment of weights
         exceeds ``factor`` times the median of what it was in up to ``history`` recorded steps before, of at least 4.
-        The loss exceeds its median by ``factor`` times 1.48 of the median distance from that, a standard deviation."""
+        The loss exceeds its median by ``factor`` times 1.48 of the median distance from that, a standard deviation.
+
+        Raises:
+            ValueError: a factor that is not above 0, or fewer than 4 steps of history.
+        """
+        if not factor > 0 or not history >= 4:
+            raise ValueError(f"factor is above 0 and history 4 steps or more, not {factor!r} and {history!r}")
         found = []
         series: dict[tuple[str, str], list[tuple[int, float]]] = {}
         for record in self:

@@ -129,7 +129,8 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
         loss: of what the model returns; unless given it is that, its ``loss``, or the mean square of a tensor.
 
     Raises:
-        ValueError: a budget that is none, no data, a model without layers, or no rates for the target.
+        ValueError: a budget that is none, no data, or such as makes a layer's numbers NaN or infinite, a model without
+            layers, or no rates for the target.
     """
     _parsed(budget)
     inner, *_ = settings_of(model)
@@ -144,6 +145,7 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
     sharing = {name.rpartition(" fprop x ")[0]: len(row.names) for row in inspector.recorder.rows()
                if row.kind == "what-if" for name in row.names if " fprop x " in name}
     found: dict[str, list[Option]] = {}
+    unknown: list[str] = []
     for recipe in known.values():
         for layer, calls in _layers(inner, batches[0], recipe, chosen_for).items():
             squares, seconds, plain = list[float](), 0.0, 0.0
@@ -153,11 +155,19 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
                 measured = [errors[key] for role in records if (key := (called, role, recipe.name)) in errors]
                 if priced is None or len(measured) < len(records):
                     break
+                if not all(map(math.isfinite, measured)):
+                    unknown.append(layer)
+                    break
                 seconds, plain = seconds + priced[0], plain + priced[1]
                 squares += [error**2 for error in measured]
             else:
                 options = found.setdefault(layer, [Option(PLAIN, plain, 0.0)])
                 options.append(Option(recipe.name, seconds, math.sqrt(sum(squares) / len(squares))))
+    for layer in unknown:
+        if layer not in found:
+            raise ValueError(f"the error of {layer!r} is not a number under any of {', '.join(known)}: its numbers on "
+                             "this data, or its gradients, are not finite; options={'check': 'finite'} names where "
+                             "that begins. Leave such batches out")
     if not found:
         raise ValueError(f"no linear layer of {type(inner).__name__} can be quantised by {', '.join(known)} on "
                          f"{chosen_for.title} by a kernel whose speed is known; quartet.explain(model, *inputs, "
@@ -176,7 +186,7 @@ def _parsed(budget: Any) -> float:
         value = float(budget[:-1]) / 100 if text else float(budget)
     except (TypeError, ValueError):
         value = -1.0
-    if value < 0 or (isinstance(budget, str) and not text) or isinstance(budget, bool):
+    if not value >= 0 or (isinstance(budget, str) and not (text and value < math.inf)) or isinstance(budget, bool):
         raise ValueError(f"budget {budget!r} is none: give the error that no layer may exceed, such as 0.1, or a share "
                          "of the time in the model's dtype, such as '70%'")
     return value

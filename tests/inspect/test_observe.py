@@ -254,6 +254,10 @@ def test_options_that_cannot_be(given, message):
         Options.parse(None, {"inspect": given})
 
 
+def test_one_recipe_of_what_if_needs_no_list():
+    assert Inspector(what_if="fp8").recipes == Inspector(what_if=["fp8"]).recipes
+
+
 @pytest.mark.parametrize("recipe, message", [("e4m3/16", "quantise products"), ("halo-fp8-2", "transforms rows"),
                                              ("fp4-dge", "outliers apart"), ("fp9", "did you mean")])
 def test_what_if_that_cannot_be_told(recipe, message):

@@ -48,6 +48,17 @@ def test_the_table_has_the_last_step_of_each():
         statistics().table(by="colour")
 
 
+@pytest.mark.parametrize("ask, message", [
+    (lambda s: s.where(layr="x"), "no field 'layr' of a record; did you mean 'layer'"),
+    (lambda s: s.table(limit=-1), "limit is a number of rows, 0 or more, not -1"),
+    (lambda s: s.spikes(math.nan), "factor is above 0"), (lambda s: s.spikes(history=2), "history 4 steps or more"),
+])
+def test_questions_that_cannot_be_meant(ask, message):
+    for asked in (statistics(), Statistics([])):
+        with pytest.raises(ValueError, match=message):
+            ask(asked)
+
+
 def test_what_if_adds_the_errors_of_both_operands():
     assert product_errors(statistics()) == {("layers.0.up", "fprop", "fp8"): pytest.approx(0.05)}
     assert "5.00%" in statistics().what_if()

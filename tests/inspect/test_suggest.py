@@ -83,7 +83,7 @@ def test_budgets(budget, value):
     assert math.isclose(_parsed(budget), value)
 
 
-@pytest.mark.parametrize("budget", ["70", "much", -1, None, True])
+@pytest.mark.parametrize("budget", ["70", "much", -1, None, True, math.nan, "nan%", "inf%"])
 def test_budgets_that_are_none(budget):
     with pytest.raises(ValueError, match="is none: give the error"):
         _parsed(budget)
@@ -108,5 +108,7 @@ def test_a_layer_that_is_called_twice_takes_twice_as_long():
 def test_what_cannot_be_suggested():
     with pytest.raises(ValueError, match="data is empty"):
         quartet.suggest(Gated(), [], 0.1, target="h200")
+    with pytest.raises(ValueError, match="'gate' is not a number under any of mxfp8: .*not finite"):
+        quartet.suggest(Gated(), [x * math.nan for x in data()], 0.1, recipes=["mxfp8"], **LARGE)
     with pytest.raises(ValueError, match="name a GPU"):
         quartet.suggest(Gated(), data(), 0.1)
