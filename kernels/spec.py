@@ -229,7 +229,7 @@ class QuantSpec:
     @staticmethod
     def parse(text: str) -> QuantSpec:
         """Read ``str(spec)`` back. Raises SpecError with the expected form."""
-        return _parse(text, extension.changes())
+        return _parse(str(text), extension.changes())
 
 
 def chain_multiple(spec: QuantSpec, rotation: int) -> int:

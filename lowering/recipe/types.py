@@ -234,6 +234,11 @@ class Recipe:
     average: float | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (*((role, Gemm) for role in ROLES), ("saved", Saved), ("history", Delayed)):
+            given = getattr(self, name)
+            if not (isinstance(given, kind) or given is None and name != "history"):
+                raise SpecError(f"recipe {self.name!r}: {name} is a {kind.__name__}"
+                                f"{'' if name == 'history' else ' or None'}, not {type(given).__name__} {given!r}")
         self._check_weight_options()
         if not isinstance(self.keep, tuple):
             raise SpecError(f"recipe {self.name!r}: keep is a tuple such as ('last 15%',), not {self.keep!r}")

@@ -38,7 +38,8 @@ def made_by(target: str, factory: Callable[[], Any]) -> tuple[tuple[Any, ...], d
     with _own_code(target):
         made = factory()
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, Mapping))):
-        shape = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+        shape = (f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple)
+                 else type(made).__name__)
         raise UsageError(f"{target} returned {shape}; expected (model, inputs) with inputs a tuple or a dict, "
                          "for example 'return model, (tokens,)'")
     model, inputs = made

@@ -67,5 +67,8 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: the unpickler follows whatever bytes are there
+        said = next(iter(str(error).splitlines()), "")
+        if not said or "weights_only" in said:  # advice to run whatever code the file holds
+            said = "it holds something else, or is cut off"
         raise UsageError(f"cannot read {path} as tensors that torch.save wrote: {type(error).__name__}: "
-                         f"{next(iter(str(error).splitlines()), '')}") from None
+                         f"{said}") from None

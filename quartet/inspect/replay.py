@@ -141,7 +141,10 @@ def _loaded(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ReplayError(f"{path} is no Python module")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ReplayError(f"{path} does not run as a module of a dump: {type(error).__name__}: {error}") from error
     if not (hasattr(module, "Graph") and hasattr(module, "inputs")):
         raise ReplayError(f"{path} is no graph of a dump: it has no class Graph and no function inputs()")
     return module
@@ -153,6 +156,8 @@ def _given(names: list[str], random: list[Any], inputs: Sequence[Any] | Mapping[
     if inputs is None:
         return held
     if not isinstance(inputs, Mapping):
+        if not isinstance(inputs, list | tuple):
+            raise ReplayError(f"inputs are a list of all in order, or a dict of some by name, not {_kind(inputs)}")
         if len(inputs) != len(names):
             raise ReplayError(f"the graph takes {len(names)} inputs, not {len(inputs)}: {', '.join(names)}")
         inputs = dict(zip(names, inputs, strict=True))

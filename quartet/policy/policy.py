@@ -65,7 +65,7 @@ class Policy:
         if self.where_it_pays and self.default is None:
             raise PolicyError("where_it_pays weighs the default recipe, and the default is None", ("where_it_pays",))
         self._check_alternatives()
-        for rule in self.rules:
+        for rule in self.rules if isinstance(self.rules, Iterable) else (self.rules,):
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules are made by Policy.on(…), got {type(rule).__name__} {rule!r}")
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -286,9 +286,9 @@ class Policy:
         Raises:
             PolicyError: no such file, malformed TOML, unknown key or value; with the file and the line.
         """
-        text, where = source, "the policy text"
+        text, where, file = source, "the policy text", False
         if not isinstance(source, str) or (source.endswith(".toml") and "\n" not in source):
-            where = os.fspath(source)
+            where, file = os.fspath(source), True
             try:
                 text = expanded(where).read_text(encoding="utf-8")
             except FileNotFoundError as error:
@@ -296,7 +296,12 @@ class Policy:
             except (OSError, UnicodeDecodeError) as error:
                 raise PolicyError(f"cannot read policy file {where!r}: {error}") from None
         text = str(text)
-        data = policy_toml.read(text, where)
+        try:
+            data = policy_toml.read(text, where)
+        except PolicyError as error:
+            if file or "\n" in text or "=" in text:
+                raise
+            raise PolicyError(f"{error}; to read a file give a path object, or a string that ends in .toml") from None
         try:
             return cls.from_dict(data)
         except PolicyError as error:

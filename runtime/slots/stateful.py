@@ -22,9 +22,13 @@ class State:
 
     It has the two methods of ``torch.distributed.checkpoint.stateful.Stateful``. Save after an optimizer step: what the
     micro-batches of an unfinished step have seen is each rank's own, and one rank's is kept.
+
+    Raises:
+        TypeError: no model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        names_of_parameters(model)
         self._model = model
 
     def state_dict(self) -> dict[str, bytes]:

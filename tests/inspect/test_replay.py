@@ -115,6 +115,7 @@ def inputs():
 
 @pytest.mark.parametrize("given, message", [
     ({"primal_1": torch.ones(1)}, "did you mean 'primals_1'"), ([torch.ones(1)], "inputs, not 1"),
+    (torch.ones(1), r"a list of all in order, or a dict of some by name, not torch.float32 \(1,\)"), (3, "not int"),
     ({"primals_1": torch.ones(3)}, r"'primals_1' is torch.float32 \(48, 32\), not torch.float32 \(3,\)"),
 ])
 def test_inputs_that_are_not_its_own(dump, given, message):
@@ -127,6 +128,10 @@ def test_what_is_no_graph(dump, tmp_path):
         quartet.replay(tmp_path / "none")
     with pytest.raises(ReplayError, match="name one of graph_000"):
         quartet.replay(dump.parent)
+    for code, said in (("x = (", "SyntaxError"), ("import no_such_module", "ModuleNotFoundError: No module named")):
+        (tmp_path / "other.py").write_text(code)
+        with pytest.raises(ReplayError, match=f"other.py does not run as a module of a dump: {said}"):
+            quartet.replay(tmp_path / "other.py")
     (tmp_path / "other.py").write_text("x = 1\n")
     with pytest.raises(ReplayError, match="no class Graph"):
         quartet.replay(tmp_path / "other.py")
@@ -154,7 +159,8 @@ def test_tensors_of_a_gpu_are_read_where_there_is_none(dump, tmp_path, monkeypat
 def test_files_that_hold_no_tensors(dump, tmp_path, capsys, write):
     write(tmp_path / "inputs.pt")
     assert main(["replay", str(dump), "--inputs", str(tmp_path / "inputs.pt")]) == 2
-    assert "inputs.pt as tensors that torch.save wrote: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "inputs.pt as tensors that torch.save wrote: " in said and "weights_only" not in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -45,6 +45,9 @@ def named():
 def wrong():
     return Double()
 
+def listed():
+    return Double(), [torch.ones(SIZE)]
+
 def sized(size):
     return Double(), (torch.ones(size),)
 
@@ -152,6 +155,7 @@ def test_explain_passes_a_dict_as_keywords(example, explained):
     ("an_example_model:mak", "did you mean 'make'?"),
     ("an_example_model:SIZE", "'SIZE' is not a function but int"),
     ("an_example_model:wrong", "returned Double; expected (model, inputs)"),
+    ("an_example_model:listed", "returned (Double, list); expected (model, inputs) with inputs a tuple or a dict"),
     ("..:x", "'..' is not a module's name: write it from"),
     (".an_example_model:make", "is not a module's name"),
     ("an_example_model..:make", "is not a module's name"),

@@ -30,6 +30,25 @@ def test_a_policy_that_cannot_be_meant(make, said):
         make()
 
 
+@pytest.mark.parametrize("make, said", [
+    (lambda: Recipe("mine", fprop=MX), "recipe 'mine': fprop is a Gemm or None, not str 'e2m1"),
+    (lambda: Recipe("mine", saved="e4m3/16"), "saved is a Saved or None, not str"),
+    (lambda: Recipe("mine", history=1024), "history is a Delayed, not int 1024"),
+    (lambda: Recipe("mine", history=None), "history is a Delayed, not NoneType"),
+    (lambda: QuantSpec.parse(4), "cannot read quantiser '4'; expected 'element/block"),
+    (lambda: Policy("fp8", rules=4), r"rules are made by Policy.on\(…\), got int 4"),
+    (lambda: Policy.from_toml("policies/mine.tml"), "not valid TOML: .*give a path object, or a string that ends in"),
+])
+def test_what_is_of_another_type_is_told_from_what_is_meant(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_the_state_of_what_is_no_model():
+    with pytest.raises(TypeError, match="expected a model, not dict"):
+        quartet.State({})
+
+
 @pytest.mark.parametrize("policy, found", [
     (Policy("fp8").on("a", "bf16").on("*", "mxfp8"), [0]),
     (Policy("fp8").on("a", "bf16").on("a", "mxfp8"), [0]),
