@@ -36,6 +36,7 @@ from train_llama import (
     Run,
     add_arguments,
     announce,
+    check,
     measure,
     on_device,
     prepare,
@@ -134,6 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--outlier", type=float, nargs="?", const=30.0, metavar="FACTOR",
                         help="plant a channel of aligned gate and up weights, this many times longer (30)")
     args = parser.parse_args(argv)
+    check(parser, args)
     args.stop_at = min(args.stop_at or args.steps, args.steps)
     return args
 

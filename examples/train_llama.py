@@ -142,9 +142,14 @@ def load_checkpoint(path: Path, runs: list[Run], described: dict[str, Any]) -> i
     """Restore the runs and the random generators; the number of steps already done.
 
     Raises:
-        ValueError: the checkpoint is of a run with other settings, or lacks one of the runs.
+        ValueError: no checkpoint, or one of a run with other settings, or that lacks one of the runs.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whichever kind: the unpickler follows the bytes that are there
+        raise ValueError(f"{path} is no checkpoint: torch.load cannot read it ({type(error).__name__})") from error
+    if not (isinstance(state, dict) and {"step", "described", "rng", "runs"} <= state.keys()):
+        raise ValueError(f"{path} is no checkpoint of this program; resume one that --checkpoint wrote")
     other = [f"{k} {state['described'].get(k)!r} there, {v!r} here" for k, v in described.items()
              if state["described"].get(k) != v]
     if other:
@@ -216,6 +221,22 @@ def add_arguments(parser: argparse.ArgumentParser, size: str, steps: int, out: s
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="train the baseline too")
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program at an argument that cannot be meant, before anything is read or compiled."""
+    for name in ("dim", "layers", "steps", "stop_at", "batch", "seq", "checkpoint_every", "seeds"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; use 1 or more")
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr is {args.lr}; use a number above 0")
+    for name in ("data", "resume"):
+        if (path := getattr(args, name)) is not None and not path.is_file():
+            parser.error(f"--{name}: {path} is no file" if path.exists() else f"--{name}: there is no file {path}")
+    try:
+        quartet.Policy.coerce(getattr(args, "policy", None) or "quartet")
+    except quartet.PolicyError as error:
+        parser.error(f"--policy: {error}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "small", 350, "demo-out")
@@ -226,6 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="train the quantised model N times, which round differently: the spread of its gap")
     parser.set_defaults(device=None, size=None, batch=8, seq=None)
     args = parser.parse_args(argv)
+    check(parser, args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = args.device.startswith("cuda")
     args.size, args.seq = args.size or ("large" if gpu else "small"), args.seq or (1024 if gpu else 64)

@@ -83,3 +83,35 @@ def test_a_link_under_the_files_name_is_replaced_and_not_followed(examples, tmp_
     output.write_json(tmp_path / "result.json", {"a": 1})
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "result.json").is_symlink()
     assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("program", ["train_llama", "fp8_trillion"])
+@pytest.mark.parametrize("arguments, said", [
+    (["--steps", "0"], "--steps is 0; use 1 or more"), (["--stop-at", "0"], "--stop-at is 0"),
+    (["--checkpoint-every", "0"], "--checkpoint-every is 0"), (["--lr", "nan"], "--lr is nan; use a number above 0"),
+    (["--data", "none.txt"], "--data: there is no file none.txt"), (["--resume", "."], "--resume: . is no file"),
+])
+def test_arguments_that_cannot_be_meant_end_a_program_in_words(examples, tmp_path, monkeypatch, capsys, program,
+                                                               arguments, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        examples(program).parse(arguments)
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_a_policy_that_is_none_ends_the_demo_in_words(examples, capsys):
+    with pytest.raises(SystemExit):
+        examples("train_llama").parse(["--policy", "fp9"])
+    assert "error: --policy: unknown policy 'fp9'; did you mean 'fp8'?" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_named(examples, tmp_path):
+    import torch
+
+    program, path = examples("train_llama"), tmp_path / "other.pt"
+    path.write_text("junk")
+    with pytest.raises(ValueError, match="other.pt is no checkpoint: torch.load cannot read it"):
+        program.load_checkpoint(path, [], {})
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="other.pt is no checkpoint of this program"):
+        program.load_checkpoint(path, [], {})
