@@ -16,7 +16,7 @@ from quartet.runtime.capture import Capture
 def lacking(rank, folder):
     """Rank 1 has other kernels, cannot tell, or stays away."""
     ask, found = quartet.backend.kernels_here, {}
-    agreement.LIMIT = datetime.timedelta(seconds=20)
+    agreement.LIMIT = datetime.timedelta(seconds=300)
 
     def fails(*arguments):
         raise OSError("no compiler")

@@ -94,7 +94,7 @@ def test_two_processes_build_once(cache, small_source, tmp_path):
     environment = {**os.environ, "CXX": str(wrapper)}
     children = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
                 for _ in range(2)]
-    paths = {child.communicate(timeout=60)[0].strip() for child in children}
+    paths = {child.communicate(timeout=600)[0].strip() for child in children}
     assert [child.returncode for child in children] == [0, 0]
     assert len(paths) == 1 and log.read_text().splitlines() == ["run"]
 

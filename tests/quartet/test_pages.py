@@ -48,7 +48,7 @@ def looked_at(page, folder, width):
     path.write_text(page.read_text().replace("</body>", f"{TRY}</body>"))
     ran = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
                           f"--user-data-dir={folder}/profile", "--dump-dom", path.as_uri()], capture_output=True,
-                         text=True, timeout=100)
+                         text=True, timeout=600)
     found = re.search(r'data-done="([^"]*)"', ran.stdout)
     assert found, ran.stdout[-500:] + ran.stderr[-500:]
     return json.loads(found[1].replace("&quot;", '"'))
