@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
+from weakref import ref
 
 from quartet.runtime import compat
 
 LIMIT = 1 << 12  # functions that dynamo compiles meanwhile
+PASSING = "functorch"  # in dynamo's reasons that say nothing of the function, but of what it was called in
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,18 @@ class Break:
         why: the first line of its reason. places: (file, line), the innermost call first.
         function: (file, first line) of the function that is left to Python; None where the graph only ends.
         began: when dynamo began with that function, by :func:`now`.
+        undone: there were graphs of that function, which dynamo does not run any more.
     """
 
     why: str
     places: tuple[tuple[str, int], ...]
     function: tuple[str, int] | None = None
     began: int = field(default=0, compare=False)
+    undone: bool = False
 
 
 _read: tuple[Any, list[Break]] = None, []  # what dynamo noted last when its notes were read, and what it had left
+_compiled: dict[int, tuple[ref[CodeType], int]] = {}  # functions of which there are graphs, and when the last was made
 
 
 def graph_break() -> Break | None:
@@ -74,11 +80,19 @@ def left_since(begin: int) -> list[Break]:
 
 def _left(metrics: list[Any]) -> list[Break]:
     code = {_frame(seen): seen for seen in metrics if seen.co_filename}  # a function at its limit is not named again
+    compiled = {(made.co_filename, made.co_firstlineno): since for made, since in _functions()}
     failed = [(seen, code[_frame(seen)]) for seen in metrics if seen.fail_reason and _frame(seen) in code]
     return [Break(_first_line(seen.fail_reason), ((seen.fail_user_frame_filename or of.co_filename,
                   seen.fail_user_frame_lineno or of.co_firstlineno or 0),), (of.co_filename, of.co_firstlineno or 0),
-                  seen.start_time_us or 0)
+                  seen.start_time_us or 0, _is_left(seen, compiled.get((of.co_filename, of.co_firstlineno))))
             for seen, of in failed]
+
+
+def _is_left(seen: Any, since: int | None) -> bool:
+    """Whether dynamo goes on in Python after it has failed with a function of which there are graphs since then; not
+    where it raised an error."""
+    unsupported = str(seen.fail_type).endswith("Unsupported") and PASSING not in str(seen.fail_reason)
+    return unsupported and since is not None and (seen.start_time_us or 0) >= since
 
 
 def _frame(seen: Any) -> str:
@@ -89,3 +103,28 @@ def _frame(seen: Any) -> str:
 def _first_line(text: str) -> str:
     return next(iter(text.strip().splitlines()), "").strip()
 
+
+def has_graph() -> None:
+    """There is a graph of the function that dynamo is compiling on this thread."""
+    with suppress(ImportError, AttributeError):
+        code = compat.dynamo_output().root_tx.f_code
+        number = id(code)  # codes that say the same are equal
+        _compiled[number] = ref(code, lambda gone: _compiled.pop(number, None)), now()
+
+
+def go_on(others: Iterable[tuple[CodeType, int]] = ()) -> None:
+    """Dynamo compiles again, and runs compiled, what it left to Python for a reason that may have passed.
+
+    A function that is called while a ``TorchDispatchMode`` is on (a ``FlopCounterMode``), or by ``torch.func.vmap`` and
+    its like, runs in eager from then on, its graphs unused: that is undone for all functions of which there are graphs,
+    and for ``others``. What dynamo has since then found that it cannot compile, or no more, stays as it is.
+    """
+    left = {one.function: one.began for one in left_since(0) if PASSING not in one.why}
+    for code, since in (*_functions(), *others):
+        if left.get((code.co_filename, code.co_firstlineno), -1) < since:
+            compat.look_again(code)
+
+
+def _functions() -> list[tuple[CodeType, int]]:
+    """Those of which there are graphs, and since when."""
+    return [(code, since) for made, since in tuple(_compiled.values()) if (code := made()) is not None]

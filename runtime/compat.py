@@ -1,7 +1,6 @@
 """The only module that imports private PyTorch names.
 
-Each entry of ``PRIVATE`` is (module, name, what it is for). All of them exist in torch 2.11, 2.13 and
-2.15; ``missing()`` says which ones an unknown version lacks.
+Each entry of ``PRIVATE`` is (module, name, purpose). All exist in torch 2.11 to 2.15; ``missing()``: what lacks here.
 """
 
 from __future__ import annotations
@@ -65,6 +64,9 @@ PRIVATE = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "the module inside of a compiled one"),
     ("torch._dynamo.utils", "get_compilation_metrics", "where dynamo has given up a function, and why"),
     ("torch._dynamo.utils", "set_compilation_metrics_limit", "for how many functions it remembers that"),
+    ("torch._C._dynamo.eval_frame", "set_code_exec_strategy", "dynamo looks again at what it has left to Python"),
+    ("torch._dynamo.types", "FrameExecStrategy", "what it does with a function, and with those that it calls"),
+    ("torch._dynamo.types", "FrameAction", "what it can do"),
     ("torch._C", "_current_graph_task_id", "tells what runs in backward from what runs in forward"),
 )
 
@@ -178,10 +180,7 @@ def replaces_partitioner() -> bool:
 
 def partitioner(options: Mapping[str, Any]) -> tuple[Any, Callable[..., Any]]:
     """The user's own ``custom_partitioner_fn`` (of ``options``, else of Inductor's config) or None, and what splits the
-    joint graph where there is none.
-
-    Raises:
-        ImportError: this PyTorch lets nobody replace the partitioner.
+    joint graph where there is none. Raises ImportError where this PyTorch lets nobody replace the partitioner.
     """
     if not replaces_partitioner():
         raise ImportError(f"torch {torch.__version__} has no torch._inductor.config.custom_partitioner_fn, without "
@@ -330,15 +329,17 @@ def compilation_metrics(limit: int) -> list[Any]:
     return list(_load("torch._dynamo.utils", "get_compilation_metrics")())
 
 
+def look_again(code: Any) -> None:
+    """Let dynamo compile a function, and run what it has compiled of it, where it leaves that to Python from now on."""
+    begin = _load("torch._dynamo.types", "FrameAction").DEFAULT
+    strategy = _load("torch._dynamo.types", "FrameExecStrategy")(begin, begin)
+    _load("torch._C._dynamo.eval_frame", "set_code_exec_strategy")(code, strategy)
+
+
 def backward_number() -> int | None:
     """Which backward autograd is running on this thread, None outside of all."""
     number = _load("torch._C", "_current_graph_task_id")()
     return None if number == -1 else number
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread."""
-    return backward_number() is not None
 
 
 def cutting_wrappers() -> tuple[type[torch.nn.Module], ...]:

@@ -27,7 +27,7 @@ from quartet.model.flat import own_parameters
 from quartet.passes.naming import module_name
 from quartet.policy import Policy
 from quartet.runtime.breaks import Break
-from quartet.runtime.compat import TorchDispatchMode, in_backward
+from quartet.runtime.compat import TorchDispatchMode, backward_number
 from quartet.runtime.frames import calls_module
 
 Place = tuple[str, int, int]  # file, line, first line of the function
@@ -84,7 +84,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not in_backward():
+        if backward_number() is None:
             name = str(func.overloadpacket).removeprefix("aten.")
             if name == "_to_copy" and (weight := self._name(args[0])):
                 self._casts.append(out)

@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
-from quartet.runtime.compat import in_backward
+from quartet.runtime.compat import backward_number
 from quartet.runtime.slots.remembered import WEIGHTS, Weight
 from quartet.runtime.slots.rows import SLOTS, Home, Rows, Slot
 
@@ -213,7 +213,7 @@ def _largest(anchor: Tensor, text: str, device: torch.device, advance: bool) -> 
     table = _table(anchor, text, device)
     if table is None:
         return torch.zeros(len(Entry.parse_all(text)), dtype=torch.float32, device=device)
-    if advance and not in_backward():  # a forward that runs there is computed again
+    if advance and backward_number() is None:  # a forward that runs there is computed again
         table.advance()
     return table.largest()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quartet.runtime.compat import in_backward
+from quartet.runtime.compat import backward_number
 from quartet.runtime.slots.amax import weight_of
 from quartet.runtime.slots.remembered import Counted, Weight
 
@@ -46,7 +46,7 @@ def advance(anchor: Tensor, w: Tensor, weight: int, name: str, decay: float) -> 
     if average is None:
         with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
             average = owner.averages[name] = Average(w.to(torch.float32, copy=True).contiguous())
-    elif average.due and not in_backward():  # a forward that runs there is computed again
+    elif average.due and backward_number() is None:  # a forward that runs there is computed again
         average.value.lerp_(w.to(torch.float32), 1.0 - decay)
     average.due = not average.counted
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import quartet
 from quartet.options import OptionError
@@ -211,3 +212,81 @@ def test_what_comes_after_the_limit_of_compilations_is_told_of_once(graphs, stri
     said = [(rows, text) for rows, text in said if "run unquantised from now on" in text]
     assert len(graphs) == 2 and [rows for rows, _ in said] == [34]
     assert said[0][1].startswith("refused: strict=True") == strict
+
+
+def under_a_mode(model, x):
+    with FlopCounterMode(display=False):
+        return model(x)
+
+
+def vectorised(model, x):
+    return torch.func.vmap(model)(x[None])
+
+
+@pytest.mark.parametrize("call", [under_a_mode, vectorised])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.filterwarnings("error:quartet")
+def test_a_call_that_dynamo_does_not_compile_ends_with_the_step(graphs, call, trained):
+    model, x = quartet.compile(MLP(), "quartet"), torch.randn(32, 64)
+    step_of(model, steps=trained)
+    call(model, x)
+    step_of(model)
+    quantised, exact = model(x), model.forward(x)
+    assert graphs == [{"up", "down"}] and not torch.equal(quantised, exact)
+
+
+@pytest.mark.parametrize("call", [under_a_mode, vectorised])
+def test_a_call_that_dynamo_does_not_compile_ends_with_the_step_behind_torch_compile(graphs, call):
+    model = MLP()
+    compiled, x = torch.compile(model, backend="quartet", options={"policy": "quartet"}), torch.randn(32, 64)
+    before = compiled(x)
+    call(compiled, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before.sum().backward()
+    optimizer.step()
+    assert torch.equal(compiled(x), before) and len(graphs) == 1
+
+
+@pytest.mark.parametrize("call", [under_a_mode, lambda model, x: model.forward(x),
+                                  lambda model, x: torch.compile(lambda x: model(x), backend="eager")(x)],
+                         ids=["mode", "past __call__", "inside of another"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_that_dynamo_is_never_asked_of_is_told_of_at_the_second_step(graphs, call, strict):
+    model = quartet.compile(MLP(), "quartet", strict=strict)
+    optimizer, said = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(3):
+        call(model, torch.randn(32, 64)).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                optimizer.step()
+            except UnsupportedMatmul as error:
+                caught.append(warnings.WarningMessage(error, UserWarning, "", 0))
+        said.append([str(w.message) for w in caught if "no graph of MLP" in str(w.message)])
+    assert [len(texts) for texts in said] == [0, 1, 0] and said[1][0].startswith("strict=True") == strict
+    assert graphs == []
+
+
+class Sometimes(MLP):
+    """Dynamo leaves the forward to Python for a batch of 7, which reads a number inside of a loop."""
+
+    def forward(self, x):
+        hidden = self.up(x).relu()
+        for _ in range(2):
+            if x.shape[0] == 7:
+                hidden.sum().item()
+        return self.down(hidden)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_graphs_that_dynamo_gives_up_are_told_of_once(graphs, strict):
+    model = quartet.compile(Sometimes(), "quartet", strict=strict)
+    step_of(model, steps=2)
+    model(torch.randn(7, 64))
+    text = "parts of Sometimes run unquantised from now on: .*test_compile"
+    with pytest.raises(UnsupportedMatmul, match=text) if strict else pytest.warns(UserWarning, match=text):
+        step_of(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="quartet")
+        step_of(model)
+    assert graphs == [{"up", "down"}]
