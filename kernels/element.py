@@ -62,6 +62,8 @@ def register_element(element: Element) -> Element:
         ExtensionError: a name that is taken, or functions that are not each other's inverse, do not round to nearest,
             do not saturate, or decode to what is no bfloat16 number; with the value.
     """
+    if not isinstance(element, Element):
+        raise ExtensionError(f"expected a quartet.extend.Element, not {type(element).__name__} {element!r}")
     if ELEMENTS.get(element.name) == element:
         return element
     extension.check_name(_KIND, element.name, ELEMENTS)

@@ -186,6 +186,8 @@ def register(kernel: Kernel, before: str = "inductor") -> Kernel:
     Raises:
         ExtensionError: a name that is taken, or no kernel called ``before``.
     """
+    if not isinstance(kernel, Kernel):
+        raise ExtensionError(f"expected a quartet.extend.Kernel, not {type(kernel).__name__} {kernel!r}")
     if kernel in KERNELS:
         return kernel
     extension.check_name(_KIND, kernel.name, (*NAMES, *_OTHER_NAMES))

@@ -79,6 +79,12 @@ def named(target: Target) -> Rates | None:
     return None
 
 
+def refuse_file() -> None:
+    """Raise RatesError where ``$QUARTET_RATES`` names a file that holds no rates."""
+    if path := os.environ.get(VARIABLE):
+        _of_file(path)
+
+
 def unfit(target: Target) -> str | None:
     """Why ``quartet calibrate`` cannot measure a GPU, also one that is only named; None where it can."""
     if target.type != "cuda":

@@ -32,11 +32,14 @@ def register_op_class(name: str, predicate: Callable[[Any], bool]) -> None:
             condition on a symbolic size becomes a guard of the graph.
 
     Raises:
-        ExtensionError: a name that is taken.
+        ExtensionError: a name that is taken, or a predicate that is no function.
     """
     if _registered.get(name) is predicate:
         return
     extension.check_name(_KIND, name, (*OP_CLASSES, *OP_GROUPS))
+    if not callable(predicate):
+        raise ExtensionError(f"op class {name!r}: the predicate is a function of a site, not "
+                             f"{type(predicate).__name__}")
     _registered[name] = predicate
     extension.add(_KIND, name, list(_registered).index(name), predicate)
 

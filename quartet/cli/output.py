@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet.cli.usage import REPORT, STDOUT, UsageError
+from quartet.lowering.rates.kept import RatesError, refuse_file
 from quartet.options import OptionError, Options
 from quartet.recipes import PolicyError
 from quartet.report.table import WIDTH, Report
@@ -43,10 +44,11 @@ def terminal_width() -> int:
 
 
 def refused(options: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that cannot be."""
+    """Raise UsageError for options, or rates that the environment names, that cannot be."""
     try:
         Options.parse(options=options)
-    except (OptionError, PolicyError) as error:
+        refuse_file()
+    except (OptionError, PolicyError, RatesError) as error:
         raise UsageError(str(error)) from None
 
 

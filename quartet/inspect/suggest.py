@@ -28,6 +28,7 @@ from quartet.lowering.cost import Layer, predict
 from quartet.lowering.rates import Rates, rates_of
 from quartet.lowering.recipe.records import MatmulRecord
 from quartet.lowering.recipe.types import Recipe
+from quartet.nearest import did_you_mean
 from quartet.options import Options
 from quartet.passes import pipeline
 from quartet.passes.residuals.knapsack import Choice, Frontier
@@ -96,7 +97,11 @@ class Suggestion:
         return replace(self, chosen=_choose(self.options, budget))
 
     def uniform(self, recipe: str) -> Suggestion:
-        """The same recipe for every layer that can have it."""
+        """The same recipe for every layer that can have it. Raises ValueError for one that was not measured."""
+        legal = (PLAIN, *self.recipes)
+        if recipe not in legal:
+            raise ValueError(f"recipe {recipe!r} was not measured; {did_you_mean(recipe, legal)}possible: "
+                             f"{', '.join(legal)}")
         chosen = {layer: next((o for o in options if o.recipe == recipe), options[0])
                   for layer, options in self.options.items()}
         return replace(self, chosen=chosen)
@@ -111,7 +116,7 @@ class Suggestion:
 
 
 def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
-            recipes: Sequence[str | Recipe] = RECIPES, target: str | None = None, scale: int = 1,
+            recipes: str | Recipe | Sequence[str | Recipe] = RECIPES, target: str | None = None, scale: int = 1,
             loss: Callable[[Any], Tensor] | None = None) -> Suggestion:
     """Propose a recipe for each linear layer of a model.
 
@@ -122,7 +127,7 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
         data: inputs, a few batches: of each a tensor, a tuple of positional or a mapping of keyword arguments.
         budget: the error that no layer may exceed, ``0.1``; or a share of the time in the model's dtype, ``"70%"``,
             within which the error is the least.
-        recipes: what layers may have, beside the model's dtype.
+        recipes: one or several that layers may have, beside the model's dtype.
         target: the GPU that times are predicted for, ``"h200"``; the model's own unless given.
         scale: a small model that stands for a large one is priced as if its widths and its tokens were so many times
             larger; its errors are its own.
@@ -130,14 +135,24 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
 
     Raises:
         ValueError: a budget that is none, no data, or such as makes a layer's numbers NaN or infinite, a model without
-            layers, or no rates for the target.
+            layers, no recipe, a scale below 1, or no rates for the target.
+        TypeError: no model, or one batch in place of several.
     """
     _parsed(budget)
+    if not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale is a whole number, 1 or more, not {scale!r}")
     inner, *_ = settings_of(model)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"quartet.suggest takes a module, not {type(inner).__name__}")
+    if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
+        raise TypeError(f"data is several batches, not one {type(data).__name__}; give [batch]")
     batches = [_arguments(batch) for batch in data]
     if not batches:
         raise ValueError("data is empty: suggest measures errors on it; give a few batches")
-    known = {recipe.name: recipe for recipe in map(resolve, recipes) if recipe is not None}
+    several = [recipes] if isinstance(recipes, str | Recipe) else recipes
+    known = {recipe.name: recipe for recipe in map(resolve, several) if recipe is not None}
+    if not known:
+        raise ValueError("recipes is empty: name those that layers may have, such as 'fp8'")
     inspector = Inspector(every=1, what_if=known.values())
     chosen_for, rates = _rates(inner, target)
     _measure(inner, batches, inspector, loss or _loss)
@@ -230,7 +245,11 @@ def _measure(model: nn.Module, batches: Sequence[tuple[Any, Any]], inspector: In
         for args, kwargs in batches:
             for parameter in model.parameters():
                 parameter.grad = None
-            loss(compiled(*args, **kwargs)).backward()
+            value = loss(compiled(*args, **kwargs))
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                said = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loss= gives a tensor of one number, not {said}")
+            value.backward()
 
 
 def _layers(model: nn.Module, batch: tuple[Any, Any], recipe: Recipe,

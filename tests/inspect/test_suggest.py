@@ -40,6 +40,8 @@ def test_errors_are_ordered_as_formats_are_and_prices_below_bf16s(suggestion):
     assert max(by_recipe["nvfp4"].seconds, by_recipe["mxfp8"].seconds) < by_recipe["bf16"].seconds
     assert suggestion.uniform("mxfp8").seconds == pytest.approx(sum(
         {o.recipe: o for o in options}["mxfp8"].seconds for options in suggestion.options.values()))
+    with pytest.raises(ValueError, match="'fp9' was not measured; did you mean 'fp8'"):
+        suggestion.uniform("fp9")
     assert [o.recipe for o in suggestion.uniform("nvfp4").chosen.values()] == ["nvfp4"] * 3 + ["bf16"] * 3
 
 
@@ -110,5 +112,16 @@ def test_what_cannot_be_suggested():
         quartet.suggest(Gated(), [], 0.1, target="h200")
     with pytest.raises(ValueError, match="'gate' is not a number under any of mxfp8: .*not finite"):
         quartet.suggest(Gated(), [x * math.nan for x in data()], 0.1, recipes=["mxfp8"], **LARGE)
+    for wrong, said in (({"scale": 0}, "scale is a whole number, 1 or more, not 0"), ({"scale": math.nan}, "not nan"),
+                        ({"recipes": []}, "recipes is empty"), ({"recipes": "fp9"}, "unknown recipe 'fp9'"),
+                        ({"loss": lambda out: 1.0}, "one number, not float"),
+                        ({"loss": lambda out: out}, r"one number, not shape \[")):
+        with pytest.raises(ValueError, match=said):
+            quartet.suggest(Gated(), data(), 0.1, **{"target": "h200", "recipes": ["mxfp8"]} | wrong)
+    for batch in (data()[0], {"x": data()[0]}, 3):
+        with pytest.raises(TypeError, match=f"several batches, not one {type(batch).__name__}"):
+            quartet.suggest(Gated(), batch, 0.1, target="h200")
+    with pytest.raises(TypeError, match="takes a module, not int"):
+        quartet.suggest(3, data(), 0.1, target="h200")
     with pytest.raises(ValueError, match="name a GPU"):
         quartet.suggest(Gated(), data(), 0.1)

@@ -173,6 +173,12 @@ def test_explain_refuses_an_unknown_policy_before_it_builds_the_model(example, e
     assert "an_example_model" not in sys.modules
 
 
+def test_explain_refuses_rates_that_are_none_before_it_compiles(example, explained, capsys, monkeypatch):
+    monkeypatch.setenv("QUARTET_RATES", "none.json")
+    assert "QUARTET_RATES: none.json holds no rates" in fails(capsys, "explain", "an_example_model:make")
+    assert explained == []
+
+
 def test_explain_refuses_a_missing_folder_before_it_compiles(example, explained, capsys):
     assert "does not exist; make it first" in fails(capsys, "explain", "an_example_model:make", "--html", "no/a.html")
     assert explained == []

@@ -289,6 +289,16 @@ def test_op_class_in_policies(load):
         Policy.from_toml(policy.to_toml().replace("pattern", "op"))
 
 
+@pytest.mark.parametrize("register, said", [
+    (lambda: register_element("int4"), "expected a quartet.extend.Element, not str 'int4'"),
+    (lambda: register_kernel("mine"), "expected a quartet.extend.Kernel, not str 'mine'"),
+    (lambda: register_op_class("wide", "n > k"), "op class 'wide': the predicate is a function .* not str"),
+])
+def test_what_is_no_addition_is_refused(register, said):
+    with pytest.raises(ExtensionError, match=said):
+        register()
+
+
 def test_op_classes_that_are_refused():
     for name, message in (("linear", "op class 'linear' is built in"), ("attention", "'attention' is built in"),
                           ("a*", "is not possible"), (3, "3 is not possible")):
