@@ -3,9 +3,9 @@
 It leaves a whole function where a graph would have to end at a place that it cannot go on from, as inside of a loop or
 a ``try``. If that is the model's forward, and no layer's own is compiled, the model trains as it is. And it compiles no
 function more often than ``recompile_limit``: what comes after that runs as it is too. A function that it cannot compile
-for another input it leaves for good, with the graphs that there are of it. The next step of an optimizer
-that holds the model's parameters says either, once. Where there is no reason of dynamo's, the second step does: the
-model is called past its ``__call__``, inside of what another backend compiles, or under a mode.
+for another input it leaves for good, with the graphs that there are of it. The next step of an optimizer that holds the
+model's parameters says either, once. Where there is no reason of dynamo's, an optimizer's second step does: the model
+is called past its ``__call__``, inside of what another backend compiles, or under a mode.
 
 A mode or a transform in which a model was called once takes it from dynamo for good; a step of an optimizer ends that.
 """
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -30,14 +30,14 @@ from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 
 @dataclass
 class _Expected:
-    """A model that graphs are expected of. ``since``: when it was compiled. ``met``: there was one. ``stepped``: by an
-    optimizer, without a graph and a reason for none."""
+    """A model that graphs are expected of. ``since``: when it was compiled. ``met``: there was one. ``stepped``: what
+    has stepped it without a graph and a reason for none."""
 
     model: ref[nn.Module]
     strict: bool
     since: int
     met: bool = False
-    stepped: bool = False
+    stepped: WeakSet[Optimizer] = field(default_factory=WeakSet)
 
 
 _expected: dict[int, _Expected] = {}
@@ -84,8 +84,8 @@ def _look(optimizer: Optimizer) -> None:
         left = _left(unwrapped(model), one, breaks)
         if (left is None and one.met) or not _holds(optimizer, model):
             continue
-        if (left is None or PASSING in left.why) and not one.stepped:
-            one.stepped = True
+        if (left is None or PASSING in left.why) and optimizer not in one.stepped:
+            one.stepped.add(optimizer)  # which a step without gradients gives its states, to load a checkpoint into
             continue
         del _expected[number]
         _say(unwrapped(model), left, one)

@@ -267,6 +267,15 @@ def test_a_model_that_dynamo_is_never_asked_of_is_told_of_at_the_second_step(gra
     assert graphs == []
 
 
+@pytest.mark.filterwarnings("error:quartet")
+def test_steps_that_only_make_the_states_of_several_optimizers_are_no_steps_of_training(graphs):
+    model = quartet.compile(MLP(), "quartet", strict=True)
+    for layer in (model.up, model.down):
+        torch.optim.AdamW(layer.parameters()).step()
+    step_of(model)
+    assert graphs == [{"up", "down"}]
+
+
 class Sometimes(MLP):
     """Dynamo leaves the forward to Python for a batch of 7, which reads a number inside of a loop."""
 
