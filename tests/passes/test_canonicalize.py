@@ -112,3 +112,81 @@ def test_tag_does_nothing_where_autograd_has_tagged_all():
 def test_tag_does_nothing_in_a_graph_without_backward():
     with torch.no_grad():
         assert not around("tag", ByHand(), matrix(8, 32)).text
+
+
+class Channels(nn.Module):
+    """A 1×1 convolution as matmul writes it, which does not fold the batch where the weight is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(matrix(64, 32, grad=False), requires_grad=False)
+
+    def forward(self, x):
+        return torch.matmul(self.weight, x)
+
+
+class Expanded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(matrix(64, 32))
+
+    def forward(self, x):
+        return torch.bmm(x, self.weight.expand(len(x), -1, -1).transpose(1, 2))
+
+
+def test_one_frozen_weight_for_a_batch_is_a_product_of_matrices():
+    assert_expected_inline(around("canonicalize", Channels(), matrix(2, 32, 8)).text, """\
+  %0 = view(%1, [2, 32, 8]) : bf16[2, 32, 8]
+  %2 = view(g, [2, 64, 8]) : bf16[2, 64, 8] | bwd
+- %3 = expand(weight, [2, 64, 32]) : bf16[2, 64, 32]
+- %4 = view(%3, [2, 64, 32]) : bf16[2, 64, 32]
+- %5 = bmm(%4, %0) : bf16[2, 64, 8]
+- %6 = view(%5, [2, 64, 8]) : bf16[2, 64, 8]
++ %7 = permute(%0, [0, 2, 1]) : bf16[2, 8, 32]
++ %8 = clone(%7, memory_format=torch.contiguous_format) : bf16[2, 8, 32]
++ %9 = view(%8, [-1, 32]) : bf16[16, 32]
++ %10 = permute(weight, [1, 0]) : bf16[32, 64]
++ %11 = mm(%9, %10) : bf16[16, 64]
++ %12 = view(%11, [2, 8, 64]) : bf16[2, 8, 64]
++ %13 = permute(%12, [0, 2, 1]) : bf16[2, 64, 8]
++ %14 = clone(%13, memory_format=torch.contiguous_format) : bf16[2, 64, 8]
++ %6 = view(%14, [2, 64, 8]) : bf16[2, 64, 8]
+- %15 = permute(%4, [0, 2, 1]) : bf16[2, 32, 64] | bwd
+- %16 = bmm(%15, %2) : bf16[2, 32, 8] | bwd
+- %17 = view(%16, [2, 32, 8]) : bf16[2, 32, 8] | bwd
++ %18 = permute(%2, [0, 2, 1]) : bf16[2, 8, 64] | bwd
++ %19 = clone(%18, memory_format=torch.contiguous_format) : bf16[2, 8, 64] | bwd
++ %20 = view(%19, [-1, 64]) : bf16[16, 64] | bwd
++ %21 = permute(weight, [1, 0]) : bf16[32, 64] | bwd
++ %22 = permute(%21, [1, 0]) : bf16[64, 32] | bwd
++ %23 = mm(%20, %22) : bf16[16, 32] | bwd
++ %24 = view(%23, [2, 8, 32]) : bf16[2, 8, 32] | bwd
++ %25 = permute(%24, [0, 2, 1]) : bf16[2, 32, 8] | bwd
++ %26 = clone(%25, memory_format=torch.contiguous_format) : bf16[2, 32, 8] | bwd
++ %17 = view(%26, [2, 32, 8]) : bf16[2, 32, 8] | bwd""")
+
+
+def test_the_gradient_of_one_weight_for_a_batch_is_a_product_of_matrices():
+    assert_expected_inline(around("canonicalize", Expanded(), matrix(2, 8, 32, grad=False)).text, """\
+  %0 = permute(x, [0, 2, 1]) : bf16[2, 32, 8] | bwd
+- %1 = expand(weight, [2, -1, -1]) : bf16[2, 64, 32]
+- %2 = permute(%1, [0, 2, 1]) : bf16[2, 32, 64]
+- %3 = bmm(x, %2) : bf16[2, 8, 64]
++ %4 = view(x, [-1, 32]) : bf16[16, 32]
++ %5 = permute(weight, [1, 0]) : bf16[32, 64]
++ %6 = mm(%4, %5) : bf16[16, 64]
++ %7 = view(%6, [2, 8, 64]) : bf16[2, 8, 64]
+- %8 = bmm(%0, g) : bf16[2, 32, 64] | bwd
+- %9 = permute(%8, [0, 2, 1]) : bf16[2, 64, 32] | bwd
+- %10 = sum(%9, [0], True) : bf16[1, 64, 32] | bwd
+- %11 = view(%10, [64, 32]) : bf16[64, 32] | bwd
+- return [%3, %11, None]
++ %12 = permute(%0, [0, 2, 1]) : bf16[2, 8, 32] | bwd
++ %13 = view(%12, [-1, 32]) : bf16[16, 32] | bwd
++ %14 = permute(%13, [1, 0]) : bf16[32, 16] | bwd
++ %15 = view(g, [-1, 64]) : bf16[16, 64] | bwd
++ %16 = mm(%14, %15) : bf16[32, 64] | bwd
++ %17 = permute(%16, [1, 0]) : bf16[64, 32] | bwd
++ %18 = unsqueeze(%17, 0) : bf16[1, 64, 32] | bwd
++ %11 = view(%18, [64, 32]) : bf16[64, 32] | bwd
++ return [%7, %11, None]""")
