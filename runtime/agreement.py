@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from quartet.runtime import compat
 from quartet.runtime.streams import rank
 
 LIMIT = timedelta(minutes=5)
 FAILED = "failed: "
-_asked: set[tuple[int, str]] = set()  # store by identity, question
+_asked: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # store → questions; a new group has a new store
 
 
 class RanksDiffer(RuntimeError):
@@ -37,9 +38,9 @@ def same_kernels(question: str, answer: Callable[[], str], together: Sequence[in
         RanksDiffer: on each rank of ``together``, if one answers otherwise, fails or takes longer than ``LIMIT``.
     """
     store = compat.default_store()
-    if store is None or (id(store), question) in _asked:
+    if store is None or question in _asked.setdefault(store, set()):
         return answer()
-    _asked.add((id(store), question))
+    _asked[store].add(question)
     prefix = f"quartet/{hashlib.sha256(question.encode()).hexdigest()}"
     try:
         own = answer()
