@@ -151,7 +151,8 @@ class Diagnosis:
                     "`quartet explain … --target h100` shows what a GPU would run.")
         formats = [name for name, kernels in gpus[0].formats.items() if _fast(kernels)]
         fast = f"{', '.join(formats)} on tensor cores" if formats else "no format on tensor cores"
-        return f"{'It would be' if self.pretended else 'Ready:'} {gpus[0].name} multiplies {fast}."
+        name = gpus[0].name
+        return f"{name} would multiply {fast}." if self.pretended else f"Ready: {name} multiplies {fast}."
 
     def text(self, verbose: bool) -> str:
         """The report; ``verbose``: every kernel and op with its reasons, and all versions."""

@@ -28,9 +28,17 @@ def load(model: nn.Module, folder: str | Path) -> bool:
     """Put back what :func:`save` wrote for this rank; False where there is no such file.
 
     Raises:
-        ValueError: the state is of another model.
+        ValueError: the state is of another model, or the file holds none.
     """
-    if not file_of(folder).exists():
+    file = file_of(folder)
+    if not file.exists():
         return False
-    load_state_dict(model, torch.load(file_of(folder), weights_only=True))
+    try:
+        state = torch.load(file, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of whichever kind: the unpickler follows the bytes that are there
+        raise ValueError(f"{file} is damaged: torch.load cannot read it ({type(error).__name__}); resume from another "
+                         "checkpoint, or remove the file, and histories begin anew") from error
+    load_state_dict(model, state)
     return True

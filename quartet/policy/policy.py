@@ -258,7 +258,8 @@ class Policy:
         """The inverse of ``to_dict``; recipes may also be None or a Recipe. Raises PolicyError with a ``path``."""
         data = policy_toml.check_table("the policy", data, _POLICY_KEYS)
         own = {name: policy_toml.within(("recipe", name), policy_toml.recipe_from_dict, name, table)
-               for name, table in policy_toml.typed(data, "recipe", Mapping, "a table of recipes").items()}
+               for name, table in policy_toml.typed(data, "recipe", Mapping, "a table of recipes of your own, and the "
+                                                    "recipe of all that no rule names is the key 'default'").items()}
 
         def named(recipe: Any) -> Any:
             return None if recipe == "none" else own.get(recipe, recipe) if isinstance(recipe, str) else recipe

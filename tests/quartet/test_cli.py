@@ -376,6 +376,11 @@ def test_each_command_shows_an_example(capsys):
         assert end.value.code == 0 and f"  quartet {command}" in capsys.readouterr().out
 
 
+def test_doctor_ends_with_what_another_gpu_would_multiply(capsys):
+    main(["doctor", "--target", "a100"])
+    assert capsys.readouterr().out.splitlines()[-1] == "sm_80 would multiply int8 a row on tensor cores."
+
+
 @pytest.mark.parametrize("argv, key", [(["doctor"], "verdict"), (["recipes", "fp8"], "fprop"), (["cache"], "objects")])
 def test_data_is_written_alone_to_the_standard_output(capsys, tmp_path, argv, key):
     assert main([*argv, "--json", "-"]) == 0

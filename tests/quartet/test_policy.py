@@ -453,7 +453,8 @@ def test_toml_mistakes_show_their_line(old, new, line, message):
 
 @pytest.mark.parametrize("text, message", [
     ("rule = 3", "line 1: 'rule' is a list of rules"), ("\nrule = [3]", "line 2: rule 0 is a table"),
-    ("recipe = 'x'", "line 1: 'recipe' is a table of recipes"), ('\n\ndefault = "a', r"not valid TOML.*line 3"),
+    ("recipe = 'x'", "line 1: 'recipe' is a table of recipes of your own, and .* is the key 'default', not str 'x'"),
+    ('\n\ndefault = "a', r"not valid TOML.*line 3"),
 ])
 def test_toml_of_the_wrong_kind(text, message):
     with pytest.raises(PolicyError, match=message):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 import quartet
+from quartet.integrations import files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -78,3 +79,13 @@ def test_weights_that_are_assigned_come_before_the_state():
         assert bool(quartet.state_dict(other)["delayed"]) == after
         quartet.load_state_dict(other, remembered)
         assert quartet.state_dict(other)["delayed"].keys() == remembered["delayed"].keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_beside_a_checkpoint_is_named(tmp_path, content):
+    assert not files.load(MLP(), tmp_path)
+    files.save(MLP(), tmp_path)
+    assert files.load(MLP(), tmp_path)
+    files.file_of(tmp_path).write_bytes(content)
+    with pytest.raises(ValueError, match="quartet_state_0.pt is damaged: .* resume from another checkpoint"):
+        files.load(MLP(), tmp_path)
