@@ -51,7 +51,7 @@ class Flow:
         layers = {node: name for node in nodes if (name := _weight_name(node, origin)) is not None}
         made: set[Node] = set()
         for node in nodes:
-            if node in layers or any(i in made for i in node.all_input_nodes):
+            if node in layers or any(i in made for i in node.all_input_nodes) and not _is_size(node):
                 made.add(node)
         read: set[Node] = set()
         leaves: set[Node] = set()
@@ -97,6 +97,11 @@ def holds_floats(node: Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else (value,)
     return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+def _is_size(node: Node) -> bool:
+    """Whether a node is a symbolic size, which says nothing of the values of what has it."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _weight_name(node: Node, origin: Mapping[Node, str]) -> str | None:

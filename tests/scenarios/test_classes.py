@@ -8,9 +8,9 @@ from models import Attention, Block, LoRA, data
 from torch import nn
 
 
-def classes(model, *inputs, grad=True):
+def classes(model, *inputs, grad=True, dynamic=None):
     """Module name → op class, of one forward through however many graphs."""
-    compiled, backend = compile_eager(model, "bf16", fullgraph=False)
+    compiled, backend = compile_eager(model, "bf16", fullgraph=False, dynamic=dynamic)
     with torch.set_grad_enabled(grad):
         compiled(*inputs)
     return {r.fqn: r.op_class for r in backend.records if r.role == "fprop" and r.op_class in (
@@ -308,6 +308,19 @@ def test_a_gate_is_a_router_however_it_chooses(choice, grad):
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_a_gate_is_a_router_however_its_choice_is_used(combination):
     assert classes(Mixture(CHOICES["softmax"], COMBINATIONS[combination]), draw(40, 64)) == MIXTURE
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("combination", ["columns", "einsum", "index"])
+def test_a_gate_is_a_router_whatever_sizes_are_symbolic(combination, dynamic):
+    class Folded(Mixture):
+        def forward(self, x):
+            x = self.embed(x)
+            return x + super().forward(x.reshape(-1, x.shape[-1])).view(*x.shape)
+
+    model = Folded(CHOICES["softmax"], COMBINATIONS[combination])
+    model.embed = nn.Embedding(16, 64)
+    assert classes(model, torch.randint(0, 16, (2, 20)), dynamic=dynamic) == MIXTURE
 
 
 class Shared(nn.Module):
