@@ -28,7 +28,7 @@ from quartet.passes.find.values import Values
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.matrices import MATMULS, canonical, operands
 from quartet.passes.state import State
-from quartet.runtime.sizes import same_sizes
+from quartet.runtime.sizes import same, same_sizes
 from quartet.runtime.view_ops import RESHAPES
 
 
@@ -65,7 +65,8 @@ def _fold(state: State) -> None:
     for node in list(graph.find_nodes(op="call_function", target=aten.bmm.default)):
         a, b = operands(node)
         left, right = _one_matrix(a, origin), _one_matrix(b, origin)
-        if (left is None) == (right is None) or a in origin and b in origin or 0 in (*shape(a), *shape(b)):
+        if (left is None) == (right is None) or a in origin and b in origin or any(
+                same(size, 0) for size in (*shape(a), *shape(b))):
             continue
         build = _builder(state, node)
         if right is not None:

@@ -104,6 +104,29 @@ def test_sizes_that_only_the_data_decides_are_trained_with():
     assert backend.calls == 1
 
 
+class SelectedMatrices(nn.Module):
+    """A batch of one frozen weight's products, of as many matrices as the data tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.weight = nn.Linear(64, 64), nn.Parameter(torch.randn(96, 64) / 8, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.linear(x)[torch.nonzero(x[:, 0, 0] > 0).squeeze(1)]
+        return torch.matmul(self.weight, chosen.transpose(1, 2)).sum()
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_batch_whose_size_only_the_data_decides_shares_one_weight():
+    model = SelectedMatrices()
+    compiled, backend = compile_eager(model, "int8-all")
+    for _ in range(2):
+        x = torch.randn(8, 32, 64)
+        assert_close(step(compiled, model, (x,)), step(model, model, (x,)))
+    assert compiled(-x.abs()).item() == 0.0, "none is chosen"
+    assert backend.calls == 1 and backend.lowered()["weight"] == {"fprop", "dgrad"}
+
+
 @pytest.mark.usefixtures("captured")
 def test_generated_code_multiplies_over_tokens_whose_number_only_the_data_decides():
     """wgrad of MXFP8 pads them to whole blocks, by which Inductor cannot sort strides."""
