@@ -42,6 +42,7 @@ from quartet.report.dump import GraphDump
 from quartet.report.observing import dump_of, telling
 from quartet.runtime import compat
 from quartet.runtime.agreement import same_kernels
+from quartet.runtime.breaks import has_graph
 from quartet.runtime.devices import Target
 from quartet.runtime.frames import with_room
 from quartet.runtime.in_place import warn_of_skipped
@@ -147,6 +148,8 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
     (say or partial(_say, judge, options.target or Target.of(device)))(names, step.records, kept)
     if options.strict and say is None and names.model is not None:
         compiled = Whole(compiled, judge, names)
+    if remember:
+        has_graph()
     return compiled
 
 

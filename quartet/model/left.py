@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from quartet.model.names import Names, unwrapped
 from quartet.passes.plan.plan import UnsupportedMatmul
-from quartet.runtime.breaks import PASSING, Break, go_on, has_graph, left_since, now
+from quartet.runtime.breaks import PASSING, Break, go_on, left_since, now
 from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 
 
@@ -52,7 +52,6 @@ def expect(model: nn.Module, strict: bool) -> None:
 
 def met(names: Names, inputs: Sequence[Any]) -> None:
     """There is a graph with these inputs: of the model that gives these names, of a part of it, or of several."""
-    has_graph()
     OPTIMIZER_STEPS.after_each(_after_step)
     for number, one in list(_expected.items()):
         model = one.model()

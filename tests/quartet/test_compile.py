@@ -276,6 +276,19 @@ def test_steps_that_only_make_the_states_of_several_optimizers_are_no_steps_of_t
     assert graphs == [{"up", "down"}]
 
 
+def test_a_graph_that_cannot_be_compiled_is_not_tried_again_after_each_step(monkeypatch):
+    tried = []
+
+    def refuse(names, *_):
+        tried.append(names)
+        raise UnsupportedMatmul("refused")
+
+    monkeypatch.setattr("quartet.backend._say", lambda judge, target, names, *_: refuse(names))
+    with torch._dynamo.config.patch(suppress_errors=True):
+        step_of(quartet.compile(MLP(), "quartet"), steps=3)
+    assert len(tried) == 1
+
+
 class Sometimes(MLP):
     """Dynamo leaves the forward to Python for a batch of 7, which reads a number inside of a loop."""
 
