@@ -24,14 +24,12 @@ class Break:
         why: the first line of its reason. places: (file, line), the innermost call first.
         function: (file, first line) of the function that is left to Python; None where the graph only ends.
         began: when dynamo began with that function, by :func:`now`.
-        undone: there were graphs of that function, which dynamo does not run any more.
     """
 
     why: str
     places: tuple[tuple[str, int], ...]
     function: tuple[str, int] | None = None
     began: int = field(default=0, compare=False)
-    undone: bool = False
 
 
 _read: tuple[Any, list[Break]] = None, []  # what dynamo noted last when its notes were read, and what it had left
@@ -80,19 +78,11 @@ def left_since(begin: int) -> list[Break]:
 
 def _left(metrics: list[Any]) -> list[Break]:
     code = {_frame(seen): seen for seen in metrics if seen.co_filename}  # a function at its limit is not named again
-    compiled = {(made.co_filename, made.co_firstlineno): since for made, since in _functions()}
     failed = [(seen, code[_frame(seen)]) for seen in metrics if seen.fail_reason and _frame(seen) in code]
     return [Break(_first_line(seen.fail_reason), ((seen.fail_user_frame_filename or of.co_filename,
                   seen.fail_user_frame_lineno or of.co_firstlineno or 0),), (of.co_filename, of.co_firstlineno or 0),
-                  seen.start_time_us or 0, _is_left(seen, compiled.get((of.co_filename, of.co_firstlineno))))
+                  seen.start_time_us or 0)
             for seen, of in failed]
-
-
-def _is_left(seen: Any, since: int | None) -> bool:
-    """Whether dynamo goes on in Python after it has failed with a function of which there are graphs since then; not
-    where it raised an error."""
-    unsupported = str(seen.fail_type).endswith("Unsupported") and PASSING not in str(seen.fail_reason)
-    return unsupported and since is not None and (seen.start_time_us or 0) >= since
 
 
 def _frame(seen: Any) -> str:
@@ -119,10 +109,13 @@ def go_on(others: Iterable[tuple[CodeType, int]] = ()) -> None:
     its like, runs in eager from then on, its graphs unused: that is undone for all functions of which there are graphs,
     and for ``others``. What dynamo has since then found that it cannot compile, or no more, stays as it is.
     """
-    left = {one.function: one.began for one in left_since(0) if PASSING not in one.why}
-    for code, since in (*_functions(), *others):
-        if left.get((code.co_filename, code.co_firstlineno), -1) < since:
-            compat.look_again(code)
+    functions = [*_functions(), *others]
+    if functions:
+        left = {one.function: one.began for one in left_since(0) if PASSING not in one.why}
+        look_again = compat.looks_again()
+        for code, since in functions:
+            if left.get((code.co_filename, code.co_firstlineno), -1) < since:
+                look_again(code)
 
 
 def _functions() -> list[tuple[CodeType, int]]:

@@ -329,11 +329,11 @@ def compilation_metrics(limit: int) -> list[Any]:
     return list(_load("torch._dynamo.utils", "get_compilation_metrics")())
 
 
-def look_again(code: Any) -> None:
-    """Let dynamo compile a function, and run what it has compiled of it, where it leaves that to Python from now on."""
-    begin = _load("torch._dynamo.types", "FrameAction").DEFAULT
-    strategy = _load("torch._dynamo.types", "FrameExecStrategy")(begin, begin)
-    _load("torch._C._dynamo.eval_frame", "set_code_exec_strategy")(code, strategy)
+def looks_again() -> Callable[[Any], None]:
+    """What lets dynamo compile a function, and run what it has compiled of it, where it leaves that to Python."""
+    begin, kind = _load("torch._dynamo.types", "FrameAction").DEFAULT, _load("torch._dynamo.types", "FrameExecStrategy")
+    allow, given = _load("torch._C._dynamo.eval_frame", "set_code_exec_strategy"), kind(begin, begin)
+    return lambda code: allow(code, given)
 
 
 def backward_number() -> int | None:

@@ -2,12 +2,11 @@
 
 It leaves a whole function where a graph would have to end at a place that it cannot go on from, as inside of a loop or
 a ``try``. If that is the model's forward, and no layer's own is compiled, the model trains as it is. And it compiles no
-function more often than ``recompile_limit``: what comes after that runs as it is too. A function that it cannot compile
-for another input it leaves for good, with the graphs that there are of it. The next step of an optimizer that holds the
-model's parameters says either, once. Where there is no reason of dynamo's, an optimizer's second step does: the model
-is called past its ``__call__``, inside of what another backend compiles, or under a mode.
+function more often than ``recompile_limit``: what comes after that runs as it is too. The next step of an optimizer
+that holds the model's parameters says either, once.
 
 A mode or a transform in which a model was called once takes it from dynamo for good; a step of an optimizer ends that.
+Whether more than a call was so, the second step tells by a reason of dynamo's.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from quartet.runtime.optimizer_steps import OPTIMIZER_STEPS
 @dataclass
 class _Expected:
     """A model that graphs are expected of. ``since``: when it was compiled. ``met``: there was one. ``stepped``: what
-    has stepped it without a graph and a reason for none."""
+    has stepped it without a graph and a lasting reason for none."""
 
     model: ref[nn.Module]
     strict: bool
@@ -57,7 +56,7 @@ def met(names: Names, inputs: Sequence[Any]) -> None:
         model = one.model()
         parts: Iterable[nn.Module] = () if model is None else nn.Module.modules(model)
         if model is None:
-            del _expected[number]
+            _expected.pop(number, None)
         elif not one.met:
             held = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
             one.met = (any(part is names.compiled or part is names.model for part in parts)
@@ -68,7 +67,7 @@ def _after_step(optimizer: Optimizer) -> None:
     try:
         _look(optimizer)
     finally:
-        waiting = [(one.model(), one.since) for one in _expected.values() if one.stepped]
+        waiting = [(one.model(), one.since) for one in list(_expected.values()) if one.stepped and not one.met]
         go_on((code, since) for model, since in waiting
               if model is not None and (code := _code(unwrapped(model))) is not None)
 
@@ -78,16 +77,17 @@ def _look(optimizer: Optimizer) -> None:
     for number, one in list(_expected.items()):
         model = one.model()
         if model is None:
-            del _expected[number]
+            _expected.pop(number, None)
             continue
         left = _left(unwrapped(model), one, breaks)
         if (left is None and one.met) or not _holds(optimizer, model):
             continue
         if (left is None or PASSING in left.why) and optimizer not in one.stepped:
-            one.stepped.add(optimizer)  # which a step without gradients gives its states, to load a checkpoint into
+            one.stepped.add(optimizer)
             continue
-        del _expected[number]
-        _say(unwrapped(model), left, one)
+        _expected.pop(number, None)
+        if left is not None:
+            _say(unwrapped(model), left, one)
 
 
 def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
@@ -98,7 +98,7 @@ def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
 def _left(model: nn.Module, one: _Expected, breaks: Sequence[Break]) -> Break | None:
     """Why dynamo has left the model's forward to Python, or, where there are graphs, a module's that it has compiled as
     often as it does; None where it has not."""
-    found = [left for left in breaks if left.began >= one.since and (not one.met or _LIMIT in left.why or left.undone)]
+    found = [left for left in breaks if left.began >= one.since and (not one.met or _LIMIT in left.why)]
     modules = nn.Module.modules(model) if one.met and found else (model,)
     places = {_place(module) for module in modules} if found else set()
     return next((left for left in found if left.function in places), None)
@@ -113,18 +113,9 @@ def _code(module: nn.Module) -> CodeType | None:
     return getattr(getattr(module.forward, "__func__", module.forward), "__code__", None)
 
 
-def _say(model: nn.Module, left: Break | None, one: _Expected) -> None:
-    file, line = left.places[0] if left is not None else ("", 0)
-    if left is None:
-        text = (f"no graph of {type(model).__name__} is compiled, and nothing of it quantised, though an optimizer has "
-                "stepped it twice: dynamo was not asked. Call the model itself, not its forward, a method or a part of "
-                "it (or compile the part), in no function that another backend compiles and under no "
-                "TorchDispatchMode such as FlopCounterMode")
-    elif left.undone:
-        text = (f"parts of {type(model).__name__} run unquantised from now on: {left.why} ({file}:{line}). Dynamo has "
-                "left that function to Python, and no longer runs what it had compiled of it. Move what it cannot "
-                "trace into a function of its own")
-    elif one.met:
+def _say(model: nn.Module, left: Break, one: _Expected) -> None:
+    file, line = left.places[0]
+    if one.met:
         text = (f"parts of {type(model).__name__} run unquantised from now on: {left.why} ({file}:{line}), so dynamo "
                 "compiles that function for nothing new. Raise torch._dynamo.config.recompile_limit, or compile with "
                 'dynamic=True; TORCH_LOGS="recompiles" says what differs')
