@@ -1,14 +1,15 @@
 """Give every product the form in which the other passes look for it, once. Exact: no arithmetic changes.
 
     a bmm of one matrix each is an mm
-    a bmm of a weight's one matrix, expanded over the batch, is an mm of all rows:  x[b] · W  of each b is  X · W, and
-        so is  W · x[b], transposed;  W's gradient  Σ_b x[b]ᵀ · e[b]  is  Xᵀ · E
+    a bmm of a weight's one matrix, expanded over the batch, is an mm of all rows, where the policy quantises it:
+        x[b] · W  of each b is  X · W, and so is  W · x[b], transposed;  W's gradient  Σ_b x[b]ᵀ · e[b]  is  Xᵀ · E
     what a custom Function's backward multiplies again is forward's product, as Inductor would find on its own
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 from torch.fx import Node
 
@@ -22,11 +23,14 @@ from quartet.lowering.ir.graph import (
     keep_as,
     shape,
     source_of,
+    val,
 )
+from quartet.lowering.recipe.types import ROLES
 from quartet.passes.find.find_matmuls import parameter_origins
 from quartet.passes.find.values import Values
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.matrices import MATMULS, canonical, operands
+from quartet.passes.naming import module_name
 from quartet.passes.state import State
 from quartet.runtime.sizes import same, same_sizes
 from quartet.runtime.view_ops import RESHAPES
@@ -58,15 +62,19 @@ def _to_mm(state: State, node: Node) -> None:
 def _fold(state: State) -> None:
     """Write as a product of all rows what multiplies one weight with each matrix of a batch, and W's gradient of it.
 
-    ``matmul`` folds a batch by itself where W is trained, and not where it is frozen: a layer is one in both.
+    ``matmul`` folds a batch by itself where W is trained, and not where it is frozen: a layer is quantised in both.
     """
     graph, origin = state.gm.graph, parameter_origins(state)
     folded = False
     for node in list(graph.find_nodes(op="call_function", target=aten.bmm.default)):
         a, b = operands(node)
         left, right = _one_matrix(a, origin), _one_matrix(b, origin)
-        if (left is None) == (right is None) or a in origin and b in origin or any(
-                same(size, 0) for size in (*shape(a), *shape(b))):
+        shared = left or right
+        if shared is None or left and right or a in origin and b in origin or _is_empty(a, b):
+            continue
+        batch, rows, cols = shape(node)
+        sizes = (batch * rows, cols) if right is not None else (batch * cols, rows)
+        if not _quantized(state, origin[shared[0]], (*sizes, shape(a)[2])):
             continue
         build = _builder(state, node)
         if right is not None:
@@ -87,14 +95,28 @@ def _fold_gradient(state: State, total: Node) -> None:
     """Where a gradient's products are summed over the batch, multiply all rows."""
     node, flipped = canonical(source_of(total))
     if node.target is not aten.bmm.default or len(node.users) > 1 or not is_backward(node) or (
-            list(argument(total, "dim") or ()) != [0]):
+            list(argument(total, "dim") or ()) != [0]) or argument(total, "dtype") not in (None, val(node).dtype):
         return
     a, b = operands(node)
+    if _is_empty(a, b):
+        return
     build = _builder(state, node, before=total)
     rows = _rows(build, build(aten.permute.default, a, [0, 2, 1]))
     product = build(aten.mm.default, build.transpose(rows), _rows(build, b))
     product = build.transpose(product) if flipped else product
     total.replace_all_uses_with(build(aten.unsqueeze.default, product, 0) if argument(total, "keepdim") else product)
+
+
+def _is_empty(*operands: Node) -> bool:
+    return any(same(size, 0) for operand in operands for size in shape(operand))
+
+
+def _quantized(state: State, parameter: str, mnk: tuple[Any, Any, Any]) -> bool:
+    """Whether the policy quantises the layer; under one that looks for what pays, which does not know what turning the
+    rows costs, only if a rule says so."""
+    resolution = state.config.resolve("linear", module_name(parameter), *mnk)
+    named = any(resolution.choice(role).rule is not None for role in ROLES)
+    return resolution.quantizes and (named or not state.config.where_it_pays)
 
 
 def _one_matrix(operand: Node, origin: Container[Node]) -> tuple[Node, bool] | None:

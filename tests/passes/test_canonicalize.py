@@ -1,9 +1,12 @@
 """``tag`` and ``canonicalize``: the direction of each node, and one form for each product."""
 
+import pytest
 import torch
 from around import around, linear, matrix
 from expecttest import assert_expected_inline
 from torch import nn
+
+from quartet import Policy
 
 
 class Batched(nn.Module):
@@ -190,3 +193,36 @@ def test_the_gradient_of_one_weight_for_a_batch_is_a_product_of_matrices():
 + %18 = unsqueeze(%17, 0) : bf16[1, 64, 32] | bwd
 + %11 = view(%18, [64, 32]) : bf16[64, 32] | bwd
 + return [%7, %11, None]""")
+
+
+@pytest.mark.parametrize("policy", ["auto", Policy("quartet").on("*", None)], ids=["auto", "none"])
+def test_one_weight_for_a_batch_stays_where_no_rule_wants_it(policy):
+    assert not around("canonicalize", Channels(), matrix(2, 32, 8), policy=policy, target="h200").text
+
+
+class SummedByHand(torch.autograd.Function):
+    """x · w of each matrix, of which backward sums the gradients of w in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        return torch.bmm(x, weight.expand(len(x), -1, -1))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, = ctx.saved_tensors
+        return None, torch.bmm(x.transpose(1, 2), gradient).sum(0, dtype=torch.float32)
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(matrix(32, 64))
+
+    def forward(self, x):
+        return SummedByHand.apply(x, self.weight)
+
+
+def test_a_sum_in_another_dtype_stays_one():
+    text = around("canonicalize", Summed(), matrix(2, 8, 32, grad=False)).text
+    assert "+ %" in text and "- %" in text and "sum" not in text, "the product of the rows, but not the sum, is another"
