@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
-from typing import Any
+from typing import Any, SupportsIndex
 
 from quartet.inspect.heat_map import page_of
 from quartet.inspect.records import Record, fetched, product_errors
@@ -74,7 +75,7 @@ class Statistics(Sequence[Record]):
         """
         legal = [f.name for f in fields(Record)]
         for key in wanted:
-            if key not in (*legal, "name"):
+            if key not in (*legal, "snr", "name"):
                 raise ValueError(f"no field {key!r} of a record; {did_you_mean(key, legal)}"
                                  f"possible: {', '.join(legal)}")
         return Statistics(r for r in self if all(getattr(r, key) == value for key, value in wanted.items()))
@@ -92,7 +93,7 @@ class Statistics(Sequence[Record]):
         Raises:
             ValueError: no such column, or a limit that is not possible.
         """
-        if limit is not None and not (isinstance(limit, int) and limit >= 0):
+        if limit is not None and not (isinstance(limit, SupportsIndex) and operator.index(limit) >= 0):
             raise ValueError(f"limit is a number of rows, 0 or more, not {limit!r}")
         found = (self.latest() if step is None else self.where(step=step)).where_kind("operand", "product")
         if by is not None:

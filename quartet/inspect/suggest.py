@@ -139,12 +139,12 @@ def suggest(model: nn.Module, data: Iterable[Any], budget: float | str, *,
         TypeError: no model, or one batch in place of several.
     """
     _parsed(budget)
-    if not isinstance(scale, int) or scale < 1:
+    if not (isinstance(scale, int | float) and 1 <= scale < math.inf and scale == int(scale)):
         raise ValueError(f"scale is a whole number, 1 or more, not {scale!r}")
     inner, *_ = settings_of(model)
     if not isinstance(inner, nn.Module):
         raise TypeError(f"quartet.suggest takes a module, not {type(inner).__name__}")
-    if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, Tensor | Mapping) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise TypeError(f"data is several batches, not one {type(data).__name__}; give [batch]")
     batches = [_arguments(batch) for batch in data]
     if not batches:

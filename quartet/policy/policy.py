@@ -65,10 +65,11 @@ class Policy:
         if self.where_it_pays and self.default is None:
             raise PolicyError("where_it_pays weighs the default recipe, and the default is None", ("where_it_pays",))
         self._check_alternatives()
-        for rule in self.rules if isinstance(self.rules, Iterable) else (self.rules,):
+        rules = tuple(self.rules) if isinstance(self.rules, Iterable) else (self.rules,)
+        for rule in rules:
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules are made by Policy.on(…), got {type(rule).__name__} {rule!r}")
-        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "rules", rules)
         own: dict[str, Recipe] = {}
         for recipe in self._own_recipes():
             if own.setdefault(recipe.name, recipe) != recipe:

@@ -106,8 +106,8 @@ def _chosen(model: nn.Module, skip: Skip) -> Iterator[tuple[str, nn.Linear]]:
                         "skip=() converts every layer")
     patterns = () if callable(skip) else ((skip,) if isinstance(skip, str) else tuple(skip))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for pattern in patterns if patterns != SKIPPED else ():
-        if not fnmatch.filter(linear, pattern):
+    for pattern in patterns:
+        if pattern not in SKIPPED and not fnmatch.filter(linear, pattern):
             warnings.warn(f"skip={pattern!r} leaves nothing alone: none of the {len(linear)} linear layers is called "
                           f"so; they are {', '.join(linear[:8])}{', …' if len(linear) > 8 else ''}", stacklevel=3)
     for name, module in model.named_modules():

@@ -3,6 +3,7 @@
 import copy
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ def test_skip_that_is_neither_is_refused():
 def test_skip_takes_names_and_functions():
     assert set(direct.weights(net(4, skip="up"))) == {"down.weight", "head.weight"}
     assert set(direct.weights(net(4, skip=("up", "he*")))) == {"down.weight"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of usual names that this model has not
+        assert set(direct.weights(net(4, skip=(*direct.SKIPPED, "up")))) == {"down.weight"}
     assert set(direct.weights(net(4, skip=lambda name, layer: layer.bias is not None))) == {"down.weight"}
 
 

@@ -125,3 +125,16 @@ def test_what_cannot_be_suggested():
         quartet.suggest(3, data(), 0.1, target="h200")
     with pytest.raises(ValueError, match="name a GPU"):
         quartet.suggest(Gated(), data(), 0.1)
+
+
+class Rows:
+    """A data set as torch has them: numbers lead to its batches."""
+
+    def __getitem__(self, i):
+        return data()[i]
+
+
+def test_data_may_be_what_is_read_by_number_and_scale_a_whole_float():
+    given = (quartet.suggest(Gated(), batches, 0.1, recipes=["mxfp8"], **LARGE | {"scale": scale})
+             for batches, scale in ((Rows(), 64.0), (data(), 64)))
+    assert len({str(one.policy) for one in given}) == 1

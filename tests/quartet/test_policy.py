@@ -579,3 +579,8 @@ def test_every_built_in_recipe_and_op_class_is_documented():
         assert f"`{name}`" in DOCS, name
     for name in recipes():
         assert f"`{name}`" in (DOCS_FOLDER / "recipes.md").read_text(encoding="utf-8"), name
+
+
+def test_rules_may_come_from_a_generator():
+    rules = Policy("quartet").on("*.down", "fp8").on("lm_head", None).rules
+    assert Policy("quartet", rules=(rule for rule in rules)).rules == rules
