@@ -64,6 +64,12 @@ class Resolution:
     def quantizes(self) -> bool:
         return any(self.choice(role).gemm is not None for role in ROLES)
 
+    def quantizes_unpriced(self, where_it_pays: bool) -> bool:
+        """Whether it quantises a product that is to be rewritten for that, which has no price: under a policy that
+        looks for what pays, only if a rule says so."""
+        named = any(self.choice(role).rule is not None for role in ROLES)
+        return self.quantizes and (named or not where_it_pays)
+
     def apart(self, masked: Set[str]) -> Resolution:
         """What of it keeps apart the tokens that a mask keeps apart.
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
 
 from torch.fx import Node
 
@@ -25,7 +24,6 @@ from quartet.lowering.ir.graph import (
     source_of,
     val,
 )
-from quartet.lowering.recipe.types import ROLES
 from quartet.passes.find.find_matmuls import parameter_origins
 from quartet.passes.find.values import Values
 from quartet.passes.graph_pass import graph_pass
@@ -64,9 +62,10 @@ def _fold(state: State) -> None:
 
     ``matmul`` folds a batch by itself where W is trained, and not where it is frozen: a layer is quantised in both.
     """
-    graph, origin = state.gm.graph, parameter_origins(state)
-    folded = False
-    for node in list(graph.find_nodes(op="call_function", target=aten.bmm.default)):
+    graph = state.gm.graph
+    batches = list(graph.find_nodes(op="call_function", target=aten.bmm.default))
+    origin, folded = parameter_origins(state) if batches else {}, False
+    for node in batches:
         a, b = operands(node)
         left, right = _one_matrix(a, origin), _one_matrix(b, origin)
         shared = left or right
@@ -74,15 +73,16 @@ def _fold(state: State) -> None:
             continue
         batch, rows, cols = shape(node)
         sizes = (batch * rows, cols) if right is not None else (batch * cols, rows)
-        if not _quantized(state, origin[shared[0]], (*sizes, shape(a)[2])):
+        resolution = state.config.resolve("linear", module_name(origin[shared[0]]), *sizes, shape(a)[2])
+        if not resolution.quantizes_unpriced(state.config.where_it_pays):  # what turning the rows costs has no price
             continue
         build = _builder(state, node)
         if right is not None:
-            product = build(aten.mm.default, _rows(build, a), _weight(build, *right))
+            product = build(aten.mm.default, _rows(build, a), _weight(build, *shared))
             made = _batch(build, keep_as(product, node), a)
-        elif left is not None:
+        else:
             turned = build(aten.permute.default, b, [0, 2, 1])
-            product = build(aten.mm.default, _rows(build, turned), build.transpose(_weight(build, *left)))
+            product = build(aten.mm.default, _rows(build, turned), build.transpose(_weight(build, *shared)))
             back = build(aten.permute.default, _batch(build, keep_as(product, node), turned), [0, 2, 1])
             made = build.contiguous(back)
         node.replace_all_uses_with(made)
@@ -109,14 +109,6 @@ def _fold_gradient(state: State, total: Node) -> None:
 
 def _is_empty(*operands: Node) -> bool:
     return any(same(size, 0) for operand in operands for size in shape(operand))
-
-
-def _quantized(state: State, parameter: str, mnk: tuple[Any, Any, Any]) -> bool:
-    """Whether the policy quantises the layer; under one that looks for what pays, which does not know what turning the
-    rows costs, only if a rule says so."""
-    resolution = state.config.resolve("linear", module_name(parameter), *mnk)
-    named = any(resolution.choice(role).rule is not None for role in ROLES)
-    return resolution.quantizes and (named or not state.config.where_it_pays)
 
 
 def _one_matrix(operand: Node, origin: Container[Node]) -> tuple[Node, bool] | None:

@@ -36,7 +36,6 @@ from quartet.lowering.ir.graph import (
     val,
 )
 from quartet.lowering.recipe.resolution import Resolution
-from quartet.lowering.recipe.types import ROLES
 from quartet.passes.find.find_matmuls import left_alone, parameter_origins
 from quartet.passes.graph_pass import graph_pass
 from quartet.passes.naming import module_name, module_of
@@ -152,7 +151,7 @@ def _convolution(state: State, node: Node, backward: Node | None, origin: dict[N
         _leave(state, conv, "its kernel is no parameter, or its input is one")
         return
     resolution = state.config.resolve("conv", fqn, *conv.mnk)
-    if not _wanted(state, resolution):
+    if not resolution.quantizes_unpriced(state.config.where_it_pays):
         _leave(state, conv, resolution)
         return
     obstacle = conv.obstacle()
@@ -164,12 +163,6 @@ def _convolution(state: State, node: Node, backward: Node | None, origin: dict[N
         raise UnsupportedMatmul(f"strict=True, and the convolution {fqn or node.name} (m={m} n={n} k={k}, "
                                 f"{val(node).dtype}) cannot be quantised: {obstacle}")
     _leave(state, conv, obstacle)
-
-
-def _wanted(state: State, resolution: Resolution) -> bool:
-    """Whether the policy quantises it; under a policy that looks for what pays, only if a rule says so."""
-    named = any(resolution.choice(role).rule is not None for role in ROLES)
-    return resolution.quantizes and (named or not state.config.where_it_pays)
 
 
 def _leave(state: State, conv: Convolution, why: Resolution | str) -> None:
