@@ -96,7 +96,7 @@ def compile_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], optio
         open_layers(gm)
     names = names_of(gm, example_inputs)
     if remember:
-        met(names, example_inputs)
+        met(names)
     options = replace(options, policy=options.policy.at(names.place))
     watched = any((inner_compile, collect, collect_saved, observers))
     device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any
 from weakref import WeakSet, ref
 
 from torch import nn
@@ -49,8 +48,8 @@ def expect(model: nn.Module, strict: bool) -> None:
     OPTIMIZER_STEPS.after_each(_after_step)
 
 
-def met(names: Names, inputs: Sequence[Any]) -> None:
-    """There is a graph with these inputs: of the model that gives these names, of a part of it, or of several."""
+def met(names: Names) -> None:
+    """There is a graph of the model that gives these names, or of a part of it."""
     OPTIMIZER_STEPS.after_each(_after_step)
     for number, one in list(_expected.items()):
         model = one.model()
@@ -58,9 +57,7 @@ def met(names: Names, inputs: Sequence[Any]) -> None:
         if model is None:
             _expected.pop(number, None)
         elif not one.met:
-            held = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
-            one.met = (any(part is names.compiled or part is names.model for part in parts)
-                       or any(id(parameter) in held for parameter in model.parameters()))
+            one.met = any(part is names.compiled or part is names.model for part in parts)
 
 
 def _after_step(optimizer: Optimizer) -> None:
